@@ -1,0 +1,1 @@
+"""Stable Diffusion checkpoints to Core ML packages, on any machine."""

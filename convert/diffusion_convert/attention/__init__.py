@@ -1,0 +1,1 @@
+"""Attention kinds: pure functions over (batch, channels, 1, length)."""

@@ -1,0 +1,1 @@
+"""Runs converted Stable Diffusion models: Core ML on macOS, PyTorch everywhere."""

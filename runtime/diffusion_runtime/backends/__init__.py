@@ -1,0 +1,81 @@
+"""Where a model runs. A backend is found by name and loaded on demand: importing this module imports neither."""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from diffusion_runtime.errors import InputError
+
+
+class ComputeUnits(enum.Enum):
+    """The value is the spelling on the command line."""
+
+    ALL = "all"
+    CPU_AND_GPU = "cpu-and-gpu"
+    CPU_AND_NE = "cpu-and-ne"
+    CPU_ONLY = "cpu-only"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """``dtype`` is numpy's name ("float16"); ``shape`` is the default shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Model(Protocol):
+    """A loaded model: arrays in by name, arrays out by name."""
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]: ...
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]: ...
+
+    def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """Run once. Raises InputError for a missing, unknown or mis-shaped array, naming expected and got."""
+
+
+class Backend(Protocol):
+    def load(self, path: Path, compute_units: ComputeUnits) -> Model:
+        """Load an .mlpackage or .mlmodelc. Raises PackageError (damaged) or UnsupportedError (ops named)."""
+
+
+BACKENDS = {
+    "coreml": "diffusion_runtime.backends.coreml:CoreMLBackend",
+    "torch": "diffusion_runtime.backends.torch_mil:TorchBackend",
+}
+
+
+def load_backend(name: str = "auto") -> Backend:
+    """``auto`` is coreml on macOS, else torch."""
+    if name == "auto":
+        name = "coreml" if sys.platform == "darwin" else "torch"
+    if name not in BACKENDS:
+        raise InputError(f"unknown backend {name!r}: expected one of auto, {', '.join(BACKENDS)}")
+    module, _, attribute = BACKENDS[name].partition(":")
+    backend: Backend = getattr(importlib.import_module(module), attribute)()
+    return backend
+
+
+def check_arrays(inputs: Mapping[str, TensorSpec], arrays: Mapping[str, np.ndarray], model: str) -> None:
+    """Raise one InputError that lists every missing, unknown and mis-shaped array of a call to ``model``."""
+    wrong = [f"missing {name}" for name in inputs if name not in arrays]
+    wrong += [f"unknown {name}" for name in arrays if name not in inputs]
+    wrong += [
+        f"{name} has shape {tuple(arrays[name].shape)}, expected {spec.shape}"
+        for name, spec in inputs.items()
+        if name in arrays and tuple(arrays[name].shape) != spec.shape
+    ]
+    if wrong:
+        raise InputError(f"{model}: {'; '.join(wrong)} (inputs: {', '.join(inputs)})")

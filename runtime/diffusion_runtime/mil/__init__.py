@@ -1,0 +1,1 @@
+"""ML Programs: read, checked, rewritten and run on any machine. Imports neither pipeline nor backends."""

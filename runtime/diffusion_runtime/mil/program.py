@@ -1,0 +1,229 @@
+"""An ML Program as frozen values: the one form in which programs are read, checked, rewritten, run and printed.
+
+Names are MIL's (Core ML's ``MIL.proto``). Nothing here touches protobuf (``proto.py``), files (``weights.py``)
+or torch (``lower.py``). Rewriting a program means ``dataclasses.replace``.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+class DType(enum.Enum):
+    """Element types; the value is the spelling in MIL text (``tensor<fp16, [2, 4]>``)."""
+
+    BOOL = "bool"
+    STRING = "string"
+    FLOAT16 = "fp16"
+    FLOAT32 = "fp32"
+    FLOAT64 = "fp64"
+    INT4 = "int4"
+    INT8 = "int8"
+    INT16 = "int16"
+    INT32 = "int32"
+    INT64 = "int64"
+    UINT1 = "uint1"
+    UINT2 = "uint2"
+    UINT3 = "uint3"
+    UINT4 = "uint4"
+    UINT6 = "uint6"
+    UINT8 = "uint8"
+    UINT16 = "uint16"
+    UINT32 = "uint32"
+    UINT64 = "uint64"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """``shape`` is () for a scalar; None stands for a dimension that is unknown until run time."""
+
+    dtype: DType
+    shape: tuple[int | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ListType:
+    element: ValueType
+    length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TupleType:
+    elements: tuple[ValueType, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DictType:
+    key: ValueType
+    value: ValueType
+
+
+@dataclass(frozen=True, slots=True)
+class StateType:
+    wrapped: ValueType
+
+
+ValueType = TensorType | ListType | TupleType | DictType | StateType
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """Where a value's bytes are: ``path`` as MIL spells it (``@model_path/weights/weight.bin``), and the offset
+    of the blob's 64-byte metadata record in that file."""
+
+    path: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Value:
+    """A literal. ``data`` by type of ``type``:
+
+    TensorType of STRING -> a str (rank 0) or a numpy object array of str; other TensorType -> a numpy array of
+    exactly ``type.shape`` (sub-byte types unpacked, one element per uint8/int8) or a ``Blob``;
+    ListType, TupleType -> tuple[Value, ...]; DictType -> tuple[tuple[Value, Value], ...].
+    Equality compares types and bits (so NaN equals NaN, 0.0 differs from -0.0).
+    """
+
+    type: ValueType
+    data: np.ndarray | Blob | str | tuple[Value, ...] | tuple[tuple[Value, Value], ...]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Value):
+            return NotImplemented
+        if self.type != other.type or type(self.data) is not type(other.data):
+            return False
+        if isinstance(self.data, np.ndarray) and isinstance(other.data, np.ndarray):
+            if self.data.dtype == object or other.data.dtype == object:
+                return self.data.tolist() == other.data.tolist()
+            return (
+                self.data.dtype == other.data.dtype
+                and self.data.shape == other.data.shape
+                and self.data.tobytes() == other.data.tobytes()
+            )
+        return bool(self.data == other.data)
+
+    __hash__ = None  # type: ignore[assignment]  # arrays are compared, never used as keys
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A typed name: a function's or block's input, or an operation's output."""
+
+    name: str
+    type: ValueType
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """``inputs`` maps a parameter to its bindings (several for the values of ``concat``); a binding is the name
+    of an earlier variable or a literal. ``const`` carries its value in ``attributes["val"]``."""
+
+    type: str
+    inputs: Mapping[str, tuple[str | Value, ...]]
+    outputs: tuple[Variable, ...]
+    attributes: Mapping[str, Value] = field(default_factory=dict)
+    blocks: tuple[Block, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """``outputs`` are names. ``inputs`` are empty but in nested blocks."""
+
+    operations: tuple[Operation, ...]
+    outputs: tuple[str, ...]
+    inputs: tuple[Variable, ...] = ()
+    attributes: Mapping[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """``opset`` ("CoreML5" … "CoreML8") names the block that runs."""
+
+    inputs: tuple[Variable, ...]
+    opset: str
+    blocks: Mapping[str, Block]
+    attributes: Mapping[str, Value] = field(default_factory=dict)
+
+    @property
+    def block(self) -> Block:
+        return self.blocks[self.opset]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """``version`` is the protobuf's integer (1)."""
+
+    functions: Mapping[str, Function]
+    version: int = 1
+    attributes: Mapping[str, Value] = field(default_factory=dict)
+    doc_string: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One input, output or state of the model as its description declares it.
+
+    ``shape`` is the default shape; ``shape_range`` holds (lower, upper) per dimension (upper -1: unbounded) where
+    the shape is flexible by ranges; ``enumerated_shapes`` where it is flexible by enumeration. ``kind`` is
+    "multiArray", "image", "state", …; ``dtype`` the declared element type ("Float16", "Float32", "Double", "Int32").
+    """
+
+    name: str
+    kind: str
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    shape_range: tuple[tuple[int, int], ...] = ()
+    enumerated_shapes: tuple[tuple[int, ...], ...] = ()
+    optional: bool = False
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionInterface:
+    """Inputs, outputs and states of one function; ``name`` is "main" where the description names none."""
+
+    name: str
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+    states: tuple[Feature, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """What Core ML shows of a model. ``user_defined`` keeps the file's order."""
+
+    description: str = ""
+    version: str = ""
+    author: str = ""
+    license: str = ""
+    user_defined: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A whole ML Program model: what ``model.mlmodel`` says.
+
+    ``description_bytes`` is the source's own serialised ModelDescription, unchanged: the compiled format carries
+    it verbatim. ``default_function`` is "" where the description declares no functions.
+    """
+
+    specification_version: int
+    interfaces: tuple[FunctionInterface, ...]
+    program: Program
+    metadata: Metadata = field(default_factory=Metadata)
+    default_function: str = ""
+    is_updatable: bool = False
+    description_bytes: bytes = b""
+
+    @property
+    def interface(self) -> FunctionInterface:
+        """The interface of the default function."""
+        for interface in self.interfaces:
+            if interface.name == (self.default_function or "main"):
+                return interface
+        return self.interfaces[0]
