@@ -71,9 +71,7 @@ class ConvertOptions:
             if bits is not None and bits not in PALETTE_BITS:
                 raise InputError(f"{name} {bits}: expected one of {', '.join(map(str, PALETTE_BITS))}")
         if self.batch_size not in (1, 2):
-            raise InputError(
-                f"batch size {self.batch_size}: expected 2 (both halves of the guidance at once) or 1"
-            )
+            raise InputError(f"batch size {self.batch_size}: expected 2 (both halves of the guidance at once) or 1")
         if (self.height is None) != (self.width is None):
             raise InputError("--height and --width belong together: give both or neither")
         if not self.attention:

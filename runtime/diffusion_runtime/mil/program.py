@@ -98,8 +98,8 @@ class Value:
         if self.type != other.type or type(self.data) is not type(other.data):
             return False
         if isinstance(self.data, np.ndarray) and isinstance(other.data, np.ndarray):
-            if self.data.dtype == object or other.data.dtype == object:
-                return self.data.tolist() == other.data.tolist()
+            if object in (self.data.dtype, other.data.dtype):
+                return bool(self.data.tolist() == other.data.tolist())
             return (
                 self.data.dtype == other.data.dtype
                 and self.data.shape == other.data.shape
@@ -169,8 +169,8 @@ class Feature:
     """One input, output or state of the model as its description declares it.
 
     ``shape`` is the default shape; ``shape_range`` holds (lower, upper) per dimension (upper -1: unbounded) where
-    the shape is flexible by ranges; ``enumerated_shapes`` where it is flexible by enumeration. ``kind`` is
-    "multiArray", "image", "state", …; ``dtype`` the declared element type ("Float16", "Float32", "Double", "Int32").
+    the shape is flexible by ranges; ``enumerated_shapes`` where it is by enumeration. ``kind`` is
+    "multiArray", "image", "state", …; ``dtype`` the declared element type ("Float16", "Double", "Int32", …).
     """
 
     name: str
