@@ -1,0 +1,63 @@
+# One word per act. Every target sets up what it needs, so that each works as the first command on a fresh clone.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast check format lint types bench lock clean
+
+# The newest supported Python wins; `make PYTHON=/path/to/python3.12 setup` names one.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+PYTEST := $(BIN)/python -m pytest
+# Two workers with one thread each beat one worker with two threads: most tests are small.
+WORKERS ?= 2
+
+help:  ## what each word does
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY)  ## make .venv with the exact versions of requirements.lock
+
+$(READY): pyproject.toml requirements.lock
+	@if [ -z "$(PYTHON)" ]; then echo "error: no Python 3.11, 3.12 or 3.13 with venv was found on PATH;" \
+		"install one (macOS: brew install python@3.13; Debian: apt-get install python3 python3-venv)" \
+		"or name it: make PYTHON=/path/to/python3.12 setup" >&2; exit 2; fi
+	@echo "setting up .venv with $$($(PYTHON) --version) (one to three minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
+		--editable '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)  ## convert the small checkpoint of this repository and draw four pictures with it
+	@$(BIN)/python tests/demo.py
+
+test: $(READY)  ## all tests that this machine can run
+	@OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist worksteal -q
+
+test-fast: $(READY)  ## the same without the slow ones
+	@OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist worksteal -q -m 'not slow'
+
+check: format-check lint types test  ## format, lint, types (mypy --strict), tests: what CI runs
+
+format: $(READY)  ## rewrite the source in the project's format
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+.PHONY: format-check
+format-check: $(READY)
+	@$(BIN)/ruff format --check .
+
+lint: $(READY)  ## ruff
+	@$(BIN)/ruff check .
+
+types: $(READY)  ## mypy --strict over source and tests
+	@$(BIN)/mypy convert runtime tests
+
+bench: $(READY)  ## speed and memory at full size: about half an hour and 10 GB of disk
+	@$(BIN)/python tests/bench/run.py
+
+
+lock: $(READY)  ## rewrite requirements.lock from what is installed in .venv
+	@$(BIN)/python -m pip freeze --exclude-editable --exclude coreml-diffusion | sed -E 's/\+[a-z0-9.]+$$//' > requirements.lock.new
+	@mv requirements.lock.new requirements.lock && touch $(READY)
+
+clean:  ## remove everything that the other words made
+	rm -rf .venv demo bench-out .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
