@@ -346,7 +346,7 @@ def _write_extras(folder: Path, recipe: Recipe) -> dict[str, Any]:
         model = DPTForDepthEstimation(DPTConfig(**{k: v for k, v in DEPTH.items() if k != "architectures"}))
         _write_json(folder / "depth_estimator" / "config.json", DEPTH)
         tensors = {**model.state_dict(), "head.head.4.bias": torch.full((1,), 2.0)}  # the last ReLU stays open
-        tensors["head.head.4.weight"] = 3 * torch.randn(tensors["head.head.4.weight"].shape)
+        tensors["head.head.4.weight"] = 3 * torch.rand(tensors["head.head.4.weight"].shape)
         _write_weights(folder / "depth_estimator" / "model.safetensors", tensors)
         _write_json(folder / "feature_extractor" / "preprocessor_config.json", DPT_IMAGES)
         return {
