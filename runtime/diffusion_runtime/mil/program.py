@@ -7,8 +7,9 @@ or torch (``lower.py``). Rewriting a program means ``dataclasses.replace``.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -227,3 +228,37 @@ class Model:
             if interface.name == (self.default_function or "main"):
                 return interface
         return self.interfaces[0]
+
+
+_NUMPY = {
+    DType.BOOL: "bool",
+    DType.STRING: "object",
+    DType.FLOAT16: "float16",
+    DType.FLOAT32: "float32",
+    DType.FLOAT64: "float64",
+    DType.INT4: "int8",
+    DType.UINT1: "uint8",
+    DType.UINT2: "uint8",
+    DType.UINT3: "uint8",
+    DType.UINT4: "uint8",
+    DType.UINT6: "uint8",
+}
+_PACKED_BITS = {DType.INT4: 4, DType.UINT1: 1, DType.UINT2: 2, DType.UINT3: 3, DType.UINT4: 4, DType.UINT6: 6}
+
+
+def numpy_dtype(dtype: DType) -> np.dtype[Any]:
+    """The numpy dtype that holds one (unpacked) element, little-endian as in files."""
+    return np.dtype(_NUMPY.get(dtype, dtype.value)).newbyteorder("<")
+
+
+def packed_bits(dtype: DType) -> int | None:
+    """Bits per element of a type that is stored packed (``uint4`` -> 4), None of a type of whole bytes."""
+    return _PACKED_BITS.get(dtype)
+
+
+def operations(block: Block) -> Iterator[Operation]:
+    """Every operation of a block in order, those of nested blocks after the operation that holds them."""
+    for operation in block.operations:
+        yield operation
+        for nested in operation.blocks:
+            yield from operations(nested)

@@ -1,0 +1,161 @@
+"""Models on disk: an .mlpackage folder, a bare .mlmodel file or a compiled .mlmodelc folder, all opened alike."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.mil import proto
+from diffusion_runtime.mil.program import Blob, Model, TensorType, Value
+from diffusion_runtime.mil.weights import WeightFile
+
+MODEL_PATH = "@model_path"
+_AUTHOR = "com.apple.CoreML"
+_MODEL = "com.apple.CoreML/model.mlmodel"
+_WEIGHTS = "com.apple.CoreML/weights"
+_FORMAT = "1.0.0"
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A model and where its weights are: ``root`` is the folder that ``@model_path`` stands for."""
+
+    path: Path
+    root: Path
+    model: Model
+    _files: dict[str, WeightFile] = field(default_factory=dict, repr=False, compare=False)
+
+    def array(self, value: Value) -> np.ndarray:
+        """A tensor literal's elements, read-only where they lie in a weight file (mapped, not copied).
+
+        Raises PackageError where its blob is missing or damaged, ValueError for anything but a tensor of numbers.
+        """
+        if not isinstance(value.type, TensorType) or isinstance(value.data, (str, tuple)):
+            raise ValueError(f"a value of type {value.type} is no array")
+        if isinstance(value.data, np.ndarray):
+            return value.data
+        shape = tuple(size for size in value.type.shape if size is not None)
+        if len(shape) != len(value.type.shape):
+            raise PackageError(f"{self.path}: a stored value of unknown shape {value.type.shape}")
+        return self.weight_file(value.data).read(value.data.offset, value.type.dtype, shape)
+
+    def weight_file(self, blob: Blob) -> WeightFile:
+        """The file that ``blob`` lies in, opened once. Raises PackageError where it would lie outside ``root``."""
+        if blob.path not in self._files:
+            self._files[blob.path] = WeightFile(resolve(self.root, blob.path, self.path))
+        return self._files[blob.path]
+
+
+def resolve(root: Path, path: str, source: Path) -> Path:
+    """The file that a blob's ``@model_path/…`` means. Raises PackageError where it would leave ``root``."""
+    pure = PurePosixPath(path)
+    if pure.parts[:1] != (MODEL_PATH,) or len(pure.parts) < 2 or ".." in pure.parts or "\\" in path:
+        raise PackageError(f"{source}: weight path {path!r} is not inside the model, expected {MODEL_PATH}/…")
+    return _inside(root.joinpath(*pure.parts[1:]), root, source)
+
+
+def open_package(path: Path) -> Package:
+    """Open an .mlpackage, .mlmodel or .mlmodelc. Raises InputError where there is none, PackageError or
+    UnsupportedError as ``proto.read_model`` does."""
+    if not path.exists():
+        raise InputError(f"{path}: no such model; expected an .mlpackage or .mlmodelc folder")
+    if (path / "Manifest.json").is_file():
+        specification = specification_path(path)
+        return Package(path, specification.parent, proto.read_model(specification))
+    if (path / "model.mil").is_file():
+        from diffusion_runtime.mil import text
+
+        return Package(path, path, text.read_compiled(path))
+    if path.is_file():
+        return Package(path, path.parent, proto.read_model(path))
+    raise PackageError(f"{path}: holds neither Manifest.json (an .mlpackage) nor model.mil (an .mlmodelc)")
+
+
+def specification_path(package: Path) -> Path:
+    """The root model's file in an .mlpackage, by its Manifest.json. Raises PackageError where that is damaged, of
+    an unknown format, or names a file outside the package."""
+    manifest = package / "Manifest.json"
+    try:
+        data = json.loads(manifest.read_text(encoding="utf-8"))
+        version, items, root = data["fileFormatVersion"], data["itemInfoEntries"], data["rootModelIdentifier"]
+        relative = items[root]["path"]
+    except (OSError, ValueError) as error:
+        raise PackageError(f"{manifest}: cannot be read as JSON: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise PackageError(f"{manifest}: not a package's manifest: {error!s} is missing") from error
+    if not isinstance(version, str) or version.split(".")[0] != _FORMAT.split(".")[0]:
+        raise PackageError(f"{manifest}: package format {version!r}, expected {_FORMAT}")
+    for item in items.values():
+        _check_item(item, package)
+    specification = _inside(package / "Data" / relative, package / "Data", package)
+    if not specification.is_file():
+        raise PackageError(f"{package}: the model {relative} is missing")
+    return specification
+
+
+def write_package(model: Model, path: Path, weights: Path | None = None) -> None:
+    """Write an .mlpackage that appears whole or not at all; an existing one at ``path`` is replaced.
+
+    ``weights`` is a finished weight file, which is moved into the package as ``weights/weight.bin``. The same model
+    and weights always give the same files.
+    """
+    unfinished, replaced = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.replaced")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        folder = unfinished / "Data" / _AUTHOR
+        folder.mkdir(parents=True)
+        proto.write_model(model, folder / "model.mlmodel")
+        if weights is not None:
+            (folder / "weights").mkdir()
+            shutil.move(weights, folder / "weights" / "weight.bin")
+        (unfinished / "Manifest.json").write_text(_manifest(weights is not None), encoding="utf-8")
+        if path.exists():
+            path.rename(replaced)
+        unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _manifest(weights: bool) -> str:
+    items = {
+        _identifier(_MODEL): {
+            "author": _AUTHOR,
+            "description": "CoreML Model Specification",
+            "name": "model.mlmodel",
+            "path": _MODEL,
+        }
+    }
+    if weights:
+        items[_identifier(_WEIGHTS)] = {
+            "author": _AUTHOR,
+            "description": "CoreML Model Weights",
+            "name": "weights",
+            "path": _WEIGHTS,
+        }
+    manifest = {"fileFormatVersion": _FORMAT, "itemInfoEntries": items, "rootModelIdentifier": _identifier(_MODEL)}
+    return json.dumps(manifest, indent=4, sort_keys=True) + "\n"
+
+
+def _identifier(path: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, path)).upper()
+
+
+def _check_item(item: Any, package: Path) -> None:
+    relative = item.get("path") if isinstance(item, dict) else None
+    if not isinstance(relative, str) or not relative:
+        raise PackageError(f"{package}: an item of Manifest.json has no path")
+    _inside(package / "Data" / relative, package / "Data", package)
+
+
+def _inside(path: Path, folder: Path, source: Path) -> Path:
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise PackageError(f"{source}: {path} leads outside of {folder}; the model is refused")
+    return path

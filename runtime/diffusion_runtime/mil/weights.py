@@ -1,0 +1,184 @@
+"""Core ML's weight files (MIL blob storage, version 2): read where they lie, written in one pass.
+
+A file is a 64-byte header (u32 count, u32 version = 2) and, for each blob, a 64-byte record at a multiple of 64
+(u32 0xDEADBEEF, u32 type, u64 size in bytes, u64 offset of the data, u64 unused bits of the last byte) followed by
+its data, which starts at a multiple of 64 as well. Numbers are little-endian. ``Blob.offset`` is the record's.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import numpy as np
+
+from diffusion_runtime.errors import PackageError
+from diffusion_runtime.mil.packing import pack, packed_size, unpack
+from diffusion_runtime.mil.program import DType, numpy_dtype, packed_bits
+
+ALIGNMENT = 64
+_VERSION = 2
+_SENTINEL = 0xDEADBEEF
+_HEADER = struct.Struct("<II56x")
+_RECORD = struct.Struct("<IIQQQ32x")
+_CODES = {
+    DType.FLOAT16: 1,
+    DType.FLOAT32: 2,
+    DType.UINT8: 3,
+    DType.INT8: 4,
+    DType.INT16: 6,
+    DType.UINT16: 7,
+    DType.INT4: 8,
+    DType.UINT1: 9,
+    DType.UINT2: 10,
+    DType.UINT4: 11,
+    DType.UINT3: 12,
+    DType.UINT6: 13,
+    DType.INT32: 14,
+    DType.UINT32: 15,
+}
+STORABLE = frozenset(_CODES)
+
+
+class WeightFile:
+    """A mapped weight file. Opening reads the header alone; ``read`` returns views into the map.
+
+    Raises PackageError where the file is missing, shorter than a header or not of this version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._bytes = np.memmap(path, np.uint8, "r").view(np.ndarray)
+        except (OSError, ValueError) as error:
+            raise PackageError(f"{path}: the weight file cannot be read: {error}") from error
+        if self._bytes.size < _HEADER.size:
+            raise PackageError(
+                f"{path}: the weight file is truncated: {self._bytes.size} bytes, expected at least {_HEADER.size}"
+            )
+        self.count, version = _HEADER.unpack(self._bytes[: _HEADER.size].tobytes())
+        if version != _VERSION:
+            raise PackageError(f"{path}: weight file format {version} at offset 4, expected {_VERSION}")
+
+    def read(self, offset: int, dtype: DType, shape: tuple[int, ...]) -> np.ndarray:
+        """The blob at ``offset`` as a read-only array of ``shape``.
+
+        Elements of whole bytes stay in the map (no copy); packed ones are unpacked, one per uint8 or int8. Raises
+        PackageError where no such blob lies there: wrong place, type or size, or beyond the end of the file.
+        """
+        data = self._data(offset, dtype, math.prod(shape))
+        bits = packed_bits(dtype)
+        if bits is None:
+            return data.view(numpy_dtype(dtype)).reshape(shape)
+        return unpack(data, bits, math.prod(shape), signed=dtype is DType.INT4).reshape(shape)
+
+    def packed(self, offset: int, dtype: DType, shape: tuple[int, ...]) -> np.ndarray:
+        """The same blob's own bytes (uint8, read-only, in the map), still packed."""
+        return self._data(offset, dtype, math.prod(shape))
+
+    def _data(self, offset: int, dtype: DType, count: int) -> np.ndarray:
+        where = f"{self.path}: blob at offset {offset}"
+        total = self._bytes.size
+        if offset % ALIGNMENT or not _HEADER.size <= offset <= total - _RECORD.size:
+            raise PackageError(f"{where}: expected a multiple of 64 from 64 to {total - _RECORD.size}")
+        record = self._bytes[offset : offset + _RECORD.size].tobytes()
+        sentinel, code, size, start, unused_bits = _RECORD.unpack(record)
+        if sentinel != _SENTINEL:
+            raise PackageError(f"{where}: no blob begins here: got mark {sentinel:#x}, expected {_SENTINEL:#x}")
+        if code != _CODES.get(dtype):
+            stored = next((known.value for known, number in _CODES.items() if number == code), f"type {code}")
+            raise PackageError(f"{where}: holds {stored}, expected {dtype.value}")
+        bits = packed_bits(dtype)
+        expected = packed_size(count, bits) if bits else count * numpy_dtype(dtype).itemsize
+        if size != expected or (bits and unused_bits != expected * 8 - count * bits):
+            raise PackageError(f"{where}: holds {size} bytes, expected {expected} for {count} x {dtype.value}")
+        if start % ALIGNMENT or start < offset + _RECORD.size or start + size > total:
+            raise PackageError(
+                f"{where}: data from {start} to {start + size} lies outside the truncated file of {total} bytes"
+            )
+        return self._bytes[start : start + size]
+
+
+class WeightWriter:
+    """Writes a weight file in one pass, byte for byte as coremltools does; a context manager.
+
+    Data go to ``path`` at once: write to a temporary sibling and rename. Nothing but the current chunk is held.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = path.open("wb")
+        self._file.write(_HEADER.pack(0, _VERSION))
+        self.count = 0
+
+    def add(self, data: np.ndarray | Iterable[np.ndarray], dtype: DType) -> int:
+        """Append one blob, given whole or in chunks, and return the offset for its ``Blob``.
+
+        Arrays must have ``numpy_dtype(dtype)``; packed types are given one element per uint8 (int4: int8).
+        Raises ValueError for another dtype or an element that does not fit.
+        """
+        if dtype not in _CODES:
+            raise ValueError(f"{dtype.value} cannot be stored in a weight file")
+        offset = self._pad()
+        self._file.write(bytes(_RECORD.size))
+        chunks = [data] if isinstance(data, np.ndarray) else data
+        bits = packed_bits(dtype)
+        size = elements = 0
+        for chunk in _whole_octets(chunks, dtype) if bits else chunks:
+            _check_dtype(chunk, dtype)
+            elements += chunk.size
+            size += self._file.write(_bytes_of(pack(chunk, bits) if bits else chunk))
+        unused_bits = size * 8 - elements * bits if bits else 0
+        end = self._file.tell()
+        self._file.seek(offset)
+        self._file.write(_RECORD.pack(_SENTINEL, _CODES[dtype], size, offset + _RECORD.size, unused_bits))
+        self._file.seek(end)
+        self.count += 1
+        return offset
+
+    def close(self) -> None:
+        """Write the count of blobs into the header and close the file."""
+        if not self._file.closed:
+            self._file.seek(0)
+            self._file.write(_HEADER.pack(self.count, _VERSION))
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _pad(self) -> int:
+        position = self._file.tell()
+        padding = -position % ALIGNMENT
+        self._file.write(bytes(padding))
+        return position + padding
+
+
+def _check_dtype(chunk: np.ndarray, dtype: DType) -> None:
+    if chunk.dtype != numpy_dtype(dtype):
+        raise ValueError(f"got an array of {chunk.dtype}, expected {numpy_dtype(dtype)} for {dtype.value}")
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _whole_octets(chunks: Iterable[np.ndarray], dtype: DType) -> Iterator[np.ndarray]:
+    """Chunks regrouped to multiples of eight elements, which fill whole bytes at any width; the last may be odd."""
+    rest = np.empty(0, numpy_dtype(dtype))
+    for chunk in chunks:
+        _check_dtype(chunk, dtype)
+        flat = np.concatenate([rest, chunk.reshape(-1)]) if rest.size else chunk.reshape(-1)
+        whole = flat.size // 8 * 8
+        rest = flat[whole:]
+        if whole:
+            yield flat[:whole]
+    if rest.size:
+        yield rest
