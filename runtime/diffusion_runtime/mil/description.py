@@ -1,4 +1,4 @@
-"""A model's description (inputs, outputs, states, metadata) <-> frozen values; touches protobuf as ``proto`` does."""
+"""A model's description (inputs, outputs, metadata) <-> frozen values. Touches protobuf, as ``proto.py`` does."""
 
 from __future__ import annotations
 
