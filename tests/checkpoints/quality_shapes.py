@@ -1,0 +1,137 @@
+"""Measures the shapes checkpoint with diffusers' own pipeline: one picture per caption, judged."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from judge_shapes import FLAGGED_SHAPE, SHAPES, Caption, Judgement, captions, judge
+from numpy.typing import NDArray
+from PIL import Image
+
+STEPS = 25
+GUIDANCE = 7.5
+FIRST_SEED = 1000  # the caption with index i is drawn with seed FIRST_SEED + i
+BATCH = 15
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One generated picture: what it should show, what it shows, and whether the safety checker flags it."""
+
+    caption: Caption
+    pixels: NDArray[np.uint8]
+    judgement: Judgement
+    flagged: bool
+
+    @property
+    def right(self) -> bool:
+        """Whether everything is as the caption says."""
+        return self.judgement.shows(self.caption)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """All judged pictures, and how long they took."""
+
+    pictures: tuple[Picture, ...]
+    seconds: float
+    largest_activation: float
+
+    @property
+    def right_share(self) -> float:
+        """Share of the pictures that show what their captions say, 0..1."""
+        return float(np.mean([picture.right for picture in self.pictures]))
+
+    def flagged_share(self, flagged_shape: bool) -> float:
+        """Share of the pictures that the safety checker flags, of the flagged shape or of all others."""
+        chosen = [p.flagged for p in self.pictures if (p.caption.shape == FLAGGED_SHAPE) == flagged_shape]
+        return float(np.mean(chosen))
+
+    def table(self) -> str:
+        """The figures as Markdown, and every picture that is wrong."""
+        rows = [f"| {shape} | {_of(self.pictures, shape)} |" for shape in SHAPES]
+        wrong = [f"- {p.caption.text}: {_as_text(p.judgement)}" for p in self.pictures if not p.right]
+        features = Counter(name for p in self.pictures for name in _wrong_features(p))
+        return "\n".join(
+            [
+                f"One picture per caption, {len(self.pictures)} in all, by diffusers' StableDiffusionPipeline:",
+                f"{STEPS} PNDM steps, guidance {GUIDANCE}, float32, seeds from {FIRST_SEED}; {self.seconds:.0f} s.",
+                "",
+                "| shape | right |",
+                "|---|---|",
+                *rows,
+                f"| **all** | **{_of(self.pictures, None)} = {100 * self.right_share:.1f} %** |",
+                "",
+                f"Wrong features: {dict(features) or 'none'}.",
+                f"Flagged by the safety checker: {100 * self.flagged_share(True):.1f} % of the {FLAGGED_SHAPE}s, "
+                f"{100 * self.flagged_share(False):.1f} % of the others.",
+                f"Largest activation in any network: {self.largest_activation:.0f} (float16 ends at 65504).",
+                *(["", "Wrong:", *wrong] if wrong else []),
+            ]
+        )
+
+
+def _of(pictures: tuple[Picture, ...], shape: str | None) -> str:
+    chosen = [picture.right for picture in pictures if shape in (None, picture.caption.shape)]
+    return f"{sum(chosen)} of {len(chosen)}"
+
+
+def _as_text(judgement: Judgement) -> str:
+    return f"{judgement.size} {judgement.color} {judgement.shape} on {judgement.background}"
+
+
+def _wrong_features(picture: Picture) -> list[str]:
+    names = ("shape", "color", "size", "background")
+    return [name for name in names if getattr(picture.caption, name) != getattr(picture.judgement, name)]
+
+
+def measure(folder: Path, device: torch.device, every: int = 1) -> Quality:
+    """Generate, judge and check one picture per caption, or of every so many captions."""
+    started = time.perf_counter()
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    checker, processor = pipeline.safety_checker.to(device), pipeline.feature_extractor
+    pipeline.register_modules(safety_checker=None)  # it would make the flagged pictures black
+    pipeline.to(device).set_progress_bar_config(disable=True)
+    peak = Peak([pipeline.text_encoder, pipeline.unet, pipeline.vae, checker])
+    chosen = list(enumerate(captions()))[::every]
+    pictures: list[Picture] = []
+    for start in range(0, len(chosen), BATCH):
+        part = chosen[start : start + BATCH]
+        generators = [torch.Generator().manual_seed(FIRST_SEED + index) for index, _ in part]
+        texts = [caption.text for _, caption in part]
+        images = pipeline(texts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators).images
+        inputs = processor(images, return_tensors="pt").pixel_values.to(device)
+        _, flags = checker(images=[np.asarray(image) for image in images], clip_input=inputs)
+        pictures += [
+            Picture(caption, np.asarray(image), judge(image), bool(flag))
+            for (_, caption), image, flag in zip(part, images, flags, strict=True)
+        ]
+    return Quality(tuple(pictures), time.perf_counter() - started, peak.value)
+
+
+class Peak:
+    """The largest absolute value that any module of the networks gives."""
+
+    def __init__(self, networks: list[torch.nn.Module]) -> None:
+        self.value = 0.0
+        for network in networks:
+            for module in network.modules():
+                module.register_forward_hook(self._see)
+
+    def _see(self, _module: torch.nn.Module, _inputs: object, output: object) -> None:
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            self.value = max(self.value, float(output.abs().max()))
+
+
+def contact_sheet(quality: Quality, columns: int = 21) -> Image.Image:
+    """All pictures in rows, in the order of the captions."""
+    pixels = [picture.pixels for picture in quality.pictures]
+    pixels += [np.zeros_like(pixels[0])] * (-len(pixels) % columns)
+    rows = [np.concatenate(pixels[start : start + columns], axis=1) for start in range(0, len(pixels), columns)]
+    return Image.fromarray(np.concatenate(rows))
