@@ -32,7 +32,8 @@ class Checkpoint:
 
     ``models`` and ``schedulers`` are by diffusers' subfolder ("unet", "vae", "text_encoder", "safety_checker",
     "depth_estimator"; "scheduler", "low_res_scheduler"); ``tokenizer`` maps vocab.json, merges.txt,
-    tokenizer_config.json, … to where they are. ``family`` is a name in `families.FAMILIES`.
+    tokenizer_config.json, … to where they are. ``family`` is a name in `families.FAMILIES`. ``notes`` are sentences
+    for the user: what the source does not say and was assumed.
     """
 
     name: str
@@ -43,3 +44,4 @@ class Checkpoint:
     tokenizer: Mapping[str, Path]
     pipeline_class: str = "StableDiffusionPipeline"
     pipeline_config: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
