@@ -64,6 +64,22 @@ def serialize(model: Model) -> bytes:
     return interfaces + wire.message_field(_METADATA_FIELD, _metadata(model.metadata))
 
 
+def canonical(data: bytes) -> bytes:
+    """The same ModelDescription with fields and map entries in order and its metadata present, as compilers write it.
+
+    Raises PackageError if damaged.
+    """
+    from google.protobuf.message import DecodeError
+
+    try:
+        spec = import_coremltools("proto.Model_pb2").ModelDescription.FromString(data)
+    except DecodeError as error:
+        raise PackageError(f"the model's description is damaged: {error}") from error
+    spec.metadata.SetInParent()
+    ordered: bytes = spec.SerializeToString(deterministic=True)
+    return ordered
+
+
 def _metadata(metadata: Metadata) -> bytes:
     spec = import_coremltools("proto.Model_pb2").Metadata(
         shortDescription=metadata.description,

@@ -1,0 +1,72 @@
+"""Compiled models (.mlmodelc): the program from ``model.mil``, everything else from ``coremldata.bin``."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+from diffusion_runtime.errors import PackageError, UnsupportedError
+from diffusion_runtime.mil import description
+from diffusion_runtime.mil.program import Model
+from diffusion_runtime.mil.text_parse import parse_text, read_text
+from diffusion_runtime.mil.text_print import OPSETS, Dialect, program_text, write_text
+
+__all__ = [
+    "CONTAINER",
+    "ML_PROGRAM",
+    "OPSETS",
+    "TEXT_NAME",
+    "Dialect",
+    "parse_text",
+    "program_text",
+    "read_compiled",
+    "read_text",
+    "write_text",
+]
+
+TEXT_NAME = "model.mil"
+ML_PROGRAM = 502
+"""The number of the field that holds an ML Program in Core ML's Model message; it marks the model's kind."""
+
+CONTAINER = struct.Struct("<II20xQ7sQ24xQ")
+"""The head of coremldata.bin: kind, writer's version, length and text of "generic", specification version, and the
+length of the serialised ModelDescription that follows. A record (u32 kind, 12 zeros) per function ends the file."""
+
+
+def read_compiled(path: Path) -> Model:
+    """The model in an .mlmodelc folder; equal to its package's but for what a compiler adds and sorts.
+
+    Raises PackageError (damaged) or UnsupportedError (a model that is no ML Program, or text that is not covered).
+    """
+    version, described = _read_container(path / "coremldata.bin")
+    program = read_text(path / TEXT_NAME)
+    try:
+        interfaces, metadata, default_function = description.parse(described)
+    except PackageError as error:
+        raise PackageError(f"{path / 'coremldata.bin'}: {error}") from error
+    return Model(
+        specification_version=version,
+        interfaces=interfaces,
+        program=program,
+        metadata=metadata,
+        default_function=default_function,
+        description_bytes=described,
+    )
+
+
+def _read_container(path: Path) -> tuple[int, bytes]:
+    """Specification version and serialised ModelDescription."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PackageError(f"{path}: cannot be read: {error}") from error
+    if len(data) < CONTAINER.size:
+        raise PackageError(f"{path}: truncated: {len(data)} bytes, expected at least {CONTAINER.size}")
+    kind, _, length, name, version, size = CONTAINER.unpack_from(data)
+    if kind != ML_PROGRAM:
+        raise UnsupportedError(
+            f"{path}: a compiled model of kind {kind}: only ML Programs ({ML_PROGRAM}) are covered"
+        )
+    if (length, name) != (7, b"generic") or CONTAINER.size + size > len(data):
+        raise PackageError(f"{path}: damaged: {len(data)} bytes, a description of {size} bytes, name {name!r}")
+    return version, data[CONTAINER.size : CONTAINER.size + size]
