@@ -11,7 +11,7 @@ from diffusion_convert.options import AttentionKind
 
 
 class Attend(Protocol):
-    """Multi-head attention, softmax(scale · queryᵀ key + mask) valueᵀ for every head.
+    """Multi-head attention, value · softmax(scale · keyᵀ query + mask) for every head.
 
     ``query`` is (batch, channels, 1, queries); ``key`` and ``value`` are (batch, channels, 1, keys), with the heads
     one after the other in the channels. ``mask`` is added to the scores: (1 or batch, keys, 1, queries). The result

@@ -18,8 +18,10 @@ def attend(
     batch, channels, _, queries = (int(size) for size in query.shape)
     keys = int(key.shape[3])
     each = channels // heads
-    query = (query * scale).reshape(batch, heads, each, queries)
-    scores = query.transpose(2, 3) @ key.reshape(batch, heads, each, keys)
+    query = query.reshape(batch, heads, each, queries)
+    # Scaled after the reshape: right after the projection, coremltools would fold the scale into its weights.
+    key = key.reshape(batch, heads, each, keys) * scale
+    scores = query.transpose(2, 3) @ key
     if mask is not None:
         scores = scores + mask.permute(0, 2, 3, 1)
     mixed = value.reshape(batch, heads, each, keys) @ scores.softmax(dim=3).transpose(2, 3)

@@ -22,17 +22,18 @@ def attend(
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `attention.Attend`. The scores of one head are held at once."""
-    by_head = split_heads(query * scale, key, value, heads)
+    by_head = split_heads(query, key, value, heads, scale)
     return join([attend_head(*one, mask) for one in by_head], dim=1)
 
 
 def split_heads(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, scale: float
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Of each head the query (batch, each, 1, queries), the transposed key (batch, keys, 1, each) and the value
-    (batch, each, 1, keys): three splits and one transpose, however many heads there are."""
+    """Of each head the query (batch, each, 1, queries), the transposed and scaled key (batch, keys, 1, each) and the
+    value (batch, each, 1, keys): three splits and one transpose, however many heads there are."""
     sizes = [int(query.shape[1]) // heads] * heads
-    keys = split(key.transpose(1, 3), sizes, dim=3)
+    # Scaled after the transpose: right after the projection, coremltools would fold the scale into its weights.
+    keys = split(key.transpose(1, 3) * scale, sizes, dim=3)
     return zip(split(query, sizes, dim=1), keys, split(value, sizes, dim=1), strict=True)
 
 

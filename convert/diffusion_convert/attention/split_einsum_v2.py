@@ -26,7 +26,7 @@ def attend(
     """See `attention.Attend`. The scores of one chunk of one head are held at once."""
     sizes = chunk_sizes(int(query.shape[3]))
     masks: Sequence[torch.Tensor | None] = [None] * len(sizes) if mask is None else split(mask, sizes, dim=3)
-    by_head = split_heads(query * scale, key, value, heads)
+    by_head = split_heads(query, key, value, heads, scale)
     return join([_attend_in_chunks(*one, masks, sizes) for one in by_head], dim=1)
 
 
