@@ -37,8 +37,10 @@ OPSETS = {"CoreML5": "ios15", "CoreML6": "ios16", "CoreML7": "ios17", "CoreML8":
 """A function's opset and how the text spells it."""
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_@]*")
+_RESERVED = frozenset({"program", "func", "tensor", "list", "tuple", "dict", "state", "true", "false", "inf"})
 _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"})
 _BRACKETS: Mapping[type, tuple[str, str]] = {TupleType: ("(", ")"), DictType: ("{", "}")}
+_DTYPES = frozenset(dtype.value for dtype in DType)
 _STRING = TensorType(DType.STRING)
 _UINT64 = TensorType(DType.UINT64)
 
@@ -165,6 +167,8 @@ class _Printer:
 def _identifier(name: str) -> str:
     if not _IDENTIFIER.fullmatch(name):
         raise UnsupportedError(f"name {name!r} cannot stand in MIL text: expected letters, digits, _ and @")
+    if name in _RESERVED or name in _DTYPES:
+        raise UnsupportedError(f"name {name!r} is a word of MIL text: rename it in the model")
     return name
 
 
