@@ -1,0 +1,59 @@
+"""Normalisations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion_runtime.mil.ops.registry import mil_op, positive
+
+
+@mil_op("batch_norm")
+def batch_norm(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    epsilon: float = 1e-5,
+) -> Tensor:
+    return F.batch_norm(x, mean, variance, gamma, beta, eps=epsilon)
+
+
+@mil_op("instance_norm")
+def instance_norm(
+    x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, epsilon: float = 1e-5
+) -> Tensor:
+    """Over the spatial dimensions of (batch, channels, *spatial)."""
+    return torch.group_norm(x, x.shape[1], gamma, beta, epsilon)
+
+
+@mil_op("l2_norm")
+def l2_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """Over the last three dimensions together."""
+    return x / (x.square().sum((-3, -2, -1), keepdim=True) + epsilon).sqrt()
+
+
+@mil_op("layer_norm")
+def layer_norm(
+    x: Tensor,
+    axes: Sequence[int] | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    epsilon: float = 1e-5,
+) -> Tensor:
+    """Over ``axes`` (none given: all); ``gamma`` and ``beta`` have the shape of these axes, in ascending order."""
+    over = sorted(positive(axis, x.ndim) for axis in (range(x.ndim) if axes is None else axes))
+    rest = [axis for axis in range(x.ndim) if axis not in over]
+    order = rest + over
+    normal = F.layer_norm(x.permute(order), [x.shape[axis] for axis in over], gamma, beta, epsilon)
+    return normal.permute([order.index(axis) for axis in range(x.ndim)])
+
+
+@mil_op("local_response_norm")
+def local_response_norm(x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
+    """x / (k + alpha / size * sum of squares over ``size`` neighbouring channels) ** beta."""
+    return F.local_response_norm(x, size, alpha, beta, k)

@@ -1,0 +1,129 @@
+"""MIL ops as plain functions: the signature is the schema.
+
+``@mil_op("gelu")`` / ``def gelu(x: Tensor, mode: str = "EXACT") -> Tensor``: a parameter's name is MIL's, its
+default is MIL's default, and its annotation says how an operand is given:
+
+    Tensor                   a tensor (a constant: a buffer)
+    Sequence[Tensor]         the tensors of a tuple operand
+    np.ndarray               a constant in its stored element type (compressed weights)
+    int, float, bool, str, Sequence[...]   a constant, as Python value
+    Ints, Int                a constant as Python value, or a tensor where it is known only when the program runs
+    torch.dtype              not an operand: the element type of the first output in this run
+
+Adding ``| None`` makes no difference but to the default. Arithmetic is the run's: float tensors all have one type
+(float32 unless asked otherwise), whatever MIL declares; int32 stays int32; unsigned types wider than 8 bits are
+held in the next wider signed type. A parameter value that a function does not know raises UnsupportedError.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_runtime.errors import UnsupportedError
+
+Ints = Sequence[int] | Tensor
+Int = int | Tensor
+
+
+class Kind(enum.Enum):
+    """How an operand is given to an op's function."""
+
+    TENSOR = enum.auto()
+    TENSORS = enum.auto()
+    ARRAY = enum.auto()
+    CONSTANT = enum.auto()
+    CONSTANT_OR_TENSOR = enum.auto()
+    OUTPUT_DTYPE = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    name: str
+    kind: Kind
+    required: bool
+
+    @property
+    def is_filled_in(self) -> bool:
+        """Given by the one who runs the op, not by an operand."""
+        return self.kind is Kind.OUTPUT_DTYPE
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """``several``: the function returns a tuple, one tensor for each output. ``packed``: a compressed weight, which
+    works on stored arrays and not on tensors."""
+
+    name: str
+    function: Callable[..., Any]
+    parameters: dict[str, Parameter]
+    several: bool
+
+    @property
+    def packed(self) -> bool:
+        return self.name.startswith("constexpr_")
+
+
+OPS: dict[str, Op] = {}
+
+Function = typing.TypeVar("Function", bound=Callable[..., Any])
+
+
+def mil_op(name: str) -> Callable[[Function], Function]:
+    """Register a function as the meaning of a MIL op. Raises ValueError for a second function of the same name."""
+
+    def register(function: Function) -> Function:
+        if name in OPS:
+            raise ValueError(f"MIL op {name!r} is defined twice: {OPS[name].function} and {function}")
+        hints = typing.get_type_hints(function)
+        parameters = {
+            parameter.name: Parameter(
+                parameter.name, _kind(hints[parameter.name]), parameter.default is inspect.Parameter.empty
+            )
+            for parameter in inspect.signature(function).parameters.values()
+        }
+        OPS[name] = Op(name, function, parameters, several=typing.get_origin(hints["return"]) is tuple)
+        return function
+
+    return register
+
+
+def ints(values: Ints) -> list[int]:
+    """Shape-like operands as a list of Python integers."""
+    return [int(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
+
+
+def known(op: str, parameter: str, value: str, choices: Sequence[str]) -> str:
+    """``value`` where it is one of ``choices``. Raises UnsupportedError otherwise."""
+    if value not in choices:
+        raise UnsupportedError(f"{op}: {parameter} {value!r} is not covered; known: {', '.join(choices)}")
+    return value
+
+
+def positive(axis: int, rank: int) -> int:
+    """An axis counted from the front."""
+    return axis + rank if axis < 0 else axis
+
+
+def _kind(hint: Any) -> Kind:
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    members = set(typing.get_args(hint)) if union else {hint}
+    members.discard(type(None))
+    if members == {torch.dtype}:
+        return Kind.OUTPUT_DTYPE
+    if members == {Tensor}:
+        return Kind.TENSOR
+    if members == {Sequence[Tensor]}:
+        return Kind.TENSORS
+    if members == {np.ndarray}:
+        return Kind.ARRAY
+    return Kind.CONSTANT_OR_TENSOR if Tensor in members else Kind.CONSTANT

@@ -1,0 +1,143 @@
+"""Resizing and resampling of the last dimensions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion_runtime.errors import UnsupportedError
+from diffusion_runtime.mil.ops.registry import Ints, ints, known, mil_op
+
+SAMPLING_MODES = ("STRICT_ALIGN_CORNERS", "ALIGN_CORNERS", "UNALIGN_CORNERS", "DEFAULT", "OFFSET_CORNERS")
+_NATIVE = {"STRICT_ALIGN_CORNERS": True, "UNALIGN_CORNERS": False}
+
+
+@mil_op("upsample_nearest_neighbor")
+def upsample_nearest_neighbor(x: Tensor, scale_factor_height: float = 1, scale_factor_width: float = 1) -> Tensor:
+    height, width = _scaled(x, scale_factor_height, scale_factor_width)
+    return _interpolate(x, height, width, "nearest", None)
+
+
+@mil_op("resize_nearest_neighbor")
+def resize_nearest_neighbor(x: Tensor, target_size_height: int, target_size_width: int) -> Tensor:
+    return _interpolate(x, target_size_height, target_size_width, "nearest", None)
+
+
+@mil_op("upsample_bilinear")
+def upsample_bilinear(
+    x: Tensor,
+    scale_factor_height: float = 1,
+    scale_factor_width: float = 1,
+    align_corners: bool = True,
+    half_pixel_centers: bool | None = None,
+) -> Tensor:
+    """The scale is that of the whole sizes; ``half_pixel_centers`` by default is not ``align_corners``."""
+    centred = not align_corners if half_pixel_centers is None else half_pixel_centers
+    if align_corners and centred:
+        raise UnsupportedError("upsample_bilinear: align_corners together with half_pixel_centers is not covered")
+    mode = "STRICT_ALIGN_CORNERS" if align_corners else "UNALIGN_CORNERS" if centred else "DEFAULT"
+    return _bilinear(x, *_scaled(x, scale_factor_height, scale_factor_width), mode)
+
+
+@mil_op("resize_bilinear")
+def resize_bilinear(
+    x: Tensor, target_size_height: int = 1, target_size_width: int = 1, sampling_mode: str = "DEFAULT"
+) -> Tensor:
+    return _bilinear(x, target_size_height, target_size_width, sampling_mode, "resize_bilinear")
+
+
+@mil_op("resize")
+def resize(
+    x: Tensor,
+    shape: Ints,
+    resized_dims: int,
+    interpolation_mode: str = "LINEAR",
+    sampling_mode: str = "DEFAULT",
+) -> Tensor:
+    """The last ``resized_dims`` of ``shape`` are the new sizes of the last dimensions; 0 leaves one as it is."""
+    known("resize", "interpolation_mode", interpolation_mode, ("LINEAR", "NEAREST_NEIGHBOR"))
+    known("resize", "sampling_mode", sampling_mode, SAMPLING_MODES)
+    nearest = interpolation_mode == "NEAREST_NEIGHBOR"
+    if nearest and sampling_mode != "DEFAULT":
+        raise UnsupportedError(f"resize: NEAREST_NEIGHBOR with sampling_mode {sampling_mode!r} is not covered")
+    for axis, size in enumerate(ints(shape)[-resized_dims:] if resized_dims else [], start=x.ndim - resized_dims):
+        if size and size != x.shape[axis]:
+            x = _nearest(x, axis, size) if nearest else _linear(x, axis, size, sampling_mode)
+    return x
+
+
+@mil_op("crop")
+def crop(x: Tensor, crop_height: Ints, crop_width: Ints) -> Tensor:
+    """Both are (first, last) counts of rows or columns to drop."""
+    (top, bottom), (left, right) = ints(crop_height), ints(crop_width)
+    return x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right]
+
+
+@mil_op("resample")
+def resample(
+    x: Tensor,
+    coordinates: Tensor,
+    sampling_mode: str,
+    padding_mode: str,
+    padding_value: float,
+    coordinates_mode: str,
+    align_corners: bool,
+) -> Tensor:
+    """Values of (batch, channels, h, w) at (batch, h, w, 2) coordinates (x, y)."""
+    known("resample", "sampling_mode", sampling_mode, ("bilinear", "nearest"))
+    known("resample", "padding_mode", padding_mode, ("constant", "border"))
+    known("resample", "coordinates_mode", coordinates_mode, ("normalized_minus_one_to_one",))
+    if padding_mode == "constant" and padding_value != 0:
+        raise UnsupportedError(f"resample: padding_value {padding_value} is not covered; known: 0")
+    padding = "zeros" if padding_mode == "constant" else "border"
+    return F.grid_sample(x, coordinates.to(x.dtype), sampling_mode, padding, align_corners)
+
+
+def _scaled(x: Tensor, height: float, width: float) -> tuple[int, int]:
+    return math.floor(x.shape[-2] * height), math.floor(x.shape[-1] * width)
+
+
+def _interpolate(x: Tensor, height: int, width: int, mode: str, align_corners: bool | None) -> Tensor:
+    """torch's own, over the last two dimensions of a tensor of any rank."""
+    images = x.reshape(1, -1, *x.shape[-2:]) if x.ndim != 4 else x
+    resized = F.interpolate(images, (height, width), mode=mode, align_corners=align_corners)
+    return resized.reshape(*x.shape[:-2], height, width)
+
+
+def _bilinear(x: Tensor, height: int, width: int, mode: str, op: str = "upsample_bilinear") -> Tensor:
+    known(op, "sampling_mode", mode, SAMPLING_MODES)
+    if mode in _NATIVE:
+        return _interpolate(x, height, width, "bilinear", _NATIVE[mode])
+    return _linear(_linear(x, x.ndim - 2, height, mode), x.ndim - 1, width, mode)
+
+
+def _positions(size: int, count: int, mode: str) -> Tensor:
+    """Where ``count`` samples lie in 0 … ``size`` - 1 (MIL's resize_bilinear defines the five modes)."""
+    steps = torch.arange(count, dtype=torch.float64)
+    if mode == "UNALIGN_CORNERS":
+        places = (steps + 0.5) * (size / count) - 0.5
+    elif mode == "DEFAULT":
+        places = steps * (size / count)
+    elif mode == "OFFSET_CORNERS":
+        places = (steps + 0.5) * (max(1, size - 1) / count)
+    elif count == 1:
+        places = steps + ((size - 1) / 2 if mode == "ALIGN_CORNERS" else 0)
+    else:
+        places = steps * ((size - 1) / (count - 1))
+    return places.clamp(0, size - 1)
+
+
+def _linear(x: Tensor, axis: int, count: int, mode: str) -> Tensor:
+    places = _positions(x.shape[axis], count, mode)
+    low = places.floor().long()
+    high = (low + 1).clamp(max=x.shape[axis] - 1)
+    weight = (places - low).to(x).reshape(-1, *[1] * (x.ndim - axis - 1))
+    return torch.lerp(x.index_select(axis, low.to(x.device)), x.index_select(axis, high.to(x.device)), weight)
+
+
+def _nearest(x: Tensor, axis: int, count: int) -> Tensor:
+    index = torch.arange(count, device=x.device) * x.shape[axis] // count
+    return x.index_select(axis, index)

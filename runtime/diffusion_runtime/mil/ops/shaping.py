@@ -1,0 +1,221 @@
+"""Ops that move elements and compute none: reshape, transpose, slices, concat, pad …"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion_runtime.errors import UnsupportedError
+from diffusion_runtime.mil.ops.registry import Ints, ints, known, mil_op, positive
+
+
+@mil_op("reshape")
+def reshape(x: Tensor, shape: Ints) -> Tensor:
+    """-1 stands for what is left, 0 for the size of the same dimension of ``x``."""
+    sizes = ints(shape)
+    if 0 in sizes and x.numel():
+        if len(sizes) != x.ndim:
+            raise UnsupportedError(f"reshape: shape {sizes} inherits a dimension from a tensor of rank {x.ndim}")
+        sizes = [size or x.shape[axis] for axis, size in enumerate(sizes)]
+    return x.reshape(sizes)
+
+
+@mil_op("transpose")
+def transpose(x: Tensor, perm: Sequence[int]) -> Tensor:
+    return x.permute(*perm)
+
+
+@mil_op("expand_dims")
+def expand_dims(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """``axes`` count in the result."""
+    for axis in sorted(positive(axis, x.ndim + len(axes)) for axis in axes):
+        x = x.unsqueeze(axis)
+    return x
+
+
+@mil_op("squeeze")
+def squeeze(x: Tensor, axes: Sequence[int] | None = None) -> Tensor:
+    """Dimensions of another size than 1 stay."""
+    return x.squeeze() if axes is None else x.squeeze(tuple(axes))
+
+
+@mil_op("flatten2d")
+def flatten2d(x: Tensor, axis: int = 1) -> Tensor:
+    """Everything before ``axis`` by everything from it on."""
+    return x.reshape(torch.Size(x.shape[:axis]).numel(), torch.Size(x.shape[axis:]).numel())
+
+
+@mil_op("concat")
+def concat(values: Sequence[Tensor], axis: int, interleave: bool = False) -> Tensor:
+    """Scalars become a vector; ``interleave`` takes one element of each tensor in turn."""
+    if values[0].ndim == 0:
+        return torch.stack(list(values))
+    if interleave:
+        axis = positive(axis, values[0].ndim)
+        return torch.stack(list(values), axis + 1).flatten(axis, axis + 1)
+    return torch.cat(list(values), axis)
+
+
+@mil_op("stack")
+def stack(values: Sequence[Tensor], axis: int) -> Tensor:
+    return torch.stack(list(values), axis)
+
+
+@mil_op("split")
+def split(
+    x: Tensor, axis: int, num_splits: int | None = None, split_sizes: Sequence[int] | None = None
+) -> tuple[Tensor, ...]:
+    if split_sizes is not None:
+        return torch.functional.split(x, list(split_sizes), axis)
+    if num_splits is None or x.shape[axis] % num_splits:
+        raise UnsupportedError(f"split: of size {x.shape[axis]} in {num_splits} parts is not covered")
+    return torch.functional.split(x, x.shape[axis] // num_splits, axis)
+
+
+@mil_op("tile")
+def tile(x: Tensor, reps: Ints) -> Tensor:
+    return x.tile(ints(reps))
+
+
+@mil_op("reverse")
+def reverse(x: Tensor, axes: Sequence[int] | None = None) -> Tensor:
+    return x.flip(list(range(x.ndim)) if axes is None else list(axes))
+
+
+@mil_op("slice_by_index")
+def slice_by_index(
+    x: Tensor,
+    begin: Ints,
+    end: Ints,
+    stride: Sequence[int] | None = None,
+    begin_mask: Sequence[bool] | None = None,
+    end_mask: Sequence[bool] | None = None,
+    squeeze_mask: Sequence[bool] | None = None,
+) -> Tensor:
+    """As Python slices, one per dimension; a masked begin or end is left out, ``squeeze_mask`` indexes instead."""
+    slices = _slices(x, ints(begin), ints(end), stride, begin_mask, end_mask, squeeze_mask)
+    backwards = [axis for axis, item in enumerate(slices) if isinstance(item, slice) and item.step < 0]
+    for axis in backwards:
+        indices = range(*slices[axis].indices(x.shape[axis]))  # type: ignore[union-attr]
+        slices[axis] = slice(None)
+        x = x.index_select(axis, torch.tensor(list(indices), dtype=torch.int64, device=x.device))
+    return x[tuple(slices)]
+
+
+@mil_op("slice_by_size")
+def slice_by_size(x: Tensor, begin: Ints, size: Ints) -> Tensor:
+    """``size`` -1 takes all from ``begin`` on."""
+    for axis, (first, length) in enumerate(zip(ints(begin), ints(size), strict=True)):
+        start = positive(first, x.shape[axis])
+        x = x.narrow(axis, start, x.shape[axis] - start if length == -1 else length)
+    return x
+
+
+@mil_op("slice_update")
+def slice_update(
+    x: Tensor,
+    update: Tensor,
+    begin: Ints,
+    end: Ints,
+    stride: Sequence[int] | None = None,
+    begin_mask: Sequence[bool] | None = None,
+    end_mask: Sequence[bool] | None = None,
+    squeeze_mask: Sequence[bool] | None = None,
+) -> Tensor:
+    """``x`` with the slice of ``slice_by_index`` replaced."""
+    slices = _slices(x, ints(begin), ints(end), stride, begin_mask, end_mask, squeeze_mask)
+    if any(isinstance(item, slice) and item.step < 0 for item in slices):
+        raise UnsupportedError(f"slice_update: a negative stride is not covered ({list(stride or [])})")
+    result = x.clone()
+    result[tuple(slices)] = update
+    return result
+
+
+def _slices(
+    x: Tensor,
+    begin: list[int],
+    end: list[int],
+    stride: Sequence[int] | None,
+    begin_mask: Sequence[bool] | None,
+    end_mask: Sequence[bool] | None,
+    squeeze_mask: Sequence[bool] | None,
+) -> list[slice | int]:
+    none = [False] * x.ndim
+    rows = zip(
+        begin,
+        end,
+        stride or [1] * x.ndim,
+        begin_mask or none,
+        end_mask or none,
+        squeeze_mask or none,
+        strict=True,
+    )
+    return [
+        (0 if no_begin else first)
+        if index
+        else slice(None if no_begin else first, None if no_end else last, int(step))
+        for first, last, step, no_begin, no_end, index in rows
+    ]
+
+
+@mil_op("pad")
+def pad(x: Tensor, pad: Ints, mode: str = "constant", constant_val: float = 0.0) -> Tensor:
+    """``pad`` holds (before, after) of the last dimensions, in their order."""
+    known("pad", "mode", mode, ("constant", "reflect", "replicate"))
+    sizes = ints(pad)
+    pairs = list(zip(sizes[::2], sizes[1::2], strict=True))
+    if mode == "constant":
+        return F.pad(x, [size for pair in reversed(pairs) for size in pair], value=constant_val)
+    for axis, (before, after) in enumerate(pairs, start=x.ndim - len(pairs)):
+        if before or after:
+            last = x.shape[axis] - 1
+            if mode == "reflect" and max(before, after) > last:
+                raise UnsupportedError(
+                    f"pad: reflecting {max(before, after)} elements of {last + 1} is not covered"
+                )
+            index = torch.arange(-before, last + 1 + after, device=x.device)
+            index = (last - (last - index.abs()).abs()) if mode == "reflect" else index.clamp(0, last)
+            x = x.index_select(axis, index)
+    return x
+
+
+@mil_op("shape")
+def shape(x: Tensor) -> Tensor:
+    return torch.tensor(x.shape, dtype=torch.int32, device=x.device if x.device.type != "meta" else None)
+
+
+@mil_op("pixel_shuffle")
+def pixel_shuffle(x: Tensor, upscale_factor: int) -> Tensor:
+    """(n, c f f, h, w) -> (n, c, h f, w f); the channel is the slowest of the three parts."""
+    return F.pixel_shuffle(x, upscale_factor)
+
+
+@mil_op("pixel_unshuffle")
+def pixel_unshuffle(x: Tensor, downscale_factor: int) -> Tensor:
+    return F.pixel_unshuffle(x, downscale_factor)
+
+
+@mil_op("depth_to_space")
+def depth_to_space(x: Tensor, block_size: int) -> Tensor:
+    """As ``pixel_shuffle``, but the channel is the fastest of the three parts."""
+    n, channels, height, width = x.shape
+    blocks = x.reshape(n, block_size, block_size, channels // block_size**2, height, width)
+    return blocks.permute(0, 3, 4, 1, 5, 2).reshape(n, -1, height * block_size, width * block_size)
+
+
+@mil_op("space_to_depth")
+def space_to_depth(x: Tensor, block_size: int) -> Tensor:
+    """The inverse of ``depth_to_space``."""
+    n, channels, height, width = x.shape
+    blocks = x.reshape(n, channels, height // block_size, block_size, width // block_size, block_size)
+    return blocks.permute(0, 3, 5, 1, 2, 4).reshape(n, -1, height // block_size, width // block_size)
+
+
+@mil_op("sliding_windows")
+def sliding_windows(x: Tensor, axis: int, size: int, stride: int = 1) -> Tensor:
+    """Windows along ``axis``; their elements follow as the next dimension."""
+    axis = positive(axis, x.ndim)
+    return x.unfold(axis, size, stride).movedim(-1, axis + 1)
