@@ -33,7 +33,7 @@ class Package:
     _files: dict[str, WeightFile] = field(default_factory=dict, repr=False, compare=False)
 
     def array(self, value: Value) -> np.ndarray:
-        """A tensor literal's elements, read-only where they lie in a weight file (mapped, not copied).
+        """A tensor literal's elements; those in a weight file are mapped, not copied.
 
         Raises PackageError where its blob is missing or damaged, ValueError for anything but a tensor of numbers.
         """
@@ -41,10 +41,25 @@ class Package:
             raise ValueError(f"a value of type {value.type} is no array")
         if isinstance(value.data, np.ndarray):
             return value.data
-        shape = tuple(size for size in value.type.shape if size is not None)
-        if len(shape) != len(value.type.shape):
-            raise PackageError(f"{self.path}: a stored value of unknown shape {value.type.shape}")
+        shape = self._shape(value.type)
         return self.weight_file(value.data).read(value.data.offset, value.type.dtype, shape)
+
+    def check_blob(self, value: Value) -> None:
+        """Raise PackageError where a value's blob is missing or damaged, as far as its record shows."""
+        if isinstance(value.type, TensorType) and isinstance(value.data, Blob):
+            shape = self._shape(value.type)
+            self.weight_file(value.data).packed(value.data.offset, value.type.dtype, shape)
+
+    def release(self) -> None:
+        """Let go of the pages of all weight files that were read; see ``WeightFile.release``."""
+        for file in self._files.values():
+            file.release()
+
+    def _shape(self, kind: TensorType) -> tuple[int, ...]:
+        shape = tuple(size for size in kind.shape if size is not None)
+        if len(shape) != len(kind.shape):
+            raise PackageError(f"{self.path}: a stored value of unknown shape {kind.shape}")
+        return shape
 
     def weight_file(self, blob: Blob) -> WeightFile:
         """The file that ``blob`` lies in, opened once. Raises PackageError where it would lie outside ``root``."""

@@ -8,6 +8,7 @@ its data, which starts at a multiple of 64 as well. Numbers are little-endian. `
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -53,9 +54,11 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._bytes = np.memmap(path, np.uint8, "r").view(np.ndarray)
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             raise PackageError(f"{path}: the weight file cannot be read: {error}") from error
+        self._bytes = np.frombuffer(self._map, np.uint8)
         if self._bytes.size < _HEADER.size:
             raise PackageError(
                 f"{path}: the weight file is truncated: {self._bytes.size} bytes, expected at least {_HEADER.size}"
@@ -65,10 +68,11 @@ class WeightFile:
             raise PackageError(f"{path}: weight file format {version} at offset 4, expected {_VERSION}")
 
     def read(self, offset: int, dtype: DType, shape: tuple[int, ...]) -> np.ndarray:
-        """The blob at ``offset`` as a read-only array of ``shape``.
+        """The blob at ``offset`` as an array of ``shape``.
 
-        Elements of whole bytes stay in the map (no copy); packed ones are unpacked, one per uint8 or int8. Raises
-        PackageError where no such blob lies there: wrong place, type or size, or beyond the end of the file.
+        Elements of whole bytes stay in the map (no copy; writing to them never reaches the file); packed ones are
+        unpacked, one per uint8 or int8. Raises PackageError where no such blob lies there: wrong place, type or
+        size, or beyond the end of the file.
         """
         data = self._data(offset, dtype, math.prod(shape))
         bits = packed_bits(dtype)
@@ -77,8 +81,13 @@ class WeightFile:
         return unpack(data, bits, math.prod(shape), signed=dtype is DType.INT4).reshape(shape)
 
     def packed(self, offset: int, dtype: DType, shape: tuple[int, ...]) -> np.ndarray:
-        """The same blob's own bytes (uint8, read-only, in the map), still packed."""
+        """The same blob's own bytes (uint8, in the map), still packed. Raises as ``read``: a cheap check."""
         return self._data(offset, dtype, math.prod(shape))
+
+    def release(self) -> None:
+        """Let go of the pages that were read; they are read anew where needed. Nothing where the OS cannot."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def _data(self, offset: int, dtype: DType, count: int) -> np.ndarray:
         where = f"{self.path}: blob at offset {offset}"

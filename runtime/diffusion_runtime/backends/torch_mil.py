@@ -1,0 +1,124 @@
+"""Runs ML Programs with torch on any OS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from diffusion_runtime.backends import ComputeUnits, TensorSpec, check_arrays
+from diffusion_runtime.errors import InputError, UnsupportedError
+from diffusion_runtime.mil.constants import torch_dtype
+from diffusion_runtime.mil.lower import lower
+from diffusion_runtime.mil.observe import intermediates, observe
+from diffusion_runtime.mil.package import Package, open_package
+from diffusion_runtime.mil.program import Feature, FunctionInterface
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NUMPY = {"Float16": "float16", "Float32": "float32", "Double": "float64", "Int32": "int32", "Int8": "int8"}
+
+
+@dataclass(frozen=True, slots=True)
+class TorchBackend:
+    """``dtype`` is the type of all float arithmetic, whatever the program declares: float32, bfloat16 or float16.
+
+    ``stream_weights`` leaves large weights in their file and widens each only while it is used: little memory, more
+    time. ``fuse`` puts together what a converter took apart; without it every MIL value exists and can be watched.
+    """
+
+    dtype: str = "float32"
+    device: str = "cpu"
+    stream_weights: bool = False
+    fuse: bool = True
+
+    def load(self, path: Path, compute_units: ComputeUnits = ComputeUnits.ALL) -> TorchModel:  # noqa: ARG002
+        """Load an .mlpackage, .mlmodel or .mlmodelc; ``compute_units`` mean nothing here.
+
+        Raises InputError (no such file or device), PackageError (damaged) or UnsupportedError (not covered).
+        """
+        if self.dtype not in DTYPES:
+            raise InputError(f"unknown dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        _check_device(self.device)
+        package = open_package(path)
+        interface = package.model.interface
+        module = lower(package, dtype=DTYPES[self.dtype], device=self.device, stream_weights=self.stream_weights)
+        return TorchModel(
+            path=path,
+            inputs=_specs(package, interface.inputs),
+            outputs=_specs(package, interface.outputs),
+            module=module,
+            dtype=DTYPES[self.dtype],
+            device=self.device,
+            order=_order(package, interface),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TorchModel:
+    """A loaded program. ``module`` takes tensors in ``order`` and gives a dict of tensors."""
+
+    path: Path
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    module: fx.GraphModule
+    dtype: torch.dtype
+    device: str
+    order: Sequence[tuple[str, torch.dtype]]
+
+    def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """Run once. Raises InputError for a missing, unknown or mis-shaped array."""
+        tensors = self._tensors(arrays)
+        with torch.inference_mode():
+            return self._arrays(self.module(*tensors))
+
+    def observe(self, watch: Callable[[str, str, Tensor], None], **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """Run once and call ``watch(name, op, value)`` for every value that an op computes, in order."""
+        return self._arrays(observe(self.module, self._tensors(arrays), watch))
+
+    def intermediates(self, names: Sequence[str], **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """Run once and give the values of the given MIL names. Raises InputError for names that do not exist."""
+        found = intermediates(self.module, self._tensors(arrays), names)
+        return {name: _to_numpy(value) for name, value in found.items()}
+
+    def _tensors(self, arrays: Mapping[str, np.ndarray]) -> list[Tensor]:
+        check_arrays(self.inputs, arrays, self.path.name)
+        return [
+            torch.from_numpy(np.array(arrays[name], order="C", copy=None)).to(self.device, dtype)
+            for name, dtype in self.order
+        ]
+
+    def _arrays(self, outputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        return {
+            name: _to_numpy(outputs[name]).astype(spec.dtype, copy=False) for name, spec in self.outputs.items()
+        }
+
+
+def _to_numpy(value: Tensor) -> np.ndarray:
+    plain = value.float() if value.dtype == torch.bfloat16 else value
+    array: np.ndarray = plain.cpu().numpy()
+    return array
+
+
+def _order(package: Package, interface: FunctionInterface) -> list[tuple[str, torch.dtype]]:
+    name = interface.name if interface.name in package.model.program.functions else "main"
+    function = package.model.program.functions[name]
+    return [(variable.name, torch_dtype(variable.type, torch.float32)) for variable in function.inputs]
+
+
+def _specs(package: Package, features: Sequence[Feature]) -> dict[str, TensorSpec]:
+    for feature in features:
+        if feature.kind != "multiArray" or feature.dtype not in _NUMPY:
+            kind = f"{feature.kind} {feature.dtype}".strip()
+            raise UnsupportedError(f"{package.path}: {feature.name} is declared as {kind}, expected a multi-array")
+    return {item.name: TensorSpec(item.name, item.shape, _NUMPY[item.dtype]) for item in features}
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,102 @@
+"""Whether a program can run here: everything that is missing or wrong, named at once, before any work starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from diffusion_runtime.errors import PackageError, UnsupportedError
+from diffusion_runtime.mil.ops import OPS, Op
+from diffusion_runtime.mil.package import Package
+from diffusion_runtime.mil.program import Blob, Block, Function, Operation, TensorType, Value, operations
+
+CONST = "const"
+_NAMED = 8  # faults quoted in one message
+
+
+def check_package(package: Package) -> None:
+    """Raise UnsupportedError (ops or parameters that are not known) or PackageError (operands without definition,
+    names defined twice, blobs that are not where they should be)."""
+    for name, function in package.model.program.functions.items():
+        where = f"{package.path}: function {name}"
+        unknown = _unknown_ops(function)
+        if unknown:
+            raise UnsupportedError(f"{where}: {len(unknown)} MIL op(s) not covered: {', '.join(unknown)}")
+        _raise(UnsupportedError, f"{where}: operands not covered", _unknown_parameters(function.block))
+        _raise(PackageError, f"{where}: damaged", [*_undefined(function), *_bad_blobs(package, function.block)])
+
+
+def operands(operation: Operation) -> dict[str, tuple[str | Value, ...]]:
+    """An op's operands by parameter. iOS 16 gives those of compressed weights as attributes."""
+    if operation.type == CONST:
+        return {}
+    attributes = {name: (value,) for name, value in operation.attributes.items() if name != "name"}
+    return {**operation.inputs, **(attributes if operation.type.startswith("constexpr_") else {})}
+
+
+def output_name(operation: Operation) -> str:
+    """The name by which messages call an operation."""
+    return operation.outputs[0].name if operation.outputs else "(no output)"
+
+
+def _raise(kind: type[Exception], head: str, faults: list[str]) -> None:
+    if faults:
+        more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+        raise kind(f"{head}: {'; '.join(faults[:_NAMED])}{more}")
+
+
+def _unknown_ops(function: Function) -> list[str]:
+    used = Counter(operation.type for operation in operations(function.block))
+    return [f"{name} ({count})" for name, count in sorted(used.items()) if name not in OPS and name != CONST]
+
+
+def _unknown_parameters(block: Block) -> list[str]:
+    faults = []
+    for operation in block.operations:
+        if operation.type == CONST:
+            continue
+        given = operands(operation)
+        faults += [
+            f"{operation.type} {output_name(operation)}: {fault}" for fault in _faults(OPS[operation.type], given)
+        ]
+    return faults
+
+
+def _faults(op: Op, given: dict[str, tuple[str | Value, ...]]) -> Iterator[str]:
+    for name, parameter in op.parameters.items():
+        if parameter.required and name not in given and not parameter.is_filled_in:
+            yield f"parameter {name} is missing"
+    for name in given:
+        if name not in op.parameters or op.parameters[name].is_filled_in:
+            yield f"parameter {name} is unknown"
+
+
+def _undefined(function: Function) -> list[str]:
+    defined = {variable.name for variable in function.inputs}
+    faults = []
+    for operation in function.block.operations:
+        for parameter, bindings in operation.inputs.items():
+            where = f"{operation.type} {output_name(operation)}"
+            faults += [
+                f"{where}: {parameter} is {binding!r}, which nothing before it defines"
+                for binding in bindings
+                if isinstance(binding, str) and binding not in defined
+            ]
+        for variable in operation.outputs:
+            if variable.name in defined:
+                faults.append(f"{operation.type}: {variable.name!r} is defined twice")
+            defined.add(variable.name)
+    return faults + [f"output {name!r} is not defined" for name in function.block.outputs if name not in defined]
+
+
+def _bad_blobs(package: Package, block: Block) -> list[str]:
+    faults = []
+    for operation in operations(block):
+        literals = [*operation.attributes.values(), *(v for bound in operation.inputs.values() for v in bound)]
+        for value in literals:
+            if isinstance(value, Value) and isinstance(value.data, Blob) and isinstance(value.type, TensorType):
+                try:
+                    package.check_blob(value)
+                except PackageError as error:
+                    faults.append(f"{operation.type} {output_name(operation)}: {error}")
+    return faults

@@ -1,0 +1,318 @@
+"""MIL -> torch.fx: one node per operation, constants as buffers; the generated code frees values after their use.
+
+``print(module.code)`` shows the program; ``module.to(device)`` moves it. A node's ``meta["mil"]`` is the MIL name
+of its value, ``meta["type"]`` its declared type, ``meta["val"]`` a tensor on the meta device of the shape and element
+type that it will have: each op is tried on shapes alone, so that what cannot run is refused when loading.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from diffusion_runtime.errors import DiffusionError, PackageError, UnsupportedError
+from diffusion_runtime.mil.check import CONST, check_package, operands, output_name
+from diffusion_runtime.mil.constants import Constant, literal, torch_dtype
+from diffusion_runtime.mil.ops import OPS, Kind, Op, Parameter
+from diffusion_runtime.mil.package import Package
+from diffusion_runtime.mil.program import Function, Operation, TensorType, Value, ValueType, Variable
+
+STREAMED_ELEMENTS = 4096
+"""Constants with more elements than this stay in the file when weights are streamed."""
+
+
+class Stored(torch.nn.Module):
+    """A weight that stays in its file and is read and widened each time it is needed."""
+
+    def __init__(
+        self, constant: Constant, dtype: torch.dtype, device: torch.device, release: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self._constant, self._dtype, self._device, self._release = constant, dtype, device, release
+
+    def forward(self) -> Tensor:
+        value = self._constant.as_tensor(self._dtype)
+        value = value.clone() if value.dtype == torch.float16 else value
+        self._release()
+        return value.to(self._device)
+
+
+def lower(
+    package: Package,
+    *,
+    function: str = "",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    stream_weights: bool = False,
+) -> fx.GraphModule:
+    """The program of ``function`` (default: the model's default) as a module: input tensors in the order of the
+    function's inputs -> dict of output tensors by name.
+
+    Float arithmetic is in ``dtype``. With ``stream_weights`` large weights stay in their file and are widened only
+    while they are used. ``module.meta["constants"]`` holds every constant by MIL name. Raises PackageError or
+    UnsupportedError, with all that is missing, before any weight is read.
+    """
+    check_package(package)
+    name = function or package.model.default_function or "main"
+    if name not in package.model.program.functions:
+        known = ", ".join(package.model.program.functions)
+        raise PackageError(f"{package.path}: no function {name!r}; it has {known}")
+    lowering = _Lowering(
+        package, package.model.program.functions[name], dtype, torch.device(device), stream_weights
+    )
+    with torch.no_grad():
+        return lowering.run()
+
+
+@dataclass
+class _Lowering:
+    package: Package
+    function: Function
+    dtype: torch.dtype
+    device: torch.device
+    stream: bool
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    root: torch.nn.Module = field(default_factory=torch.nn.Module)
+    nodes: dict[str, fx.Node] = field(default_factory=dict)
+    constants: dict[str, Constant] = field(default_factory=dict)
+    buffers: dict[str, Constant] = field(default_factory=dict)
+
+    def run(self) -> fx.GraphModule:
+        shapes = {feature.name: feature.shape for feature in self.package.model.interface.inputs}
+        for variable in self.function.inputs:
+            node = self.graph.placeholder(variable.name)
+            shape = _static(variable.type) or shapes.get(variable.name)
+            meta = (
+                torch.empty(shape, dtype=self._dtype(variable.type), device="meta") if shape is not None else None
+            )
+            self._name(node, variable, meta)
+        for operation in self.function.block.operations:
+            try:
+                self._operation(operation)
+            except DiffusionError as error:
+                raise type(error)(
+                    f"{self.package.path}: {operation.type} {output_name(operation)}: {error}"
+                ) from error
+        self.graph.output({name: self._tensor(name, name) for name in self.function.block.outputs})
+        self._fill_buffers()
+        module = fx.GraphModule(self.root, self.graph, "Lowered")
+        module.meta["constants"] = self.constants
+        return module.eval()
+
+    def _operation(self, operation: Operation) -> None:
+        if operation.type == CONST:
+            self.constants[operation.outputs[0].name] = literal(operation.attributes["val"], self.package.array)
+            return
+        op = OPS[operation.type]
+        given = operands(operation)
+        if op.packed:
+            self._packed(op, given, operation)
+            return
+        known = all(isinstance(b, Value) or b in self.constants for bindings in given.values() for b in bindings)
+        if known and self._is_small(operation):
+            self._fold(op, given, operation)
+        else:
+            self._emit(op, given, operation)
+
+    # Compressed weights: a promise of the dense array.
+
+    def _packed(self, op: Op, given: Mapping[str, Sequence[str | Value]], operation: Operation) -> None:
+        arguments = {name: self._constant(bindings[0]) for name, bindings in given.items()}
+
+        def load() -> Any:
+            values = {
+                name: constant.array() if op.parameters[name].kind is Kind.ARRAY else constant.python()
+                for name, constant in arguments.items()
+            }
+            return op.function(**values)
+
+        for index, variable in enumerate(operation.outputs):
+            self.constants[variable.name] = Constant(
+                variable.type, partial(_pick, load, index) if op.several else load
+            )
+
+    # What follows of constants alone is computed now.
+
+    def _is_small(self, operation: Operation) -> bool:
+        return not self.stream or all(
+            _elements(variable.type) <= STREAMED_ELEMENTS for variable in operation.outputs
+        )
+
+    def _fold(self, op: Op, given: Mapping[str, Sequence[str | Value]], operation: Operation) -> None:
+        arguments: dict[str, Any] = {}
+        for name, bindings in given.items():
+            kind = op.parameters[name].kind
+            constants = [self._constant(binding) for binding in bindings]
+            if kind is Kind.TENSORS:
+                arguments[name] = [constant.as_tensor(self.dtype) for constant in constants]
+            elif kind is Kind.TENSOR:
+                arguments[name] = constants[0].as_tensor(self.dtype)
+            else:
+                arguments[name] = constants[0].python()
+        result = _apply(op, {**arguments, **self._filled_in(op, operation)})
+        for variable, value in zip(operation.outputs, result if op.several else (result,), strict=True):
+            _check_type(variable, value, self._dtype(variable.type))
+            self.constants[variable.name] = Constant(variable.type, tensor=value)
+
+    # Everything else becomes a node.
+
+    def _emit(self, op: Op, given: Mapping[str, Sequence[str | Value]], operation: Operation) -> None:
+        name = output_name(operation)
+        arguments: dict[str, Any] = {
+            parameter: self._argument(op.parameters[parameter], bindings, f"{name}_{parameter}")
+            for parameter, bindings in given.items()
+        }
+        arguments |= self._filled_in(op, operation)
+        node = self.graph.create_node("call_function", op.function, (), arguments, name=_identifier(name))
+        node.meta["op"] = operation.type
+        metas = self._try_shapes(op, arguments)
+        if not op.several:
+            self._name(node, operation.outputs[0], metas[0] if metas else None)
+            return
+        if metas and len(metas) != len(operation.outputs):
+            raise PackageError(f"gives {len(metas)} values, but {len(operation.outputs)} outputs are declared")
+        for index, variable in enumerate(operation.outputs):
+            item = self.graph.create_node(
+                "call_function", operator.getitem, (node, index), name=_identifier(variable.name)
+            )
+            self._name(item, variable, metas[index] if metas else None)
+
+    def _argument(self, parameter: Parameter, bindings: Sequence[str | Value], name: str) -> Any:
+        if parameter.kind is Kind.TENSORS:
+            return [self._tensor(binding, f"{name}_{index}") for index, binding in enumerate(bindings)]
+        if len(bindings) != 1:
+            raise UnsupportedError(f"{len(bindings)} values for {parameter.name}, expected one")
+        binding = bindings[0]
+        if parameter.kind is Kind.TENSOR:
+            return self._tensor(binding, name)
+        if isinstance(binding, Value) or binding in self.constants:
+            return self._constant(binding).python()
+        if parameter.kind is Kind.CONSTANT_OR_TENSOR:
+            return self.nodes[binding]
+        raise UnsupportedError(f"{parameter.name} is computed by the program, expected a constant")
+
+    def _tensor(self, binding: str | Value, name: str) -> fx.Node:
+        """The node of a tensor operand; a constant's is made at its first use."""
+        if isinstance(binding, str):
+            if binding in self.nodes:
+                return self.nodes[binding]
+            name = binding
+        constant = self._constant(binding)
+        target = _identifier(name)
+        while hasattr(self.root, target) or target in self.buffers:
+            target += "_"
+        if self.stream and constant.tensor is None and _elements(constant.type) > STREAMED_ELEMENTS:
+            self.root.add_module(target, Stored(constant, self.dtype, self.device, self.package.release))
+            node = self.graph.create_node("call_module", target, name=target)
+        else:
+            self.buffers[target] = constant
+            node = self.graph.create_node("get_attr", target, name=target)
+        shape = constant.tensor.shape if constant.tensor is not None else _static(constant.type)
+        node.meta.update(mil=name, type=constant.type)
+        if shape is not None:
+            node.meta["val"] = torch.empty(shape, dtype=self._dtype(constant.type), device="meta")
+        if isinstance(binding, str):
+            self.nodes[binding] = node
+        return node
+
+    def _constant(self, binding: str | Value) -> Constant:
+        if isinstance(binding, Value):
+            return literal(binding, self.package.array)
+        if binding not in self.constants:
+            raise UnsupportedError(f"{binding!r} is computed by the program, expected a constant")
+        return self.constants[binding]
+
+    def _filled_in(self, op: Op, operation: Operation) -> dict[str, Any]:
+        dtype = self._dtype(operation.outputs[0].type)
+        return {name: dtype for name, parameter in op.parameters.items() if parameter.is_filled_in}
+
+    def _dtype(self, kind: ValueType) -> torch.dtype:
+        return torch_dtype(kind, self.dtype)
+
+    def _name(self, node: fx.Node, variable: Variable, meta: Tensor | None) -> None:
+        if meta is not None:
+            _check_type(variable, meta, self._dtype(variable.type))
+        node.meta.update(mil=variable.name, type=variable.type)
+        if meta is not None:
+            node.meta["val"] = meta
+        self.nodes[variable.name] = node
+
+    def _try_shapes(self, op: Op, arguments: Mapping[str, Any]) -> Sequence[Tensor] | None:
+        """Results on the meta device; None where they depend on values that are not known before the run."""
+        nodes = [node for value in arguments.values() for node in _nodes(value)]
+        dynamic = any(
+            isinstance(value, fx.Node) and op.parameters[name].kind is Kind.CONSTANT_OR_TENSOR
+            for name, value in arguments.items()
+        )
+        if dynamic or op.name in ("range_1d", "non_zero") or any("val" not in node.meta for node in nodes):
+            return None
+        result = _apply(op, fx.node.map_arg(dict(arguments), lambda node: node.meta["val"]))
+        return result if op.several else (result,)
+
+    def _fill_buffers(self) -> None:
+        """Read, decompress and widen the weights that nodes refer to, several at a time."""
+
+        def fill(item: tuple[str, Constant]) -> tuple[str, Tensor]:
+            tensor = item[1].as_tensor(self.dtype).to(self.device)
+            self.package.release()
+            return item[0], tensor
+
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            for target, tensor in pool.map(fill, self.buffers.items()):
+                self.root.register_buffer(target, tensor)
+
+
+def _pick(load: Callable[[], Any], index: int) -> Any:
+    return load()[index]
+
+
+def _apply(op: Op, arguments: dict[str, Any]) -> Any:
+    """Call an op; what torch refuses is a fault of the program."""
+    try:
+        return op.function(**arguments)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PackageError(f"operands do not fit: {reason}") from error
+
+
+def _check_type(variable: Variable, value: Tensor, dtype: torch.dtype) -> None:
+    """Raise PackageError where a value is not what the program declares."""
+    declared = variable.type.shape if isinstance(variable.type, TensorType) else ()
+    fits = len(declared) == value.ndim and all(
+        size in (None, actual) for size, actual in zip(declared, value.shape, strict=True)
+    )
+    if not fits or value.dtype != dtype:
+        raise PackageError(
+            f"gives {value.dtype} of shape {tuple(value.shape)}, but {dtype} of shape {declared} is declared"
+        )
+
+
+def _static(kind: ValueType) -> tuple[int, ...] | None:
+    if not isinstance(kind, TensorType) or None in kind.shape:
+        return None
+    return tuple(size for size in kind.shape if size is not None)
+
+
+def _elements(kind: ValueType) -> int:
+    return int(np.prod(_static(kind) or (0,), dtype=np.int64))
+
+
+def _identifier(name: str) -> str:
+    """A Python name for a MIL name (MIL allows characters that Python does not)."""
+    plain = "".join(letter if letter.isalnum() or letter == "_" else "_" for letter in name)
+    return plain if plain and not plain[0].isdigit() else f"_{plain}"
+
+
+def _nodes(value: Any) -> Iterable[fx.Node]:
+    if isinstance(value, fx.Node):
+        return [value]
+    return [item for item in value if isinstance(item, fx.Node)] if isinstance(value, list) else []
