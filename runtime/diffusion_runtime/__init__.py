@@ -1,1 +1,68 @@
-"""Runs converted Stable Diffusion models: Core ML on macOS, PyTorch everywhere."""
+"""Runs converted Stable Diffusion models: Core ML on macOS, PyTorch everywhere.
+
+from diffusion_runtime import load_pipeline
+
+pipeline = load_pipeline("models")
+pipeline("a large red circle on a white background", seed=1).images[0].save("circle.png")
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusion_runtime.backends import ComputeUnits
+    from diffusion_runtime.pipeline import Pipeline
+
+__all__ = ["load_pipeline"]
+
+
+def load_pipeline(
+    path: str | PathLike[str],
+    backend: str = "auto",
+    compute_units: ComputeUnits | str | None = None,
+    *,
+    scheduler: str | None = None,
+    tokenizer: str | PathLike[str] | None = None,
+    reduce_memory: bool = False,
+    check_safety: bool = True,
+    prediction_type: str | None = None,
+    latent_scale: float | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> Pipeline:
+    """A pipeline of the models at ``path``: the folder that `convert` wrote, a variant in it, or one that Apple's
+    tools made. Models are loaded when they are first needed.
+
+    ``compute_units`` None: what the manifest says. ``reduce_memory`` frees each model when its stage is over.
+    ``check_safety`` False leaves the safety checker out. ``prediction_type`` and ``latent_scale`` are for folders
+    without a manifest; ``dtype`` ("float32", "bfloat16", "float16") and ``device`` for the torch backend.
+    ``pipeline.notes`` says what was chosen and assumed.
+    Raises InputError for what cannot be used, PackageError for models that are damaged."""
+    from diffusion_runtime import bundle
+    from diffusion_runtime import tokenizer as tokenizers
+    from diffusion_runtime.backends import load_backend, resolve
+    from diffusion_runtime.errors import InputError
+    from diffusion_runtime.foreign import Assumed
+    from diffusion_runtime.pipeline import Pipeline
+    from diffusion_runtime.schedulers import canonical
+
+    name = resolve(backend)
+    units = bundle.parse_units(compute_units) if isinstance(compute_units, str) else compute_units
+    chosen = None if scheduler is None else canonical(scheduler)
+    found = bundle.find(
+        Path(path), backend=name, compute_units=units, assumed=Assumed(prediction_type, latent_scale)
+    )
+    place = Path(tokenizer) if tokenizer is not None else found.tokenizer
+    if place is None:
+        raise InputError(
+            f"{found.folder}: no vocab.json and merges.txt beside the models: name their folder with --tokenizer"
+        )
+    text = found.manifest.components.get("text_encoder")
+    length = text.inputs[0].shape[-1] if text and text.inputs else tokenizers.LENGTH
+    pad = "!" if found.manifest.family.startswith(("sd2", "x4")) else None
+    models = bundle.open_models(found, load_backend(name, dtype=dtype, device=device), units, not reduce_memory)
+    clip = tokenizers.load(place, length, pad)
+    return Pipeline(found.manifest, models, clip, chosen, check_safety, found.notes)

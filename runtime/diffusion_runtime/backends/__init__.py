@@ -57,14 +57,23 @@ BACKENDS = {
 }
 
 
-def load_backend(name: str = "auto") -> Backend:
-    """``auto`` is coreml on macOS, else torch."""
+def resolve(name: str) -> str:
+    """The backend's own name: ``auto`` is coreml on macOS, else torch. Raises InputError for an unknown one."""
     if name == "auto":
-        name = "coreml" if sys.platform == "darwin" else "torch"
+        return "coreml" if sys.platform == "darwin" else "torch"
     if name not in BACKENDS:
         raise InputError(f"unknown backend {name!r}: expected one of auto, {', '.join(BACKENDS)}")
+    return name
+
+
+def load_backend(name: str = "auto", *, dtype: str | None = None, device: str | None = None) -> Backend:
+    """A backend by name. ``dtype`` and ``device`` are the torch backend's; None is its default."""
+    name = resolve(name)
+    options = {key: value for key, value in (("dtype", dtype), ("device", device)) if value is not None}
+    if options and name != "torch":
+        raise InputError(f"{' and '.join(options)} can be chosen with the torch backend only, not with {name}")
     module, _, attribute = BACKENDS[name].partition(":")
-    backend: Backend = getattr(importlib.import_module(module), attribute)()
+    backend: Backend = getattr(importlib.import_module(module), attribute)(**options)
     return backend
 
 

@@ -1,0 +1,247 @@
+"""The runtime's commands: options in, pictures and lines out. `diffusion_convert.cli` puts them beside its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from diffusion_runtime.denoising import Step
+    from diffusion_runtime.generation import Made, OnStep, Order
+    from diffusion_runtime.pipeline import Run
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
+)
+
+GENERATE_HELP = """
+Make pictures with converted models.
+
+MODELS is the folder that `convert` wrote (the best variant in it is chosen, and named), a variant in it such as
+models/original/packages, or a folder of models that Apple's tools made.
+
+What the models can do follows from the models; what is done, from what you give:
+
+* [bold]text to image[/bold]: a prompt.
+* [bold]image to image[/bold]: `--image`, and `--strength` for how much may change. Needs vae_encoder.
+* [bold]in-painting[/bold]: `--image` and `--mask`; white is painted anew. In-painting checkpoints see the
+  surroundings; any other blends. Needs vae_encoder.
+* [bold]depth to image[/bold]: `--image`; its depth is kept, estimated or given by `--depth-image`. Models of a
+  depth checkpoint. Needs vae_encoder.
+* [bold]upscaling[/bold]: `--image`, a quarter of the result's size, and `--noise-level`. Models of the x4 upscaler.
+
+"(word:1.3)" in a prompt draws more attention to word, "(word:0.7)" less; any other bracket is just text.
+
+Examples:
+
+    coreml-diffusion generate models --prompt "a large red circle on a white background" -o circle.png
+
+    coreml-diffusion generate models --prompt "a watercolour" --image photo.jpg --strength 0.6 -o painted.png
+
+    coreml-diffusion generate models --prompts-file prompts.txt --count 4 --seed 1 -o out/picture.png
+
+    coreml-diffusion generate --from circle.png -o again.png
+"""
+
+
+def _option(help_text: str, *names: str) -> Any:
+    return typer.Option(*names, help=help_text, show_default=False)
+
+
+@app.command(help=GENERATE_HELP)
+def generate(
+    models: Annotated[Path | None, typer.Argument(help="Folder of models.", show_default=False)] = None,
+    prompt: Annotated[str | None, _option("What to draw.")] = None,
+    output: Annotated[
+        Path | None, _option("PNG to write; several become NAME-1.png, NAME-2.png, …", "--output", "-o")
+    ] = None,
+    negative_prompt: Annotated[str | None, _option("What not to draw.")] = None,
+    prompts_file: Annotated[
+        Path | None, _option("Text file with one prompt per line, instead of --prompt.")
+    ] = None,
+    steps: Annotated[int | None, _option("Denoising steps. [default: 50]")] = None,
+    guidance_scale: Annotated[
+        float | None, _option("How closely to follow the prompt; 1 or less: off. [default: 7.5]")
+    ] = None,
+    seed: Annotated[int | None, _option("Same seed, same picture. [default: random, printed]")] = None,
+    rng: Annotated[
+        str | None, _option("torch (as diffusers), numpy (as Apple's Python client) or nvidia. [default: torch]")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        _option(
+            "pndm, ddim, ddpm, lms, euler, euler-ancestral, heun, 'dpm++ 2m karras', 'dpm++ sde', unipc, lcm, …; "
+            "an unknown one lists all. [default: the checkpoint's]"
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option(help="Pictures per prompt, with seeds counting up.")] = 1,
+    image: Annotated[Path | None, _option("Picture to start from, paint in or enlarge.")] = None,
+    strength: Annotated[
+        float | None, _option("How much of --image may change, above 0 to 1. [default: 0.8; 1 with --mask]")
+    ] = None,
+    mask: Annotated[Path | None, _option("White where --image is painted anew.")] = None,
+    depth_image: Annotated[Path | None, _option("Depth of --image, brighter is nearer.")] = None,
+    noise_level: Annotated[int | None, _option("Upscaling: noise put on --image, 0 to 350. [default: 20]")] = None,
+    long_prompt: Annotated[
+        bool, _option("Encode long prompts in pieces, where the UNet has room.", "--long-prompt")
+    ] = False,
+    preview: Annotated[bool, _option("Keep NAME-preview.png up to date while working.", "--preview")] = False,
+    from_picture: Annotated[
+        Path | None, _option("Repeat a picture that was made here; other options override.", "--from")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto (coreml on macOS, else torch), coreml or torch.")] = "auto",
+    compute_units: Annotated[
+        str | None, _option("all, cpu-and-gpu, cpu-and-ne or cpu-only. [default: the models']")
+    ] = None,
+    reduce_memory: Annotated[bool, _option("Load and free models stage by stage.", "--reduce-memory")] = False,
+    dtype: Annotated[str | None, _option("torch backend: float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, _option("torch backend: cpu, cuda or mps.")] = None,
+    tokenizer: Annotated[
+        Path | None, _option("Folder of vocab.json and merges.txt, where MODELS has none.")
+    ] = None,
+    prediction_type: Annotated[
+        str | None, _option("Models without manifest: epsilon, v_prediction or sample.")
+    ] = None,
+    latent_scale: Annotated[float | None, _option("Models without manifest: the VAE's scaling factor.")] = None,
+    safety: Annotated[bool, typer.Option("--safety/--no-safety", help="Use the safety checker.")] = True,
+) -> None:
+    from diffusion_runtime import generation
+
+    options = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "seed": seed,
+        "rng": rng,
+        "scheduler": scheduler,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "image": _text(image),
+        "mask": _text(mask),
+        "depth_image": _text(depth_image),
+        "strength": strength,
+        "noise_level": noise_level,
+        "long_prompt": long_prompt or None,
+    }
+    order = generation.order(
+        models,
+        {name: value for name, value in options.items() if value is not None},
+        from_picture=from_picture,
+        prompts_file=prompts_file,
+        count=count,
+        output=output,
+        preview=preview,
+    )
+    loading = {
+        "backend": backend,
+        "compute_units": compute_units,
+        "scheduler": order.planned[0].settings.scheduler,
+        "tokenizer": tokenizer,
+        "reduce_memory": reduce_memory,
+        "check_safety": safety,
+        "prediction_type": prediction_type,
+        "latent_scale": latent_scale,
+        "dtype": dtype,
+        "device": device,
+    }
+    _make(order, loading)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do, what is missing, and how to get it."""
+    from diffusion_runtime import diagnosis
+
+    findings = diagnosis.examine()
+    console = _console()
+    for finding in findings:
+        typer.echo(f"{finding.state.value:<8} {finding.name:<14} {finding.text}")
+        if finding.remedy:
+            typer.echo(f"{'':<23} -> {finding.remedy}")
+    if any(finding.state is diagnosis.State.BROKEN for finding in findings):
+        console.print("something is broken: see above")
+        raise typer.Exit(2)
+
+
+def _make(order: Order, loading: Mapping[str, Any]) -> None:
+    from diffusion_runtime import generation, load_pipeline
+
+    console = _console()
+    with console.status("loading models"):
+        pipeline = load_pipeline(order.models, **loading)
+    for note in pipeline.notes:
+        _say(console, note)
+    told: set[str] = set()
+    with _progress(console) as progress:
+        on_step = _reporter(progress, len(order.planned))
+        for made in generation.make(pipeline, order, on_step):
+            for note in made.notes:
+                if note not in told:
+                    _say(console, note)
+            told.update(made.notes)
+            _report(console, made)
+    for name, timing in pipeline.models.timings.items():
+        console.print(
+            f"{name:<16} loaded in {timing.load_seconds:.2f} s, first call {timing.first_call_seconds:.2f} s, "
+            f"then {timing.steady_seconds:.3f} s each ({timing.calls} calls)",
+            style="dim",
+            highlight=False,
+        )
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _report(console: Console, made: Made) -> None:
+    if made.flagged:
+        _say(
+            console,
+            f"{made.path}: the safety checker flagged this picture, so it is black; try another seed or prompt",
+        )
+    typer.echo(f"{made.path}  seed {made.settings.seed}")
+
+
+def _reporter(progress: Progress, pictures: int) -> OnStep:
+    task = progress.add_task("denoising", total=None)
+
+    def on_step(first: int, step: Step, run: Run) -> None:
+        last = first + run.job.request.pictures
+        which = f"{first + 1}" if last == first + 1 else f"{first + 1}-{last}"
+        label = "denoising" if pictures == 1 else f"picture {which} of {pictures}"
+        if step.index == 0:
+            progress.reset(task, total=step.total, description=label)
+        progress.update(task, completed=step.index + 1, description=label)
+
+    return on_step
+
+
+def _progress(console: Console) -> Progress:
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _console() -> Console:
+    """Progress and notes go to the error stream, so that the output stream lists the pictures alone."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _say(console: Console, note: str) -> None:
+    console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,259 @@
+"""What `generate` does: plan the pictures, make them one after the other, write each with how it was made."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_runtime import images, noise
+from diffusion_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from diffusion_runtime.denoising import Step
+    from diffusion_runtime.pipeline import Pipeline, Run
+
+PREVIEW_EVERY = 5  # steps; each preview costs a call of the decoder
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that decides what a picture looks like; what a PNG records of itself and `--from` reads."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    rng: str = "torch"
+    scheduler: str | None = None
+    steps: int = 50
+    guidance_scale: float = 7.5
+    image: str | None = None
+    mask: str | None = None
+    depth_image: str | None = None
+    strength: float | None = None
+    noise_level: int = 20
+    long_prompt: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One picture to be made."""
+
+    settings: Settings
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One picture that was made and written."""
+
+    path: Path
+    settings: Settings
+    flagged: bool
+    notes: tuple[str, ...]
+
+
+OnStep = Callable[[int, "Step", "Run"], None]
+"""(index of the first picture of the group, step, run)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a command line asks for: pictures of the models in a folder, and where previews go."""
+
+    models: str
+    planned: tuple[Planned, ...]
+    preview: Path | None = None
+
+
+def order(
+    models: Path | None,
+    options: Mapping[str, Any],
+    *,
+    from_picture: Path | None = None,
+    prompts_file: Path | None = None,
+    count: int = 1,
+    output: Path | None = None,
+    preview: bool = False,
+) -> Order:
+    """``options`` are the fields of `Settings` that were given; a picture's record, else defaults, say the rest.
+
+    Raises InputError for what is missing, contradictory or cannot be written."""
+    settings, folder = _base(from_picture, options)
+    folder = folder if models is None else str(models)
+    if folder is None:
+        raise InputError("no models named: `coreml-diffusion generate MODELS --prompt … -o FILE.png`")
+    if prompts_file is not None and "prompt" in options:
+        raise InputError("--prompt and --prompts-file are both given: give one")
+    if prompts_file is None and "prompt" not in options and from_picture is None:
+        raise InputError('no prompt: give --prompt "…" (an empty one is allowed) or --prompts-file FILE')
+    prompts = (settings.prompt,) if prompts_file is None else read_prompts(prompts_file)
+    if output is None:
+        if from_picture is None:
+            raise InputError("no output named: give -o FILE.png")
+        output = from_picture.with_name(f"{from_picture.stem}-again.png")
+    planned = plan(settings, prompts, count, output)
+    for item in planned:
+        images.check_writable(item.path)
+    return Order(folder, planned, output.with_name(f"{output.stem}-preview.png") if preview else None)
+
+
+def plan(settings: Settings, prompts: tuple[str, ...], count: int, output: Path) -> tuple[Planned, ...]:
+    """Pictures in order: ``count`` of each prompt, with seeds that count up from the settings' own for each prompt.
+    One picture is written to ``output``, several to ``output`` with -1, -2, … before the suffix."""
+    if count < 1:
+        raise InputError(f"--count {count}: expected at least 1")
+    if output.suffix.lower() != ".png":
+        raise InputError(f"{output}: expected a name that ends in .png")
+    if settings.seed + count - 1 > noise.MAX_SEED:
+        raise InputError(f"seed {settings.seed} with --count {count}: seeds end at {noise.MAX_SEED}")
+    wanted = [replace(settings, prompt=text, seed=settings.seed + i) for text in prompts for i in range(count)]
+    if len(wanted) == 1:
+        return (Planned(wanted[0], output),)
+    return tuple(
+        Planned(one, output.with_name(f"{output.stem}-{number}{output.suffix}"))
+        for number, one in enumerate(wanted, 1)
+    )
+
+
+def _base(from_picture: Path | None, options: Mapping[str, Any]) -> tuple[Settings, str | None]:
+    """A picture's settings and models, or the defaults with a fresh seed; ``options`` override."""
+    if from_picture is not None:
+        settings, models = recorded(from_picture, overridden=frozenset(options))
+        return replace(settings, **options), models
+    return Settings(**{"prompt": "", "seed": noise.fresh_seed(), **options}), None
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The lines of a text file that are not blank. Raises InputError where there are none."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"prompts file {path}: cannot be read as text: {error}") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise InputError(f"prompts file {path}: holds no prompts (one per line)")
+    return prompts
+
+
+def recorded(path: Path, overridden: frozenset[str] = frozenset()) -> tuple[Settings, str | None]:
+    """How a picture was made, and the models' folder as it was named. Raises InputError where it does not say, or
+    where an input file is gone or changed that is not ``overridden`` anyway."""
+    data = images.read_metadata(path)
+    known = {field.name: data[field.name] for field in fields(Settings) if field.name in data}
+    try:
+        settings = Settings(**known)
+    except TypeError:
+        raise InputError(f"picture {path}: its record lacks the prompt") from None
+    for name, kind in (("prompt", str), ("negative_prompt", str), ("seed", int), ("steps", int), ("rng", str)):
+        if not isinstance(getattr(settings, name), kind):
+            raise InputError(f"picture {path}: its record is damaged at {name}: {getattr(settings, name)!r}")
+    for name in sorted({"image", "mask", "depth_image"} - overridden):
+        _check_same(path, name, getattr(settings, name), data.get(f"{name}_sha256"))
+    models = data.get("models")
+    return settings, models if isinstance(models, str) else None
+
+
+def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
+    """Make and write pictures, yielding each as soon as it lies there. Input files are read once, before any model
+    runs; nothing is written for a picture that fails."""
+    from diffusion_runtime import guidance
+
+    planned, preview = order.planned, order.preview
+    first = planned[0].settings
+    inputs = _inputs(first)
+    record = {"models": order.models, **_record(pipeline), **_hashes(first)}
+    group = 1 if guidance.is_guided(first.guidance_scale) else pipeline.batch_size
+    for start in range(0, len(planned), group):
+        chosen = planned[start : start + group]
+        run = prepare(pipeline, chosen, inputs)
+        latents = run.start.latents
+        for step in pipeline.denoise(run):
+            latents = step.latents
+            on_step(start, step, run)
+            if preview is not None and step.index + 1 < step.total and step.index % PREVIEW_EVERY == 0:
+                images.write_png(pipeline.preview(step), preview)
+        yield from _written(pipeline, run, latents, chosen, record)
+    if preview is not None:
+        preview.unlink(missing_ok=True)
+
+
+def prepare(pipeline: Pipeline, planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) -> Run:
+    """A run of several pictures that differ in prompt and seed alone."""
+    one = planned[0].settings
+    return pipeline.prepare(
+        [item.settings.prompt for item in planned],
+        [item.settings.negative_prompt for item in planned],
+        num_inference_steps=one.steps,
+        guidance_scale=one.guidance_scale,
+        strength=one.strength,
+        noise_level=one.noise_level,
+        noise=noise.from_seeds([item.settings.seed for item in planned], one.rng),
+        long_prompt=one.long_prompt,
+        image=inputs.get("image"),
+        mask_image=inputs.get("mask"),
+        depth_map=inputs.get("depth_image"),
+    )
+
+
+def _written(
+    pipeline: Pipeline, run: Run, latents: Any, planned: tuple[Planned, ...], record: Mapping[str, Any]
+) -> Iterator[Made]:
+    from diffusion_runtime import schedulers
+
+    result = pipeline.finish(run, latents)
+    flags = result.nsfw_content_detected or [False] * len(planned)
+    used = schedulers.name_of(run.job.scheduler)
+    for item, image, flagged in zip(planned, result.images, flags, strict=True):
+        settings = replace(item.settings, scheduler=used, strength=run.job.request.strength)
+        images.write_png(image, item.path, {**asdict(settings), "task": run.task.name, **record})
+        yield Made(item.path, settings, flagged, result.notes)
+
+
+def _inputs(settings: Settings) -> dict[str, Image.Image]:
+    modes = {"image": "RGB", "mask": "L", "depth_image": "F"}
+    named = {name: getattr(settings, name) for name in modes}
+    return {
+        name: images.load(Path(path), f"--{name.replace('_', '-')}", modes[name])
+        for name, path in named.items()
+        if path is not None
+    }
+
+
+def _record(pipeline: Pipeline) -> dict[str, Any]:
+    """What the picture says of the models and the software."""
+    described = pipeline.manifest
+    libraries = ("coreml-diffusion", "torch", "diffusers", "coremltools")
+    return {
+        "model": described.source.name,
+        "revision": described.source.revision,
+        "family": described.family,
+        "attention": described.attention,
+        "safety_checker": pipeline.check_safety and "safety_checker" in pipeline.models,
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in libraries}},
+    }
+
+
+def _hashes(settings: Settings) -> dict[str, str]:
+    named = {name: getattr(settings, name) for name in ("image", "mask", "depth_image")}
+    return {f"{name}_sha256": _sha256(Path(path)) for name, path in named.items() if path is not None}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_same(picture: Path, name: str, path: Any, expected: Any) -> None:
+    if path is None:
+        return
+    option = f"--{name.replace('_', '-')}"
+    if not Path(str(path)).is_file():
+        raise InputError(f"picture {picture}: was made from {path}, which is not there: name it with {option}")
+    if expected is not None and _sha256(Path(str(path))) != expected:
+        raise InputError(f"picture {picture}: {path} has changed since: name the file that was used with {option}")

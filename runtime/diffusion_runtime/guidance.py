@@ -1,0 +1,135 @@
+"""Classifier-free guidance (Ho and Salimans, 2022, equation 6) through a UNet of any fixed batch size.
+
+A row is one picture with one text. Guided, a picture has two rows, the unconditional text first; else one. Rows are
+filled into calls of the UNet's batch size in this order, the last call with repetitions. So a UNet of batch 2 makes
+one call per guided picture and one per two pictures without guidance; a UNet of batch 1 makes two, and one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from diffusion_runtime.backends import Model
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.models import not_finite
+
+Predict = Callable[[torch.Tensor, float], torch.Tensor]
+"""(scaled latents of all pictures, timestep) -> what the UNet predicts for them, float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What the UNet is given besides latents and timestep.
+
+    ``rows``: input name -> one value per row, (rows, …). ``channels``: what is concatenated to the latents,
+    (pictures or 1, channels, height, width), or None."""
+
+    rows: Mapping[str, torch.Tensor]
+    channels: torch.Tensor | None = None
+
+
+def is_guided(guidance_scale: float) -> bool:
+    """Guidance is on above 1: at 1 the guided prediction is the text's own."""
+    if not math.isfinite(guidance_scale):
+        raise InputError(f"guidance scale {guidance_scale}: expected a number, usually 1 to 15")
+    return guidance_scale > 1
+
+
+def predictor(unet: Model, pictures: int, conditions: Conditions, guidance_scale: float) -> Predict:
+    """The UNet as a function of latents and timestep, guidance applied. Buffers are made here, once: a call copies
+    the latents into them and nothing else. Raises InputError for inputs that nothing here can fill."""
+    guided = is_guided(guidance_scale)
+    rows = pictures * (2 if guided else 1)
+    calls = _calls(unet, rows, 2 if guided else 1, conditions)
+
+    def predict(latents: torch.Tensor, timestep: float) -> torch.Tensor:
+        outputs = [call.run(latents, timestep) for call in calls]
+        together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if len(together) != rows:
+            together = together[:rows]
+        if not math.isfinite(together.sum().item()):
+            raise not_finite("unet")
+        if not guided:
+            return together
+        unconditional, text = together[0::2], together[1::2]
+        return torch.lerp(unconditional, text, guidance_scale)
+
+    return predict
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of the UNet: its input arrays, and views of them that change at every step.
+
+    ``sample`` is the part of the input that the latents go into; ``pictures`` says whose they are, as a slice
+    where they follow each other, so that no index has to be gathered."""
+
+    unet: Model
+    arrays: Mapping[str, np.ndarray]
+    sample: torch.Tensor
+    timestep: np.ndarray
+    pictures: slice | torch.Tensor
+
+    def run(self, latents: torch.Tensor, timestep: float) -> torch.Tensor:
+        self.sample.copy_(latents[self.pictures])
+        self.timestep.fill(timestep)
+        outputs = self.unet(**self.arrays)
+        values = outputs["noise_pred"] if "noise_pred" in outputs else next(iter(outputs.values()))
+        return torch.from_numpy(values).float()
+
+
+def _calls(unet: Model, rows: int, rows_per_picture: int, conditions: Conditions) -> tuple[_Call, ...]:
+    _check_inputs(unet, conditions)
+    batch = unet.inputs["sample"].shape[0]
+    padded = [*range(rows), *[rows - 1] * (-rows % batch)]
+    chunks = [padded[start : start + batch] for start in range(0, len(padded), batch)]
+    return tuple(_call(unet, chunk, rows_per_picture, conditions) for chunk in chunks)
+
+
+def _call(unet: Model, rows: Sequence[int], rows_per_picture: int, conditions: Conditions) -> _Call:
+    specs = unet.inputs
+    pictures = [row // rows_per_picture for row in rows]
+    arrays = {name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items()}
+    for name, values in conditions.rows.items():
+        chosen = values[list(rows)].numpy()
+        if chosen.shape != specs[name].shape:
+            raise InputError(f"unet: {name} has shape {chosen.shape}, expected {specs[name].shape}")
+        arrays[name][...] = chosen
+    sample = torch.from_numpy(arrays["sample"])
+    taken = sample.shape[1]
+    if conditions.channels is not None:
+        taken -= conditions.channels.shape[1]
+        several = len(conditions.channels) > 1
+        sample[:, taken:] = conditions.channels[pictures] if several else conditions.channels
+    return _Call(unet, arrays, sample[:, :taken], arrays["timestep"], _span(pictures))
+
+
+def _span(pictures: Sequence[int]) -> slice | torch.Tensor:
+    if len(set(pictures)) == 1:
+        return slice(pictures[0], pictures[0] + 1)  # one picture is copied into every row
+    if list(pictures) == list(range(pictures[0], pictures[0] + len(pictures))):
+        return slice(pictures[0], pictures[0] + len(pictures))
+    return torch.tensor(pictures)
+
+
+def _check_inputs(unet: Model, conditions: Conditions) -> None:
+    filled = {"sample", "timestep", *conditions.rows}
+    unknown = [name for name in unet.inputs if name not in filled]
+    missing = [name for name in filled if name not in unet.inputs]
+    if unknown or missing:
+        raise InputError(
+            f"unet: takes {', '.join(unet.inputs)}; "
+            + "; ".join(
+                part
+                for part in (
+                    f"nothing is known to fill {', '.join(unknown)}" if unknown else "",
+                    f"it has no place for {', '.join(missing)}" if missing else "",
+                )
+                if part
+            )
+        )

@@ -1,0 +1,126 @@
+"""Pictures in and out: PIL images to tensors as diffusers' VaeImageProcessor makes them, and PNG files."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from diffusion_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+METADATA_KEY = "coreml-diffusion"
+
+
+def load(path: Path, what: str = "image", mode: str = "RGB") -> Image.Image:
+    """A picture file as RGB (or ``mode``), turned upright. Raises InputError where it is none."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image).convert(mode)
+    except FileNotFoundError:
+        raise InputError(f"{what} {path}: no such file") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        reason = "not a picture that can be read" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise InputError(f"{what} {path}: {reason}; expected a PNG, JPEG or WebP file") from error
+
+
+def to_tensor(image: Image.Image, height: int, width: int) -> torch.Tensor:
+    """float32 (1, 3, height, width) in -1..1; resized by Lanczos where the size differs."""
+    import torch
+
+    rgb = image.convert("RGB")
+    resized = rgb if rgb.size == (width, height) else rgb.resize((width, height), Image.Resampling.LANCZOS)
+    values = np.asarray(resized, np.float32) / 255.0
+    return torch.from_numpy(values).permute(2, 0, 1)[None].contiguous() * 2.0 - 1.0
+
+
+def to_mask(image: Image.Image, height: int, width: int) -> torch.Tensor:
+    """float32 (1, 1, height, width): 1 (white) is painted anew, 0 stays. Raises InputError for an all-black one."""
+    import torch
+
+    grey = image.convert("L")
+    resized = grey if grey.size == (width, height) else grey.resize((width, height), Image.Resampling.LANCZOS)
+    mask = (np.asarray(resized, np.float32) / 255.0 >= 0.5).astype(np.float32)
+    if not mask.any():
+        raise InputError("the mask is black all over, so nothing would change: white marks what to paint anew")
+    return torch.from_numpy(mask)[None, None]
+
+
+def to_arrays(images: torch.Tensor) -> np.ndarray:
+    """(n, 3, height, width) in -1..1 to (n, height, width, 3) in 0..1."""
+    values: np.ndarray = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy()
+    return values
+
+
+def to_pil(arrays: np.ndarray) -> list[Image.Image]:
+    """(n, height, width, 3) in 0..1 to 8-bit pictures."""
+    return [Image.fromarray(array) for array in (arrays * 255).round().astype(np.uint8)]
+
+
+def write_png(image: Image.Image, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG that appears whole or not at all, with ``metadata`` as JSON beside the pixels. Raises InputError
+    where it cannot be written."""
+    info = PngImagePlugin.PngInfo()
+    if metadata is not None:
+        info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
+        info.add_text("Software", "coreml-diffusion")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, format="PNG", pnginfo=info)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError where a file at ``path`` could not be written, before any work is done for it."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; expected the name of a PNG file")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise InputError(f"{path}: cannot be written: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot be written: no permission in {existing}")
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `write_png` wrote beside the pixels. Raises InputError where there is nothing."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = getattr(image, "text", {}).get(METADATA_KEY)
+    except FileNotFoundError:
+        raise InputError(f"picture {path}: no such file") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"picture {path}: cannot be read: {error}") from error
+    try:
+        data = json.loads(text) if text is not None else None
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise InputError(f"picture {path}: it does not say how it was made (no {METADATA_KEY!r} entry in the PNG)")
+    return data
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

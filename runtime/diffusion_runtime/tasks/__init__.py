@@ -1,0 +1,39 @@
+"""The kinds of generation. To add one: a file with a Task, and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.tasks import depth_to_image, image_to_image, inpaint, text_to_image, upscale
+from diffusion_runtime.tasks.job import Job, Prepared, Request, Task
+
+TASKS: tuple[Task, ...] = (
+    text_to_image.TASK,
+    image_to_image.TASK,
+    inpaint.BLENDING,
+    inpaint.SEEING,
+    depth_to_image.TASK,
+    upscale.TASK,
+)
+
+__all__ = ["TASKS", "Job", "Prepared", "Request", "Task", "choose"]
+
+
+def choose(channels: int, given: AbstractSet[str]) -> Task:
+    """The task that a UNet with so many input channels does with what is given ("image", "mask", "depth").
+
+    Raises InputError that names what is missing or cannot be used."""
+    able = [task for task in TASKS if task.channels == channels]
+    if not able:
+        known = ", ".join(str(task.channels) for task in TASKS)
+        raise InputError(f"the UNet takes {channels} channels, and no task is known for that (known: {known})")
+    fitting = [task for task in able if task.needs <= given <= task.needs | task.takes]
+    if fitting:
+        return fitting[0]
+    ways = "; or ".join(f"{task.name}: {task.description}" for task in able)
+    raise InputError(f"given {_listed(given)}, but these models do {ways}")
+
+
+def _listed(given: AbstractSet[str]) -> str:
+    return " and ".join(f"--{name}" for name in sorted(given)) or "a prompt alone"

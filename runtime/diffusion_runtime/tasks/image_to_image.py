@@ -1,0 +1,50 @@
+"""From a picture, noised as far as ``strength`` says (SDEdit, Meng et al. 2022)."""
+
+from __future__ import annotations
+
+import torch
+
+from diffusion_runtime import images
+from diffusion_runtime.denoising import Start
+from diffusion_runtime.schedulers import last_part
+from diffusion_runtime.tasks.job import Job, Prepared, Task
+
+
+def encode(job: Job, image: torch.Tensor) -> torch.Tensor:
+    """Latents of a picture (1, 3, height, width) in -1..1, drawn from the encoder's distribution: one for all
+    pictures (1, channels, height, width), or one each where each has its own noise."""
+    encoder = job.models["vae_encoder"]
+    (name, spec), *_ = encoder.inputs.items()
+    values = encoder.one("latent", **{name: image.numpy().astype(spec.dtype)})
+    moments = torch.from_numpy(values).float()
+    mean, log_variance = moments.chunk(2, dim=1)
+    deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
+    count = job.request.pictures if job.noise.per_picture else 1
+    sample = mean + deviation * job.noise.normal((count, *mean.shape[1:]))
+    latents = job.manifest.latents
+    return (sample - latents.shift) * latents.scale
+
+
+def noised(job: Job) -> Start:
+    """The given picture at the noise level that ``strength`` starts from."""
+    request = job.request
+    timesteps = last_part(job.scheduler, request.steps, request.strength)
+    clean = encode(job, images.to_tensor(job.image(), *job.size))
+    job.models.release("vae_encoder")
+    clean = clean.expand(request.pictures, *clean.shape[1:])
+    noise = job.noise.normal(job.latent_shape)
+    first = timesteps[:1].repeat(request.pictures)
+    return Start(job.scheduler.add_noise(clean, noise, first), timesteps)
+
+
+def prepare(job: Job) -> Prepared:
+    return Prepared(noised(job))
+
+
+TASK = Task(
+    "image to image",
+    channels=4,
+    prepare=prepare,
+    description="--image, and --strength for how much of it may change",
+    needs=frozenset({"image"}),
+)

@@ -1,0 +1,94 @@
+"""Painting anew where the mask is white: with a UNet that sees mask and surroundings, or by blending latents."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import interpolate
+
+from diffusion_runtime import images
+from diffusion_runtime.denoising import AfterStep, Start
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.schedulers import last_part
+from diffusion_runtime.tasks.image_to_image import encode
+from diffusion_runtime.tasks.job import Job, Prepared, Task
+
+
+def prepare_seeing(job: Job) -> Prepared:
+    """For a UNet with 9 channels: latents, mask, latents of the picture with the masked part grey."""
+    image, mask = _image_and_mask(job)
+    timesteps = last_part(job.scheduler, job.request.steps, job.request.strength)
+    full = job.request.strength == 1.0
+    clean = None if full else encode(job, image)
+    latents, _ = _first_latents(job, clean, timesteps)
+    surroundings = encode(job, image * (mask < 0.5))
+    job.models.release("vae_encoder")
+    small = _at_latent_size(job, mask).expand(len(surroundings), -1, -1, -1)
+    return Prepared(Start(latents, timesteps), channels=torch.cat([small, surroundings], dim=1))
+
+
+def prepare_blending(job: Job) -> Prepared:
+    """For a plain UNet: after every step the part that stays is replaced by the picture at that noise level."""
+    image, mask = _image_and_mask(job)
+    timesteps = last_part(job.scheduler, job.request.steps, job.request.strength)
+    clean = encode(job, image)
+    latents, noise = _first_latents(job, clean, timesteps)
+    # Diffusers encodes the masked picture here too and throws it away. Drawing what that draws keeps the noise of
+    # later steps the same, where a scheduler draws any.
+    job.noise.normal(clean.shape)
+    job.models.release("vae_encoder")
+    small = _at_latent_size(job, mask)
+    return Prepared(Start(latents, timesteps, _blend(job, clean, noise, small, timesteps)))
+
+
+def _blend(
+    job: Job, clean: torch.Tensor, noise: torch.Tensor, mask: torch.Tensor, timesteps: torch.Tensor
+) -> AfterStep:
+    clean = clean.expand(job.request.pictures, *clean.shape[1:])
+
+    def blend(index: int, latents: torch.Tensor) -> torch.Tensor:
+        kept = clean
+        if index + 1 < len(timesteps):
+            kept = job.scheduler.add_noise(clean, noise, timesteps[index + 1 : index + 2])
+        return (1 - mask) * kept + mask * latents
+
+    return blend
+
+
+def _image_and_mask(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    if job.request.mask is None:
+        raise InputError("in-painting needs a mask: white marks what to paint anew")
+    image = images.to_tensor(job.image(), *job.size)
+    job.note_size("mask", job.request.mask, job.size)
+    return image, images.to_mask(job.request.mask, *job.size)
+
+
+def _first_latents(
+    job: Job, clean: torch.Tensor | None, timesteps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pure noise at full strength, else the noised picture; and the noise itself."""
+    noise = job.noise.normal(job.latent_shape)
+    if job.request.strength == 1.0 or clean is None:
+        return noise * job.scheduler.init_noise_sigma, noise
+    clean = clean.expand(job.request.pictures, *clean.shape[1:])
+    first = timesteps[:1].repeat(job.request.pictures)
+    return job.scheduler.add_noise(clean, noise, first), noise
+
+
+def _at_latent_size(job: Job, mask: torch.Tensor) -> torch.Tensor:
+    return interpolate(mask, size=job.latent_size)
+
+
+SEEING = Task(
+    "in-painting",
+    channels=9,
+    prepare=prepare_seeing,
+    description="--image and --mask (white: paint anew), models of an in-painting checkpoint",
+    needs=frozenset({"image", "mask"}),
+)
+BLENDING = Task(
+    "in-painting by blending",
+    channels=4,
+    prepare=prepare_blending,
+    description="--image and --mask (white: paint anew), any models",
+    needs=frozenset({"image", "mask"}),
+)

@@ -1,0 +1,212 @@
+"""Diffusers' pipelines on tiny checkpoints, and their networks as `Model`s: the arithmetic of the runtime is tested
+against diffusers without converting anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_runtime import tokenizer
+from diffusion_runtime.backends import TensorSpec, check_arrays
+from diffusion_runtime.manifest import Latents, Manifest, Source
+from diffusion_runtime.models import Models
+from diffusion_runtime.pipeline import Pipeline
+
+Arrays = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TorchModel:
+    """A torch function with the interface of a converted model: arrays are checked as a backend checks them."""
+
+    name: str
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    function: Callable[[Arrays], Arrays]
+
+    def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        check_arrays(self.inputs, arrays, self.name)
+        for name, spec in self.inputs.items():
+            assert arrays[name].dtype == np.dtype(spec.dtype), name
+        with torch.no_grad():
+            results = self.function({name: torch.from_numpy(value).float() for name, value in arrays.items()})
+        return {name: results[name].numpy().astype(np.float32) for name in self.outputs}
+
+
+def specs(dtype: str = "float16", /, **shapes: tuple[int, ...]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(name, shape, dtype) for name, shape in shapes.items()}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A diffusers pipeline in float32 and what the runtime makes of its networks."""
+
+    diffusers: Any
+    folder: Path
+
+    def pipeline(
+        self, batch_size: int = 2, scheduler: str | None = None, check_safety: bool = True, text_length: int = 77
+    ) -> Pipeline:
+        loads = {name: (lambda model=model: model) for name, model in self.models(batch_size, text_length).items()}
+        clip = tokenizer.load(self.folder / "tokenizer")
+        return Pipeline(self.manifest(batch_size), Models(loads), clip, scheduler, check_safety)
+
+    def manifest(self, batch_size: int) -> Manifest:
+        pipe = self.diffusers
+        low_res = getattr(pipe, "low_res_scheduler", None)
+        return Manifest(
+            name="tiny",
+            family="tiny",
+            source=Source(name="tiny"),
+            kind="packages",
+            attention="original",
+            height=self.latent_size * self.factor,
+            width=self.latent_size * self.factor,
+            batch_size=batch_size,
+            target="macOS13",
+            latents=Latents(
+                channels=pipe.vae.config.latent_channels, factor=self.factor, scale=pipe.vae.config.scaling_factor
+            ),
+            prediction_type=pipe.scheduler.config.prediction_type,
+            components={},
+            scheduler=_config(self.folder / "scheduler"),
+            noise_scheduler=_config(self.folder / "low_res_scheduler") if low_res is not None else None,
+        )
+
+    @property
+    def latent_size(self) -> int:
+        size: int = self.diffusers.unet.config.sample_size
+        return size
+
+    @property
+    def factor(self) -> int:
+        return int(2 ** (len(self.diffusers.vae.config.block_out_channels) - 1))
+
+    def models(self, batch_size: int, text_length: int = 77) -> dict[str, TorchModel]:
+        pipe = self.diffusers
+        found = {
+            "text_encoder": self._text_encoder(),
+            "unet": self._unet(batch_size, text_length),
+            "vae_decoder": self._decoder(),
+            "vae_encoder": self._encoder(),
+        }
+        if getattr(pipe, "safety_checker", None) is not None:
+            found["safety_checker"] = self._safety_checker()
+        if getattr(pipe, "depth_estimator", None) is not None:
+            found["depth_estimator"] = self._depth_estimator()
+        return found
+
+    def _text_encoder(self) -> TorchModel:
+        encoder = self.diffusers.text_encoder
+
+        def run(arrays: Arrays) -> Arrays:
+            result = encoder(arrays["input_ids"].long())
+            return {"last_hidden_state": result[0], "pooled_outputs": result[1]}
+
+        width = encoder.config.hidden_size
+        outputs = specs("float32", last_hidden_state=(1, 77, width), pooled_outputs=(1, width))
+        return TorchModel("text_encoder", specs("float32", input_ids=(1, 77)), outputs, run)
+
+    def _unet(self, batch_size: int, text_length: int) -> TorchModel:
+        unet = self.diffusers.unet
+        size, width = self.latent_size, unet.config.cross_attention_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "sample": (batch_size, unet.config.in_channels, size, size),
+            "timestep": (batch_size,),
+            "encoder_hidden_states": (batch_size, width, 1, text_length),
+        }
+        if unet.config.num_class_embeds is not None:
+            shapes["class_labels"] = (batch_size,)
+
+        def run(arrays: Arrays) -> Arrays:
+            states = arrays["encoder_hidden_states"].squeeze(2).transpose(1, 2)
+            labels = arrays["class_labels"].long() if "class_labels" in arrays else None
+            sample, timestep = arrays["sample"], arrays["timestep"]
+            return {"noise_pred": unet(sample, timestep, states, class_labels=labels, return_dict=False)[0]}
+
+        outputs = specs("float32", noise_pred=(batch_size, 4, size, size))
+        return TorchModel("unet", specs(**shapes), outputs, run)
+
+    def _decoder(self) -> TorchModel:
+        vae, size = self.diffusers.vae, self.latent_size
+        outputs = specs("float32", image=(1, 3, size * self.factor, size * self.factor))
+        return TorchModel(
+            "vae_decoder",
+            specs(z=(1, 4, size, size)),
+            outputs,
+            lambda arrays: {"image": vae.decode(arrays["z"])[0]},
+        )
+
+    def _encoder(self) -> TorchModel:
+        vae, size = self.diffusers.vae, self.latent_size
+
+        def run(arrays: Arrays) -> Arrays:
+            return {"latent": vae.encode(arrays["x"]).latent_dist.parameters}
+
+        inputs = specs(x=(1, 3, size * self.factor, size * self.factor))
+        return TorchModel("vae_encoder", inputs, specs("float32", latent=(1, 8, size, size)), run)
+
+    def _safety_checker(self) -> TorchModel:
+        checker, size = self.diffusers.safety_checker, self.latent_size * self.factor
+
+        def run(arrays: Arrays) -> Arrays:
+            images = [image.numpy() for image in arrays["images"]]
+            _, flags = checker(clip_input=arrays["clip_input"], images=images)
+            return {"has_nsfw_concepts": torch.tensor(flags).float().reshape(1, 1, 1, 1)}
+
+        inputs = specs(clip_input=(1, 3, 224, 224), images=(1, size, size, 3), adjustment=(1,))
+        return TorchModel("safety_checker", inputs, specs("float32", has_nsfw_concepts=(1, 1, 1, 1)), run)
+
+    def _depth_estimator(self) -> TorchModel:
+        estimator = self.diffusers.depth_estimator
+        side = estimator.config.image_size
+
+        def run(arrays: Arrays) -> Arrays:
+            return {"predicted_depth": estimator(arrays["pixel_values"]).predicted_depth}
+
+        outputs = specs("float32", predicted_depth=(1, side, side))
+        return TorchModel("depth_estimator", specs(pixel_values=(1, 3, side, side)), outputs, run)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    import json
+
+    config: dict[str, Any] = json.loads((folder / "scheduler_config.json").read_text())
+    return config
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Reference]:
+    """``reference("sd2-v")``: diffusers' own pipeline for a tiny checkpoint of that family, loaded once."""
+    import diffusers
+
+    loaded: dict[str, Reference] = {}
+
+    def load(family: str) -> Reference:
+        if family not in loaded:
+            folder = tiny_checkpoint(family)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
+            pipe.set_progress_bar_config(disable=True)
+            loaded[family] = Reference(pipe.to(torch.float32), folder)
+        return loaded[family]
+
+    return load
+
+
+def _psnr_db(got: Any, expected: Any) -> float:
+    """Of two 8-bit pictures, or two arrays in 0..1."""
+    first, second = (np.asarray(image, np.float64) for image in (got, expected))
+    peak = 255.0 if np.asarray(got).dtype == np.uint8 else 1.0
+    error = float(np.mean((first - second) ** 2))
+    return float("inf") if error == 0 else 10 * float(np.log10(peak**2 / error))
+
+
+@pytest.fixture
+def psnr_db() -> Callable[[Any, Any], float]:
+    return _psnr_db
