@@ -1,0 +1,167 @@
+"""Zips of models: unpacked with limits on names, links, count and size; packed the same bytes each time.
+
+A zip comes from anywhere, so nothing in it is believed: every name is checked before the first byte is written,
+sizes are counted while unpacking, and the result appears whole under its own folder or not at all.
+"""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.folders import unfinished_file, unfinished_folder
+
+_CHUNK = 1 << 20
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+_FILE_MODE = (stat.S_IFREG | 0o644) << 16
+_IGNORED = ("__MACOSX/", ".DS_Store")  # what macOS's archiver adds
+_STORED = (".bin",)  # weights do not shrink
+_WEBPAGES = (b"<!doc", b"<html", b"<?xml", b'{"err', b"Not F", b"Entry", b"versi")
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an archive may hold. ``ratio`` is unpacked to packed size of one entry (text of models: about 30)."""
+
+    entries: int = 5_000
+    size_bytes: int = 64 << 30
+    ratio: int = 250
+    depth: int = 16
+
+
+def unpack(path: Path, target: Path, limits: Limits | None = None) -> Path:
+    """Unpack ``path`` to the new folder ``target`` and return the folder of the models: its only folder, or itself.
+
+    Raises PackageError for what is no zip, is damaged or hostile, InputError where ``target`` is in the way; then
+    nothing is left.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such zip")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: exists already; remove it or choose another folder")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = _checked(archive, path, limits or Limits())
+            with unfinished_folder(target) as unfinished:
+                for info in entries:
+                    _unpack_entry(archive, info, unfinished / info.filename, path)
+    except _DAMAGED as error:
+        raise PackageError(f"{path}: {_what_it_is(path) or f'damaged zip: {error}'}") from error
+    except OSError as error:
+        raise PackageError(f"{path}: cannot be unpacked to {target}: {error}") from error
+    return only_folder(target)
+
+
+def only_folder(folder: Path) -> Path:
+    """The folder in ``folder`` where it holds nothing else, as in zips of models; else ``folder``."""
+    inside = list(folder.iterdir())
+    return inside[0] if len(inside) == 1 and inside[0].is_dir() and not inside[0].suffix else folder
+
+
+def pack(folder: Path, path: Path, leave_out: Iterable[str] = ()) -> None:
+    """Write the zip ``path`` whose only folder is named like its stem and holds the files of ``folder``.
+
+    The same files always give the same bytes: sorted, without times or owners. Weights are stored, the rest deflated.
+    """
+    without = set(leave_out)
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    with unfinished_file(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
+        for file in files:
+            relative = file.relative_to(folder).as_posix()
+            if relative not in without and not _ignored(relative):
+                _pack_file(archive, file, f"{path.stem}/{relative}")
+
+
+def _pack_file(archive: zipfile.ZipFile, file: Path, name: str) -> None:
+    info = zipfile.ZipInfo(name, _EPOCH)
+    info.compress_type = zipfile.ZIP_STORED if file.suffix in _STORED else zipfile.ZIP_DEFLATED
+    info.create_system = 3  # Unix, whatever the machine: the mode below is Unix's
+    info.external_attr = _FILE_MODE
+    info.file_size = file.stat().st_size
+    with file.open("rb") as source, archive.open(info, "w", force_zip64=info.file_size >= 1 << 31) as sink:
+        shutil.copyfileobj(source, sink, _CHUNK)
+
+
+def _checked(archive: zipfile.ZipFile, path: Path, limits: Limits) -> list[zipfile.ZipInfo]:
+    """The archive's files. Raises PackageError naming the first entry that may not be unpacked."""
+    infos = archive.infolist()
+    if len(infos) > limits.entries:
+        raise PackageError(f"{path}: refused: {len(infos)} entries, at most {limits.entries} are unpacked")
+    total = sum(info.file_size for info in infos)
+    if total > limits.size_bytes:
+        raise PackageError(f"{path}: refused: {total} bytes unpacked, at most {limits.size_bytes}")
+    files, seen, folders = [], set[str](), set[str]()
+    for info in infos:
+        reason = _refusal(info, limits)
+        plain = _folded(info.filename)
+        if reason is None and plain in seen:
+            reason = "the same name twice"
+        if reason is not None:
+            raise PackageError(f"{path}: refused: entry {info.filename!r}: {reason}")
+        seen.add(plain)
+        folders.update(_folded(parent.as_posix()) for parent in PurePosixPath(info.filename).parents)
+        if not info.is_dir() and not _ignored(info.filename):
+            files.append(info)
+    for info in files:
+        if _folded(info.filename) in folders:
+            raise PackageError(f"{path}: refused: entry {info.filename!r}: is a file and a folder")
+    return files
+
+
+def _refusal(info: zipfile.ZipInfo, limits: Limits) -> str | None:
+    """Why an entry may not be unpacked; None where it may."""
+    name, kind = info.filename, stat.S_IFMT(info.external_attr >> 16)
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or "\\" in name or ":" in name or not name.isprintable() or "\0" in info.orig_filename:
+        return "the name leads out of the folder or is no plain name"
+    if ".." in pure.parts or not pure.parts:
+        return "the name leads out of the folder"
+    if len(pure.parts) > limits.depth:
+        return f"more than {limits.depth} folders deep"
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return "a link or a special file"
+    if info.flag_bits & 1:
+        return "encrypted"
+    if info.file_size > max(info.compress_size, 4096) * limits.ratio:
+        return f"grows from {info.compress_size} to {info.file_size} bytes: more than {limits.ratio} times"
+    return None
+
+
+def _unpack_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, path: Path) -> None:
+    """Unpack one file. zipfile checks its sum; its size is counted here, for the directory may lie."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    left = info.file_size
+    with archive.open(info) as source, target.open("xb") as sink:
+        while chunk := source.read(_CHUNK):
+            left -= len(chunk)
+            if left < 0:
+                raise PackageError(f"{path}: refused: entry {info.filename!r}: is larger than it says")
+            sink.write(chunk)
+    if left:
+        raise PackageError(f"{path}: entry {info.filename!r}: ends {left} bytes early; download it again")
+
+
+def _folded(name: str) -> str:
+    """The name as a file system sees it that ignores case and composes accents, as macOS's does."""
+    return unicodedata.normalize("NFC", name).casefold().rstrip("/")
+
+
+def _ignored(name: str) -> bool:
+    return name.startswith(_IGNORED[0]) or PurePosixPath(name).name == _IGNORED[1]
+
+
+def _what_it_is(path: Path) -> str | None:
+    """What was saved under a zip's name, where that can be told: a site's page, or a large file's pointer."""
+    with path.open("rb") as file:
+        start = file.read(5)
+    if start.lower() in {page.lower() for page in _WEBPAGES}:
+        return "is no zip but a page or message of the site that it came from; download it again"
+    return None if start.startswith(b"PK") else "is no zip"
