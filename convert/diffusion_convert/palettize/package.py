@@ -1,0 +1,270 @@
+"""Palettize a package: weights are read where they lie, a few at a time, and written in one pass."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_convert.palettize.palette import Palette, decode, energies, palettize, palettize_groups, snr_db
+from diffusion_convert.palettize.plan import (
+    PER_GROUPED_CHANNEL,
+    Plan,
+    Report,
+    WeightReport,
+    chosen_weights,
+    packs_by_type,
+)
+from diffusion_convert.palettize.select import Weight
+from diffusion_runtime.errors import InputError, PackageError, VerificationError
+from diffusion_runtime.mil.package import MODEL_PATH, Package, open_package, resolve, write_package
+from diffusion_runtime.mil.packing import pack, unpack
+from diffusion_runtime.mil.program import (
+    Blob,
+    Block,
+    DType,
+    Operation,
+    Program,
+    TensorType,
+    Value,
+)
+from diffusion_runtime.mil.weights import WeightFile, WeightWriter
+
+_WEIGHT_PATH = f"{MODEL_PATH}/weights/weight.bin"
+_INDEX_TYPES = {1: DType.UINT1, 2: DType.UINT2, 3: DType.UINT3, 4: DType.UINT4, 6: DType.UINT6, 8: DType.UINT8}
+_ERROR_TOLERANCE = 1e-3  # sums of squares are taken in float32 over 65,536 elements at a time
+
+Progress = Callable[[str, int, int], None]
+"""Called with a weight's name, how many weights are done, and how many there are."""
+
+
+def palettize_package(source: Path, output: Path, plan: Plan, progress: Progress | None = None) -> Report:
+    """Write ``source``, an ML Program, to ``output`` with its weights palettized as ``plan`` says.
+
+    ``output`` appears whole or not at all. Memory: a few weights at a time, one per core and one in hand. Every
+    weight is decompressed from the written file and compared with the original before ``output`` appears.
+
+    Raises InputError (a plan that cannot be carried out, a palettized input, a program without weights),
+    UnsupportedError (not an ML Program), PackageError (damaged), VerificationError (the file does not decompress to
+    what was meant).
+    """
+    package = _open(source, output)
+    targets = chosen_weights(package, plan)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.weights-{os.getpid()}")
+    try:
+        with WeightWriter(unfinished) as writer, ThreadPoolExecutor(_threads()) as pool:
+            palettes = _palettes(package, plan, targets, pool)
+            rewriter = _Rewriter(package, writer, targets, palettes, progress or _silent)
+            program = rewriter.program()
+        with ThreadPoolExecutor(_threads()) as pool:
+            reports = tuple(pool.map(lambda written: _checked(package, unfinished, written), rewriter.written))
+        before = folder_bytes(source)
+        write_package(replace(package.model, program=program), output, unfinished)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return Report(reports, plan, before, folder_bytes(output))
+
+
+def stored_array(package: Package, value: Value) -> np.ndarray:
+    """A tensor's elements. A stored one is mapped anew, so that its pages leave memory with the array."""
+    if isinstance(value.data, Blob) and isinstance(value.type, TensorType):
+        shape = tuple(size or 0 for size in value.type.shape)
+        return _weight_file(package, value.data).read(value.data.offset, value.type.dtype, shape)
+    return package.array(value)
+
+
+def folder_bytes(path: Path) -> int:
+    """The size of a package on disk, in bytes."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _threads() -> int:
+    return os.cpu_count() or 1
+
+
+def _silent(_name: str, _done: int, _total: int) -> None:
+    pass
+
+
+def _open(source: Path, output: Path) -> Package:
+    package = open_package(source)
+    if (source / "model.mil").exists():
+        raise InputError(f"{source}: a compiled model; give the .mlpackage that it was compiled from")
+    if output.suffix != ".mlpackage":
+        raise InputError(f"{output}: the output's name must end in .mlpackage")
+    if output.resolve() == source.resolve():
+        raise InputError(f"{output}: the output is the input; give another name")
+    return package
+
+
+def _weight_file(package: Package, blob: Blob) -> WeightFile:
+    return WeightFile(resolve(package.root, blob.path, package.path))
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A palette as it is stored; ``indices`` are packed bytes (iOS 16) or one element each."""
+
+    lut: np.ndarray
+    indices: np.ndarray
+    squared_error: float
+
+
+def _palettes(
+    package: Package, plan: Plan, targets: Mapping[str, tuple[Weight, int]], pool: ThreadPoolExecutor
+) -> Iterator[_Packed]:
+    """The palettes of ``targets`` in order, made by ``pool`` but a few ahead of what is taken."""
+    by_type = packs_by_type(package)
+    pending: deque[Future[_Packed]] = deque()
+    for weight, bits in targets.values():
+        pending.append(pool.submit(_palette, package, plan, weight, bits, by_type))
+        if len(pending) > _threads():
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _palette(package: Package, plan: Plan, weight: Weight, bits: int, by_type: bool) -> _Packed:
+    array = stored_array(package, weight.value)
+    palette = palettize_as(plan, weight, array, bits)
+    if by_type:
+        return _Packed(_as_blocks(palette), palette.indices, palette.squared_error)
+    packed = palette.indices.reshape(-1) if bits == 8 else pack(palette.indices, bits)
+    return _Packed(palette.lut, packed, palette.squared_error)
+
+
+def palettize_as(plan: Plan, weight: Weight, array: np.ndarray, bits: int) -> Palette:
+    """``array``, which is ``weight``'s, at ``plan``'s granularity: one palette where groups do not divide it."""
+    grouped = plan.granularity == PER_GROUPED_CHANNEL
+    if grouped and weight.axis is not None and weight.shape[weight.axis] % plan.group_size == 0:
+        return palettize_groups(array, bits, weight.axis, plan.group_size, weight.name)
+    return palettize(array, bits, weight.name)
+
+
+def _as_blocks(palette: Palette) -> np.ndarray:
+    """The table in iOS 18's rank: the weight's, one for the entries, one for the length of an entry (1)."""
+    if palette.lut.ndim > 1:
+        return palette.lut
+    return palette.lut.reshape(*(1,) * palette.indices.ndim, -1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A palettized weight in the new file, as it must decompress."""
+
+    weight: Weight
+    bits: int
+    indices: Value
+    lut: Value
+    squared_error: float
+
+
+@dataclass(slots=True)
+class _Rewriter:
+    """Copies a program; its stored values go to ``writer`` in the program's order, each once however often used."""
+
+    package: Package
+    writer: WeightWriter
+    targets: Mapping[str, tuple[Weight, int]]
+    palettes: Iterator[_Packed]
+    progress: Progress
+    written: list[_Written] = field(default_factory=list)
+    _moved: dict[Blob, Blob] = field(default_factory=dict)
+    _stored: dict[str, _Written] = field(default_factory=dict)
+
+    def program(self) -> Program:
+        program = self.package.model.program
+        functions = {
+            name: replace(function, blocks={opset: self._block(block) for opset, block in function.blocks.items()})
+            for name, function in program.functions.items()
+        }
+        return replace(program, functions=functions)
+
+    def _block(self, block: Block) -> Block:
+        return replace(block, operations=tuple(self._operation(op) for op in block.operations))
+
+    def _operation(self, operation: Operation) -> Operation:
+        if operation.type == "const" and operation.outputs[0].name in self.targets:
+            return self._palettized(operation)
+        return replace(
+            operation,
+            inputs={
+                name: tuple(self._value(item) if isinstance(item, Value) else item for item in bindings)
+                for name, bindings in operation.inputs.items()
+            },
+            attributes={name: self._value(value) for name, value in operation.attributes.items()},
+            blocks=tuple(self._block(block) for block in operation.blocks),
+        )
+
+    def _value(self, value: Value) -> Value:
+        """A literal, with its bytes copied to the new file where they are stored."""
+        if not isinstance(value.data, Blob) or not isinstance(value.type, TensorType):
+            return value
+        if value.data not in self._moved:
+            array = stored_array(self.package, value)
+            self._moved[value.data] = Blob(_WEIGHT_PATH, self.writer.add(array, value.type.dtype))
+        return Value(value.type, self._moved[value.data])
+
+    def _palettized(self, operation: Operation) -> Operation:
+        name = operation.outputs[0].name
+        if name not in self._stored:
+            self._stored[name] = self._store(name)
+            self.written.append(self._stored[name])
+            self.progress(name, len(self.written), len(self.targets))
+        stored = self._stored[name]
+        kept = {key: value for key, value in operation.attributes.items() if key != "val"}
+        operation = replace(operation, type="constexpr_lut_to_dense", inputs={}, attributes=kept)
+        if packs_by_type(self.package):
+            return replace(operation, inputs={"indices": (stored.indices,), "lut": (stored.lut,)})
+        shape = np.array(stored.weight.shape, np.uint32)
+        sizes = Value(TensorType(DType.UINT32, shape.shape), shape)
+        return replace(operation, attributes={**kept, "indices": stored.indices, "lut": stored.lut, "shape": sizes})
+
+    def _store(self, name: str) -> _Written:
+        weight, bits = self.targets[name]
+        packed = next(self.palettes)
+        index_type = _INDEX_TYPES[bits] if packs_by_type(self.package) else DType.UINT8
+        entry_type = DType.FLOAT16 if packed.lut.dtype == np.float16 else DType.FLOAT32
+        return _Written(
+            weight,
+            bits,
+            self._add(packed.indices, index_type),
+            self._add(packed.lut, entry_type),
+            packed.squared_error,
+        )
+
+    def _add(self, array: np.ndarray, dtype: DType) -> Value:
+        return Value(TensorType(dtype, array.shape), Blob(_WEIGHT_PATH, self.writer.add(array, dtype)))
+
+
+def _checked(package: Package, path: Path, written: _Written) -> WeightReport:
+    """Decompress one weight from the new file at ``path`` and compare it with the original."""
+    weight = written.weight
+    indices, lut = _read(path, written.indices), _read(path, written.lut)
+    if indices.shape != weight.shape:
+        indices = (unpack(indices, written.bits, weight.size) if written.bits < 8 else indices).reshape(
+            weight.shape
+        )
+    signal, noise = energies(stored_array(package, weight.value), decode(lut.astype(np.float32), indices))
+    if not math.isclose(noise, written.squared_error, rel_tol=_ERROR_TOLERANCE, abs_tol=1e-9 * signal):
+        raise VerificationError(
+            f"{package.path}: {weight.name} at {written.bits} bits decompresses with a squared error of {noise:g}, "
+            f"expected {written.squared_error:g}: the weight file was not written as it was meant"
+        )
+    return WeightReport(weight.name, weight.shape, written.bits, snr_db(signal, noise), noise)
+
+
+def _read(path: Path, value: Value) -> np.ndarray:
+    if not isinstance(value.data, Blob) or not isinstance(value.type, TensorType):
+        raise PackageError(f"{path}: a palette was not stored")
+    shape = tuple(size or 0 for size in value.type.shape)
+    return WeightFile(path).read(value.data.offset, value.type.dtype, shape)

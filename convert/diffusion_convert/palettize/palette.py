@@ -1,0 +1,237 @@
+"""A weight as indices into a short table of values (a palette), with the least squared error.
+
+float16 has 65,536 values, so that a histogram of bit patterns replaces sorting the weight: the cost hardly depends
+on the weight's size. float32 weights are binned by their rounding to float16 (scaled by a power of two, to use all
+of float16's range), each bin at the mean of its members: exact where no bin has two values; otherwise a bin, which
+is 2⁻¹⁰ of its value wide at most, is not divided.
+
+Entries are stored in the weight's own type. They are rounded from the exact optimum and then improved in turns
+(nearest entry, rounded mean) while that lowers the error, which therefore never exceeds the rounded optimum's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffusion_convert.palettize import kmeans
+from diffusion_runtime.errors import InputError
+
+_CHUNK = 1 << 20
+_CACHED = 1 << 16
+_PATTERNS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Palette:
+    """``lut`` has 2 ** bits ascending entries in the weight's type (unused ones repeat the last), in groups as
+    Core ML's operation takes it: (…, groups, …, 2 ** bits, 1). ``indices`` is uint8 in the weight's shape.
+    ``squared_error`` is summed over all elements."""
+
+    lut: np.ndarray
+    indices: np.ndarray
+    squared_error: float
+
+    def decoded(self) -> np.ndarray:
+        """The weight that this stands for."""
+        return decode(self.lut, self.indices)
+
+
+@dataclass(frozen=True, slots=True)
+class _Histogram:
+    """Distinct finite values, ascending, and how often each occurs; and which infinities occur."""
+
+    values: np.ndarray
+    counts: np.ndarray
+    infinities: tuple[float, ...]
+
+
+def palettize(weight: np.ndarray, bits: int, name: str = "weight") -> Palette:
+    """The palette of ``2 ** bits`` entries with the least squared error, and the nearest entry to each element.
+
+    Both zeros count as one value. Infinities keep entries of their own. Of two entries at equal distance the lower
+    is taken. Raises InputError, naming the weight, for NaN, for other types than float16 and float32, and where
+    infinities leave no entry for the finite values.
+    """
+    if weight.dtype not in (np.float16, np.float32) or not weight.size:
+        raise InputError(f"{name}: a weight of {weight.size} x {weight.dtype}; expected float16 or float32")
+    histogram = _half_histogram(weight, name) if weight.dtype == np.float16 else _single_histogram(weight, name)
+    room = (1 << bits) - len(histogram.infinities)
+    if room < 1 and len(histogram.values):
+        raise InputError(f"{name}: holds both infinities and finite values, for which {bits} bit has no room")
+    lut = _entries(histogram, room, weight.dtype)
+    lut = np.concatenate([lut, np.repeat(lut[-1:], (1 << bits) - len(lut))])
+    indices = _nearest(weight, lut)
+    if weight.dtype == np.float16:
+        noise = _squared_error(histogram.values, histogram.counts, lut.astype(np.float64))
+    else:
+        _, noise = energies(weight, lut[indices])
+    return Palette(lut, indices, noise)
+
+
+def palettize_groups(weight: np.ndarray, bits: int, axis: int, group_size: int, name: str = "weight") -> Palette:
+    """One palette for each ``group_size`` channels along ``axis``. Raises InputError as `palettize`, and where the
+    number of channels is not a multiple of ``group_size``."""
+    channels = weight.shape[axis]
+    if channels % group_size:
+        raise InputError(f"{name}: {channels} channels are not a multiple of the group size {group_size}")
+    groups = channels // group_size
+    luts = np.empty((groups, 1 << bits), weight.dtype)
+    indices = np.empty(weight.shape, np.uint8)
+    noise = 0.0
+    leading = (slice(None),) * axis
+    for group in range(groups):
+        part = (*leading, slice(group * group_size, (group + 1) * group_size))
+        palette = palettize(np.ascontiguousarray(weight[part]), bits, name)
+        luts[group], indices[part] = palette.lut, palette.indices
+        noise += palette.squared_error
+    shape = [1] * weight.ndim
+    shape[axis] = groups
+    return Palette(luts.reshape(*shape, 1 << bits, 1), indices, noise)
+
+
+def decode(lut: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Entries by index: one table (rank 1), or tables in blocks as in `Palette`."""
+    if lut.ndim == 1:
+        plain: np.ndarray = lut[indices]
+        return plain
+    blocks = lut.shape[: indices.ndim]
+    size = lut.shape[-2]
+    first = np.arange(math.prod(blocks)).reshape(blocks) * size
+    for axis, count in enumerate(blocks):
+        if count > 1:
+            first = np.repeat(first, indices.shape[axis] // count, axis=axis)
+    decoded: np.ndarray = lut.reshape(-1)[first + indices]
+    return decoded
+
+
+def energies(original: np.ndarray, decoded: np.ndarray) -> tuple[float, float]:
+    """The sums of squares of ``original`` and of the difference.
+
+    Elements that are equal, infinities among them, add nothing to the second; infinities add nothing to the first.
+    """
+    signal = noise = 0.0
+    for one, other in zip(_chunks(original, _CACHED), _chunks(decoded, _CACHED), strict=True):
+        exact = one.astype(np.float32)
+        with np.errstate(invalid="ignore", over="ignore"):
+            error = exact - other
+            energy, difference = float(np.dot(exact, exact)), float(np.dot(error, error))
+        if not math.isfinite(energy + difference):
+            error = np.where(one == other, 0, error).astype(np.float64)
+            exact = np.where(np.isfinite(exact), exact, 0).astype(np.float64)
+            energy, difference = float(np.dot(exact, exact)), float(np.dot(error, error))
+        signal += energy
+        noise += difference
+    return signal, noise
+
+
+def snr_db(signal: float, noise: float) -> float:
+    """Signal-to-noise ratio of two energies in decibels; inf without noise."""
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def _chunks(array: np.ndarray, size: int = _CHUNK) -> Iterator[np.ndarray]:
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, size):
+        yield flat[start : start + size]
+
+
+def _half_histogram(weight: np.ndarray, name: str) -> _Histogram:
+    counts = np.zeros(_PATTERNS, np.int64)
+    for chunk in _chunks(weight.view(np.uint16)):
+        counts += np.bincount(chunk, minlength=_PATTERNS)
+    values = np.arange(_PATTERNS, dtype=np.uint16).view(np.float16).astype(np.float64)
+    return _histogram(values, counts, values, name)
+
+
+def _single_histogram(weight: np.ndarray, name: str) -> _Histogram:
+    scale = _scale(weight)
+    counts = np.zeros(_PATTERNS, np.int64)
+    totals = np.zeros(_PATTERNS)
+    for chunk in _chunks(weight):
+        with np.errstate(over="ignore", invalid="ignore"):
+            bins = (chunk.astype(np.float64) * scale).astype(np.float16).view(np.uint16)
+        counts += np.bincount(bins, minlength=_PATTERNS)
+        totals += np.bincount(bins, weights=np.where(np.isfinite(chunk), chunk, 0), minlength=_PATTERNS)
+    patterns = np.arange(_PATTERNS, dtype=np.uint16).view(np.float16).astype(np.float64)
+    means = np.where(np.isfinite(patterns), totals / np.maximum(counts, 1), patterns)
+    return _histogram(patterns, counts, means, name)
+
+
+def _scale(weight: np.ndarray) -> float:
+    """The power of two that brings the largest finite magnitude into 2¹⁴ … 2¹⁵."""
+    largest = max(float(np.max(np.abs(chunk), where=np.isfinite(chunk), initial=0)) for chunk in _chunks(weight))
+    return 2.0 ** (15 - math.frexp(largest)[1]) if largest else 1.0
+
+
+def _histogram(patterns: np.ndarray, counts: np.ndarray, values: np.ndarray, name: str) -> _Histogram:
+    if invalid := int(counts[np.isnan(patterns)].sum()):
+        raise InputError(f"{name}: {invalid} elements are NaN; a palette cannot hold them")
+    used = np.flatnonzero(counts)
+    finite = used[np.isfinite(patterns[used])]
+    distinct, inverse = np.unique(values[finite], return_inverse=True)
+    weights = np.bincount(inverse, weights=counts[finite], minlength=len(distinct))
+    infinities = sorted({float(patterns[pattern]) for pattern in used if np.isinf(patterns[pattern])})
+    return _Histogram(distinct, weights, tuple(infinities))
+
+
+def _entries(histogram: _Histogram, room: int, dtype: np.dtype) -> np.ndarray:
+    """At most ``room`` finite entries and the infinities, ascending, in ``dtype``."""
+    values, counts = histogram.values, histogram.counts
+    finite = np.empty(0, dtype)
+    if len(values):
+        means = kmeans.centroids(values, counts, kmeans.cluster(values, counts, room))
+        finite = _refined(values, counts, means, dtype)
+    infinities = np.array(histogram.infinities, dtype)
+    return np.concatenate([infinities[infinities < 0], finite, infinities[infinities > 0]])
+
+
+def _refined(values: np.ndarray, counts: np.ndarray, means: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    lut, lowest = means.astype(dtype), math.inf
+    candidate = lut
+    while True:
+        entries = candidate.astype(np.float64)
+        error = _squared_error(values, counts, entries)
+        if not error < lowest:
+            return lut
+        lut, lowest = candidate, error
+        chosen = _index(entries, values)
+        sizes = np.bincount(chosen, weights=counts, minlength=len(lut))
+        sums = np.bincount(chosen, weights=counts * values, minlength=len(lut))
+        candidate = np.where(sizes > 0, sums / np.maximum(sizes, 1), entries).astype(dtype)
+
+
+def _squared_error(values: np.ndarray, counts: np.ndarray, entries: np.ndarray) -> float:
+    return float(np.sum(counts * (values - entries[_index(entries, values)]) ** 2))
+
+
+def _index(entries: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The nearest of ascending ``entries`` (float64) to each value; of two at equal distance the lower."""
+    with np.errstate(invalid="ignore"):
+        middles = (entries[1:] + entries[:-1]) / 2
+    # Beside an infinity: everything finite is nearer to the finite entry; between equal infinities: either.
+    middles = np.where(np.isnan(middles), entries[1:], middles)
+    middles = np.where(np.isneginf(middles), -_BEYOND, np.where(np.isposinf(middles), _BEYOND, middles))
+    return np.searchsorted(middles, values, side="left")
+
+
+_BEYOND = 1e300  # beyond every finite float32
+
+
+def _nearest(weight: np.ndarray, lut: np.ndarray) -> np.ndarray:
+    entries = lut.astype(np.float64)
+    indices = np.empty(weight.size, np.uint8)
+    if weight.dtype == np.float16:
+        patterns = np.arange(_PATTERNS, dtype=np.uint16).view(np.float16).astype(np.float64)
+        table = _index(entries, patterns).astype(np.uint8)
+        np.take(table, weight.view(np.uint16).reshape(-1), out=indices)
+    else:
+        for start in range(0, weight.size, _CHUNK):
+            chunk = weight.reshape(-1)[start : start + _CHUNK]
+            indices[start : start + _CHUNK] = _index(entries, chunk.astype(np.float64))
+    return indices.reshape(weight.shape)
