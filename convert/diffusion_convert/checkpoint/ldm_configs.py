@@ -1,0 +1,115 @@
+"""Configurations for checkpoints in CompVis (LDM) layout, put together from four sources. Later ones win:
+
+``configs/FAMILY.json``; the shapes in the file (`ldm_shapes`) with head counts by the family's rule; ``STEM.yaml``
+beside the file (the LDM configuration, as web interfaces keep it there); ``STEM.config.json`` beside the file
+(diffusers' keys by subfolder, ``{"unet": {"attention_head_dim": 8}, …}``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusion_convert.checkpoint import ldm_shapes
+from diffusion_runtime.errors import CheckpointError
+
+FOLDER = Path(__file__).parent / "configs"
+
+Sections = Mapping[str, Mapping[str, Any]]
+
+
+def family_data(family: str) -> dict[str, Any]:
+    """What ``configs/FAMILY.json`` says, over what the family that it extends says, section by section."""
+    data: dict[str, Any] = json.loads((FOLDER / f"{family}.json").read_text(encoding="utf-8"))
+    parent = data.pop("extends", None)
+    return data if parent is None else merge(family_data(parent), data)
+
+
+def config(
+    kind: str, subfolder: str, part: ldm_shapes.Tensors, data: Mapping[str, Any], beside: Sections
+) -> dict[str, Any]:
+    """The configuration of one network of a file. Raises CheckpointError where something cannot be known."""
+    given = beside.get(subfolder, {})
+    sized = merge(data.get(subfolder, {}), ldm_shapes.SIZES[kind](part))
+    ruled = {key: rule() for key, rule in _rules(kind, sized, data.get("rules", {})).items() if key not in given}
+    return merge({**sized, **ruled}, given)
+
+
+def read_beside(path: Path) -> dict[str, Any]:
+    """Sections that the files beside a checkpoint give, empty without such files. Raises CheckpointError."""
+    return merge(_read_yaml(path.with_suffix(".yaml")), _read_json(path.with_suffix(".config.json")))
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``, and so on inside the mappings that both have."""
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(inner, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _rules(kind: str, sized: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[str, Any]:
+    """What no shape shows, as calls by configuration key. (What diffusers' UNet calls ``attention_head_dim`` is the
+    number of heads.)"""
+    decided: dict[str, Any] = {}
+    if kind == "unet":
+        blocks = sized["block_out_channels"]
+        if rules.get("only_cross_attention") == "all but the last":
+            decided["only_cross_attention"] = lambda: [True] * (len(blocks) - 1) + [False]
+        if rules.get("unet_head_channels"):
+            decided["attention_head_dim"] = lambda: [_heads(width, rules["unet_head_channels"]) for width in blocks]
+    elif kind != "vae":
+        decided["num_attention_heads"] = lambda: _heads(sized["hidden_size"], rules["head_channels"])
+    return decided
+
+
+def _heads(channels: int, head_channels: int) -> int:
+    if channels % head_channels:
+        raise CheckpointError(
+            f"{channels} channels are no multiple of {head_channels}, the width of a head in this family: give the "
+            "number of heads in a file STEM.config.json beside it"
+        )
+    return channels // head_channels
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(read, dict) or not all(isinstance(section, dict) for section in read.values()):
+        raise CheckpointError(f'{path}: expected diffusers\' keys by subfolder, {{"unet": {{…}}, …}}')
+    return read
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The parts of an LDM configuration that shapes do not show, as diffusers' keys."""
+    if not path.is_file():
+        return {}
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
+        unet = model["unet_config"]["params"]
+        width = unet.get("num_head_channels", -1)
+        heads = unet.get("num_heads", -1)
+        blocks = [unet["model_channels"] * multiple for multiple in unet["channel_mult"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: not an LDM configuration: {error!r}".splitlines()[0]) from error
+    prediction = {"v": "v_prediction", "eps": "epsilon"}.get(model.get("parameterization", "eps"))
+    found: dict[str, dict[str, Any]] = {
+        "unet": {"attention_head_dim": heads if heads > 0 else [_heads(channels, width) for channels in blocks]},
+        "vae": {"scaling_factor": model.get("scale_factor")},
+        "scheduler": {
+            "prediction_type": prediction,
+            "beta_start": model.get("linear_start"),
+            "beta_end": model.get("linear_end"),
+        },
+    }
+    return {section: {k: v for k, v in keys.items() if v is not None} for section, keys in found.items()}

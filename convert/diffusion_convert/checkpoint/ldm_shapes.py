@@ -1,0 +1,157 @@
+"""What the shapes in a CompVis (LDM) checkpoint say about its networks, as diffusers' configuration keys.
+
+Widths, depths, where attention sits and how wide its context is are all in the shapes; head counts, activations and
+the picture's size are not, and come from the family's data in ``configs/``. Names are those inside each network,
+without the prefix that it has in the file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from diffusion_runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+Tensors = Mapping[str, "torch.Tensor"]
+
+FULL_OPEN_CLIP_BLOCKS = 24
+"""Stable Diffusion 2 takes the states before OpenCLIP ViT-H's last block; diffusers keeps only those before it."""
+
+
+def unet(tensors: Tensors) -> dict[str, Any]:
+    """UNet2DConditionModel's widths, depths, block types and context, from an LDM UNet's tensors."""
+    blocks: list[list[int]] = [[]]
+    for index in range(1, count(tensors, "input_blocks")):
+        if f"input_blocks.{index}.0.op.weight" in tensors:
+            blocks.append([])
+        else:
+            blocks[-1].append(index)
+    if len({len(block) for block in blocks}) != 1 or not blocks[0]:
+        raise CheckpointError(
+            f"the UNet's blocks have {[len(block) for block in blocks]} layers: expected equal counts"
+        )
+    layers = len(blocks[0])
+    down = [_attends(tensors, f"input_blocks.{block[0]}.1.") for block in blocks]
+    up = [_attends(tensors, f"output_blocks.{index * (layers + 1)}.1.") for index in range(len(blocks))]
+    cross = next((name for name in tensors if name.endswith("attn2.to_k.weight")), None)
+    project = next((name for name in tensors if name.endswith("1.proj_in.weight")), None)
+    if cross is None or project is None:
+        raise CheckpointError("the UNet has no cross-attention: expected attn2.to_k.weight in its blocks")
+    classes = shape(tensors, "label_emb.weight", 2)[0] if "label_emb.weight" in tensors else None
+    return {
+        "block_out_channels": [
+            shape(tensors, f"input_blocks.{block[0]}.0.in_layers.2.weight", 4)[0] for block in blocks
+        ],
+        "cross_attention_dim": shape(tensors, cross, 2)[1],
+        "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in down],
+        "in_channels": shape(tensors, "input_blocks.0.0.weight", 4)[1],
+        "layers_per_block": layers,
+        "num_class_embeds": classes,
+        "out_channels": shape(tensors, "out.2.weight", 4)[0],
+        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in up],
+        "use_linear_projection": tensors[project].ndim == 2,
+    }
+
+
+def vae(tensors: Tensors) -> dict[str, Any]:
+    """AutoencoderKL's widths and depths, from an LDM autoencoder's tensors."""
+    levels = count(tensors, "encoder.down")
+    return {
+        "block_out_channels": [
+            shape(tensors, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)
+        ],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "in_channels": shape(tensors, "encoder.conv_in.weight", 4)[1],
+        "latent_channels": shape(tensors, "decoder.conv_in.weight", 4)[1],
+        "layers_per_block": count(tensors, "encoder.down.0.block"),
+        "out_channels": shape(tensors, "decoder.conv_out.weight", 4)[0],
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+def clip(tensors: Tensors) -> dict[str, Any]:
+    """CLIPTextModel's sizes, from a transformers text model's tensors (``text_model.…``)."""
+    vocabulary, hidden = shape(tensors, "text_model.embeddings.token_embedding.weight", 2)
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": shape(tensors, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
+        "max_position_embeddings": shape(tensors, "text_model.embeddings.position_embedding.weight", 2)[0],
+        "num_hidden_layers": count(tensors, "text_model.encoder.layers"),
+        "vocab_size": vocabulary,
+    }
+
+
+def open_clip(tensors: Tensors) -> dict[str, Any]:
+    """CLIPTextModel's sizes, from an OpenCLIP text transformer's tensors."""
+    vocabulary, hidden = shape(tensors, "token_embedding.weight", 2)
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": shape(tensors, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
+        "max_position_embeddings": shape(tensors, "positional_embedding", 2)[0],
+        "num_hidden_layers": open_clip_layers(tensors),
+        "vocab_size": vocabulary,
+    }
+
+
+def open_clip_layers(tensors: Tensors) -> int:
+    """How many of an OpenCLIP transformer's blocks are used: all but the last, which some files leave out."""
+    blocks = count(tensors, "transformer.resblocks")
+    return blocks if blocks == FULL_OPEN_CLIP_BLOCKS - 1 else blocks - 1
+
+
+def depth(tensors: Tensors) -> dict[str, Any]:
+    """DPTConfig's sizes, from the tensors of MiDaS' DPT hybrid. The patches form a square."""
+    layers = count(tensors, "pretrained.model.blocks")
+    hidden = shape(tensors, "pretrained.model.cls_token", 3)[-1]
+    side = math.isqrt(shape(tensors, "pretrained.model.pos_embed", 3)[1])
+    backbone = "pretrained.model.patch_embed.backbone"
+    stages = range(count(tensors, f"{backbone}.stages"))
+    widths = [shape(tensors, f"{backbone}.stages.{stage}.blocks.0.conv3.weight", 4)[0] for stage in stages]
+    return {
+        "backbone_config": {
+            "depths": [count(tensors, f"{backbone}.stages.{stage}.blocks") for stage in stages],
+            "embedding_size": shape(tensors, f"{backbone}.stem.conv.weight", 4)[0],
+            "hidden_sizes": widths,
+        },
+        "backbone_featmap_shape": [1, widths[-1], side, side],
+        "backbone_out_indices": [(quarter + 1) * layers // 4 - 1 for quarter in range(4)],
+        "fusion_hidden_size": shape(tensors, "scratch.layer1_rn.weight", 4)[0],
+        "hidden_size": hidden,
+        "image_size": 16 * side,
+        "intermediate_size": shape(tensors, "pretrained.model.blocks.0.mlp.fc1.weight", 2)[0],
+        "neck_hidden_sizes": [shape(tensors, f"scratch.layer{level}_rn.weight", 4)[1] for level in range(1, 5)],
+        "num_hidden_layers": layers,
+    }
+
+
+def count(tensors: Tensors, folder: str) -> int:
+    """How many numbered children ``folder`` has: one more than the highest number."""
+    pattern = re.compile(re.escape(folder) + r"\.(\d+)\.")
+    return max((int(found[1]) for name in tensors if (found := pattern.match(name))), default=-1) + 1
+
+
+def shape(tensors: Tensors, name: str, dimensions: int) -> Sequence[int]:
+    """The shape of a tensor that has to be there with so many dimensions. Raises CheckpointError."""
+    found = tuple(tensors[name].shape) if name in tensors else None
+    if found is None or len(found) != dimensions:
+        state = "is missing" if found is None else f"has shape {found}, not {dimensions} dimensions"
+        raise CheckpointError(f"{name} {state}: not a whole checkpoint in CompVis layout")
+    return found
+
+
+def _attends(tensors: Tensors, place: str) -> bool:
+    return f"{place}transformer_blocks.0.attn2.to_k.weight" in tensors
+
+
+SIZES: Mapping[str, Callable[[Tensors], dict[str, Any]]] = {
+    "unet": unet,
+    "vae": vae,
+    "clip": clip,
+    "open_clip": open_clip,
+    "depth": depth,
+}
