@@ -1,0 +1,118 @@
+"""Stand-ins for large weights: a network is traced and converted without its weights, which are fetched as they
+are written.
+
+Tracing and converting need shapes, not values, but coremltools keeps every constant as an array. A placeholder has
+the shape of its weight and the storage of one column: every row is filled with a code, the first row with the
+code negated. The code is one of float16's own numbers and each weight has its own, so it survives the conversion
+to float16, coremltools' search for equal constants never merges two, and an array that comes out of the converter
+tells which weight it stands for. The negated row shows whether the rows are still where they were: what a pass
+has transposed, scaled or folded is noticed (`Misplaced`), never written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+FLOAT16_MAX = 65504.0
+MIN_SIZE = 1024
+"""Weights with fewer elements keep their values: biases, norms, and what a pass may want to look at."""
+
+_FIRST_CODE = 0x3C00  # 1.0 as float16's bits; up to 0x7BFF follow 16,384 numbers in ascending order
+_CODES = 0x7C00 - _FIRST_CODE
+
+
+class Misplaced(Exception):
+    """A placeholder came out of the converter other than it went in; its weight must be converted by value."""
+
+
+class Placeholders:
+    """Hands out placeholders and finds the weights that they stand for."""
+
+    def __init__(self) -> None:
+        self._weights: list[tuple[str, torch.Tensor]] = []
+        self._written: set[int] = set()
+        self._exceeding: dict[str, bool] = {}
+
+    def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A placeholder for ``tensor``, or where it is small, ``tensor`` itself; floating point as float32."""
+        import torch
+
+        if not tensor.is_floating_point():
+            return tensor
+        full = len(self._weights) == _CODES
+        if tensor.numel() < MIN_SIZE or tensor.ndim < 2 or tensor.shape[0] < 2 or full:
+            return tensor.float()
+        code = float(np.uint16(_FIRST_CODE + len(self._weights)).view(np.float16))
+        self._weights.append((name, tensor))
+        column = torch.full((tensor.shape[0], *[1] * (tensor.ndim - 1)), code)
+        column[0] = -code
+        return column.expand(tensor.shape)
+
+    def view(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``tensors`` with placeholders for the large ones."""
+        return {name: self(name, tensor) for name, tensor in tensors.items()}
+
+    def find(self, array: np.ndarray) -> tuple[str, torch.Tensor] | None:
+        """The name and weight that ``array`` stands for; None where it is no placeholder. Raises Misplaced where
+        its rows are not where they were."""
+        index = self._index(array)
+        if index is None:
+            return None
+        name, tensor = self._weights[index]
+        rows = thin(array)
+        rows = rows.reshape(array.shape[0], -1) if array.ndim else rows
+        code = abs(rows.flat[0])
+        in_place = (
+            array.size == tensor.numel()
+            and array.shape[0] == tensor.shape[0]
+            and bool((rows[0] == -code).all() and (rows[1:] == code).all())
+        )
+        if not in_place:
+            raise Misplaced(f"{name} of shape {tuple(tensor.shape)} became {array.shape}")
+        return name, tensor
+
+    def take(self, array: np.ndarray) -> torch.Tensor | None:
+        """As `find`, for writing: remembers that the weight was used."""
+        found = self.find(array)
+        if found is None:
+            return None
+        self._written.add(self._index(array) or 0)
+        return found[1].reshape(array.shape)
+
+    def exceeds_float16(self, name: str) -> bool:
+        """Whether a finite element of that weight is beyond float16. Reads no weight that is float16 already."""
+        import torch
+
+        if name not in self._exceeding:
+            tensor = dict(self._weights)[name]
+            low, high = torch.aminmax(tensor) if tensor.dtype != torch.float16 else (tensor.new_zeros(()),) * 2
+            self._exceeding[name] = bool(max(-float(low), float(high)) > FLOAT16_MAX)
+        return self._exceeding[name]
+
+    def check_all_taken(self) -> None:
+        """Raise Misplaced where a placeholder never came out: a pass has folded it into something else."""
+        missing = [name for index, (name, _) in enumerate(self._weights) if index not in self._written]
+        if missing:
+            raise Misplaced(f"{', '.join(missing[:3])} ({len(missing)} in all) did not come out of the converter")
+
+    def _index(self, array: np.ndarray) -> int | None:
+        if array.dtype not in (np.float16, np.float32) or array.size < MIN_SIZE:
+            return None
+        code = array.flat[-1]  # wherever the rows went, the first element is negative and the last is not
+        if array.flat[0] != -code or not 0 < code <= FLOAT16_MAX or np.float16(code) != code:
+            return None
+        index = int(np.float16(code).view(np.uint16)) - _FIRST_CODE
+        known = 0 <= index < len(self._weights)
+        return index if known and bool((np.abs(thin(array)) == code).all()) else None
+
+
+def thin(array: np.ndarray) -> np.ndarray:
+    """``array`` without its repetitions: axes along which the same element is repeated have length 1."""
+    axes = zip(array.strides, array.shape, strict=True)
+    return array[tuple(slice(0, 1) if stride == 0 and size > 1 else slice(None) for stride, size in axes)]

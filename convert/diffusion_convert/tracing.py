@@ -1,0 +1,97 @@
+"""Tracing a network by its shapes: no value of the forward pass is computed and no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffusion_convert.components import Graph
+
+_MAX_COMPUTED = 4096
+"""Operations on tensors of at most this many elements are computed: a network may look at a mask or an index."""
+
+
+def trace(graph: Graph) -> torch.jit.ScriptModule:
+    """``graph.module`` as TorchScript. Takes seconds for a full-size UNet, where computing would take minutes."""
+    import torch
+
+    examples = tuple(torch.zeros(()).expand(port.shape) for port in graph.inputs)
+    with torch.no_grad(), _shapes_only():
+        traced: torch.jit.ScriptModule = torch.jit.trace(  # type: ignore[no-untyped-call]
+            graph.module, examples, check_trace=False, strict=False
+        )
+    return traced
+
+
+@contextmanager
+def _shapes_only() -> Iterator[None]:
+    """In this context, large results are zeros of one stored element.
+
+    It lies below the tracer, which records the operations as always. What is done here, it must not record, down to
+    the sizes that torch's own shape functions read: the tracer follows one thread, so that is done in another.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves, tree_map
+
+    views = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+    def as_meta(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return torch.device("meta") if isinstance(value, torch.device) else value
+
+    def as_zeros(value: Any) -> Any:
+        return torch.zeros((), dtype=value.dtype).expand(value.shape) if isinstance(value, torch.Tensor) else value
+
+    def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(views):
+            return shaped(func, args, kwargs)
+
+    def shaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        small = all(tensor.numel() <= _MAX_COMPUTED for tensor in tensors)
+        if small or func._schema.is_mutable:
+            return func(*args, **kwargs)
+        return tree_map(as_zeros, func(*tree_map(as_meta, args), **tree_map(as_meta, kwargs)))
+
+    class ShapesOnly(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            return untraced.submit(run, func, args, kwargs or {}).result()
+
+    class RecordedConvolution(TorchFunctionMode):
+        """The tracer does not record a convolution but what it calls, which `ShapesOnly` is above of."""
+
+        def __torch_function__(
+            self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            call = _convolve if func is torch.conv2d else func
+            return call(*args, **(kwargs or {}))
+
+    with ThreadPoolExecutor(max_workers=1) as untraced, ShapesOnly(), RecordedConvolution():
+        yield
+
+
+def _convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """``torch.conv2d`` by the operation that the tracer records for it."""
+    import torch
+
+    sizes = ([size, size] if isinstance(size, int) else list(size) for size in (stride, padding, dilation))
+    flags = (False, False, False, False)  # cuDNN's and TF32's, of no meaning here
+    return torch._convolution(x, weight, bias, *sizes, False, [0, 0], groups, *flags)
