@@ -29,7 +29,7 @@ def attend(
 def split_heads(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, scale: float
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Of each head the query (batch, each, 1, queries), the transposed and scaled key (batch, keys, 1, each) and the
+    """Of each head the query (batch, each, 1, queries), the transposed, scaled key (batch, keys, 1, each) and the
     value (batch, each, 1, keys): three splits and one transpose, however many heads there are."""
     sizes = [int(query.shape[1]) // heads] * heads
     # Scaled after the transpose: right after the projection, coremltools would fold the scale into its weights.
