@@ -40,9 +40,10 @@ _DEVICES = {
     "split_einsum_v2": ("CPU and Neural Engine", "iPhone, iPad and Macs with iOS 17 / macOS 14", "CPU_AND_NE"),
 }
 _OPENRAIL = (
-    "The licence of the source restricts use, and these restrictions go with the converted models: nothing illegal or "
-    "harmful, no deceiving or harassing of people, no medical or legal advice, no exploitation of the vulnerable. You "
-    "must pass the same restrictions on. Read the licence's attachment A before you use or share the models."
+    "The licence of the source restricts use, and these restrictions go with the converted models: nothing illegal "
+    "or harmful, no deceiving or harassing of people, no medical or legal advice, no exploitation of the "
+    "vulnerable. You must pass the same restrictions on. Read the licence's attachment A before you use or share "
+    "the models."
 )
 
 
@@ -119,8 +120,8 @@ def _origin(made: Manifest) -> str:
     digest = f" (SHA-256 `{source.sha256}`)" if source.sha256 else ""
     tools = ", ".join(f"{tool} {version}" for tool, version in sorted(made.tools.items()))
     return (
-        f"Stable Diffusion models ({made.family}) for pictures of {made.width}x{made.height} pixels, converted from {name}"
-        f"{revision}{digest} for {made.target} and later" + (f" with {tools}." if tools else ".")
+        f"Stable Diffusion models ({made.family}) for pictures of {made.width}x{made.height} pixels, converted "
+        f"from {name}{revision}{digest} for {made.target} and later" + (f" with {tools}." if tools else ".")
     )
 
 
@@ -156,9 +157,9 @@ coreml-diffusion generate models --prompt "a photograph of an astronaut riding a
 swift run StableDiffusionSample "a prompt" --resource-path {attention}/compiled --compute-units {_camel(units)}
 ```
 
-**Hugging Face's Diffusers app** and **Mochi Diffusion**: unpack a zip of the table above into the app's folder of models
-(Mochi Diffusion: `~/MochiDiffusion/models`) and choose `{_title(made)}` there; take `original` for the GPU, a
-`split_einsum` for the Neural Engine."""
+**Hugging Face's Diffusers app** and **Mochi Diffusion**: unpack a zip of the table above into the app's folder of
+models (Mochi Diffusion: `~/MochiDiffusion/models`) and choose `{_title(made)}` there; take `original` for the GPU,
+a `split_einsum` for the Neural Engine."""
 
 
 def _camel(units: str) -> str:
@@ -168,8 +169,8 @@ def _camel(units: str) -> str:
 
 def _parity_note() -> str:
     return (
-        "Every model was run and compared with the source's own network in float32 on the same inputs before it was "
-        "published (PSNR, worst output; above about 35 dB no difference can be seen)."
+        "Models were run and compared with the source's own networks in float32 on the same inputs (PSNR of the "
+        "worst output; above about 35 dB no difference can be seen)."
     )
 
 

@@ -16,8 +16,8 @@ _HEADER = "#version: 0.2"
 def write_vocabulary(files: Mapping[str, Path], target: Path) -> None:
     """Write vocab.json and merges.txt to the folder ``target``.
 
-    ``files`` maps a tokenizer's file names to where they are: vocab.json and merges.txt are copied as they are, else
-    both are taken from tokenizer.json. Raises CheckpointError where neither is there or it is no byte-pair encoding.
+    ``files`` maps a tokenizer's file names to where they are: vocab.json and merges.txt are copied as they are,
+    else both are taken from tokenizer.json. Raises CheckpointError where neither is there or of another kind.
     """
     if "vocab.json" in files and "merges.txt" in files:
         for name in ("vocab.json", "merges.txt"):

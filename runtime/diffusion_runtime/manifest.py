@@ -20,7 +20,7 @@ FILE_NAME = "manifest.json"
 
 def _inside(path: str) -> str:
     pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or not path:
         raise ValueError(f"{path!r} does not stay inside the folder")
     return path
 

@@ -69,7 +69,7 @@ def only_folder(folder: Path) -> Path:
 def pack(folder: Path, path: Path, leave_out: Iterable[str] = ()) -> None:
     """Write the zip ``path`` whose only folder is named like its stem and holds the files of ``folder``.
 
-    The same files always give the same bytes: sorted, without times or owners. Weights are stored, the rest deflated.
+    The same files always give the same bytes: sorted, without times or owners. Weights are stored, not deflated.
     """
     without = set(leave_out)
     files = sorted(file for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,274 @@
+"""Variants, compiled names, zips and shared files; what existing apps check, from their public sources."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import small_bundle
+from diffusion_convert.bundle import (
+    compile_variant,
+    compiled_names,
+    share_identical,
+    variants,
+    zip_name,
+    zip_variants,
+)
+from diffusion_convert.model_card import write_model_card
+from diffusion_convert.vocabulary import write_vocabulary
+from diffusion_runtime import manifest, zips
+from diffusion_runtime.bundle import find
+from diffusion_runtime.errors import CheckpointError, InputError, PackageError
+from diffusion_runtime.integrity import check_files
+from diffusion_runtime.mil.package import open_package
+
+ATTENTIONS = ("original", "split_einsum_v2")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with compiled models and zips; shared: do not change it."""
+    folder = small_bundle.write_bundle(tmp_path_factory.mktemp("bundle") / "out", ATTENTIONS)
+    for variant in variants(folder).values():
+        compile_variant(variant / "packages", variant / "compiled")
+    zip_variants(folder)
+    return folder
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_compiled_folder_holds_what_apps_look_for(bundle: Path, attention: str) -> None:
+    compiled = bundle / attention / "compiled"
+    assert {path.name for path in compiled.iterdir()} == {
+        "TextEncoder.mlmodelc",
+        "Unet.mlmodelc",
+        "VAEDecoder.mlmodelc",
+        "VAEEncoder.mlmodelc",
+        "vocab.json",
+        "merges.txt",
+        "manifest.json",
+    }
+    for model in compiled.glob("*.mlmodelc"):
+        assert {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()} == {
+            "analytics/coremldata.bin",
+            "coremldata.bin",
+            "metadata.json",
+            "model.mil",
+            "weights/weight.bin",
+        }
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_apps_find_attention_size_and_guidance_in_metadata(bundle: Path, attention: str) -> None:
+    compiled = bundle / attention / "compiled"
+    found = {path.stem: json.loads((path / "metadata.json").read_text()) for path in compiled.glob("*.mlmodelc")}
+    assert all(isinstance(entries, list) and len(entries) == 1 for entries in found.values())
+    unet = found["Unet"][0]
+    # Mochi Diffusion and GuernikaKit tell split attention by this one key.
+    assert ("Ios16.einsum" in unet["mlProgramOperationTypeHistogram"]) == (attention != "original")
+    assert all(isinstance(count, int) for count in unet["mlProgramOperationTypeHistogram"].values())
+    for (entry,) in found.values():
+        for schema in entry["inputSchema"]:
+            assert all(isinstance(value, str) for value in schema.values())
+    # Mochi Diffusion reads the picture's size from the encoder's first input; Apple the latents' from the UNet's.
+    shape = [int(size) for size in found["VAEEncoder"][0]["inputSchema"][0]["shape"].strip("[]").split(", ")]
+    assert shape == [1, 3, small_bundle.PICTURE, small_bundle.PICTURE]
+    sample = next(schema for schema in unet["inputSchema"] if schema["name"] == "sample")
+    assert (sample["shape"], sample["dataType"]) == ("[2, 4, 8, 8]", "Float16")
+    # Swift takes the first output.
+    for name in ("Unet", "VAEDecoder", "VAEEncoder"):
+        assert len(found[name][0]["outputSchema"]) == 1
+
+
+def test_compiled_manifest_names_its_own_files_with_hashes(bundle: Path) -> None:
+    packages = manifest.read(bundle / "original" / "packages")
+    compiled = manifest.read(bundle / "original" / "compiled")
+    assert compiled.kind == "compiled"
+    assert compiled.components["unet"].files == ("Unet.mlmodelc",)
+    assert set(compiled.components["unet"].sha256) == {
+        f"Unet.mlmodelc/{name}"
+        for name in (
+            "analytics/coremldata.bin",
+            "coremldata.bin",
+            "metadata.json",
+            "model.mil",
+            "weights/weight.bin",
+        )
+    }
+    assert compiled.components["unet"].psnr_db == packages.components["unet"].psnr_db
+    check_files(compiled, bundle / "original" / "compiled")
+
+
+def test_compiled_models_read_back_equal_to_their_packages(bundle: Path) -> None:
+    for attention in ATTENTIONS:
+        sides = [manifest.read(bundle / attention / kind) for kind in ("packages", "compiled")]
+        for name in sides[0].components:
+            models = [
+                open_package(bundle / attention / side.kind / file).model
+                for side in sides
+                for file in side.components[name].files
+            ]
+            functions = [model.program.functions["main"] for model in models]
+            assert functions[0].block == functions[1].block
+            assert models[0].interfaces == models[1].interfaces
+
+
+def test_a_chunked_unet_has_the_names_that_apps_prefer() -> None:
+    chunked = manifest.Component(files=("a.mlpackage", "b.mlpackage"), inputs=(), outputs=())
+    assert compiled_names("unet", chunked) == ("UnetChunk1", "UnetChunk2")
+
+
+def test_zips_are_named_for_apps_and_their_folder_is_the_stem(bundle: Path) -> None:
+    names = {path.name for path in bundle.glob("*.zip")}
+    assert names == {
+        "coreml-tiny-diffusion-v1-4_original_compiled.zip",
+        "coreml-tiny-diffusion-v1-4_split_einsum_v2_compiled.zip",
+        "coreml-tiny-diffusion-v1-4_split_einsum_compiled.zip",
+    }
+    for path in bundle.glob("*.zip"):
+        with zipfile.ZipFile(path) as archive:
+            assert {name.split("/")[0] for name in archive.namelist()} == {path.stem}
+            assert f"{path.stem}/Unet.mlmodelc/metadata.json" in archive.namelist()
+            assert (
+                archive.getinfo(f"{path.stem}/Unet.mlmodelc/weights/weight.bin").compress_type == zipfile.ZIP_STORED
+            )
+
+
+def test_split_einsum_keeps_its_own_zip_name_and_palettized_models_say_so(tmp_path: Path) -> None:
+    folder = small_bundle.write_bundle(tmp_path, ("split_einsum", "split_einsum_v2"), nbits=6)
+    for variant in variants(folder).values():
+        compile_variant(variant / "packages", variant / "compiled")
+    assert [path.name for path in zip_variants(folder)] == [
+        "coreml-tiny-diffusion-v1-4-palettized_split_einsum_v2_compiled.zip",
+        "coreml-tiny-diffusion-v1-4-palettized_split_einsum_compiled.zip",
+    ]
+    with zipfile.ZipFile(folder / "coreml-tiny-diffusion-v1-4-palettized_split_einsum_compiled.zip") as archive:
+        stem = "coreml-tiny-diffusion-v1-4-palettized_split_einsum_compiled"
+        assert json.loads(archive.read(f"{stem}/manifest.json"))["attention"] == "split_einsum"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("CompVis/stable-diffusion-v1-4", "coreml-stable-diffusion-v1-4_original_compiled.zip"),
+        ("My Model: final!", "coreml-my-model-final_original_compiled.zip"),
+        ("/home/me/shapes/", "coreml-shapes_original_compiled.zip"),
+    ],
+)
+def test_zip_names_are_plain(bundle: Path, name: str, expected: str) -> None:
+    made = manifest.read(bundle / "original" / "compiled").model_copy(update={"name": name})
+    assert zip_name(made, "original") == expected
+
+
+def test_zipping_and_compiling_again_gives_the_same_bytes(bundle: Path, tmp_path: Path) -> None:
+    again = small_bundle.write_bundle(tmp_path, ATTENTIONS)
+    for variant in variants(again).values():
+        compile_variant(variant / "packages", variant / "compiled")
+    for path in zip_variants(again):
+        assert path.read_bytes() == (bundle / path.name).read_bytes()
+
+
+def test_an_unpacked_zip_is_a_bundle(bundle: Path, tmp_path: Path) -> None:
+    zipped = next(bundle.glob("*_split_einsum_v2_compiled.zip"))
+    folder = zips.unpack(zipped, tmp_path / "unpacked")
+    assert folder == tmp_path / "unpacked" / zipped.stem
+    assert find(tmp_path / "unpacked").folder == folder
+    check_files(manifest.read(folder), folder)
+
+
+def test_equal_files_of_variants_become_one_on_disk(tmp_path: Path) -> None:
+    folder = small_bundle.write_bundle(tmp_path, ATTENTIONS)
+    for variant in variants(folder).values():
+        compile_variant(variant / "packages", variant / "compiled")
+    weights = [
+        folder
+        / attention
+        / "packages"
+        / f"{small_bundle.NAME}_vae_decoder.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
+        for attention in ATTENTIONS
+    ]
+    weights += [
+        folder / attention / "compiled" / "VAEDecoder.mlmodelc/weights/weight.bin" for attention in ATTENTIONS
+    ]
+    assert weights[0].samefile(weights[2])
+    assert not weights[0].samefile(weights[1])
+    assert share_identical(folder) > 0
+    assert all(weights[0].samefile(other) for other in weights)
+    for variant in variants(folder).values():
+        for kind in ("packages", "compiled"):
+            check_files(manifest.read(variant / kind), variant / kind)
+    assert share_identical(folder) == 0
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed", "link"])
+def test_files_that_do_not_fit_the_manifest_are_refused(damage: str, tmp_path: Path) -> None:
+    packages = small_bundle.write_bundle(tmp_path / "bundle", ("original",)) / "original" / "packages"
+    weights = packages / f"{small_bundle.NAME}_unet.mlpackage" / "Data/com.apple.CoreML/weights/weight.bin"
+    data = weights.read_bytes()
+    weights.unlink()
+    if damage == "changed":
+        weights.write_bytes(data[:-1] + b"\xff")
+    if damage == "link":
+        (tmp_path / "outside.bin").write_bytes(data)
+        weights.symlink_to(tmp_path / "outside.bin")
+    expected = {"missing": "is missing", "changed": "has changed", "link": "leads outside of the folder"}[damage]
+    with pytest.raises(PackageError, match=expected) as caught:
+        compile_variant(packages, packages.parent / "compiled")
+    assert "\n" not in str(caught.value)
+    assert not (packages.parent / "compiled").exists()
+
+
+def test_a_manifest_that_names_files_outside_is_refused(tmp_path: Path) -> None:
+    packages = small_bundle.write_bundle(tmp_path, ("original",)) / "original" / "packages"
+    path = packages / manifest.FILE_NAME
+    path.write_text(path.read_text().replace(f"{small_bundle.NAME}_unet.mlpackage", "../../evil.mlpackage"))
+    with pytest.raises(PackageError, match="does not stay inside the folder"):
+        manifest.read(packages)
+
+
+def test_a_folder_without_variants_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(str(tmp_path)) + ": holds no variant"):
+        variants(tmp_path)
+
+
+def test_vocabulary_comes_from_slow_and_fast_tokenizers_alike(tmp_path: Path) -> None:
+    fast = {
+        "model": {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+        "added_tokens": [{"id": 3, "content": "<|e|>"}],
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fast))
+    write_vocabulary({"tokenizer.json": tmp_path / "tokenizer.json"}, tmp_path)
+    assert json.loads((tmp_path / "vocab.json").read_text()) == {"a": 0, "b": 1, "ab": 2, "<|e|>": 3}
+    assert (tmp_path / "merges.txt").read_text() == "#version: 0.2\na b\n"
+    slow = {name: tmp_path / name for name in ("vocab.json", "merges.txt")}
+    (tmp_path / "copy").mkdir()
+    write_vocabulary(slow, tmp_path / "copy")
+    assert (tmp_path / "copy" / "merges.txt").read_text() == "#version: 0.2\na b\n"
+    with pytest.raises(CheckpointError, match=r"neither vocab\.json and merges\.txt nor tokenizer\.json"):
+        write_vocabulary({}, tmp_path)
+
+
+def test_model_card_has_the_hubs_header_and_what_a_user_needs(bundle: Path) -> None:
+    text = write_model_card(bundle, "sample.png").read_text()
+    header = vars(ModelCard(text).data)
+    assert header["license"] == "creativeml-openrail-m"
+    assert header["base_model"] == "maker/tiny-diffusion-v1-4"
+    assert header["pipeline_tag"] == "text-to-image"
+    assert "core-ml" in header["tags"]
+    for expected in (
+        "![A picture made with these models](sample.png)",
+        "`original` | CPU and GPU",
+        "coreml-tiny-diffusion-v1-4_split_einsum_v2_compiled.zip",
+        "Mochi Diffusion",
+        "StableDiffusionSample",
+        "coreml-diffusion generate",
+        "72.5 dB",
+        "restricts use",
+        "at revision `0000",
+    ):
+        assert expected in text
+    (bundle / "README.md").unlink()
