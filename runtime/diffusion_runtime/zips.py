@@ -11,7 +11,7 @@ import stat
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -37,9 +37,12 @@ class Limits:
     depth: int = 16
 
 
-def unpack(path: Path, target: Path, limits: Limits | None = None) -> Path:
+def unpack(
+    path: Path, target: Path, limits: Limits | None = None, wanted: Callable[[str], bool] = lambda _: True
+) -> Path:
     """Unpack ``path`` to the new folder ``target`` and return the folder of the models: its only folder, or itself.
 
+    ``wanted`` chooses files by their names; all names are checked whatever it says.
     Raises PackageError for what is no zip, is damaged or hostile, InputError where ``target`` is in the way; then
     nothing is left.
     """
@@ -51,7 +54,7 @@ def unpack(path: Path, target: Path, limits: Limits | None = None) -> Path:
         with zipfile.ZipFile(path) as archive:
             entries = _checked(archive, path, limits or Limits())
             with unfinished_folder(target) as unfinished:
-                for info in entries:
+                for info in filter(lambda info: wanted(info.filename), entries):
                     _unpack_entry(archive, info, unfinished / info.filename, path)
     except _DAMAGED as error:
         raise PackageError(f"{path}: {_what_it_is(path) or f'damaged zip: {error}'}") from error
