@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx
 
 from diffusion_runtime.backends import ComputeUnits, TensorSpec, check_arrays
-from diffusion_runtime.errors import InputError, UnsupportedError
+from diffusion_runtime.errors import InputError, PackageError, UnsupportedError
 from diffusion_runtime.mil.constants import torch_dtype
-from diffusion_runtime.mil.lower import lower
-from diffusion_runtime.mil.observe import intermediates, observe
+from diffusion_runtime.mil.lower import REFUSALS, lower, refusal
+from diffusion_runtime.mil.observe import explain, intermediates, observe
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import Feature, FunctionInterface
 
@@ -72,8 +72,12 @@ class TorchModel:
     def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         """Run once. Raises InputError for a missing, unknown or mis-shaped array."""
         tensors = self._tensors(arrays)
-        with torch.inference_mode():
-            return self._arrays(self.module(*tensors))
+        try:
+            with torch.inference_mode():
+                return self._arrays(self.module(*tensors))
+        except (*REFUSALS, UnsupportedError) as error:
+            self._explain(tensors)
+            raise PackageError(f"{self.path}: {refusal(error)}") from error
 
     def observe(self, watch: Callable[[str, str, Tensor], None], **arrays: np.ndarray) -> dict[str, np.ndarray]:
         """Run once and call ``watch(name, op, value)`` for every value that an op computes, in order."""
@@ -83,6 +87,13 @@ class TorchModel:
         """Run once and give the values of the given MIL names. Raises InputError for names that do not exist."""
         found = intermediates(self.module, self._tensors(arrays), names)
         return {name: _to_numpy(value) for name, value in found.items()}
+
+    def _explain(self, tensors: Sequence[Tensor]) -> None:
+        """Run again, op by op: raises the error that names the op which fails."""
+        try:
+            explain(self.module, tensors)
+        except (PackageError, UnsupportedError) as error:
+            raise type(error)(f"{self.path}: {error}") from error
 
     def _tensors(self, arrays: Mapping[str, np.ndarray]) -> list[Tensor]:
         check_arrays(self.inputs, arrays, self.path.name)

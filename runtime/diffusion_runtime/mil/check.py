@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from diffusion_runtime.errors import PackageError, UnsupportedError
 from diffusion_runtime.mil.ops import OPS, Op
@@ -26,7 +26,7 @@ def check_package(package: Package) -> None:
         _raise(PackageError, f"{where}: damaged", [*_undefined(function), *_bad_blobs(package, function.block)])
 
 
-def operands(operation: Operation) -> dict[str, tuple[str | Value, ...]]:
+def operands(operation: Operation) -> Mapping[str, tuple[str | Value, ...]]:
     """An op's operands by parameter. iOS 16 gives those of compressed weights as attributes."""
     if operation.type == CONST:
         return {}
@@ -52,23 +52,30 @@ def _unknown_ops(function: Function) -> list[str]:
 
 def _unknown_parameters(block: Block) -> list[str]:
     faults = []
+    strings = {}
     for operation in block.operations:
         if operation.type == CONST:
+            value = operation.attributes.get("val")
+            if value is not None and isinstance(value.data, str):
+                strings[operation.outputs[0].name] = value.data
             continue
         given = operands(operation)
-        faults += [
-            f"{operation.type} {output_name(operation)}: {fault}" for fault in _faults(OPS[operation.type], given)
-        ]
+        where = f"{operation.type} {output_name(operation)}"
+        faults += [f"{where}: {fault}" for fault in _faults(OPS[operation.type], given, strings)]
     return faults
 
 
-def _faults(op: Op, given: dict[str, tuple[str | Value, ...]]) -> Iterator[str]:
+def _faults(op: Op, given: Mapping[str, tuple[str | Value, ...]], strings: Mapping[str, str]) -> Iterator[str]:
     for name, parameter in op.parameters.items():
         if parameter.required and name not in given and not parameter.is_filled_in:
             yield f"parameter {name} is missing"
-    for name in given:
+    for name, bindings in given.items():
         if name not in op.parameters or op.parameters[name].is_filled_in:
             yield f"parameter {name} is unknown"
+        elif op.parameters[name].choices:
+            value = bindings[0].data if isinstance(bindings[0], Value) else strings.get(bindings[0])
+            if value not in op.parameters[name].choices:
+                yield f"{name} {value!r} is unknown; known: {', '.join(op.parameters[name].choices)}"
 
 
 def _undefined(function: Function) -> list[str]:

@@ -1,15 +1,14 @@
 """MIL -> torch.fx: one node per operation, constants as buffers; the generated code frees values after their use.
 
 ``print(module.code)`` shows the program; ``module.to(device)`` moves it. A node's ``meta["mil"]`` is the MIL name
-of its value, ``meta["type"]`` its declared type, ``meta["val"]`` a tensor on the meta device of the shape and element
-type that it will have: each op is tried on shapes alone, so that what cannot run is refused when loading.
+of its value, ``meta["type"]`` its declared type, ``meta["op"]`` the op that computes it.
 """
 
 from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +24,9 @@ from diffusion_runtime.mil.constants import Constant, literal, torch_dtype
 from diffusion_runtime.mil.ops import OPS, Kind, Op, Parameter
 from diffusion_runtime.mil.package import Package
 from diffusion_runtime.mil.program import Function, Operation, TensorType, Value, ValueType, Variable
+
+REFUSALS = (RuntimeError, ValueError, IndexError, TypeError)
+"""What torch raises for operands that do not fit."""
 
 STREAMED_ELEMENTS = 4096
 """Constants with more elements than this stay in the file when weights are streamed."""
@@ -87,14 +89,8 @@ class _Lowering:
     buffers: dict[str, Constant] = field(default_factory=dict)
 
     def run(self) -> fx.GraphModule:
-        shapes = {feature.name: feature.shape for feature in self.package.model.interface.inputs}
         for variable in self.function.inputs:
-            node = self.graph.placeholder(variable.name)
-            shape = _static(variable.type) or shapes.get(variable.name)
-            meta = (
-                torch.empty(shape, dtype=self._dtype(variable.type), device="meta") if shape is not None else None
-            )
-            self._name(node, variable, meta)
+            self._name(self.graph.placeholder(_identifier(variable.name)), variable, "input")
         for operation in self.function.block.operations:
             try:
                 self._operation(operation)
@@ -160,7 +156,7 @@ class _Lowering:
                 arguments[name] = constants[0].python()
         result = _apply(op, {**arguments, **self._filled_in(op, operation)})
         for variable, value in zip(operation.outputs, result if op.several else (result,), strict=True):
-            _check_type(variable, value, self._dtype(variable.type))
+            check_value(variable.type, value, self._dtype(variable.type))
             self.constants[variable.name] = Constant(variable.type, tensor=value)
 
     # Everything else becomes a node.
@@ -173,18 +169,14 @@ class _Lowering:
         }
         arguments |= self._filled_in(op, operation)
         node = self.graph.create_node("call_function", op.function, (), arguments, name=_identifier(name))
-        node.meta["op"] = operation.type
-        metas = self._try_shapes(op, arguments)
         if not op.several:
-            self._name(node, operation.outputs[0], metas[0] if metas else None)
+            self._name(node, operation.outputs[0], operation.type)
             return
-        if metas and len(metas) != len(operation.outputs):
-            raise PackageError(f"gives {len(metas)} values, but {len(operation.outputs)} outputs are declared")
         for index, variable in enumerate(operation.outputs):
             item = self.graph.create_node(
                 "call_function", operator.getitem, (node, index), name=_identifier(variable.name)
             )
-            self._name(item, variable, metas[index] if metas else None)
+            self._name(item, variable, operation.type)
 
     def _argument(self, parameter: Parameter, bindings: Sequence[str | Value], name: str) -> Any:
         if parameter.kind is Kind.TENSORS:
@@ -216,10 +208,7 @@ class _Lowering:
         else:
             self.buffers[target] = constant
             node = self.graph.create_node("get_attr", target, name=target)
-        shape = constant.tensor.shape if constant.tensor is not None else _static(constant.type)
-        node.meta.update(mil=name, type=constant.type)
-        if shape is not None:
-            node.meta["val"] = torch.empty(shape, dtype=self._dtype(constant.type), device="meta")
+        node.meta.update(mil=name, type=constant.type, op=CONST)
         if isinstance(binding, str):
             self.nodes[binding] = node
         return node
@@ -238,25 +227,9 @@ class _Lowering:
     def _dtype(self, kind: ValueType) -> torch.dtype:
         return torch_dtype(kind, self.dtype)
 
-    def _name(self, node: fx.Node, variable: Variable, meta: Tensor | None) -> None:
-        if meta is not None:
-            _check_type(variable, meta, self._dtype(variable.type))
-        node.meta.update(mil=variable.name, type=variable.type)
-        if meta is not None:
-            node.meta["val"] = meta
+    def _name(self, node: fx.Node, variable: Variable, op: str) -> None:
+        node.meta.update(mil=variable.name, type=variable.type, op=op)
         self.nodes[variable.name] = node
-
-    def _try_shapes(self, op: Op, arguments: Mapping[str, Any]) -> Sequence[Tensor] | None:
-        """Results on the meta device; None where they depend on values that are not known before the run."""
-        nodes = [node for value in arguments.values() for node in _nodes(value)]
-        dynamic = any(
-            isinstance(value, fx.Node) and op.parameters[name].kind is Kind.CONSTANT_OR_TENSOR
-            for name, value in arguments.items()
-        )
-        if dynamic or op.name in ("range_1d", "non_zero") or any("val" not in node.meta for node in nodes):
-            return None
-        result = _apply(op, fx.node.map_arg(dict(arguments), lambda node: node.meta["val"]))
-        return result if op.several else (result,)
 
     def _fill_buffers(self) -> None:
         """Read, decompress and widen the weights that nodes refer to, several at a time."""
@@ -279,14 +252,18 @@ def _apply(op: Op, arguments: dict[str, Any]) -> Any:
     """Call an op; what torch refuses is a fault of the program."""
     try:
         return op.function(**arguments)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PackageError(f"operands do not fit: {reason}") from error
+    except REFUSALS as error:
+        raise PackageError(refusal(error)) from error
 
 
-def _check_type(variable: Variable, value: Tensor, dtype: torch.dtype) -> None:
+def refusal(error: Exception) -> str:
+    """What to say of an error that torch raises for operands that do not fit."""
+    return f"operands do not fit: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+
+
+def check_value(kind: ValueType, value: Tensor, dtype: torch.dtype) -> None:
     """Raise PackageError where a value is not what the program declares."""
-    declared = variable.type.shape if isinstance(variable.type, TensorType) else ()
+    declared = kind.shape if isinstance(kind, TensorType) else ()
     fits = len(declared) == value.ndim and all(
         size in (None, actual) for size, actual in zip(declared, value.shape, strict=True)
     )
@@ -310,9 +287,3 @@ def _identifier(name: str) -> str:
     """A Python name for a MIL name (MIL allows characters that Python does not)."""
     plain = "".join(letter if letter.isalnum() or letter == "_" else "_" for letter in name)
     return plain if plain and not plain[0].isdigit() else f"_{plain}"
-
-
-def _nodes(value: Any) -> Iterable[fx.Node]:
-    if isinstance(value, fx.Node):
-        return [value]
-    return [item for item in value if isinstance(item, fx.Node)] if isinstance(value, list) else []

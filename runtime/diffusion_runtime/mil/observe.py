@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from diffusion_runtime.errors import InputError
+from diffusion_runtime.errors import DiffusionError, InputError, PackageError
+from diffusion_runtime.mil.constants import torch_dtype
+from diffusion_runtime.mil.lower import REFUSALS, check_value, refusal
 
 Observe = Callable[[str, str, Tensor], None]
 """Called with the MIL name of each computed value, the op that computed it, and the value."""
@@ -20,6 +22,11 @@ def observe(module: fx.GraphModule, inputs: Sequence[Tensor], watch: Observe) ->
     with torch.no_grad():
         outputs: dict[str, Tensor] = _Watched(module, watch).run(*inputs)
     return outputs
+
+
+def explain(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    """Run again, op by op: raises the error that names the op which fails, if one does."""
+    observe(module, inputs, _ignore)
 
 
 def intermediates(module: fx.GraphModule, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -44,14 +51,28 @@ def intermediates(module: fx.GraphModule, inputs: Sequence[Tensor], names: Seque
     return {name: found[name] for name in names}
 
 
+def _ignore(*_: object) -> None:
+    pass
+
+
 class _Watched(fx.Interpreter):
+    """Checks each value against its declared type, and says which op an error comes from."""
+
     def __init__(self, module: fx.GraphModule, watch: Observe) -> None:
         super().__init__(module)
         self._watch = watch
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        where = f"{n.meta.get('op', n.op)} {n.meta.get('mil', n.name)}"
+        try:
+            value = super().run_node(n)
+            if isinstance(value, Tensor) and n.op == "call_function" and "mil" in n.meta:
+                dtype = value.dtype if value.is_floating_point() else torch_dtype(n.meta["type"], torch.float32)
+                check_value(n.meta["type"], value, dtype)
+        except DiffusionError as error:
+            raise type(error)(f"{where}: {error}") from error
+        except REFUSALS as error:
+            raise PackageError(f"{where}: {refusal(error)}") from error
         if isinstance(value, Tensor) and "mil" in n.meta and n.op in ("call_function", "placeholder"):
-            source = n.args[0] if n.args and isinstance(n.args[0], fx.Node) and "op" not in n.meta else n
-            self._watch(n.meta["mil"], source.meta.get("op", "input"), value)
+            self._watch(n.meta["mil"], n.meta["op"], value)
         return value

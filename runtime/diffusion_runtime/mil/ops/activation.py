@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_runtime.errors import UnsupportedError
 from diffusion_runtime.mil.ops.registry import mil_op
 
 _GELU = {"EXACT": "none", "TANH_APPROXIMATION": "tanh"}
@@ -43,13 +44,9 @@ def softsign(x: Tensor) -> Tensor:
 
 
 @mil_op("gelu")
-def gelu(x: Tensor, mode: str = "EXACT") -> Tensor:
+def gelu(x: Tensor, mode: Literal["EXACT", "TANH_APPROXIMATION", "SIGMOID_APPROXIMATION"] = "EXACT") -> Tensor:
     if mode == "SIGMOID_APPROXIMATION":
         return x * torch.sigmoid(1.702 * x)
-    if mode not in _GELU:
-        raise UnsupportedError(
-            f"gelu: mode {mode!r} is not covered; known: {', '.join(_GELU)}, SIGMOID_APPROXIMATION"
-        )
     return F.gelu(x, approximate=_GELU[mode])
 
 

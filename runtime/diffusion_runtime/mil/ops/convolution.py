@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_runtime.errors import UnsupportedError
-from diffusion_runtime.mil.ops.registry import known, mil_op
+from diffusion_runtime.mil.ops.registry import mil_op
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-PAD_TYPES = ("valid", "custom", "same", "same_lower")
+PadType = Literal["valid", "custom", "same", "same_lower"]
 
 
 @mil_op("conv")
@@ -21,7 +22,7 @@ def conv(
     weight: Tensor,
     bias: Tensor | None = None,
     strides: Sequence[int] | None = None,
-    pad_type: str = "valid",
+    pad_type: PadType = "valid",
     pad: Sequence[int] | None = None,
     dilations: Sequence[int] | None = None,
     groups: int = 1,
@@ -30,7 +31,7 @@ def conv(
     spatial = _spatial("conv", x)
     strides, dilations = strides or [1] * spatial, dilations or [1] * spatial
     reach = [(size - 1) * dilation + 1 for size, dilation in zip(weight.shape[2:], dilations, strict=True)]
-    pads = paddings("conv", pad_type, pad, x.shape[2:], reach, strides)
+    pads = paddings(pad_type, pad, x.shape[2:], reach, strides)
     even = all(before == after for before, after in pads)
     if not even:
         x = F.pad(x, [size for pair in reversed(pads) for size in pair])
@@ -45,7 +46,7 @@ def conv_transpose(
     bias: Tensor | None = None,
     pad: Sequence[int] | None = None,
     output_shape: Sequence[int] | None = None,
-    pad_type: str = "valid",
+    pad_type: Literal["valid", "custom", "same"] = "valid",
     strides: Sequence[int] | None = None,
     dilations: Sequence[int] | None = None,
     groups: int = 1,
@@ -59,7 +60,6 @@ def conv_transpose(
     strides, dilations = strides or [1] * spatial, dilations or [1] * spatial
     reach = [(size - 1) * dilation + 1 for size, dilation in zip(weight.shape[2:], dilations, strict=True)]
     whole = [(size - 1) * stride + k for size, stride, k in zip(x.shape[2:], strides, reach, strict=True)]
-    known("conv_transpose", "pad_type", pad_type, ("valid", "custom", "same"))
     if pad_type == "same":
         kept = (
             list(output_shape[2:]) if output_shape else [n * s for n, s in zip(x.shape[2:], strides, strict=True)]
@@ -80,8 +80,7 @@ def conv_transpose(
 
 
 def paddings(
-    op: str,
-    pad_type: str,
+    pad_type: PadType,
     pad: Sequence[int] | None,
     sizes: Sequence[int],
     reach: Sequence[int],
@@ -91,7 +90,6 @@ def paddings(
 
     ``same`` keeps ceil(size / stride) outputs and puts an odd element after, ``same_lower`` before.
     """
-    known(op, "pad_type", pad_type, PAD_TYPES)
     if pad_type == "valid":
         return [(0, 0)] * len(sizes)
     if pad_type == "custom":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from diffusion_runtime.errors import UnsupportedError
 from diffusion_runtime.mil.ops.registry import mil_op
 
-_FLOATS = ("fp16", "fp32", "fp64")
-_CASTS = (*_FLOATS, "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+Castable = Literal[
+    "fp16", "fp32", "fp64", "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"
+]
 
 
 @mil_op("abs")
@@ -245,10 +248,8 @@ def select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 @mil_op("cast")
-def cast(x: Tensor, dtype: str, out_dtype: torch.dtype) -> Tensor:
+def cast(x: Tensor, dtype: Castable, out_dtype: torch.dtype) -> Tensor:
     """Towards integers the fraction is dropped; towards any float type the run's own is taken, without rounding."""
-    if dtype not in _CASTS:
-        raise UnsupportedError(f"cast: to {dtype!r} is not covered; known: {', '.join(_CASTS)}")
     return x.to(out_dtype)
 
 
@@ -256,14 +257,12 @@ def cast(x: Tensor, dtype: str, out_dtype: torch.dtype) -> Tensor:
 def quantize(
     input: Tensor,  # MIL's name
     scale: Tensor,
-    output_dtype: str,
+    output_dtype: Literal["int8", "uint8"],
     out_dtype: torch.dtype,
     zero_point: Tensor | None = None,
     axis: int | None = None,
 ) -> Tensor:
     """clip(round(input / scale) + zero_point)."""
-    if output_dtype not in ("int8", "uint8"):
-        raise UnsupportedError(f"quantize: output_dtype {output_dtype!r} is not covered; known: int8, uint8")
     low, high = (-128, 127) if output_dtype == "int8" else (0, 255)
     quotient = torch.round(input / _along(scale, input, axis))
     if zero_point is not None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffusion_runtime.errors import UnsupportedError
-from diffusion_runtime.mil.ops.registry import Int, Ints, ints, known, mil_op, positive
+from diffusion_runtime.mil.ops.registry import Int, Ints, ints, mil_op, positive
 
-SCATTER_MODES = ("update", "add", "sub", "mul", "div", "max", "min")
+ScatterMode = Literal["update", "add", "sub", "mul", "div", "max", "min"]
 _REDUCE = {"mul": "prod", "div": "prod", "max": "amax", "min": "amin"}
 
 
@@ -56,7 +57,12 @@ def gather_nd(x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices:
 
 @mil_op("scatter")
 def scatter(
-    data: Tensor, indices: Tensor, updates: Tensor, axis: int = 0, mode: str = "add", validate_indices: bool = False
+    data: Tensor,
+    indices: Tensor,
+    updates: Tensor,
+    axis: int = 0,
+    mode: ScatterMode = "add",
+    validate_indices: bool = False,
 ) -> Tensor:
     """``indices`` is a vector of places along ``axis``."""
     axis = positive(axis, data.ndim)
@@ -65,7 +71,12 @@ def scatter(
 
 @mil_op("scatter_along_axis")
 def scatter_along_axis(
-    data: Tensor, indices: Tensor, updates: Tensor, axis: int = 0, mode: str = "add", validate_indices: bool = False
+    data: Tensor,
+    indices: Tensor,
+    updates: Tensor,
+    axis: int = 0,
+    mode: ScatterMode = "add",
+    validate_indices: bool = False,
 ) -> Tensor:
     """``indices`` has the rank of ``data`` and the shape of ``updates``."""
     axis = positive(axis, data.ndim)
@@ -85,7 +96,7 @@ def scatter_along_axis(
 
 @mil_op("scatter_nd")
 def scatter_nd(
-    data: Tensor, indices: Tensor, updates: Tensor, mode: str = "add", validate_indices: bool = False
+    data: Tensor, indices: Tensor, updates: Tensor, mode: ScatterMode = "add", validate_indices: bool = False
 ) -> Tensor:
     """The last dimension of ``indices`` holds coordinates in the first dimensions of ``data``."""
     depth = indices.shape[-1]
@@ -103,8 +114,7 @@ def _linear(places: list[Tensor], shape: torch.Size) -> Tensor:
     return index
 
 
-def _combine(data: Tensor, axis: int, index: Tensor, updates: Tensor, mode: str, op: str) -> Tensor:
-    known(op, "mode", mode, SCATTER_MODES)
+def _combine(data: Tensor, axis: int, index: Tensor, updates: Tensor, mode: ScatterMode, op: str) -> Tensor:
     if mode == "update":
         return data.index_copy(axis, index, updates)
     if mode in ("add", "sub"):

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from diffusion_runtime.errors import PackageError, UnsupportedError
-from diffusion_runtime.mil.ops.registry import known, mil_op
+from diffusion_runtime.mil.ops.registry import mil_op
 from diffusion_runtime.mil.packing import packed_size, unpack
 
 _WIDTHS = (1, 2, 3, 4, 6, 8)
 
 
 @mil_op("constexpr_cast")
-def constexpr_cast(source_val: np.ndarray, output_dtype: str) -> np.ndarray:
-    known("constexpr_cast", "output_dtype", output_dtype, ("fp32",))
+def constexpr_cast(source_val: np.ndarray, output_dtype: Literal["fp32"]) -> np.ndarray:
     return source_val.astype(np.float32)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_runtime.errors import UnsupportedError
-from diffusion_runtime.mil.ops.convolution import paddings
+from diffusion_runtime.mil.ops.convolution import PadType, paddings
 from diffusion_runtime.mil.ops.registry import mil_op
 
 _MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -21,7 +21,7 @@ Pads = list[tuple[int, int]]
 def max_pool(
     x: Tensor,
     kernel_sizes: Sequence[int],
-    pad_type: str,
+    pad_type: PadType,
     strides: Sequence[int] | None = None,
     pad: Sequence[int] | None = None,
     ceil_mode: bool = False,
@@ -38,7 +38,7 @@ def max_pool(
 def avg_pool(
     x: Tensor,
     kernel_sizes: Sequence[int],
-    pad_type: str,
+    pad_type: PadType,
     strides: Sequence[int] | None = None,
     pad: Sequence[int] | None = None,
     exclude_padding_from_average: bool = False,
@@ -63,7 +63,7 @@ def avg_pool(
 def l2_pool(
     x: Tensor,
     kernel_sizes: Sequence[int],
-    pad_type: str,
+    pad_type: PadType,
     strides: Sequence[int] | None = None,
     pad: Sequence[int] | None = None,
     ceil_mode: bool = False,
@@ -83,7 +83,7 @@ def _windows(
     x: Tensor,
     kernel_sizes: Sequence[int],
     strides: Sequence[int],
-    pad_type: str,
+    pad_type: PadType,
     pad: Sequence[int] | None,
     ceil_mode: bool,
 ) -> tuple[Pads, list[int]]:
@@ -95,7 +95,7 @@ def _windows(
         raise UnsupportedError(f"{op}: of rank {x.ndim} with {len(kernel_sizes)} kernel sizes is not covered")
     if ceil_mode and pad_type in ("same", "same_lower"):
         raise UnsupportedError(f"{op}: ceil_mode with pad_type {pad_type!r} is not covered")
-    pads = paddings(op, pad_type, pad, x.shape[2:], kernel_sizes, strides)
+    pads = paddings(pad_type, pad, x.shape[2:], kernel_sizes, strides)
     rest = []
     for size, k, stride, (before, after) in zip(x.shape[2:], kernel_sizes, strides, pads, strict=True):
         span = size + before + after

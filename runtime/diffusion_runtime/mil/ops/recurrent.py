@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_runtime.errors import UnsupportedError
-from diffusion_runtime.mil.ops.registry import known, mil_op
+from diffusion_runtime.mil.ops.registry import mil_op
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -17,6 +18,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "linear": torch.clone,
 }
+Activation = Literal["sigmoid", "tanh", "relu", "linear"]
 
 
 @mil_op("lstm")
@@ -32,19 +34,18 @@ def lstm(
     weight_hh_back: Tensor | None = None,
     bias_back: Tensor | None = None,
     peephole_back: Tensor | None = None,
-    direction: str = "forward",
+    direction: Literal["forward", "reverse", "bidirectional"] = "forward",
     output_sequence: bool = False,
-    recurrent_activation: str = "sigmoid",
-    cell_activation: str = "tanh",
-    activation: str = "tanh",
+    recurrent_activation: Activation = "sigmoid",
+    cell_activation: Activation = "tanh",
+    activation: Activation = "tanh",
     clip: float | None = None,
 ) -> tuple[Tensor, ...]:
     """Outputs (sequence or 1, batch, hidden), last hidden and last cell state (batch, hidden); of two directions
     side by side. Weights hold the input, forget, output and cell gate, in this order."""
-    known("lstm", "direction", direction, ("forward", "reverse", "bidirectional"))
     if peephole is not None or peephole_back is not None or clip is not None:
         raise UnsupportedError("lstm: peephole and clip are not covered")
-    activations = tuple(_activation("lstm", name) for name in (recurrent_activation, cell_activation, activation))
+    activations = tuple(_ACTIVATIONS[name] for name in (recurrent_activation, cell_activation, activation))
     width = weight_hh.shape[1]
     first = _lstm_pass(
         x,
@@ -91,12 +92,11 @@ def rnn(
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias: Tensor | None = None,
-    direction: str = "forward",
+    direction: Literal["forward", "reverse"] = "forward",
     output_sequence: bool = False,
-    activation: str = "tanh",
+    activation: Activation = "tanh",
 ) -> tuple[Tensor, ...]:
-    known("rnn", "direction", direction, ("forward", "reverse"))
-    output = _activation("rnn", activation)
+    output = _ACTIVATIONS[activation]
     backwards = direction == "reverse"
     steps = list(F.linear(x, weight_ih, bias).unbind(0))
     hidden, outputs = initial_h, []
@@ -105,8 +105,3 @@ def rnn(
         outputs.append(hidden)
     sequence = torch.stack(outputs[::-1] if backwards else outputs) if output_sequence else hidden.unsqueeze(0)
     return sequence, hidden
-
-
-def _activation(op: str, name: str) -> Callable[[Tensor], Tensor]:
-    known(op, "activation", name.lower(), tuple(_ACTIVATIONS))
-    return _ACTIVATIONS[name.lower()]

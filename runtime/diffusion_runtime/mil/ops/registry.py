@@ -7,6 +7,7 @@ default is MIL's default, and its annotation says how an operand is given:
     Sequence[Tensor]         the tensors of a tuple operand
     np.ndarray               a constant in its stored element type (compressed weights)
     int, float, bool, str, Sequence[...]   a constant, as Python value
+    Literal["a", "b"]        a constant string of these; a program with another one is refused before it runs
     Ints, Int                a constant as Python value, or a tensor where it is known only when the program runs
     torch.dtype              not an operand: the element type of the first output in this run
 
@@ -29,8 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_runtime.errors import UnsupportedError
-
 Ints = Sequence[int] | Tensor
 Int = int | Tensor
 
@@ -51,6 +50,7 @@ class Parameter:
     name: str
     kind: Kind
     required: bool
+    choices: tuple[str, ...] = ()
 
     @property
     def is_filled_in(self) -> bool:
@@ -87,7 +87,10 @@ def mil_op(name: str) -> Callable[[Function], Function]:
         hints = typing.get_type_hints(function)
         parameters = {
             parameter.name: Parameter(
-                parameter.name, _kind(hints[parameter.name]), parameter.default is inspect.Parameter.empty
+                parameter.name,
+                _kind(hints[parameter.name]),
+                parameter.default is inspect.Parameter.empty,
+                _choices(hints[parameter.name]),
             )
             for parameter in inspect.signature(function).parameters.values()
         }
@@ -102,22 +105,13 @@ def ints(values: Ints) -> list[int]:
     return [int(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
 
 
-def known(op: str, parameter: str, value: str, choices: Sequence[str]) -> str:
-    """``value`` where it is one of ``choices``. Raises UnsupportedError otherwise."""
-    if value not in choices:
-        raise UnsupportedError(f"{op}: {parameter} {value!r} is not covered; known: {', '.join(choices)}")
-    return value
-
-
 def positive(axis: int, rank: int) -> int:
     """An axis counted from the front."""
     return axis + rank if axis < 0 else axis
 
 
 def _kind(hint: Any) -> Kind:
-    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    members = set(typing.get_args(hint)) if union else {hint}
-    members.discard(type(None))
+    members = _members(hint)
     if members == {torch.dtype}:
         return Kind.OUTPUT_DTYPE
     if members == {Tensor}:
@@ -127,3 +121,17 @@ def _kind(hint: Any) -> Kind:
     if members == {np.ndarray}:
         return Kind.ARRAY
     return Kind.CONSTANT_OR_TENSOR if Tensor in members else Kind.CONSTANT
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    return tuple(
+        choice
+        for member in _members(hint)
+        if typing.get_origin(member) is typing.Literal
+        for choice in typing.get_args(member)
+    )
+
+
+def _members(hint: Any) -> set[Any]:
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return (set(typing.get_args(hint)) if union else {hint}) - {type(None)}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_runtime.errors import UnsupportedError
-from diffusion_runtime.mil.ops.registry import Ints, ints, known, mil_op
+from diffusion_runtime.mil.ops.registry import Ints, ints, mil_op
 
-SAMPLING_MODES = ("STRICT_ALIGN_CORNERS", "ALIGN_CORNERS", "UNALIGN_CORNERS", "DEFAULT", "OFFSET_CORNERS")
+Sampling = Literal["STRICT_ALIGN_CORNERS", "ALIGN_CORNERS", "UNALIGN_CORNERS", "DEFAULT", "OFFSET_CORNERS"]
 _NATIVE = {"STRICT_ALIGN_CORNERS": True, "UNALIGN_CORNERS": False}
 
 
@@ -38,15 +39,15 @@ def upsample_bilinear(
     centred = not align_corners if half_pixel_centers is None else half_pixel_centers
     if align_corners and centred:
         raise UnsupportedError("upsample_bilinear: align_corners together with half_pixel_centers is not covered")
-    mode = "STRICT_ALIGN_CORNERS" if align_corners else "UNALIGN_CORNERS" if centred else "DEFAULT"
+    mode: Sampling = "STRICT_ALIGN_CORNERS" if align_corners else "UNALIGN_CORNERS" if centred else "DEFAULT"
     return _bilinear(x, *_scaled(x, scale_factor_height, scale_factor_width), mode)
 
 
 @mil_op("resize_bilinear")
 def resize_bilinear(
-    x: Tensor, target_size_height: int = 1, target_size_width: int = 1, sampling_mode: str = "DEFAULT"
+    x: Tensor, target_size_height: int = 1, target_size_width: int = 1, sampling_mode: Sampling = "DEFAULT"
 ) -> Tensor:
-    return _bilinear(x, target_size_height, target_size_width, sampling_mode, "resize_bilinear")
+    return _bilinear(x, target_size_height, target_size_width, sampling_mode)
 
 
 @mil_op("resize")
@@ -54,12 +55,10 @@ def resize(
     x: Tensor,
     shape: Ints,
     resized_dims: int,
-    interpolation_mode: str = "LINEAR",
-    sampling_mode: str = "DEFAULT",
+    interpolation_mode: Literal["LINEAR", "NEAREST_NEIGHBOR"] = "LINEAR",
+    sampling_mode: Sampling = "DEFAULT",
 ) -> Tensor:
     """The last ``resized_dims`` of ``shape`` are the new sizes of the last dimensions; 0 leaves one as it is."""
-    known("resize", "interpolation_mode", interpolation_mode, ("LINEAR", "NEAREST_NEIGHBOR"))
-    known("resize", "sampling_mode", sampling_mode, SAMPLING_MODES)
     nearest = interpolation_mode == "NEAREST_NEIGHBOR"
     if nearest and sampling_mode != "DEFAULT":
         raise UnsupportedError(f"resize: NEAREST_NEIGHBOR with sampling_mode {sampling_mode!r} is not covered")
@@ -80,16 +79,13 @@ def crop(x: Tensor, crop_height: Ints, crop_width: Ints) -> Tensor:
 def resample(
     x: Tensor,
     coordinates: Tensor,
-    sampling_mode: str,
-    padding_mode: str,
+    sampling_mode: Literal["bilinear", "nearest"],
+    padding_mode: Literal["constant", "border"],
     padding_value: float,
-    coordinates_mode: str,
+    coordinates_mode: Literal["normalized_minus_one_to_one"],
     align_corners: bool,
 ) -> Tensor:
     """Values of (batch, channels, h, w) at (batch, h, w, 2) coordinates (x, y)."""
-    known("resample", "sampling_mode", sampling_mode, ("bilinear", "nearest"))
-    known("resample", "padding_mode", padding_mode, ("constant", "border"))
-    known("resample", "coordinates_mode", coordinates_mode, ("normalized_minus_one_to_one",))
     if padding_mode == "constant" and padding_value != 0:
         raise UnsupportedError(f"resample: padding_value {padding_value} is not covered; known: 0")
     padding = "zeros" if padding_mode == "constant" else "border"
@@ -107,14 +103,13 @@ def _interpolate(x: Tensor, height: int, width: int, mode: str, align_corners: b
     return resized.reshape(*x.shape[:-2], height, width)
 
 
-def _bilinear(x: Tensor, height: int, width: int, mode: str, op: str = "upsample_bilinear") -> Tensor:
-    known(op, "sampling_mode", mode, SAMPLING_MODES)
+def _bilinear(x: Tensor, height: int, width: int, mode: Sampling) -> Tensor:
     if mode in _NATIVE:
         return _interpolate(x, height, width, "bilinear", _NATIVE[mode])
     return _linear(_linear(x, x.ndim - 2, height, mode), x.ndim - 1, width, mode)
 
 
-def _positions(size: int, count: int, mode: str) -> Tensor:
+def _positions(size: int, count: int, mode: Sampling) -> Tensor:
     """Where ``count`` samples lie in 0 … ``size`` - 1 (MIL's resize_bilinear defines the five modes)."""
     steps = torch.arange(count, dtype=torch.float64)
     if mode == "UNALIGN_CORNERS":
@@ -130,7 +125,7 @@ def _positions(size: int, count: int, mode: str) -> Tensor:
     return places.clamp(0, size - 1)
 
 
-def _linear(x: Tensor, axis: int, count: int, mode: str) -> Tensor:
+def _linear(x: Tensor, axis: int, count: int, mode: Sampling) -> Tensor:
     places = _positions(x.shape[axis], count, mode)
     low = places.floor().long()
     high = (low + 1).clamp(max=x.shape[axis] - 1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_runtime.errors import UnsupportedError
-from diffusion_runtime.mil.ops.registry import Ints, ints, known, mil_op, positive
+from diffusion_runtime.mil.ops.registry import Ints, ints, mil_op, positive
 
 
 @mil_op("reshape")
@@ -162,9 +163,10 @@ def _slices(
 
 
 @mil_op("pad")
-def pad(x: Tensor, pad: Ints, mode: str = "constant", constant_val: float = 0.0) -> Tensor:
+def pad(
+    x: Tensor, pad: Ints, mode: Literal["constant", "reflect", "replicate"] = "constant", constant_val: float = 0.0
+) -> Tensor:
     """``pad`` holds (before, after) of the last dimensions, in their order."""
-    known("pad", "mode", mode, ("constant", "reflect", "replicate"))
     sizes = ints(pad)
     pairs = list(zip(sizes[::2], sizes[1::2], strict=True))
     if mode == "constant":
