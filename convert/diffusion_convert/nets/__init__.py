@@ -13,17 +13,23 @@ from torch import nn
 from diffusion_convert.attention import ATTENTION
 from diffusion_convert.nets.channel_norm import teach_coremltools
 from diffusion_convert.nets.clip import TextEncoder, VisionEncoder
+from diffusion_convert.nets.depth import DepthEstimator
 from diffusion_convert.nets.pointwise import pointwise, reshaped
+from diffusion_convert.nets.safety import SafetyChecker
 from diffusion_convert.nets.transformer import SpatialAttention, SpatialTransformer
 from diffusion_convert.options import AttentionKind
 from diffusion_runtime.errors import UnsupportedError
 
 __all__ = [
+    "DepthEstimator",
+    "SafetyChecker",
     "TextEncoder",
     "VisionEncoder",
+    "depth_estimator",
     "pointwise",
     "put_attention",
     "reshaped",
+    "safety_checker",
     "teach_coremltools",
     "text_encoder",
     "vision_encoder",
@@ -58,6 +64,16 @@ def text_encoder(model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL)
 def vision_encoder(model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL) -> VisionEncoder:
     """transformers' CLIPVisionModel as `clip.VisionEncoder`, on the same parameters."""
     return VisionEncoder(model, ATTENTION[kind]).eval()
+
+
+def safety_checker(model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL) -> SafetyChecker:
+    """diffusers' StableDiffusionSafetyChecker as `safety.SafetyChecker`, on the same parameters."""
+    return SafetyChecker(model, ATTENTION[kind]).eval()
+
+
+def depth_estimator(model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL) -> DepthEstimator:
+    """transformers' DPTForDepthEstimation as `depth.DepthEstimator`; takes ``model`` over."""
+    return DepthEstimator(model, ATTENTION[kind]).eval()
 
 
 def _replace(module: nn.Module, kind: AttentionKind, path: str) -> None:
