@@ -1,0 +1,195 @@
+"""What a package, compiled model, bundle or zip is: interface, operations, precision, sizes, work, obstacles."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffusion_convert.compile.metadata_json import compute_precision, palette_bits, storage_precision
+from diffusion_convert.inspect.obstacles import Obstacle, obstacles
+from diffusion_convert.inspect.work import Work, floating_point_work
+from diffusion_runtime import manifest, zips
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.mil.package import open_package
+from diffusion_runtime.mil.program import Feature, Function, Model, TensorType, operations
+from diffusion_runtime.mil.text import OPSETS
+
+_MODELS = (".mlpackage", ".mlmodelc", ".mlmodel")
+_TARGETS = {6: "macOS12 iOS15", 7: "macOS13 iOS16", 8: "macOS14 iOS17", 9: "macOS15 iOS18", 10: "macOS26 iOS26"}
+_CHUNK_QUERIES = 512  # the length of the pieces in which split_einsum_v2 takes the queries
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One input or output; ``flexible`` spells ranges or enumerated shapes, "" where the shape is fixed."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    flexible: str = ""
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReport:
+    """One model. ``bits`` maps bits per palettized weight to the number of such weights."""
+
+    name: str
+    kind: str
+    specification_version: int
+    opset: str
+    target: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    operations: dict[str, int]
+    precision: str
+    storage: str
+    bits: dict[int, int]
+    size_bytes: int
+    weight_bytes: int
+    attention: str | None
+    work: Work
+    obstacles: tuple[Obstacle, ...]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderReport:
+    """Models of one folder, with what its manifest says, where it has one."""
+
+    name: str
+    models: tuple[ModelReport, ...]
+    manifest: manifest.Manifest | None = None
+
+
+def inspect(path: Path) -> tuple[FolderReport, ...]:
+    """Reports of whatever lies at ``path``; a single model is a folder's only one.
+
+    Raises InputError where there is nothing that can be inspected, PackageError for damaged models and zips.
+    Nothing is run; of a zip the weights are not unpacked.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.suffix == ".zip":
+        return _inspect_zip(path)
+    if path.suffix in _MODELS or (path / "model.mil").is_file() or (path / "Manifest.json").is_file():
+        return (FolderReport(path.name, (_report(path, path.name, _sizes(path)),)),)
+    return _inspect_folder(path, path.name, _sizes(path))
+
+
+def _inspect_folder(path: Path, name: str, sizes: Mapping[str, int]) -> tuple[FolderReport, ...]:
+    found: dict[Path, list[Path]] = {}
+    for model in _models_below(path):
+        found.setdefault(model.parent, []).append(model)
+    if not found:
+        raise InputError(f"{path}: holds no models; expected {', '.join(_MODELS[:2])}, a folder of them or a zip")
+    return tuple(_inspect_models(folder, models, path, name, sizes) for folder, models in sorted(found.items()))
+
+
+def _inspect_models(
+    folder: Path, models: list[Path], root: Path, name: str, sizes: Mapping[str, int]
+) -> FolderReport:
+    reports = []
+    for model in sorted(models):
+        prefix = model.relative_to(root).as_posix() + "/"
+        own = {key.removeprefix(prefix): size for key, size in sizes.items() if key.startswith(prefix)}
+        reports.append(_report(model, model.name, own))
+    described = manifest.read(folder) if (folder / manifest.FILE_NAME).is_file() else None
+    relative = folder.relative_to(root).as_posix()
+    return FolderReport(name if relative == "." else f"{name}/{relative}", tuple(reports), described)
+
+
+def _inspect_zip(path: Path) -> tuple[FolderReport, ...]:
+    with tempfile.TemporaryDirectory(prefix="coreml-diffusion-") as temporary:
+        target = Path(temporary) / path.stem
+        zips.unpack(path, target, wanted=lambda name: "/weights/" not in f"/{name}")
+        with zipfile.ZipFile(path) as archive:
+            sizes = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
+        return _inspect_folder(target, path.name, sizes)
+
+
+def _models_below(path: Path) -> Iterator[Path]:
+    for entry in sorted(path.iterdir()):
+        if entry.suffix in _MODELS:
+            yield entry
+        elif entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
+            yield from _models_below(entry)
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    if path.is_file():
+        return {path.name: path.stat().st_size}
+    return {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+
+
+def _report(path: Path, name: str, sizes: Mapping[str, int]) -> ModelReport:
+    model = open_package(path).model
+    function = _function(model)
+    weight_bytes = sum(size for file, size in sizes.items() if "weights" in Path(file).parts)
+    counts = Counter(operation.type for operation in operations(function.block))
+    bits = Counter(found for op in operations(function.block) if (found := palette_bits(op)) is not None)
+    return ModelReport(
+        name=name,
+        kind=path.suffix.removeprefix("."),
+        specification_version=model.specification_version,
+        opset=OPSETS.get(function.opset, function.opset),
+        target=_TARGETS.get(model.specification_version, "unknown"),
+        inputs=tuple(_port(feature) for feature in model.interface.inputs),
+        outputs=tuple(_port(feature) for feature in model.interface.outputs),
+        operations=dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+        precision=compute_precision(function),
+        storage=storage_precision(function) or "",
+        bits=dict(sorted(bits.items())),
+        size_bytes=sum(sizes.values()),
+        weight_bytes=weight_bytes,
+        attention=attention_kind(function),
+        work=floating_point_work(function),
+        obstacles=obstacles(model, weight_bytes),
+        metadata=_metadata(model),
+    )
+
+
+def _function(model: Model) -> Function:
+    functions = model.program.functions
+    return functions.get(model.default_function or "main") or next(iter(functions.values()))
+
+
+def attention_kind(function: Function) -> str | None:
+    """How a model attends, as far as its operations tell; None where it does not.
+
+    split_einsum_v2 differs from split_einsum where there are more than 512 queries: there it takes 512 at a time,
+    so that scores (batch, keys, 1, queries) have 512 queries and more keys.
+    """
+    found = list(operations(function.block))
+    scores = [op.outputs[0].type for op in found if op.type == "einsum"]
+    if not scores:
+        return "original" if sum(op.type == "softmax" for op in found) > 1 else None
+    shapes = [kind.shape for kind in scores if isinstance(kind, TensorType) and len(kind.shape) == 4]
+    chunked = any(shape[3] == _CHUNK_QUERIES and (shape[1] or 0) > _CHUNK_QUERIES for shape in shapes)
+    return "split_einsum_v2" if chunked else "split_einsum"
+
+
+def _port(feature: Feature) -> Port:
+    flexible = ""
+    if feature.shape_range:
+        flexible = " x ".join(f"{low}...{high}" if low != high else str(low) for low, high in feature.shape_range)
+    elif feature.enumerated_shapes:
+        flexible = " or ".join("x".join(map(str, shape)) for shape in feature.enumerated_shapes)
+    return Port(feature.name, feature.dtype, feature.shape, flexible, feature.description)
+
+
+def _metadata(model: Model) -> dict[str, str]:
+    about = model.metadata
+    named = {
+        "description": about.description,
+        "author": about.author,
+        "license": about.license,
+        "version": about.version,
+    }
+    shown = {key: re.sub(r"\s+", " ", value) for key, value in (named | dict(about.user_defined)).items()}
+    return {key: value for key, value in shown.items() if value}
