@@ -2,8 +2,8 @@
 
 The Neural Engine computes in float16 on tensors of at most five dimensions and of fixed shapes. What of a model it
 takes is Core ML's decision and differs between chips; these are the rules that hold on all of them. Sources: Apple,
-"Deploying Transformers on the Apple Neural Engine" (2022); coremltools' guide to compute precision and flexible shapes;
-published compute plans, in which table look-ups and selections stay on the CPU.
+"Deploying Transformers on the Apple Neural Engine" (2022); coremltools' guide to compute precision and flexible
+shapes; published compute plans, in which table look-ups and selections stay on the CPU.
 """
 
 from __future__ import annotations
@@ -13,29 +13,13 @@ from dataclasses import dataclass
 
 from diffusion_runtime.mil.program import DType, Function, Model, Operation, TensorType, operations
 
-_MAX_RANK = 4
+_MAX_RANK = 5
 _MAX_DIMENSION = 16_384
 _PHONE_BYTES = 1_000_000_000
 _CPU_ONLY = frozenset(
-    [
-        "gather",
-        "gather_nd",
-        "gather_along_axis",
-        "scatter",
-        "scatter_nd",
-        "scatter_along_axis",
-        "topk",
-        "argsort",
-        "non_zero",
-        "one_hot",
-        "non_maximum_suppression",
-        "cumsum",
-        "lstm",
-        "gru",
-        "rnn",
-    ]
+    ("gather", "gather_nd", "gather_along_axis", "scatter", "scatter_nd", "scatter_along_axis", "topk", "argsort")
+    + ("non_zero", "one_hot", "non_maximum_suppression", "cumsum", "lstm", "gru", "rnn")
 )
-_FREE = frozenset({"const", "cast"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +56,7 @@ def _of_operations(function: Function) -> Iterator[Obstacle]:
         ("look-ups, selections and recurrences: stay on the CPU", lambda operation: operation.type in _CPU_ONLY),
         ("control flow", lambda operation: bool(operation.blocks)),
     )
-    everything = [operation for operation in operations(function.block) if operation.type not in _FREE]
+    everything = [operation for operation in operations(function.block) if not _is_free(operation.type)]
     for reason, applies in rules:
         counts = _counted(operation.type for operation in everything if applies(operation))
         if counts:
@@ -80,6 +64,11 @@ def _of_operations(function: Function) -> Iterator[Obstacle]:
     if _attends_at_once(everything):
         reason = "attention over all heads at once: large tensors; split_einsum is made for the Neural Engine"
         yield Obstacle(reason, _counted(op.type for op in everything if op.type in ("softmax", "matmul")))
+
+
+def _is_free(kind: str) -> bool:
+    """Constants and conversions, which no compute unit has to take."""
+    return kind in ("const", "cast") or kind.startswith("constexpr_")
 
 
 def _types(operation: Operation) -> Iterator[TensorType]:
@@ -95,9 +84,7 @@ def _in_integers(operation: Operation) -> bool:
 
 
 def _of_high_rank(operation: Operation) -> bool:
-    return any(len(kind.shape) > _MAX_RANK for kind in _types(operation)) and not operation.type.startswith(
-        "constexpr"
-    )
+    return any(len(kind.shape) > _MAX_RANK for kind in _types(operation))
 
 
 def _of_long_dimension(operation: Operation) -> bool:
