@@ -17,8 +17,23 @@ _MAX_RANK = 5
 _MAX_DIMENSION = 16_384
 _PHONE_BYTES = 1_000_000_000
 _CPU_ONLY = frozenset(
-    ("gather", "gather_nd", "gather_along_axis", "scatter", "scatter_nd", "scatter_along_axis", "topk", "argsort")
-    + ("non_zero", "one_hot", "non_maximum_suppression", "cumsum", "lstm", "gru", "rnn")
+    {
+        "gather",
+        "gather_nd",
+        "gather_along_axis",
+        "scatter",
+        "scatter_nd",
+        "scatter_along_axis",
+        "topk",
+        "argsort",
+        "non_zero",
+        "one_hot",
+        "non_maximum_suppression",
+        "cumsum",
+        "lstm",
+        "gru",
+        "rnn",
+    }
 )
 
 

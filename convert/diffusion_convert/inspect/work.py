@@ -16,8 +16,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """``by_operation`` maps an operation's type to its floating-point operations; ``unknown`` counts operations whose
-    shapes are not known before run time."""
+    """``by_operation`` maps an operation's type to its floating-point operations; ``unknown`` counts those
+    whose shapes are not known before run time."""
 
     by_operation: Mapping[str, int]
     unknown: int = 0
@@ -64,7 +64,7 @@ def known(kind: object) -> Shape:
 
 
 def floating_point_work(function: Function) -> Work:
-    """The work of convolutions, matrix products and attention; element-wise operations, being small, are left out."""
+    """The work of convolutions, matrix products and attention; element-wise operations are left out."""
     shapes = _Shapes(function)
     found: dict[str, int] = {}
     unknown = 0
