@@ -96,7 +96,7 @@ def _overflow(placeholders: Placeholders) -> Callable[[Any], bool]:
         array = np.asarray(value)
         found = placeholders.find(array)
         if found is not None:
-            return placeholders.exceeds_float16(found[0])
+            return placeholders.exceeds_float16(found)
         size = np.abs(thin(array))
         return bool(((size > FLOAT16_MAX) & (size < 1e38)).any())
 

@@ -11,7 +11,7 @@ has transposed, scaled or folded is noticed (`Misplaced`), never written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,78 +28,86 @@ _CODES = 0x7C00 - _FIRST_CODE
 
 
 class Misplaced(Exception):
-    """A placeholder came out of the converter other than it went in; its weight must be converted by value."""
+    """A placeholder came out of the converter other than it went in; its network must be converted by values."""
 
 
 class Placeholders:
-    """Hands out placeholders and finds the weights that they stand for."""
+    """Hands out placeholders and finds the weights that they stand for. Where not ``enabled``, hands out the
+    weights themselves."""
 
-    def __init__(self) -> None:
+    def __init__(self, enabled: bool = True) -> None:
+        self._enabled = enabled
         self._weights: list[tuple[str, torch.Tensor]] = []
-        self._written: set[int] = set()
-        self._exceeding: dict[str, bool] = {}
+        self._expected: set[int] = set()
+        self._taken: set[int] = set()
+        self._exceeding: dict[int, bool] = {}
 
-    def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A placeholder for ``tensor``, or where it is small, ``tensor`` itself; floating point as float32."""
+    def view(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``tensors`` with placeholders for the large ones; floating point as float32."""
+        return {name: self._stand_in(name, tensor) for name, tensor in tensors.items()}
+
+    def keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Say which placeholders went into the network: each must come out (`check_all_taken`)."""
+        found = (self._index(tensor.numpy()) for tensor in tensors)
+        self._expected = {index for index in found if index is not None}
+
+    def find(self, array: np.ndarray) -> int | None:
+        """The number of the weight that ``array`` stands for; None where it is no placeholder.
+
+        Raises Misplaced where its rows are not where they were."""
+        index = self._index(array)
+        if index is None:
+            return None
+        name, tensor = self._weights[index]
+        rows = thin(array)
+        rows = rows.reshape(len(rows), -1)
+        in_place = array.size == tensor.numel() and len(array) == len(tensor) == len(rows)
+        if not in_place or (rows[0] > 0).any() or (rows[1:] < 0).any():
+            raise Misplaced(f"{name} of shape {tuple(tensor.shape)} became {array.shape}")
+        return index
+
+    def take(self, array: np.ndarray) -> tuple[str, torch.Tensor] | None:
+        """The name and the values of the weight that ``array`` stands for, in the shape of ``array``."""
+        index = self.find(array)
+        if index is None:
+            return None
+        self._taken.add(index)
+        name, tensor = self._weights[index]
+        return name, tensor.reshape(array.shape)
+
+    def exceeds_float16(self, index: int) -> bool:
+        """Whether an element of that weight is beyond float16. Reads no weight that is float16 already."""
+        import torch
+
+        if index not in self._exceeding:
+            tensor = self._weights[index][1]
+            low, high = torch.aminmax(tensor) if tensor.dtype != torch.float16 else (tensor.new_zeros(()),) * 2
+            self._exceeding[index] = bool(max(-float(low), float(high)) > FLOAT16_MAX)
+        return self._exceeding[index]
+
+    def exceeding(self) -> tuple[str, ...]:
+        """The names of the weights that were found to be beyond float16."""
+        return tuple(sorted(self._weights[index][0] for index, exceeds in self._exceeding.items() if exceeds))
+
+    def check_all_taken(self) -> None:
+        """Raise Misplaced where a placeholder did not come out: a pass has folded it into something else."""
+        missing = [self._weights[index][0] for index in sorted(self._expected - self._taken)]
+        if missing:
+            raise Misplaced(f"{', '.join(missing[:3])} ({len(missing)} in all) did not come out of the converter")
+
+    def _stand_in(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         import torch
 
         if not tensor.is_floating_point():
             return tensor
-        full = len(self._weights) == _CODES
-        if tensor.numel() < MIN_SIZE or tensor.ndim < 2 or tensor.shape[0] < 2 or full:
+        small = tensor.numel() < MIN_SIZE or tensor.ndim < 2 or tensor.shape[0] < 2
+        if small or not self._enabled or len(self._weights) == _CODES:
             return tensor.float()
         code = float(np.uint16(_FIRST_CODE + len(self._weights)).view(np.float16))
         self._weights.append((name, tensor))
         column = torch.full((tensor.shape[0], *[1] * (tensor.ndim - 1)), code)
         column[0] = -code
         return column.expand(tensor.shape)
-
-    def view(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``tensors`` with placeholders for the large ones."""
-        return {name: self(name, tensor) for name, tensor in tensors.items()}
-
-    def find(self, array: np.ndarray) -> tuple[str, torch.Tensor] | None:
-        """The name and weight that ``array`` stands for; None where it is no placeholder. Raises Misplaced where
-        its rows are not where they were."""
-        index = self._index(array)
-        if index is None:
-            return None
-        name, tensor = self._weights[index]
-        rows = thin(array)
-        rows = rows.reshape(array.shape[0], -1) if array.ndim else rows
-        code = abs(rows.flat[0])
-        in_place = (
-            array.size == tensor.numel()
-            and array.shape[0] == tensor.shape[0]
-            and bool((rows[0] == -code).all() and (rows[1:] == code).all())
-        )
-        if not in_place:
-            raise Misplaced(f"{name} of shape {tuple(tensor.shape)} became {array.shape}")
-        return name, tensor
-
-    def take(self, array: np.ndarray) -> torch.Tensor | None:
-        """As `find`, for writing: remembers that the weight was used."""
-        found = self.find(array)
-        if found is None:
-            return None
-        self._written.add(self._index(array) or 0)
-        return found[1].reshape(array.shape)
-
-    def exceeds_float16(self, name: str) -> bool:
-        """Whether a finite element of that weight is beyond float16. Reads no weight that is float16 already."""
-        import torch
-
-        if name not in self._exceeding:
-            tensor = dict(self._weights)[name]
-            low, high = torch.aminmax(tensor) if tensor.dtype != torch.float16 else (tensor.new_zeros(()),) * 2
-            self._exceeding[name] = bool(max(-float(low), float(high)) > FLOAT16_MAX)
-        return self._exceeding[name]
-
-    def check_all_taken(self) -> None:
-        """Raise Misplaced where a placeholder never came out: a pass has folded it into something else."""
-        missing = [name for index, (name, _) in enumerate(self._weights) if index not in self._written]
-        if missing:
-            raise Misplaced(f"{', '.join(missing[:3])} ({len(missing)} in all) did not come out of the converter")
 
     def _index(self, array: np.ndarray) -> int | None:
         if array.dtype not in (np.float16, np.float32) or array.size < MIN_SIZE:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Port:
     """An input or output of a converted model: name, shape, element type at the interface, description.
 
-    ``traced_dtype`` is what the torch module receives: ``input_ids`` is float32 at the interface."""
+    Whatever the type at the interface, the torch module receives and gives float32."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,9 +38,11 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A component ready to be traced: a module that takes ``inputs`` in order and returns ``outputs`` in order.
+    """A component ready to be traced: a module that takes ``inputs`` in order and returns ``outputs`` in order, a
+    tensor where there is one, else a tuple.
 
-    ``sample`` draws seeded inputs in the range that the model meets in use, for verification.
+    ``sample`` draws seeded inputs in the range that the model meets in use, for verification. ``exact`` names
+    torch modules whose operations stay in float32 whatever the precision.
     """
 
     module: torch.nn.Module
@@ -48,6 +50,13 @@ class Graph:
     outputs: tuple[Port, ...]
     sample: Callable[[int], Mapping[str, np.ndarray]]
     description: str = ""
+    exact: tuple[str, ...] = ()
+
+
+Build = Callable[["Checkpoint", "AttentionKind | None", Shape], Graph]
+"""Builds a component on the tensors that the checkpoint gives, whatever they are: real ones as stored, or placeholders
+(`diffusion_convert.placeholders`), which must reach the traced module as they are or reshaped, never transposed,
+concatenated or computed with. For None, the module is as its library built it: what the others are verified against."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +71,20 @@ class Component:
     subfolder: str
     suffix: str
     compiled_name: str
-    build: Callable[[Checkpoint, AttentionKind, Shape], Graph]
+    build: Build
     min_psnr_db: float
     uses_attention: bool = False
     compute_units: Mapping[str, str] = field(default_factory=dict)
+
+
+def table() -> Mapping[str, Component]:
+    """All components by name, in the order in which they are converted."""
+    from diffusion_convert.components import text_encoder, unet, vae_decoder, vae_encoder
+
+    components = (
+        text_encoder.TEXT_ENCODER,
+        unet.UNET,
+        vae_decoder.VAE_DECODER,
+        vae_encoder.VAE_ENCODER,
+    )
+    return {component.name: component for component in components}

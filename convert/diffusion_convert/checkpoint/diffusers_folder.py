@@ -1,0 +1,121 @@
+"""A checkpoint in diffusers' layout: a folder with model_index.json and a folder per part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_convert import families
+from diffusion_convert.checkpoint import Checkpoint, Submodel, tensor_file
+from diffusion_runtime.errors import CheckpointError
+from diffusion_runtime.manifest import Source
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model_index.json"
+NETWORKS = ("text_encoder", "unet", "vae", "safety_checker", "depth_estimator")
+SCHEDULERS = ("scheduler", "low_res_scheduler")
+REQUIRED = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+SUFFIXES = (".fp16.safetensors", ".safetensors", ".fp16.bin", ".bin")
+"""In order of preference: no code before code, half the bytes before all of them."""
+
+
+def open_folder(folder: Path, source: Source, family: str | None = None) -> Checkpoint:
+    """The checkpoint in ``folder``. No weight is read. Raises CheckpointError, with all that is missing."""
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: no such folder")
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(
+            f"{folder}: not a checkpoint in diffusers' layout: it has no {INDEX}; expected such a folder, the id of a "
+            "repository on the Hugging Face Hub, or a single .safetensors or .ckpt file"
+        )
+    index = read_json(folder / INDEX)
+    parts = {name: value for name, value in index.items() if _is_part(value)}
+    missing = [name for name in REQUIRED if name not in parts or not (folder / name).is_dir()]
+    if missing:
+        raise CheckpointError(f"{folder}: it lacks {', '.join(missing)} (it has {', '.join(sorted(parts))})")
+    models = {name: _submodel(folder / name, str(parts[name][1])) for name in NETWORKS if name in parts}
+    schedulers = {
+        name: read_json(folder / name / "scheduler_config.json") for name in SCHEDULERS if name in parts
+    }
+    detected = family or families.detect(models["unet"].config, schedulers["scheduler"], str(folder))
+    return Checkpoint(
+        name=source.name,
+        family=families.check_name(detected),
+        source=source,
+        models=models,
+        schedulers=schedulers,
+        tokenizer={name: path for name in TOKENIZER_FILES if (path := folder / "tokenizer" / name).is_file()},
+        pipeline_class=str(index.get("_class_name", "StableDiffusionPipeline")),
+        pipeline_config={name: value for name, value in index.items() if not _is_part(value)},
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError where it is missing or damaged."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def weight_files(names: Callable[[str], bool], read_index: Callable[[str], Mapping[str, Any]]) -> tuple[str, ...]:
+    """The files that hold a network's weights, the best there are: one, or the shards that an index lists.
+
+    ``names`` tells whether a file is there, ``read_index`` reads one. Empty where there are none.
+    """
+    for suffix in SUFFIXES:
+        for stem in STEMS:
+            if names(f"{stem}{suffix}"):
+                return (f"{stem}{suffix}",)
+            for index in _index_names(stem, suffix):
+                if names(index):
+                    return tuple(sorted(set(read_index(index).get("weight_map", {}).values())))
+    return ()
+
+
+def _index_names(stem: str, suffix: str) -> tuple[str, ...]:
+    """diffusers has written both ``model.safetensors.index.fp16.json`` and ``model.fp16.safetensors.index.json``."""
+    if not suffix.startswith(".fp16"):
+        return (f"{stem}{suffix}.index.json",)
+    plain = suffix.removeprefix(".fp16")
+    return (f"{stem}{plain}.index.fp16.json", f"{stem}{suffix}.index.json")
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and value[1] is not None
+
+
+def _submodel(folder: Path, class_name: str) -> Submodel:
+    config = read_json(folder / "config.json")
+    files = weight_files(lambda name: (folder / name).is_file(), lambda name: read_json(folder / name))
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing or not files:
+        expected = ", ".join(missing) or f"{STEMS[0]}.safetensors, {STEMS[1]}.safetensors or the like"
+        raise CheckpointError(f"{folder}: weights are missing: {expected}")
+    return Submodel(class_name, config, partial(_read, tuple(folder / name for name in files)))
+
+
+def _read(files: tuple[Path, ...]) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in files:
+        tensors |= tensor_file.read(path).tensors
+    return tensors

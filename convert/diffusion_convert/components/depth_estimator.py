@@ -1,0 +1,63 @@
+"""The depth estimator of SD 2 depth: a picture to how near everything in it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffusion_convert import networks
+from diffusion_convert.checkpoint import Checkpoint
+from diffusion_convert.components import Component, Graph, Port, Shape
+from diffusion_convert.nets import depth_estimator
+from diffusion_convert.options import AttentionKind
+
+PLAIN_SIZE = 16
+"""Side in pixels of the plain patches in a made-up picture: that of the transformer's."""
+
+
+class Reference(nn.Module):
+    """transformers' DPTForDepthEstimation: pixel_values (1, 3, size, size) -> predicted_depth (1, size, size)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        depth: torch.Tensor = self.model(pixel_values).predicted_depth
+        return depth
+
+
+def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:  # noqa: ARG001
+    model: Any = networks.build(checkpoint, "depth_estimator")
+    size = int(model.config.image_size)
+    channels = int(model.config.num_channels)
+    pixels = (1, channels, size, size)
+    return Graph(
+        module=Reference(model) if attention is None else depth_estimator(model, attention),
+        inputs=(Port("pixel_values", pixels, description="The picture, resized, in -1..1"),),
+        outputs=(Port("predicted_depth", (1, size, size), "float32", "Inverse depth: the larger, the nearer"),),
+        sample=lambda seed: {"pixel_values": _picture(pixels, seed).astype(np.float16)},
+        description="Estimates how near everything in a picture is.",
+    )
+
+
+def _picture(size: tuple[int, ...], seed: int) -> np.ndarray:
+    """Patches of plain colour with some noise, in -1..1."""
+    rng = np.random.default_rng(seed)
+    patches = rng.uniform(-1, 1, (*size[:2], size[2] // PLAIN_SIZE, size[3] // PLAIN_SIZE))
+    smooth = patches.repeat(PLAIN_SIZE, axis=2).repeat(PLAIN_SIZE, axis=3)
+    return np.clip(smooth + 0.1 * rng.standard_normal(size), -1, 1)
+
+
+DEPTH_ESTIMATOR = Component(
+    name="depth_estimator",
+    subfolder="depth_estimator",
+    suffix="depth_estimator",
+    compiled_name="DepthEstimator",
+    build=build,
+    min_psnr_db=60.0,
+    compute_units={"default": "cpu-and-gpu"},
+)

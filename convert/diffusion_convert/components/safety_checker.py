@@ -1,0 +1,94 @@
+"""The safety checker: blackens pictures that are near one of its concepts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffusion_convert import networks
+from diffusion_convert.checkpoint import Checkpoint
+from diffusion_convert.components import Component, Graph, Port, Shape
+from diffusion_convert.nets import safety_checker
+from diffusion_convert.options import AttentionKind
+
+
+class Reference(nn.Module):
+    """diffusers' StableDiffusionSafetyChecker, with the scores that it decides by. ``adjustment`` is its 0.0."""
+
+    def __init__(self, checker: Any) -> None:
+        super().__init__()
+        self.checker = checker
+
+    def forward(
+        self, clip_input: torch.Tensor, images: torch.Tensor, adjustment: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with networks.silent():
+            filtered, flagged = self.checker(clip_input, images.clone())
+        picture = self.checker.visual_projection(self.checker.vision_model(clip_input)[1])
+        special = _scores(picture, self.checker.special_care_embeds, self.checker.special_care_embeds_weights)
+        concepts = _scores(picture, self.checker.concept_embeds, self.checker.concept_embeds_weights)
+        found = (special + adjustment).round(decimals=3).gt(0).any()
+        return (
+            filtered,
+            torch.tensor(flagged).float().reshape(1, 1, 1, 1),
+            concepts + (0.01 if found else adjustment),
+        )
+
+
+def _scores(picture: torch.Tensor, embeddings: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cosine_similarity(picture, embeddings.float())[None] - thresholds.float()
+
+
+def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:
+    checker: Any = networks.build(checkpoint, "safety_checker")
+    size = int(checker.config.vision_config.image_size)
+    concepts = int(checker.concept_embeds.shape[0])
+    clip, picture = (1, 3, size, size), (1, shape.height, shape.width, 3)
+    return Graph(
+        module=Reference(checker) if attention is None else safety_checker(checker, attention),
+        inputs=(
+            Port(
+                "clip_input",
+                clip,
+                description="The picture, resized and normalised as CLIP's feature extractor does",
+            ),
+            Port("images", picture, description="The picture in 0..1"),
+            Port("adjustment", (1,), description="0, or more to flag more pictures"),
+        ),
+        outputs=(
+            Port("filtered_images", picture, "float32", "The picture, or black where it was flagged"),
+            Port("has_nsfw_concepts", (1, 1, 1, 1), "float32", "1 where the picture was flagged, else 0"),
+            Port(
+                "concept_scores",
+                (1, concepts),
+                "float32",
+                "How near the picture is to each concept; flagged above 0",
+            ),
+        ),
+        sample=lambda seed: _draw(clip, picture, seed),
+        description="Flags pictures that are near one of its concepts, and blackens them.",
+    )
+
+
+def _draw(clip: tuple[int, ...], picture: tuple[int, ...], seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "clip_input": rng.standard_normal(clip),
+        "images": rng.random(picture),
+        "adjustment": np.zeros(1),
+    }
+    return {name: array.astype(np.float16) for name, array in arrays.items()}
+
+
+SAFETY_CHECKER = Component(
+    name="safety_checker",
+    subfolder="safety_checker",
+    suffix="safety_checker",
+    compiled_name="SafetyChecker",
+    build=build,
+    min_psnr_db=60.0,
+    compute_units={"default": "cpu-and-gpu"},
+)

@@ -1,0 +1,64 @@
+"""The VAE's decoder: latents to a picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffusion_convert import networks
+from diffusion_convert.checkpoint import Checkpoint
+from diffusion_convert.components import Component, Graph, Port, Shape
+from diffusion_convert.families import latent_factor
+from diffusion_convert.nets import put_attention
+from diffusion_convert.options import AttentionKind
+
+DEFAULT_SCALE = 0.18215
+"""AutoencoderKL's own default, for configurations that do not say."""
+
+
+class Decoder(nn.Module):
+    """z (1, channels, height, width), already divided by the scaling factor -> image (1, 3, …) in about -1..1."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        image: torch.Tensor = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        return image
+
+
+def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:
+    vae = networks.build(checkpoint, "vae")
+    if attention is not None:
+        put_attention(vae, attention)
+    config = checkpoint.models["vae"].config
+    factor, scale = latent_factor(config), float(config.get("scaling_factor") or DEFAULT_SCALE)
+    size = (1, int(config["latent_channels"]), shape.height // factor, shape.width // factor)
+
+    def draw(seed: int) -> dict[str, np.ndarray]:
+        latents = np.random.default_rng(seed).standard_normal(size) / scale
+        return {"z": (latents + float(config.get("shift_factor") or 0.0)).astype(np.float16)}
+
+    return Graph(
+        module=Decoder(vae),
+        inputs=(Port("z", size, description="Latents, divided by the VAE's scaling factor"),),
+        outputs=(Port("image", (1, 3, shape.height, shape.width), "float32", "A picture in -1..1"),),
+        sample=draw,
+        description="Decodes latents into a picture.",
+    )
+
+
+VAE_DECODER = Component(
+    name="vae_decoder",
+    subfolder="vae",
+    suffix="vae_decoder",
+    compiled_name="VAEDecoder",
+    build=build,
+    min_psnr_db=60.0,
+    compute_units={"default": "cpu-and-gpu"},
+)

@@ -1,0 +1,71 @@
+"""The VAE's encoder: a picture to the mean and log-variance of its latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffusion_convert import networks
+from diffusion_convert.checkpoint import Checkpoint
+from diffusion_convert.components import Component, Graph, Port, Shape
+from diffusion_convert.families import latent_factor
+from diffusion_convert.nets import put_attention
+from diffusion_convert.options import AttentionKind
+
+
+class Encoder(nn.Module):
+    """x (1, 3, height, width) in -1..1 -> latent (1, 2 · channels, …): mean, then log-variance, unscaled."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.encoder = vae.encoder
+        self.quant_conv = vae.quant_conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        latent: torch.Tensor = self.encoder(x)
+        return latent if self.quant_conv is None else self.quant_conv(latent)
+
+
+def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:
+    vae = networks.build(checkpoint, "vae")
+    if attention is not None:
+        put_attention(vae, attention)
+    config = checkpoint.models["vae"].config
+    factor, channels = latent_factor(config), int(config["latent_channels"])
+    size = (1, int(config.get("in_channels", 3)), shape.height, shape.width)
+    return Graph(
+        module=Encoder(vae),
+        inputs=(Port("x", size, description="A picture in -1..1"),),
+        outputs=(
+            Port(
+                "latent",
+                (1, 2 * channels, shape.height // factor, shape.width // factor),
+                "float32",
+                "The mean and the log-variance of the latents, not scaled",
+            ),
+        ),
+        sample=lambda seed: {"x": _picture(size, factor, seed).astype(np.float16)},
+        description="Encodes a picture into the mean and log-variance of its latents.",
+    )
+
+
+def _picture(size: tuple[int, ...], factor: int, seed: int) -> np.ndarray:
+    """Blocks of plain colour with some noise, in -1..1."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.uniform(-1, 1, (*size[:2], size[2] // factor, size[3] // factor))
+    smooth = blocks.repeat(factor, axis=2).repeat(factor, axis=3)
+    return np.clip(smooth + 0.1 * rng.standard_normal(size), -1, 1)
+
+
+VAE_ENCODER = Component(
+    name="vae_encoder",
+    subfolder="vae",
+    suffix="vae_encoder",
+    compiled_name="VAEEncoder",
+    build=build,
+    min_psnr_db=60.0,
+    compute_units={"default": "cpu-and-gpu"},
+)

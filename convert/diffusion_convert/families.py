@@ -1,0 +1,97 @@
+"""Model families, told apart by configurations alone. To add one: an entry of `FAMILIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffusion_runtime.errors import CheckpointError, InputError
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What sets a family apart. ``v2``: its UNet attends to SD 2's text encoder; None matches either."""
+
+    name: str
+    title: str
+    in_channels: int
+    v2: bool | None = None
+    prediction_types: tuple[str, ...] = ("epsilon",)
+    class_labels: bool = False
+
+
+FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in (
+        Family("sd1", "Stable Diffusion 1", 4, v2=False, prediction_types=("epsilon", "v_prediction")),
+        Family("sd1-inpainting", "Stable Diffusion 1 in-painting", 9, v2=False),
+        Family("sd2-base", "Stable Diffusion 2 base", 4, v2=True),
+        Family("sd2-v", "Stable Diffusion 2 768-v", 4, v2=True, prediction_types=("v_prediction",)),
+        Family("sd2-inpainting", "Stable Diffusion 2 in-painting", 9, v2=True),
+        Family("sd2-depth", "Stable Diffusion 2 depth", 5),
+        Family("x4-upscaler", "Stable Diffusion x4 upscaler", 7, None, ("v_prediction", "epsilon"), True),
+    )
+}
+
+
+def detect(unet: Config, scheduler: Config, where: str) -> str:
+    """The name of the family that a UNet and a scheduler belong to. Raises CheckpointError, with what was seen."""
+    seen = (
+        int(unet.get("in_channels", 4)),
+        bool(unet.get("use_linear_projection", False)) or unet.get("cross_attention_dim") == 1024,
+        str(scheduler.get("prediction_type", "epsilon")),
+        unet.get("num_class_embeds") is not None,
+    )
+    if unet.get("addition_embed_type"):
+        raise CheckpointError(
+            f"{where}: a UNet with addition_embed_type {unet['addition_embed_type']!r} (Stable Diffusion XL) is not "
+            f"supported; supported are {known()}"
+        )
+    for family in FAMILIES.values():
+        if _is_one(family, *seen):
+            return family.name
+    raise CheckpointError(
+        f"{where}: of no known family: the UNet has {seen[0]} input channels, "
+        f"{unet.get('cross_attention_dim')} context channels, prediction type {seen[2]}"
+        f"{' and class embeddings' if seen[3] else ''}; known are {known()}; --family names one of them"
+    )
+
+
+def check_name(name: str) -> str:
+    """Raises InputError for an unknown family, with the known ones."""
+    if name not in FAMILIES:
+        raise InputError(f"unknown family {name!r}: expected one of {known()}")
+    return name
+
+
+def known() -> str:
+    return ", ".join(FAMILIES)
+
+
+def _is_one(family: Family, in_channels: int, v2: bool, prediction: str, class_labels: bool) -> bool:
+    return (
+        in_channels == family.in_channels
+        and family.v2 in (None, v2)
+        and prediction in family.prediction_types
+        and class_labels == family.class_labels
+    )
+
+
+def latent_factor(vae: Config) -> int:
+    """How many times larger than its latents a VAE's picture is, on each side."""
+    return int(2 ** (len(vae.get("block_out_channels", (64,))) - 1))
+
+
+def default_size(unet: Config, vae: Config) -> tuple[int, int]:
+    """Height and width in pixels that a checkpoint is for. Configurations from before diffusers 0.9 say 32 where
+    64 is meant (diffusers reads them so, too)."""
+    sample: Callable[[Any], tuple[int, int]] = lambda size: (size, size) if isinstance(size, int) else tuple(size)  # noqa: E731
+    height, width = sample(unet.get("sample_size") or 64)
+    version = tuple(int(part) for part in str(unet.get("_diffusers_version", "1.0")).split(".")[:2] if part.isdigit())
+    if version < (0, 9) and max(height, width) < 64 and "_diffusers_version" in unet:
+        height = width = 64
+    factor = latent_factor(vae)
+    return height * factor, width * factor

@@ -1,0 +1,150 @@
+"""diffusers' and transformers' own networks on a checkpoint's own tensors: nothing is initialised, copied or widened."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from diffusion_runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffusion_convert.checkpoint import Checkpoint, Submodel
+
+CLASSES: Mapping[str, str] = {
+    "UNet2DConditionModel": "diffusers",
+    "AutoencoderKL": "diffusers",
+    "CLIPTextModel": "transformers",
+    "CLIPTextModelWithProjection": "transformers",
+    "DPTForDepthEstimation": "transformers",
+    "StableDiffusionSafetyChecker": "diffusers.pipelines.stable_diffusion.safety_checker",
+}
+"""Class named in model_index.json -> where it is imported from. Nothing else is ever imported for a checkpoint."""
+
+RENAMED = (
+    (r"^text_model\.", ""),  # transformers 5 dropped the level of the model inside of the model
+    (r"^vision_model\.vision_model\.", "vision_model."),
+    (r"(attentions\.\d+\.)query\.", r"\1to_q."),  # VAEs saved before diffusers 0.12
+    (r"(attentions\.\d+\.)key\.", r"\1to_k."),
+    (r"(attentions\.\d+\.)value\.", r"\1to_v."),
+    (r"(attentions\.\d+\.)proj_attn\.", r"\1to_out.0."),
+)
+"""Published names -> the installed libraries' names, where those have changed. Tried in order, until one fits."""
+
+_IGNORED = re.compile(r"(^|\.)(position_ids|num_batches_tracked|logit_scale)$")
+_SHOWN = 8
+
+
+def build(checkpoint: Checkpoint, subfolder: str) -> torch.nn.Module:
+    """The network of ``subfolder`` on the tensors of the checkpoint, in evaluation mode.
+
+    Raises CheckpointError where the configuration does not fit the class, or tensors are missing, unknown or of
+    another shape than the configuration says; all are listed.
+    """
+    submodel = checkpoint.models[subfolder]
+    where = f"{checkpoint.name}: {subfolder}"
+    network = _empty(submodel, where)
+    tensors = _fitting(submodel.tensors(), network, where)
+    network.load_state_dict(tensors, strict=False, assign=True)
+    _fill_buffers(network, where)
+    return network.eval().requires_grad_(False)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """In this context, the libraries' hints to their own developers are not printed."""
+    import warnings
+
+    import diffusers.utils.logging as of_diffusers
+    import transformers.utils.logging as of_transformers
+
+    with ExitStack() as restored, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logging in (of_diffusers, of_transformers):
+            restored.callback(logging.set_verbosity, logging.get_verbosity())
+            logging.set_verbosity_error()
+        yield
+
+
+def _empty(submodel: Submodel, where: str) -> torch.nn.Module:
+    import torch
+
+    if submodel.class_name not in CLASSES:
+        raise CheckpointError(f"{where}: unknown class {submodel.class_name!r}; known are {', '.join(CLASSES)}")
+    kind: Any = getattr(importlib.import_module(CLASSES[submodel.class_name]), submodel.class_name)
+    config = dict(submodel.config)
+    try:
+        with silent(), torch.device("meta"):
+            if hasattr(kind, "from_config"):
+                network: torch.nn.Module = kind.from_config(config)
+            else:
+                network = kind(kind.config_class(**{k: v for k, v in config.items() if k != "architectures"}))
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise CheckpointError(f"{where}: config.json does not describe a {submodel.class_name}: {error}") from error
+    return network
+
+
+def _fitting(
+    tensors: Mapping[str, torch.Tensor], network: torch.nn.Module, where: str
+) -> dict[str, torch.Tensor]:
+    """``tensors`` by the network's names and in its shapes."""
+    expected = network.state_dict()
+    found = {_name(name, expected): tensor for name, tensor in tensors.items()}
+    shapes = {
+        name: tensor.reshape(expected[name].shape) if _squeezes(tensor, expected[name]) else tensor
+        for name, tensor in found.items()
+        if name in expected
+    }
+    problems = {
+        "missing": [name for name in expected if name not in found and not _IGNORED.search(name)],
+        "unknown": [name for name in found if name not in expected and not _IGNORED.search(name)],
+        "wrong shapes": [
+            f"{name} {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+            for name, tensor in shapes.items()
+            if tensor.shape != expected[name].shape
+        ],
+    }
+    listed = [f"{problem}: {_listed(names)}" for problem, names in problems.items() if names]
+    if listed:
+        raise CheckpointError(f"{where}: the weights are not those of config.json's network: {'; '.join(listed)}")
+    return shapes
+
+
+def _name(name: str, expected: Mapping[str, Any]) -> str:
+    if name in expected:
+        return name
+    for pattern, replacement in RENAMED:
+        renamed = re.sub(pattern, replacement, name)
+        if renamed in expected:
+            return renamed
+    return name
+
+
+def _squeezes(tensor: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether shapes differ by trailing ones alone: a linear layer stored as a 1x1 convolution."""
+    return tensor.ndim > expected.ndim and tensor.shape == (*expected.shape, *[1] * (tensor.ndim - expected.ndim))
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _fill_buffers(network: torch.nn.Module, where: str) -> None:
+    """Give values to what no checkpoint carries: CLIP's position numbers."""
+    import torch
+
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                continue
+            if name == "position_ids":
+                module.register_buffer(name, torch.arange(buffer.numel()).reshape(buffer.shape), persistent=False)
+            elif name == "num_batches_tracked":
+                module.register_buffer(name, torch.zeros((), dtype=torch.long))
+            else:
+                raise CheckpointError(f"{where}: the weights lack the buffer {name} of {type(module).__name__}")
