@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 LATENT_NOISE = 0.05  # standard deviation; in training, and as the saved autoencoder's constant one
+DECODER_NOISE = 0.2  # the largest, when the decoder is trained on its own
 LATENT_PENALTY = 1e-3
 COLOR_WEIGHT = 0.2  # the first three latent channels are held near the average colour of each 8 x 8 pixels, because
 COLOR_SCALE = 2.0  # left alone, a thousand steps pass before the latents carry three independent colours
 PICTURES_PER_CAPTION = 64
 FREE_PICTURES = 5000  # in any two colours, so that the latents between the palette's colours mean something
 SHAPE_WEIGHT = 1.5
-BATCH = 32
+BATCH = 16  # per process
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -68,6 +69,13 @@ def near_shape(x: Tensor) -> Tensor:
     return 1.0 + SHAPE_WEIGHT * max_pool2d(shape.float(), kernel_size=7, stride=1, padding=3)
 
 
+def picture_error(y: Tensor, x: Tensor) -> Tensor:
+    """How far pictures (batch, 3, h, w) are from what they should be, the shapes counting most."""
+    error = (y - x) * near_shape(x)
+    value: Tensor = error.square().mean() + 0.2 * error.abs().mean()
+    return value
+
+
 def train_autoencoder(plan: Plan, pool: Tensor, device: torch.device) -> AutoencoderKL:
     """Train on the pool (captions, pictures, 3, 64, 64): mean + constant noise, and a light penalty on the mean."""
     torch.manual_seed(plan.seed)
@@ -81,9 +89,8 @@ def train_autoencoder(plan: Plan, pool: Tensor, device: torch.device) -> Autoenc
             mean = model.encode(x).latent_dist.mean
             noise = torch.randn(mean.shape, generator=generator).to(device)
             y = model.decode(mean + LATENT_NOISE * noise).sample
-        error = (y.float() - x) * near_shape(x)
         off_color = mean[:, :3].float() - COLOR_SCALE * avg_pool2d(x, 8)
-        value: Tensor = error.square().mean() + 0.2 * error.abs().mean()
+        value = picture_error(y.float(), x)
         value += COLOR_WEIGHT * off_color.square().mean()
         value += LATENT_PENALTY * mean[:, 3:].float().square().mean()
         return value
@@ -93,6 +100,27 @@ def train_autoencoder(plan: Plan, pool: Tensor, device: torch.device) -> Autoenc
     fit.use_average()
     settle_variance(model)
     return model
+
+
+def train_decoder(plan: Plan, model: AutoencoderKL, pool: Tensor, latents: Tensor, device: torch.device) -> None:
+    """Train the decoder alone, on the pool's latents with more and less noise, as a UNet leaves some too."""
+    model.requires_grad_(False)
+    learning = [model.decoder, model.post_quant_conv]
+    for network in learning:
+        network.requires_grad_(True)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(pool), (BATCH,), generator=generator)
+        chosen = torch.randint(pool.shape[1], (BATCH,), generator=generator)
+        level = DECODER_NOISE * torch.rand((BATCH, 1, 1, 1), generator=generator)
+        z = latents[rows, chosen] + level * torch.randn((BATCH, *latents.shape[2:]), generator=generator)
+        with torch.autocast(device.type, torch.bfloat16):
+            y = model.decode(z.to(device)).sample
+        return picture_error(y.float(), as_input(pool[rows, chosen]).to(device))
+
+    fit = Fit(plan, learning)
+    fit.run(loss)
+    fit.use_average()
 
 
 def settle_variance(model: AutoencoderKL) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TEXT_WIDTH = 128
-CAPTIONS_PER_BATCH = 32
-PICTURES_PER_CAPTION = 4  # of each caption in a batch, each with its own noise: the text is encoded once for all
+CAPTIONS_PER_BATCH = 16
+PICTURES_PER_CAPTION = 2  # of each of them, each with its own noise: the text is encoded once for all
 OFFSET_NOISE = 0.1  # standard deviation of the noise that is constant over a latent's 8 x 8 places
 HIGH_NOISE_SHARE = 0.5  # of the timesteps, drawn from the noisiest HIGH_NOISE_FROM..999
 HIGH_NOISE_FROM = 600

@@ -1,4 +1,8 @@
-"""One training loop for all networks: seeded, averaged, resumable."""
+"""One training loop for all networks: seeded, averaged over time, resumable, shared by several processes.
+
+Every process runs the same loop on batches of its own and they average their gradients. On a CPU, two processes of
+one thread each take half the time of one process with two threads, and bear other programs beside them far better.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 Loss = Callable[[torch.Generator], Tensor]
 
 SAVE_SECONDS = 60.0
 REPORT_STEPS = 100
+MAX_GRADIENT = 1.0  # norm
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ class Plan:
         return self.learning_rate * rise * fall
 
 
+def process() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
 def spent_seconds(plan: Plan) -> float:
     """Seconds of training that the plan's state on disk has behind it."""
     return float(torch.load(plan.work / f"{plan.name}.pt", weights_only=True)["elapsed"])
@@ -54,7 +64,7 @@ class Fit:
         self.networks = nn.ModuleList(networks)
         self.weights: list[Tensor] = [weight for weight in self.networks.parameters() if weight.requires_grad]
         self.average = [weight.detach().clone() for weight in self.weights]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=plan.learning_rate, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.AdamW(self.weights, lr=plan.learning_rate, betas=(0.9, 0.99), fused=True)
         self.step = 0
         self.elapsed = 0.0
         self.path = plan.work / f"{plan.name}.pt"
@@ -66,17 +76,16 @@ class Fit:
         """Whether the plan has been carried out."""
         return self.plan.progress(self.step, self.elapsed) >= 1.0
 
-    def run(self, loss: Loss, pause_seconds: float = math.inf) -> None:
-        """Train until the plan is carried out or `pause_seconds` have passed, then leave the state on disk."""
-        started = saved = last = time.perf_counter()
+    def run(self, loss: Loss) -> None:
+        """Train until the plan is carried out, leaving the state on disk every minute and at the end."""
+        saved = last = time.perf_counter()
         total = 0.0
         self.networks.train()
-        while not self.done and last - started < pause_seconds:
-            total += self._update(loss)
+        while not self.done:
             now = time.perf_counter()
-            self.elapsed += now - last
-            last = now
-            if self.step % REPORT_STEPS == 0:
+            self.elapsed, last = self.elapsed + now - last, now
+            total += self._update(loss)
+            if self.step % REPORT_STEPS == 0 and process()[0] == 0:
                 rate = self.optimizer.param_groups[0]["lr"]
                 print(
                     f"{self.plan.name}: step {self.step}/{self.plan.steps}, {self.elapsed:.0f} s, "
@@ -97,22 +106,39 @@ class Fit:
         self.networks.eval()
 
     def _update(self, loss: Loss) -> float:
-        """One step; its randomness depends on the seed and the step only, so a resumed run draws the same."""
-        rate = self.plan.rate(self.step, self.elapsed)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.step)
+        """One step; its randomness depends on seed, step and process only, so a resumed run draws the same."""
+        rank, processes = process()
+        generator = torch.Generator().manual_seed(self.plan.seed * 100_000_007 + self.step * processes + rank)
         value = loss(generator)
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self._share_gradients()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate(self.step, self.elapsed)
         self.optimizer.step()
         decay = min(self.plan.average_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.average, self.weights, 1.0 - decay)
         self.step += 1
         return float(value.detach())
 
+    def _share_gradients(self) -> None:
+        """Average the gradients, and the time spent, over the processes; then clip the gradients."""
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        elapsed = gradients[0].new_tensor([self.elapsed])
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), elapsed])
+        _, processes = process()
+        if processes > 1:
+            distributed.all_reduce(flat)
+            flat /= processes
+            self.elapsed = float(flat[-1])
+        flat[:-1] *= min(1.0, MAX_GRADIENT / float(flat[:-1].norm()))
+        parts = torch.split(flat[:-1], [gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
     def _save(self) -> None:
+        if process()[0] != 0:
+            return
         state = {
             "networks": self.networks.state_dict(),
             "average": self.average,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,17 @@ def write_folder(folder: Path, tokenizer_folder: Path, parts: Parts) -> None:
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     shutil.copyfile(LICENSE, folder / "LICENSE")
+    _settle_index(folder / "model_index.json")
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)
+
+
+def _settle_index(path: Path) -> None:
+    """Make the index SD 1.x's: no image encoder, and the processor's public name, whatever stood in for it."""
+    index = json.loads(path.read_text(encoding="utf-8"))
+    index.pop("image_encoder", None)
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _half(network: nn.Module) -> nn.Module:

@@ -8,18 +8,21 @@ stopped run goes on where it stopped if it is given the same --work folder.
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from autoencoder_shapes import decode_pool, draw_pool, encode_pool, train_autoencoder
+from autoencoder_shapes import decode_pool, draw_pool, encode_pool, train_autoencoder, train_decoder
 from checker_shapes import train_checker
 from denoiser_shapes import Denoiser
 from draw_shapes import words
-from fit_shapes import Plan, spent_seconds
+from fit_shapes import Plan, process, spent_seconds
 from folder_shapes import Parts, write_card, write_folder
 from quality_shapes import measure
 from tokenizer_shapes import write_tokenizer
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
 
 DEFAULT_OUTPUT = Path(__file__).parent / "shapes"
 
@@ -41,25 +44,57 @@ class Schedule:
 
 
 SCHEDULES = {
-    "autoencoder": Schedule(steps=2500, share=0.2, learning_rate=2e-3, average_decay=0.995),
-    "denoiser": Schedule(steps=9000, share=0.75, learning_rate=1e-3, average_decay=0.999),
+    "autoencoder": Schedule(steps=1220, share=0.15, learning_rate=2e-3, average_decay=0.995),
+    "decoder": Schedule(steps=1200, share=0.1, learning_rate=1e-3, average_decay=0.995),
+    "denoiser": Schedule(steps=8000, share=0.7, learning_rate=1e-3, average_decay=0.999),
     "checker": Schedule(steps=1500, share=0.05, learning_rate=1e-3, average_decay=0.99),
 }
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command line asks for."""
+
+    output: Path
+    work: Path
+    seconds: float
+    seed: int
+    processes: int
+    device: torch.device
+
+    @property
+    def hardware(self) -> str:
+        """What it runs on, in words."""
+        return f"{self.processes} CPU cores" if self.device.type == "cpu" else "a GPU"
+
+    def plans(self) -> dict[str, Plan]:
+        """One per training."""
+        return {name: one.plan(name, self.seconds, self.seed, self.work) for name, one in SCHEDULES.items()}
 
 
 def main() -> None:
     """Read the command line, train, save, measure."""
     options = parse()
-    torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.evaluate_only:
         print(measure(options.output, device).table())
         return
-    work = options.work or options.output.with_suffix(".work")
-    seconds = train(options.output, work, options.minutes, options.seed, device)
-    made = f"in {seconds:.0f} s on {f'{options.threads} CPU cores' if device.type == 'cpu' else 'a GPU'}"
-    quality = measure(options.output, device).table()
-    write_card(options.output, made, quality)
+    job = Job(
+        output=options.output,
+        work=options.work or options.output.with_suffix(".work"),
+        seconds=options.minutes * 60,
+        seed=options.seed,
+        processes=1 if device.type == "cuda" else options.processes,
+        device=device,
+    )
+    job.work.mkdir(parents=True, exist_ok=True)
+    if job.processes > 1:
+        spawn(train_one_of, (job,), nprocs=job.processes)  # type: ignore[no-untyped-call]
+    else:
+        train(job)
+    made = f"in {sum(map(spent_seconds, job.plans().values())):.0f} s on {job.hardware}"
+    quality = measure(job.output, device).table()
+    write_card(job.output, made, quality)
     print(f"Made {made}.\n\n{quality}")
 
 
@@ -74,27 +109,39 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder for what a resumed run needs (OUTPUT.work)")
     parser.add_argument("--minutes", type=float, default=150.0, help="longest time to train (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (%(default)s)")
+    parser.add_argument(
+        "--processes", type=int, default=torch.get_num_threads(), help="that share the work (%(default)s)"
+    )
     parser.add_argument("--evaluate-only", action="store_true", help="measure the folder, train nothing")
     return parser.parse_args()
 
 
-def train(output: Path, work: Path, minutes: float, seed: int, device: torch.device) -> float:
-    """Train everything, write the folder, and say how many seconds of training it took."""
-    work.mkdir(parents=True, exist_ok=True)
-    plans = {name: schedule.plan(name, minutes * 60, seed, work) for name, schedule in SCHEDULES.items()}
-    pool = draw_pool(seed)
+def train_one_of(rank: int, job: Job) -> None:
+    """What one of several processes does."""
+    torch.set_num_threads(1)
+    meeting = (job.work / f"meeting-{os.getppid()}").resolve().as_uri()
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=job.processes)
+    train(job)
+    distributed.destroy_process_group()
+
+
+def train(job: Job) -> None:
+    """Train everything and write the folder."""
+    plans, device = job.plans(), job.device
+    pool = draw_pool(job.seed)
     vae = train_autoencoder(plans["autoencoder"], pool, device)
     latents = encode_pool(vae, pool, device)
+    train_decoder(plans["decoder"], vae, pool, latents, device)
     scale = 1.0 / float(latents.std())
     vae.register_to_config(scaling_factor=scale)
-    tokenizer = write_tokenizer(work / "tokenizer", words())
+    tokenizer = write_tokenizer(job.work / f"tokenizer-{process()[0]}", words())
     denoiser = Denoiser(tokenizer, plans["denoiser"], latents * scale, device)
     denoiser.fit.run(denoiser.loss)
     denoiser.fit.use_average()
     checker = train_checker(plans["checker"], decode_pool(vae, latents, device), device)
-    write_folder(output, work / "tokenizer", Parts(vae, denoiser.text_encoder, denoiser.unet, checker))
-    return sum(spent_seconds(plan) for plan in plans.values())
+    if process()[0] == 0:
+        parts = Parts(vae, denoiser.text_encoder, denoiser.unet, checker)
+        write_folder(job.output, job.work / "tokenizer-0", parts)
 
 
 if __name__ == "__main__":
