@@ -112,6 +112,11 @@ def chosen_weights(package: Package, plan: Plan) -> dict[str, tuple[Weight, int]
     return chosen
 
 
+def widths_for(package: Package) -> tuple[int, ...]:
+    """The bit widths that the package's target has: 3 from iOS 18 on."""
+    return tuple(bits for bits in BITS if bits != 3 or packs_by_type(package))
+
+
 def packs_by_type(package: Package) -> bool:
     """True where indices are stored as iOS 18's unsigned types of few bits, False as iOS 16's packed bytes."""
     return _opset(package) >= _IOS18_OPSET

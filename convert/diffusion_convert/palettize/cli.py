@@ -1,0 +1,160 @@
+"""`coreml-diffusion palettize`: options -> plan -> a checked package, and tables of what it cost."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffusion_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusion_convert.palettize.damage import Damage
+    from diffusion_convert.palettize.package import Progress
+    from diffusion_convert.palettize.plan import Plan
+    from diffusion_convert.palettize.publish import Published
+
+_DEFAULT_BITS = 6
+
+
+class Granularity(enum.Enum):
+    """The value is the spelling on the command line."""
+
+    PER_TENSOR = "per-tensor"
+    PER_GROUPED_CHANNEL = "per-grouped-channel"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command("palettize")(palettize)
+
+
+def palettize(
+    package: Annotated[Path, typer.Argument(help="An ML Program (.mlpackage) with float weights.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .mlpackage to write.")],
+    nbits: Annotated[int | None, typer.Option(help="Bits per weight: 1, 2, 3, 4, 6 or 8 (default 6).")] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Average bits; each weight gets its own, for the least damage.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Bits per weight from a file of --save-recipe.")] = None,
+    save_recipe: Annotated[Path | None, typer.Option(help="Write the bits per weight as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG of PSNR against size (--target-bits).")] = None,
+    granularity: Annotated[Granularity, typer.Option(help="Groups need iOS 18.")] = Granularity.PER_TENSOR,
+    group_size: Annotated[int, typer.Option(help="Output channels that share a palette.")] = 16,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Palettize embedding tables too.")] = False,
+    check: Annotated[bool, typer.Option(help="Compare outputs with the input package's (runs both).")] = True,
+) -> None:
+    """Palettize the weights of any ML Program, and check the result."""
+    from diffusion_convert.palettize.plan import Plan
+    from diffusion_convert.palettize.publish import palettize_checked
+
+    if sum(value is not None for value in (nbits, target_bits, recipe)) > 1:
+        raise InputError("--nbits, --target-bits and --recipe exclude each other: give one")
+    if plot is not None and target_bits is None:
+        raise InputError("--plot shows the recipes that --target-bits chooses from: give both")
+    plan = Plan(nbits or _DEFAULT_BITS, None, granularity.value, group_size, embeddings)
+    mixed = None
+    if recipe is not None:
+        plan = _recipe_plan(package, recipe)
+    elif target_bits is not None:
+        mixed = _mix(package, plan, target_bits)
+        plan = mixed.plan
+    with _progress() as progress:
+        published = palettize_checked(package, output, plan, compare=check, progress=progress)
+    if mixed is not None and plot is not None:
+        _plot(mixed, plot, package.name)
+    if save_recipe is not None:
+        _save(package, published, save_recipe)
+    _print(published, output)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mixed:
+    plan: Plan
+    damage: Damage
+    widths: Sequence[int]
+
+
+def _recipe_plan(package: Path, recipe: Path) -> Plan:
+    from diffusion_convert.palettize.recipe import load_recipe
+    from diffusion_runtime.mil.package import open_package
+
+    return load_recipe(recipe).plan(open_package(package))
+
+
+def _mix(package: Path, plan: Plan, target_bits: float) -> _Mixed:
+    from dataclasses import replace
+
+    from diffusion_convert.palettize.damage import measure_damage
+    from diffusion_convert.palettize.plan import widths_for
+    from diffusion_convert.palettize.recipe import choose_bits
+    from diffusion_runtime.mil.package import open_package
+
+    widths = widths_for(open_package(package))
+    if not widths[0] <= target_bits <= widths[-1]:
+        raise InputError(f"--target-bits {target_bits:g}: expected {widths[0]} to {widths[-1]}")
+    damage = measure_damage(package, plan, widths)
+    return _Mixed(replace(plan, bits_by_weight=choose_bits(damage, target_bits, widths)), damage, widths)
+
+
+def _plot(mixed: _Mixed, path: Path, title: str) -> None:
+    from diffusion_convert.palettize.plot import candidate, plot_recipes
+
+    chosen = candidate(mixed.damage, mixed.plan.bits_by_weight or {})
+    plot_recipes(mixed.damage, mixed.widths, path, title, chosen)
+
+
+def _save(package: Path, published: Published, path: Path) -> None:
+    from diffusion_convert.palettize.recipe import Recipe, package_identity, save_recipe
+    from diffusion_runtime.mil.package import open_package
+
+    report = published.report
+    recipe = Recipe(
+        package=package.name,
+        sha256=package_identity(open_package(package)),
+        average_bits=round(report.average_bits, 4),
+        granularity=report.plan.granularity,
+        group_size=report.plan.group_size,
+        bits={weight.name: weight.bits for weight in report.weights},
+    )
+    save_recipe(recipe, path)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("palettizing", total=None)
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, description=name if done < total else "checking")
+
+        yield show
+
+
+def _print(published: Published, output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    report = published.report
+    table = Table(title="weights with the lowest signal-to-noise ratio", title_justify="left")
+    for heading in ("weight", "shape", "bits", "dB"):
+        table.add_column(heading, justify="left" if heading == "weight" else "right", overflow="fold")
+    for weight in report.worst():
+        table.add_row(weight.name, "x".join(map(str, weight.shape)), str(weight.bits), f"{weight.snr_db:.1f}")
+    console = Console()
+    console.print(table)
+    for name, value in published.psnr_db.items():
+        console.print(f"{name}: {value:.1f} dB PSNR against the input package")
+    share = report.bytes_after / report.bytes_before
+    console.print(
+        f"{output}: {len(report.weights)} weights at {report.average_bits:.2f} bits, "
+        f"{report.bytes_after / 1e6:.1f} MB, {share:.2f} of {report.bytes_before / 1e6:.1f} MB"
+    )

@@ -1,0 +1,173 @@
+"""How much each weight's palettization hurts the outputs, measured for all weights at once by the torch backend.
+
+With J the Jacobian of the outputs by a weight's elements and d the change of those, the outputs move by J d. For a random direction v (independent, unit variance) the gradient g of v·outputs has E g² = Σ_o J_o², so that one
+backward pass per sample gives, for every weight at once, the expected |J d|² = Σ g² d² of an error d whose elements
+do not depend on each other; k-means' errors are of that kind (each cluster's sum to zero). g² is averaged over the
+weight: damage at b bits = mean g² x squared error at b bits. Errors of different weights add up.
+
+A test compares this with the error of the outputs when one weight at a time is really palettized.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffusion_convert.palettize.outputs import Samples, seeded_inputs, token_count
+from diffusion_convert.palettize.package import palettize_as, stored_array
+from diffusion_convert.palettize.plan import Plan
+from diffusion_convert.palettize.select import Weight, palettizable
+from diffusion_runtime.mil.package import Package, open_package
+
+if TYPE_CHECKING:
+    import torch
+    from torch import fx
+
+    from diffusion_runtime.backends.torch_mil import TorchModel
+
+SAMPLES = 4
+_SEGMENTS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """``relative_error[name][bits]``: the expected energy of the outputs' error over the outputs' energy, averaged
+    over samples, where that weight alone is palettized. ``sizes`` counts elements. ``peak_to_energy`` turns
+    such a number into PSNR."""
+
+    relative_error: Mapping[str, Mapping[int, float]]
+    sizes: Mapping[str, int]
+    peak_to_energy: float
+
+
+def measure_damage(
+    path: Path, plan: Plan, candidates: Sequence[int], samples: Samples | None = None, seed: int = 0
+) -> Damage:
+    """The damage of each of ``candidates`` (bits) to each weight that ``plan`` may palettize in ``path``.
+
+    One forward and one backward pass per sample (None: four, over the timesteps).
+    """
+    from diffusion_runtime.backends.torch_mil import TorchBackend
+
+    package = open_package(path)
+    weights = palettizable(package, plan.embeddings)
+    model = TorchBackend(fuse=False).load(path)
+    inputs = samples or seeded_inputs(model.inputs, SAMPLES, seed, token_count(package))
+    sensitivity, ratio = _sensitivities(model, weights, inputs, seed)
+    del model
+    errors = _squared_errors(package, plan, weights, candidates)
+    relative = {
+        name: {bits: sensitivity[name] * error for bits, error in by_bits.items()}
+        for name, by_bits in errors.items()
+    }
+    return Damage(relative, {name: weight.size for name, weight in weights.items()}, ratio)
+
+
+def _squared_errors(
+    package: Package, plan: Plan, weights: Mapping[str, Weight], candidates: Sequence[int]
+) -> dict[str, dict[int, float]]:
+    def errors(weight: Weight) -> dict[int, float]:
+        array = stored_array(package, weight.value)
+        return {bits: palettize_as(plan, weight, array, bits).squared_error for bits in candidates}
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return dict(zip(weights, pool.map(errors, weights.values()), strict=True))
+
+
+def _sensitivities(
+    model: TorchModel, weights: Mapping[str, Weight], samples: Samples, seed: int
+) -> tuple[dict[str, float], float]:
+    """Mean g² of each weight over samples, relative to the outputs' energy; and the outputs' mean peak² / power."""
+    import torch
+
+    leaves = _leaves(model.module, weights)
+    total = dict.fromkeys(weights, 0.0)
+    energy = 1.0
+
+    def collect(name: str) -> Callable[[torch.Tensor], None]:
+        def hook(leaf: torch.Tensor) -> None:
+            if leaf.grad is not None:
+                total[name] += float(leaf.grad.square().mean(dtype=torch.float64)) / energy / len(samples)
+                leaf.grad = None
+
+        return hook
+
+    hooks = [
+        leaf.register_post_accumulate_grad_hook(collect(name))  # type: ignore[no-untyped-call]
+        for name, leaf in leaves.items()
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    ratios = []
+    for arrays in samples:
+        outputs = _run(model, arrays, leaves)
+        flat = torch.cat([value.reshape(-1).float() for value in outputs.values() if value.is_floating_point()])
+        energy = float(flat.detach().square().sum())
+        ratios.append(float(flat.detach().abs().max()) ** 2 * flat.numel() / energy)
+        torch.dot(flat, torch.randn(flat.shape, generator=generator)).backward()  # type: ignore[no-untyped-call]
+    for hook in hooks:
+        hook.remove()
+    return total, float(np.mean(ratios))
+
+
+def _leaves(module: fx.GraphModule, weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]:
+    """The buffers that hold ``weights``, as leaves of the gradient's graph (the buffers' own memory)."""
+    return {
+        node.meta["mil"]: getattr(module, str(node.target)).detach().requires_grad_()
+        for node in module.graph.nodes
+        if node.op == "get_attr" and node.meta.get("mil") in weights
+    }
+
+
+def _run(
+    model: TorchModel, arrays: Mapping[str, np.ndarray], leaves: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Run the graph in segments, each run again in the backward pass instead of keeping its values in memory."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    nodes = list(model.module.graph.nodes)
+    place = {node: index for index, node in enumerate(nodes)}
+    last_use = {node: max((place[user] for user in node.users), default=-1) for node in nodes}
+    values: dict[fx.Node, Any] = {}
+    for node, (name, dtype) in zip(nodes, model.order, strict=False):
+        values[node] = torch.from_numpy(np.array(arrays[name])).to(dtype)
+    length = -(-len(nodes) // _SEGMENTS)
+    for start in range(len(values), len(nodes) - 1, length):
+        end = min(start + length, len(nodes) - 1)
+
+        def segment(
+            given: dict[fx.Node, Any], part: Sequence[fx.Node] = tuple(nodes[start:end]), end: int = end
+        ) -> dict[fx.Node, Any]:
+            return _run_nodes(model.module, part, given, leaves, lambda node: last_use[node] >= end)
+
+        values = checkpoint(segment, values, use_reentrant=False)
+    outputs: dict[str, fx.Node] = nodes[-1].args[0]
+    return {name: values[node] for name, node in outputs.items()}
+
+
+def _run_nodes(
+    module: fx.GraphModule,
+    nodes: Sequence[fx.Node],
+    given: Mapping[fx.Node, Any],
+    leaves: Mapping[str, torch.Tensor],
+    is_live: Callable[[fx.Node], bool],
+) -> dict[fx.Node, Any]:
+    """The values after ``nodes`` ran that ``is_live`` says are used later."""
+    from torch import fx
+
+    values = dict(given)
+    for node in nodes:
+        if node.op == "get_attr":
+            leaf = leaves.get(node.meta.get("mil", ""))
+            values[node] = getattr(module, str(node.target)) if leaf is None else leaf
+        elif callable(node.target):
+            values[node] = node.target(
+                *fx.node.map_arg(node.args, values.__getitem__), **fx.node.map_arg(node.kwargs, values.__getitem__)
+            )
+    return {node: value for node, value in values.items() if is_live(node)}

@@ -1,0 +1,123 @@
+"""What palettization does to outputs: seeded inputs, comparison, bounds below which nothing is published."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_runtime.backends import TensorSpec
+from diffusion_runtime.errors import VerificationError
+from diffusion_runtime.mil.package import Package, open_package
+from diffusion_runtime.mil.program import TensorType, operations
+
+MIN_PSNR_DB: Mapping[int, float] = {1: 3.0, 2: 6.0, 3: 10.0, 4: 14.0, 6: 24.0, 8: 34.0}
+"""Per bit width, the least PSNR of outputs against the float16 package's. A random network keeps about 6 dB per bit
+and 6 more for the peak; what is broken has less than 3 dB at any width. A component may own stricter ones."""
+
+_TIMESTEPS = 1000
+_TOKENS = 49408
+
+Samples = Sequence[Mapping[str, np.ndarray]]
+"""Inputs of some calls, each by name."""
+
+
+def seeded_inputs(
+    specs: Mapping[str, TensorSpec], count: int, seed: int = 0, tokens: int = _TOKENS
+) -> list[dict[str, np.ndarray]]:
+    """``count`` sets of inputs in the ranges that models with these input names meet in use; timesteps are spread
+    over the schedule, the first near its noisy end; token ids are below ``tokens``."""
+    random = np.random.default_rng(seed)
+    return [
+        {name: _draw(spec, random, 1 - (2 * index + 1) / (2 * count), tokens) for name, spec in specs.items()}
+        for index in range(count)
+    ]
+
+
+def token_count(package: Package) -> int:
+    """The rows of the smallest table that ``gather`` looks ids up in; CLIP's number of tokens without one."""
+    rows = [_TOKENS]
+    for function in package.model.program.functions.values():
+        tables = {
+            operation.outputs[0].name: operation.outputs[0].type.shape
+            for operation in operations(function.block)
+            if (operation.type == "const" or operation.type.startswith("constexpr_"))
+            and isinstance(operation.outputs[0].type, TensorType)
+        }
+        for operation in operations(function.block):
+            for name in operation.inputs.get("x", ()) if operation.type == "gather" else ():
+                shape = tables.get(name, ()) if isinstance(name, str) else ()
+                rows += [shape[0]] if len(shape) == 2 and shape[0] else []
+    return min(rows)
+
+
+def _draw(spec: TensorSpec, random: np.random.Generator, position: float, tokens: int) -> np.ndarray:
+    if spec.name == "timestep":
+        array = np.full(spec.shape, round(position * (_TIMESTEPS - 1)))
+    elif spec.name == "input_ids":
+        array = random.integers(0, tokens, spec.shape)
+    elif spec.name in ("controlnet_cond", "images"):
+        array = random.uniform(0, 1, spec.shape)
+    elif spec.name == "time_ids":
+        array = np.broadcast_to(np.array([1024, 1024, 0, 0, 1024, 1024])[: spec.shape[-1]], spec.shape)
+    elif spec.name == "x" and len(spec.shape) == 4 and spec.shape[1] == 3:
+        array = random.uniform(-1, 1, spec.shape)
+    elif np.issubdtype(np.dtype(spec.dtype), np.integer) or spec.name == "class_labels":
+        array = random.integers(0, 2, spec.shape)
+    else:
+        array = random.standard_normal(spec.shape)
+    return array.astype(spec.dtype)
+
+
+def psnr_db(reference: np.ndarray, other: np.ndarray) -> float:
+    """Peak (largest magnitude of ``reference``) over root mean squared error, in decibels: inf where both are equal,
+    -inf where ``other`` alone is not finite."""
+    exact = reference.astype(np.float64)
+    error = other.astype(np.float64) - exact
+    if not np.isfinite(error).all():
+        return math.inf if np.array_equal(reference, other, equal_nan=True) else -math.inf
+    power = float(np.mean(error**2))
+    peak = float(np.max(np.abs(exact), initial=0))
+    if power == 0:
+        return math.inf
+    return 10 * math.log10(peak**2 / power) if peak else -math.inf
+
+
+def compare_outputs(reference: Path, other: Path, samples: Samples | None = None) -> dict[str, float]:
+    """The lowest PSNR of each output over ``samples`` (None: two seeded ones), both packages run by the torch
+    backend, one after the other so that only one is in memory."""
+    from diffusion_runtime.backends.torch_mil import TorchBackend
+
+    backend = TorchBackend()
+    model = backend.load(reference)
+    if samples is None:
+        samples = seeded_inputs(model.inputs, 2, tokens=token_count(open_package(reference)))
+    expected = [model(**arrays) for arrays in samples]
+    del model
+    model = backend.load(other)
+    found = [model(**arrays) for arrays in samples]
+    return {
+        name: min(psnr_db(one[name], two[name]) for one, two in zip(expected, found, strict=True))
+        for name in expected[0]
+    }
+
+
+def bound_db(average_bits: float, bounds: Mapping[int, float] = MIN_PSNR_DB) -> float:
+    """The bound at ``average_bits``, on the line between the widths beside it."""
+    widths = sorted(bounds)
+    return float(np.interp(average_bits, widths, [bounds[bits] for bits in widths]))
+
+
+def require_outputs(
+    package: Path, psnr: Mapping[str, float], average_bits: float, bounds: Mapping[int, float] = MIN_PSNR_DB
+) -> None:
+    """Raise VerificationError, naming each output, where one is below the bound of its bit width."""
+    bound = bound_db(average_bits, bounds)
+    low = [f"{name} has {value:.1f} dB" for name, value in psnr.items() if not value >= bound]
+    if low:
+        raise VerificationError(
+            f"{package.name}: at {average_bits:g} bits {', '.join(low)} against the float16 package, expected at "
+            f"least {bound:.1f} dB: not published; use more bits, or --target-bits"
+        )
