@@ -1,0 +1,99 @@
+"""Upload of a folder that `convert` wrote. What the server has already is not sent again, so it can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffusion_convert.bundle import variants
+from diffusion_convert.hub import check_repo_id, hub_errors, open_api, remote_files
+from diffusion_convert.model_card import CARD_NAME, write_model_card
+from diffusion_runtime import manifest
+from diffusion_runtime.integrity import check_files
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+Report = Callable[[str], None]
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What would be uploaded: paths relative to the folder, and bytes in all."""
+
+    repo_id: str
+    private: bool
+    files: tuple[str, ...]
+    size_bytes: int
+
+
+def plan(folder: Path, repo_id: str, private: bool = True) -> Plan:
+    """Check the folder against its manifests and list its files; the model card is written where there is none.
+
+    Raises InputError for no such folder, PackageError where files are missing or changed.
+    """
+    check_repo_id(repo_id)
+    for variant in variants(folder).values():
+        for kind in ("packages", "compiled"):
+            if (variant / kind / manifest.FILE_NAME).is_file():
+                check_files(manifest.read(variant / kind), variant / kind)
+    if not (folder / CARD_NAME).is_file():
+        write_model_card(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and _published(path.relative_to(folder)))
+    names = tuple(path.relative_to(folder).as_posix() for path in files)
+    return Plan(repo_id, private, names, sum(path.stat().st_size for path in files))
+
+
+def publish(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    endpoint: str | None = None,
+    token: str | None = None,
+    report: Report = lambda _: None,
+) -> str:
+    """Upload the folder to the model repository ``repo_id``, made if it is not there; return its address.
+
+    One commit for each variant's packages and compiled models, the zips, and last the model card.
+    """
+    planned = plan(folder, repo_id, private)
+    api = open_api(endpoint, token)
+    with hub_errors(repo_id, "upload"):
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        there = remote_files(api, repo_id, "main")
+        missing = [name for name in planned.files if name not in there or not there[name].equals(folder / name)]
+        report(f"{len(planned.files) - len(missing)} of {len(planned.files)} files are there already")
+        for group, names in _groups(missing):
+            report(f"uploading {group}: {len(names)} files")
+            _commit(api, folder, repo_id, group, names)
+    return str(url)
+
+
+def _commit(api: HfApi, folder: Path, repo_id: str, group: str, names: list[str]) -> None:
+    from huggingface_hub import CommitOperationAdd
+
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
+    api.create_commit(repo_id, operations, commit_message=f"Add {group}")
+
+
+def _groups(names: list[str]) -> list[tuple[str, list[str]]]:
+    """Files by what they belong to; the model card comes last, when all that it names is there."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split("/")
+        group = "/".join(parts[:2]) if len(parts) > 2 else "the model card" if name == CARD_NAME else name
+        groups.setdefault(group, []).append(name)
+    return sorted(groups.items(), key=lambda item: (item[0] == "the model card", item[0]))
+
+
+def _published(path: Path) -> bool:
+    """Models, tokenizers, manifests, zips, card, licence and pictures; nothing hidden or left over."""
+    if any(part.startswith(".") for part in path.parts):
+        return False
+    if len(path.parts) > 2:
+        return True
+    return path.suffix in (".zip", *_PICTURES) or path.name in (CARD_NAME, "LICENSE", "LICENSE.md", "LICENSE.txt")
