@@ -79,12 +79,21 @@ class Component:
 
 def table() -> Mapping[str, Component]:
     """All components by name, in the order in which they are converted."""
-    from diffusion_convert.components import text_encoder, unet, vae_decoder, vae_encoder
+    from diffusion_convert.components import (
+        depth_estimator,
+        safety_checker,
+        text_encoder,
+        unet,
+        vae_decoder,
+        vae_encoder,
+    )
 
     components = (
         text_encoder.TEXT_ENCODER,
         unet.UNET,
         vae_decoder.VAE_DECODER,
         vae_encoder.VAE_ENCODER,
+        safety_checker.SAFETY_CHECKER,
+        depth_estimator.DEPTH_ESTIMATOR,
     )
     return {component.name: component for component in components}
