@@ -14,10 +14,10 @@ import typer
 from diffusion_runtime.errors import InputError
 
 if TYPE_CHECKING:
+    from diffusion_convert.palettize.checked import Checked
     from diffusion_convert.palettize.damage import Damage
     from diffusion_convert.palettize.package import Progress
     from diffusion_convert.palettize.plan import Plan
-    from diffusion_convert.palettize.publish import Published
 
 _DEFAULT_BITS = 6
 
@@ -50,8 +50,8 @@ def palettize(
     check: Annotated[bool, typer.Option(help="Compare outputs with the input package's (runs both).")] = True,
 ) -> None:
     """Palettize the weights of any ML Program, and check the result."""
+    from diffusion_convert.palettize.checked import palettize_checked
     from diffusion_convert.palettize.plan import Plan
-    from diffusion_convert.palettize.publish import palettize_checked
 
     if sum(value is not None for value in (nbits, target_bits, recipe)) > 1:
         raise InputError("--nbits, --target-bits and --recipe exclude each other: give one")
@@ -65,12 +65,12 @@ def palettize(
         mixed = _mix(package, plan, target_bits)
         plan = mixed.plan
     with _progress() as progress:
-        published = palettize_checked(package, output, plan, compare=check, progress=progress)
+        checked = palettize_checked(package, output, plan, compare=check, progress=progress)
     if mixed is not None and plot is not None:
         _plot(mixed, plot, package.name)
     if save_recipe is not None:
-        _save(package, published, save_recipe)
-    _print(published, output)
+        _save(package, checked, save_recipe)
+    _print(checked, output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +109,11 @@ def _plot(mixed: _Mixed, path: Path, title: str) -> None:
     plot_recipes(mixed.damage, mixed.widths, path, title, chosen)
 
 
-def _save(package: Path, published: Published, path: Path) -> None:
+def _save(package: Path, checked: Checked, path: Path) -> None:
     from diffusion_convert.palettize.recipe import Recipe, package_identity, save_recipe
     from diffusion_runtime.mil.package import open_package
 
-    report = published.report
+    report = checked.report
     recipe = Recipe(
         package=package.name,
         sha256=package_identity(open_package(package)),
@@ -139,11 +139,11 @@ def _progress() -> Iterator[Progress]:
         yield show
 
 
-def _print(published: Published, output: Path) -> None:
+def _print(checked: Checked, output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    report = published.report
+    report = checked.report
     table = Table(title="weights with the lowest signal-to-noise ratio", title_justify="left")
     for heading in ("weight", "shape", "bits", "dB"):
         table.add_column(heading, justify="left" if heading == "weight" else "right", overflow="fold")
@@ -151,7 +151,7 @@ def _print(published: Published, output: Path) -> None:
         table.add_row(weight.name, "x".join(map(str, weight.shape)), str(weight.bits), f"{weight.snr_db:.1f}")
     console = Console()
     console.print(table)
-    for name, value in published.psnr_db.items():
+    for name, value in checked.psnr_db.items():
         console.print(f"{name}: {value:.1f} dB PSNR against the input package")
     share = report.bytes_after / report.bytes_before
     console.print(

@@ -1,9 +1,10 @@
 """How much each weight's palettization hurts the outputs, measured for all weights at once by the torch backend.
 
-With J the Jacobian of the outputs by a weight's elements and d the change of those, the outputs move by J d. For a random direction v (independent, unit variance) the gradient g of v·outputs has E g² = Σ_o J_o², so that one
-backward pass per sample gives, for every weight at once, the expected |J d|² = Σ g² d² of an error d whose elements
-do not depend on each other; k-means' errors are of that kind (each cluster's sum to zero). g² is averaged over the
-weight: damage at b bits = mean g² x squared error at b bits. Errors of different weights add up.
+With J the Jacobian of the outputs by a weight's elements and d the change of those, the outputs move by J d. For a
+random direction v (independent, unit variance) the gradient g of v·outputs has E g² = Σ_o J_o², so one backward
+pass per sample gives, for every weight at once, the expected |J d|² = Σ g² d² of an error d whose elements do not
+depend on each other; k-means' errors are of that kind (each cluster's sum to zero). g² is averaged over the weight:
+damage at b bits = mean g² x squared error at b bits. Errors of different weights add up.
 
 A test compares this with the error of the outputs when one weight at a time is really palettized.
 """

@@ -72,7 +72,7 @@ def _draw(spec: TensorSpec, random: np.random.Generator, position: float, tokens
 
 
 def psnr_db(reference: np.ndarray, other: np.ndarray) -> float:
-    """Peak (largest magnitude of ``reference``) over root mean squared error, in decibels: inf where both are equal,
+    """Peak (largest magnitude of ``reference``) over root mean squared error, in decibels: inf where both are same,
     -inf where ``other`` alone is not finite."""
     exact = reference.astype(np.float64)
     error = other.astype(np.float64) - exact

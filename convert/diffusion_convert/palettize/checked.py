@@ -13,7 +13,7 @@ from diffusion_convert.palettize.plan import Plan, Report
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class Checked:
     """``psnr_db`` by output, against the float16 package; empty where outputs were not compared."""
 
     report: Report
@@ -29,7 +29,7 @@ def palettize_checked(
     bounds: Mapping[int, float] = MIN_PSNR_DB,
     compare: bool = True,
     progress: Progress | None = None,
-) -> Published:
+) -> Checked:
     """`palettize_package`, and then run both packages with the torch backend on ``samples`` (None: seeded ones by
     the inputs' names). ``output`` appears only where every output keeps the bound of its bit width.
 
@@ -46,7 +46,7 @@ def palettize_checked(
         _replace(unchecked, output)
     finally:
         shutil.rmtree(unchecked, ignore_errors=True)
-    return Published(report, psnr)
+    return Checked(report, psnr)
 
 
 def _replace(finished: Path, output: Path) -> None:
