@@ -35,7 +35,7 @@ def download(
 
     Where the repository has a zip of the variant's compiled models instead of their folder, that is unpacked. The
     revision is resolved once. The folder appears when everything in it has been checked; a download that was cut
-    off goes on from ``output/.download``. Raises InputError for what is not there, PackageError for what is damaged.
+    off goes on from ``output/.download``. Raises InputError for what is not there, PackageError for damage.
     """
     check_repo_id(repo_id)
     if kind not in KINDS:
@@ -80,7 +80,7 @@ def _wanted(there: Mapping[str, RemoteFile], variant: str, kind: str) -> dict[st
 
 
 def _fetch(api: HfApi, repo_id: str, commit: str, name: str, remote: RemoteFile, staging: Path) -> None:
-    """One file to ``staging``, going on with a partial one. Raises PackageError where it is another than promised."""
+    """One file to ``staging``, going on with a partial one. Raises PackageError for other content."""
     with hub_errors(repo_id, f"download of {name}"):
         path = Path(api.hf_hub_download(repo_id, name, revision=commit, local_dir=staging))
     if not remote.equals(path):

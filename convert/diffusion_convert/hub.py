@@ -78,8 +78,8 @@ def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
         yield
     except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
         raise InputError(
-            f"{repo_id}: no such repository, or it is private or gated: check the name, accept its terms on the Hub, "
-            "or log in with `hf auth login`"
+            f"{repo_id}: no such repository, or it is private or gated: check the name, accept its terms on the "
+            "Hub, or log in with `hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise InputError(f"{repo_id}: no such revision") from error
@@ -90,7 +90,7 @@ def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
                 f"{repo_id}: {doing} is not allowed (HTTP {status}): log in with `hf auth login`"
             ) from error
         raise InputError(f"{repo_id}: {doing} failed: HTTP {status}: {_one_line(error)}") from error
-    except (transport, OSError) as error:
+    except (transport, OSError, RuntimeError) as error:  # RuntimeError: an upload that broke off
         raise InputError(
             f"{repo_id}: {doing} failed: {_one_line(error)}; try again, it goes on where it stopped"
         ) from error
