@@ -185,8 +185,8 @@ def _modules(program: Any) -> dict[str, str]:
 def _module(operation: Any) -> str:
     """The innermost torch module that an operation is from, as ``named_modules`` spells it; "" for the whole."""
     scope = import_coremltools("converters.mil.mil.scope").ScopeSource.TORCHSCRIPT_MODULE_NAME
-    names = operation.scopes.get(scope) or [""]
-    return str(names[-1])
+    *modules, _ = operation.scopes.get(scope) or [""]
+    return ".".join(modules)
 
 
 def _described(model: Model, graph: Graph, metadata: Metadata) -> Model:

@@ -50,6 +50,8 @@ def lean(placeholders: Placeholders, write: Write, progress: Progress = lambda _
         replace(duplicates, "should_be_deduplicated", staticmethod(_small(duplicates.should_be_deduplicated)))
         replace(unary.cast, "get_cast_value", classmethod(_cast(unary.cast.get_cast_value.__func__)))
         replace(helper, "_get_offset_by_writing_data", lambda var, _: write(var.val))
+        node = import_coremltools("converters.mil.frontend.torch.internal_graph").InternalTorchIRNode
+        replace(node, "from_torchscript_node", classmethod(_placed(node.from_torchscript_node.__func__)))
         replace(frontend, "_tqdm", lambda nodes, **_: nodes)
         yield
 
@@ -128,6 +130,18 @@ def _cast(original: Callable[..., Any]) -> Callable[..., Any]:
         return np.broadcast_to(thin(var.val).astype(types.string_to_nptype(dtype)), var.val.shape)
 
     return get_cast_value
+
+
+def _placed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Nodes with the whole path of their torch module: coremltools leaves out the names of lists of modules."""
+
+    def from_torchscript_node(cls: Any, node: Any, parent: Any) -> Any:
+        made = original(cls, node, parent)
+        path = node.scopeName().rpartition("/")[2].removeprefix("__module").removeprefix(".")
+        made.model_hierarchy = ".".join(f"{name}(Module)" for name in path.split(".")) if path else ""
+        return made
+
+    return from_torchscript_node
 
 
 def _repeats(value: Any) -> bool:
