@@ -21,6 +21,8 @@ class Reference(nn.Module):
     def __init__(self, checker: Any) -> None:
         super().__init__()
         self.checker = checker
+        # transformers rounds pictures to the type of these weights, whatever they are then computed in.
+        getattr(checker.vision_model, "vision_model", checker.vision_model).embeddings.patch_embedding.float()
 
     def forward(
         self, clip_input: torch.Tensor, images: torch.Tensor, adjustment: torch.Tensor
