@@ -1,4 +1,4 @@
-"""diffusers' and transformers' own networks on a checkpoint's own tensors: nothing is initialised, copied or widened."""
+"""diffusers' and transformers' own networks on a checkpoint's own tensors: nothing is initialised or copied."""
 
 from __future__ import annotations
 
@@ -47,11 +47,16 @@ def build(checkpoint: Checkpoint, subfolder: str) -> torch.nn.Module:
     """
     submodel = checkpoint.models[subfolder]
     where = f"{checkpoint.name}: {subfolder}"
-    network = _empty(submodel, where)
+    network = empty(submodel, where)
     tensors = _fitting(submodel.tensors(), network, where)
     network.load_state_dict(tensors, strict=False, assign=True)
     _fill_buffers(network, where)
     return network.eval().requires_grad_(False)
+
+
+def check(submodel: Submodel, tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raises CheckpointError unless ``tensors`` are the weights of the network that the configuration describes."""
+    _fitting(tensors, empty(submodel, where), where)
 
 
 @contextmanager
@@ -70,7 +75,8 @@ def silent() -> Iterator[None]:
         yield
 
 
-def _empty(submodel: Submodel, where: str) -> torch.nn.Module:
+def empty(submodel: Submodel, where: str) -> torch.nn.Module:
+    """The network without storage for its weights."""
     import torch
 
     if submodel.class_name not in CLASSES:
@@ -88,9 +94,7 @@ def _empty(submodel: Submodel, where: str) -> torch.nn.Module:
     return network
 
 
-def _fitting(
-    tensors: Mapping[str, torch.Tensor], network: torch.nn.Module, where: str
-) -> dict[str, torch.Tensor]:
+def _fitting(tensors: Mapping[str, torch.Tensor], network: torch.nn.Module, where: str) -> dict[str, torch.Tensor]:
     """``tensors`` by the network's names and in its shapes."""
     expected = network.state_dict()
     found = {_name(name, expected): tensor for name, tensor in tensors.items()}
@@ -108,9 +112,9 @@ def _fitting(
             if tensor.shape != expected[name].shape
         ],
     }
-    listed = [f"{problem}: {_listed(names)}" for problem, names in problems.items() if names]
-    if listed:
-        raise CheckpointError(f"{where}: the weights are not those of config.json's network: {'; '.join(listed)}")
+    wrong = [f"{problem}: {listed(names)}" for problem, names in problems.items() if names]
+    if wrong:
+        raise CheckpointError(f"{where}: the weights are not those of config.json's network: {'; '.join(wrong)}")
     return shapes
 
 
@@ -129,7 +133,8 @@ def _squeezes(tensor: torch.Tensor, expected: torch.Tensor) -> bool:
     return tensor.ndim > expected.ndim and tensor.shape == (*expected.shape, *[1] * (tensor.ndim - expected.ndim))
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 

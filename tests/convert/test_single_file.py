@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compvis_layout
-from diffusion_convert.checkpoint import Checkpoint, completeness, ldm_configs, ldm_names, ldm_shapes
+from diffusion_convert import families, networks
+from diffusion_convert.checkpoint import Checkpoint, Submodel, ldm_configs, ldm_names, ldm_shapes
 from diffusion_convert.checkpoint.single_file import CLIP_VOCABULARY_SIZE, FAMILIES, open_single_file
 from diffusion_runtime.errors import CheckpointError, InputError
 
@@ -54,9 +55,17 @@ def edit(path: Path, **tensors: torch.Tensor | None) -> Path:
     return path
 
 
+def empty(class_name: str, config: Mapping[str, Any]) -> Any:
+    return networks.empty(Submodel(class_name, config, dict), class_name)
+
+
+def check(class_name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    networks.check(Submodel(class_name, config, dict), tensors, class_name)
+
+
 def effective(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with the library's defaults filled in, without what says nothing about the network."""
-    made: Any = completeness.network(class_name, config).config
+    made = empty(class_name, config).config
     filled = made.to_dict() if hasattr(made, "to_dict") else dict(made)
     silent = {"architectures", "dropout", "dtype", "projection_dim", "sample_size", "transformers_version"}
     return {key: value for key, value in filled.items() if key not in silent and not key.startswith("_")}
@@ -214,11 +223,11 @@ FULL_SIZE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_the_published_sizes_need_no_help(family: str) -> None:
     """A full-size UNet without storage: its configuration follows from shapes and our data alone."""
     made_of, expected = FULL_SIZE[family]
-    network: Any = completeness.network("UNet2DConditionModel", made_of)
+    network = empty("UNet2DConditionModel", made_of)
     part = compvis_layout.unet_tensors(network.state_dict(), network.config)
     config = ldm_configs.config("unet", "unet", part, ldm_configs.family_data(family), {})
     assert {key: config[key] for key in expected} == expected
-    completeness.check("UNet2DConditionModel", config, ldm_names.unet(part, config))
+    check("UNet2DConditionModel", config, ldm_names.unet(part, config))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +238,7 @@ def test_the_published_text_encoders(kind: str, width: int, blocks: int, expecte
     made_of = {"hidden_size": width, "num_hidden_layers": blocks, "intermediate_size": 4 * width}
     tensors = {
         f"text_model.{name.removeprefix('text_model.')}": value
-        for name, value in completeness.network("CLIPTextModel", made_of).state_dict().items()
+        for name, value in empty("CLIPTextModel", made_of).state_dict().items()
     }
     if kind == "open_clip":
         tensors = compvis_layout.open_clip_tensors(tensors)
@@ -237,7 +246,7 @@ def test_the_published_text_encoders(kind: str, width: int, blocks: int, expecte
     family = "sd1" if kind == "clip" else "sd2-v"
     config = ldm_configs.config(kind, "text_encoder", tensors, ldm_configs.family_data(family), {})
     assert (config["num_attention_heads"], config["num_hidden_layers"]) == expected
-    completeness.check("CLIPTextModel", config, ldm_names.NAMES[kind](tensors, config))
+    check("CLIPTextModel", config, ldm_names.NAMES[kind](tensors, config))
 
 
 def test_an_unusual_width_asks_for_the_heads(write: Callable[..., Path]) -> None:
@@ -310,17 +319,23 @@ UNET, VAE = "model__diffusion_model__", "first_stage_model__"
 DAMAGES: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
     "a missing weight": (
         {f"{UNET}middle_block__1__norm__weight": None},
-        "lacks mid_block.attentions.0.norm.weight",
+        "unet: .*missing: mid_block.attentions.0.norm.weight",
     ),
     "a missing first weight": ({f"{UNET}input_blocks__0__0__weight": None}, "0 input channels"),
     "a missing block": ({f"{UNET}input_blocks__1__0__in_layers__2__weight": None}, "is missing"),
-    "another shape": ({f"{UNET}out__2__bias": torch.zeros(5)}, "other shapes: conv_out.bias"),
-    "another vae": ({f"{VAE}decoder__conv_out__bias": torch.zeros(5)}, "other shapes: decoder.conv_out.bias"),
+    "another shape": ({f"{UNET}out__2__bias": torch.zeros(5)}, "unet: .*wrong shapes: conv_out.bias"),
+    "another vae": (
+        {f"{VAE}decoder__conv_out__bias": torch.zeros(5)},
+        "vae: .*wrong shapes: decoder.conv_out.bias",
+    ),
     "unCLIP": (
         {f"{UNET}label_emb__0__0__weight": torch.zeros(5, 5)},
         "parts that no covered family has: label_emb",
     ),
-    "video": ({f"{UNET}input_blocks__1__1__time_stack__0__x": torch.zeros(5)}, "no place for|no covered family"),
+    "video": (
+        {f"{UNET}input_blocks__1__1__time_stack__0__x": torch.zeros(5)},
+        "unknown: down_blocks.0.attentions.0.time_stack",
+    ),
     "other channels": ({f"{UNET}input_blocks__0__0__weight": torch.zeros(32, 6, 3, 3)}, "6 input channels"),
     "no matrix": (
         {f"{UNET}input_blocks__1__0__in_layers__2__weight": torch.zeros(())},
@@ -357,3 +372,7 @@ def test_a_file_that_is_no_weights(tmp_path: Path) -> None:
 
 def test_every_kind_of_network_has_sizes_and_names() -> None:
     assert ldm_shapes.SIZES.keys() == ldm_names.NAMES.keys()
+
+
+def test_every_family_can_be_a_single_file() -> None:
+    assert set(ALL_FAMILIES) == families.FAMILIES.keys()

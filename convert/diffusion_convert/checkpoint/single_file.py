@@ -7,23 +7,16 @@ folder ``tokenizer`` beside it are taken, else CLIP's, which every published Sta
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_convert.checkpoint import (
-    Checkpoint,
-    Submodel,
-    completeness,
-    ldm_configs,
-    ldm_names,
-    ldm_shapes,
-    tensor_file,
-)
+from diffusion_convert import networks
+from diffusion_convert.checkpoint import Checkpoint, Submodel, ldm_configs, ldm_names, ldm_shapes, tensor_file
 from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.integrity import sha256
 from diffusion_runtime.manifest import Source
 
 if TYPE_CHECKING:
@@ -95,7 +88,7 @@ def open_single_file(path: Path, family: str | None = None) -> Checkpoint:
     return Checkpoint(
         name=path.stem,
         family=found,
-        source=Source(name=path.name, sha256=_sha256(path)),
+        source=Source(name=path.name, sha256=sha256(path)),
         models=models,
         schedulers={
             name: ldm_configs.merge(data[name], beside.get(name, {}))
@@ -135,12 +128,13 @@ def submodel(
     try:
         config = ldm_configs.config(network.kind, network.subfolder, part, data, beside)
         mapped = _mapped(network.kind, part, config)
-        completeness.check(network.class_name, config, mapped)
         if network.kind == "unet":
             _check_all_used(part, mapped)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return Submodel(network.class_name, config, partial(_map_tensors, path, network.kind, config))
+    found = Submodel(network.class_name, config, partial(_map_tensors, path, network.kind, config))
+    networks.check(found, mapped, f"{path}: {network.subfolder}")
+    return found
 
 
 def _mapped(kind: str, part: ldm_shapes.Tensors, config: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
@@ -158,7 +152,7 @@ def _check_all_used(part: ldm_shapes.Tensors, mapped: ldm_shapes.Tensors) -> Non
     """A UNet with something more than the family's has another meaning: nothing of it is left out in silence."""
     used = {id(value) for value in mapped.values()}
     if left := [name for name, value in part.items() if id(value) not in used]:
-        raise CheckpointError(f"its UNet has parts that no covered family has: {completeness.listed(left)}")
+        raise CheckpointError(f"its UNet has parts that no covered family has: {networks.listed(left)}")
 
 
 def _layout(path: Path, tensors: ldm_shapes.Tensors, parts: Mapping[str, ldm_shapes.Tensors]) -> tuple[str, int]:
@@ -226,8 +220,3 @@ def _tokenizer(path: Path, settings: str, vocabulary_size: int) -> dict[str, Pat
 
 def _files(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.iterdir())}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
