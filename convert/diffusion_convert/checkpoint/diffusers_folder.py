@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model_index.json"
+CARD = "README.md"
 NETWORKS = ("text_encoder", "unet", "vae", "safety_checker", "depth_estimator")
 SCHEDULERS = ("scheduler", "low_res_scheduler")
 REQUIRED = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
@@ -39,18 +40,16 @@ def open_folder(folder: Path, source: Source, family: str | None = None) -> Chec
         raise CheckpointError(f"{folder}: no such folder")
     if not (folder / INDEX).is_file():
         raise CheckpointError(
-            f"{folder}: not a checkpoint in diffusers' layout: it has no {INDEX}; expected such a folder, the id of a "
-            "repository on the Hugging Face Hub, or a single .safetensors or .ckpt file"
+            f"{folder}: not a checkpoint in diffusers' layout: it has no {INDEX}; expected such a folder, the id of "
+            "a repository on the Hugging Face Hub, or a single .safetensors or .ckpt file"
         )
     index = read_json(folder / INDEX)
     parts = {name: value for name, value in index.items() if _is_part(value)}
     missing = [name for name in REQUIRED if name not in parts or not (folder / name).is_dir()]
     if missing:
         raise CheckpointError(f"{folder}: it lacks {', '.join(missing)} (it has {', '.join(sorted(parts))})")
-    models = {name: _submodel(folder / name, str(parts[name][1])) for name in NETWORKS if name in parts}
-    schedulers = {
-        name: read_json(folder / name / "scheduler_config.json") for name in SCHEDULERS if name in parts
-    }
+    models = {name: read_submodel(folder / name, str(parts[name][1])) for name in NETWORKS if name in parts}
+    schedulers = {name: read_json(folder / name / "scheduler_config.json") for name in SCHEDULERS if name in parts}
     detected = family or families.detect(models["unet"].config, schedulers["scheduler"], str(folder))
     return Checkpoint(
         name=source.name,
@@ -62,6 +61,28 @@ def open_folder(folder: Path, source: Source, family: str | None = None) -> Chec
         pipeline_class=str(index.get("_class_name", "StableDiffusionPipeline")),
         pipeline_config={name: value for name, value in index.items() if not _is_part(value)},
     )
+
+
+def part_names(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts that a model_index.json names: its folders."""
+    return tuple(name for name, value in index.items() if _is_part(value))
+
+
+def read_licence(folder: Path) -> str | None:
+    """The licence that the model card of a checkpoint names, if there is one."""
+    try:
+        lines = (folder / CARD).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    if not lines or lines[0].strip() != "---":
+        return None
+    for line in lines[1:]:
+        key, colon, value = line.partition(":")
+        if line.strip() == "---":
+            break
+        if colon and key == "license":
+            return value.strip().strip("\"'") or None
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -93,7 +114,7 @@ def weight_files(names: Callable[[str], bool], read_index: Callable[[str], Mappi
 
 
 def _index_names(stem: str, suffix: str) -> tuple[str, ...]:
-    """diffusers has written both ``model.safetensors.index.fp16.json`` and ``model.fp16.safetensors.index.json``."""
+    """diffusers wrote ``model.safetensors.index.fp16.json`` as well as ``model.fp16.safetensors.index.json``."""
     if not suffix.startswith(".fp16"):
         return (f"{stem}{suffix}.index.json",)
     plain = suffix.removeprefix(".fp16")
@@ -104,7 +125,8 @@ def _is_part(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and value[1] is not None
 
 
-def _submodel(folder: Path, class_name: str) -> Submodel:
+def read_submodel(folder: Path, class_name: str) -> Submodel:
+    """The network in a folder, config.json beside its weights. No weight is read. Raises CheckpointError."""
     config = read_json(folder / "config.json")
     files = weight_files(lambda name: (folder / name).is_file(), lambda name: read_json(folder / name))
     missing = [name for name in files if not (folder / name).is_file()]

@@ -1,0 +1,111 @@
+"""Another VAE in place of the checkpoint's own, for encoder and decoder alike, with its latent scale and shift."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_convert import families, networks
+from diffusion_convert.checkpoint import (
+    Checkpoint,
+    Submodel,
+    diffusers_folder,
+    ldm_configs,
+    ldm_names,
+    ldm_shapes,
+    tensor_file,
+)
+from diffusion_runtime.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+CLASS_NAME = "AutoencoderKL"
+PREFIXES = ("first_stage_model.", "vae.", "")
+"""Where a VAE lies in a file in LDM's layout: within a checkpoint, or alone."""
+
+_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+_DIFFUSERS_MARK = "decoder.up_blocks."
+
+
+def with_vae(checkpoint: Checkpoint, source: str, fetch: Callable[[str], Path] | None = None) -> Checkpoint:
+    """The checkpoint with the VAE of ``source``: an AutoencoderKL's folder, a pipeline's folder, a file in LDM's
+    layout (a VAE alone or a whole checkpoint), or a Hub id, of which ``fetch`` makes a folder.
+
+    Raises InputError for a VAE that does not fit the checkpoint's latents and pictures, CheckpointError for one
+    that is damaged or of another class.
+    """
+    path = Path(source)
+    if path.is_file():
+        vae = _from_file(path, checkpoint.family)
+    elif path.is_dir():
+        vae = _from_folder(path)
+    elif fetch is not None:
+        vae = _from_folder(fetch(source))
+    else:
+        raise InputError(f"--vae {source}: no such file or folder")
+    networks.check(vae, vae.tensors(), f"{source}: vae")
+    _check_fits(source, vae.config, checkpoint)
+    return replace(checkpoint, models={**checkpoint.models, "vae": vae})
+
+
+def _from_folder(folder: Path) -> Submodel:
+    inner = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+    config = diffusers_folder.read_json(inner / "config.json")
+    if config.get("_class_name") != CLASS_NAME:
+        raise CheckpointError(
+            f"{inner}: its config.json is of class {config.get('_class_name')}: expected {CLASS_NAME}"
+        )
+    return diffusers_folder.read_submodel(inner, CLASS_NAME)
+
+
+def _from_file(path: Path, family: str) -> Submodel:
+    """A file says nothing of the latents' scale: it is that of the family, whose latents it is for."""
+    tensors = tensor_file.read(path).tensors
+    if any(name.startswith(_DIFFUSERS_MARK) for name in tensors):
+        if not (path.parent / "config.json").is_file():
+            raise CheckpointError(
+                f"{path}: in diffusers' layout, but without the config.json that belongs beside it"
+            )
+        return replace(_from_folder(path.parent), tensors=partial(_read_all, path))
+    try:
+        data, beside = ldm_configs.family_data(family), ldm_configs.read_beside(path)
+        config = ldm_configs.config("vae", "vae", _part(tensors), data, beside)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: no VAE in LDM's layout: {error}") from error
+    return Submodel(CLASS_NAME, config, partial(_map_tensors, path, config))
+
+
+def _read_all(path: Path) -> Mapping[str, torch.Tensor]:
+    return tensor_file.read(path).tensors
+
+
+def _map_tensors(path: Path, config: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+    return ldm_names.vae(_part(tensor_file.read(path).tensors), config)
+
+
+def _part(tensors: ldm_shapes.Tensors) -> dict[str, torch.Tensor]:
+    """The VAE's own tensors, without what it was trained with (``loss.…``, averages)."""
+    prefix = next(prefix for prefix in PREFIXES if not prefix or any(name.startswith(prefix) for name in tensors))
+    named = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {name: value for name, value in named.items() if name.startswith(_PARTS)}
+
+
+def _check_fits(source: str, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    own, new = _interface(checkpoint.models["vae"].config), _interface(config)
+    wrong = [f"{what} {new[what]}, expected {own[what]}" for what in own if new[what] != own[what]]
+    if wrong:
+        raise InputError(f"--vae {source}: does not fit this {checkpoint.family} checkpoint: {'; '.join(wrong)}")
+
+
+def _interface(config: Mapping[str, Any]) -> dict[str, int]:
+    """What a VAE has to share with the one that it replaces."""
+    return {
+        "latent channels": int(config.get("latent_channels", 4)),
+        "picture channels": int(config.get("in_channels", 3)),
+        "decoded channels": int(config.get("out_channels", 3)),
+        "pixels per latent": families.latent_factor(config),
+    }
