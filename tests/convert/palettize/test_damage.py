@@ -1,0 +1,189 @@
+"""Mixed bits: the estimate agrees with the truth, and what is chosen by it is better than one width for all."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_convert.palettize.checked import palettize_checked
+from diffusion_convert.palettize.damage import Damage, measure_damage
+from diffusion_convert.palettize.outputs import MIN_PSNR_DB, bound_db, psnr_db, require_outputs, seeded_inputs
+from diffusion_convert.palettize.package import palettize_as, stored_array
+from diffusion_convert.palettize.plan import Plan
+from diffusion_convert.palettize.plot import candidate, mixed_candidates, plot_recipes, uniform_candidates
+from diffusion_convert.palettize.recipe import (
+    Recipe,
+    average_bits,
+    choose_bits,
+    expected_damage,
+    load_recipe,
+    package_identity,
+    save_recipe,
+)
+from diffusion_convert.palettize.select import palettizable
+from diffusion_runtime.backends.torch_mil import TorchBackend
+from diffusion_runtime.errors import InputError, VerificationError
+from diffusion_runtime.mil.package import open_package
+
+WIDTHS = (1, 2, 4, 6, 8)
+
+
+@pytest.fixture(scope="module")
+def damage(tiny_unet: Path) -> Damage:
+    return measure_damage(tiny_unet, Plan(), WIDTHS)
+
+
+def errors_one_by_one(path: Path, bits: int) -> dict[str, float]:
+    """The outputs' relative error with one weight palettized at a time, run for each: the truth."""
+    package = open_package(path)
+    model = TorchBackend(fuse=False).load(path)
+    samples = seeded_inputs(model.inputs, 3, seed=99)
+    expected = [model(**arrays)["noise_pred"] for arrays in samples]
+    holders = {node.meta.get("mil"): node.target for node in model.module.graph.nodes if node.op == "get_attr"}
+    errors = {}
+    for name, weight in palettizable(package).items():
+        buffer = getattr(model.module, str(holders[name]))
+        kept = buffer.clone()
+        palette = palettize_as(Plan(), weight, stored_array(package, weight.value), bits)
+        buffer.copy_(torch.from_numpy(palette.decoded().astype(np.float32)))
+        found = [model(**arrays)["noise_pred"] for arrays in samples]
+        buffer.copy_(kept)
+        errors[name] = float(
+            np.mean([np.sum((one - two) ** 2) / np.sum(two**2) for one, two in zip(found, expected, strict=True)])
+        )
+    return errors
+
+
+def ranks(values: list[float]) -> np.ndarray:
+    return np.argsort(np.argsort(values))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_damage_is_what_one_weight_at_a_time_does(tiny_unet: Path, damage: Damage, bits: int) -> None:
+    truth = errors_one_by_one(tiny_unet, bits)
+    assert set(truth) == set(damage.sizes)
+    assert len(truth) > 20
+    expected = [damage.relative_error[name][bits] for name in truth]
+    found = list(truth.values())
+    assert np.corrcoef(ranks(expected), ranks(found))[0, 1] > 0.95
+    assert np.corrcoef(np.log(expected), np.log(found))[0, 1] > 0.97
+    assert sum(expected) == pytest.approx(sum(found), rel=0.25)
+
+
+def test_mixed_bits_beat_one_width_of_the_same_size(tiny_unet: Path, damage: Damage, tmp_path: Path) -> None:
+    chosen = choose_bits(damage, 4, WIDTHS)
+    assert average_bits(damage, chosen) <= 4
+    mixed = palettize_checked(tiny_unet, tmp_path / "mixed.mlpackage", Plan(bits_by_weight=chosen))
+    plain = palettize_checked(tiny_unet, tmp_path / "plain.mlpackage", Plan(4))
+    assert mixed.report.bytes_after <= plain.report.bytes_after * 1.01
+    assert mixed.psnr_db["noise_pred"] > plain.psnr_db["noise_pred"] + 1
+    predicted = candidate(damage, chosen).psnr_db
+    assert predicted == pytest.approx(mixed.psnr_db["noise_pred"], abs=3)
+
+
+def made_damage(seed: int, weights: int = 5) -> Damage:
+    random = np.random.default_rng(seed)
+    sizes = {f"w{index}": int(random.integers(1, 6)) * 2048 for index in range(weights)}
+    relative = {name: {b: float(random.lognormal(0, 2)) * 4.0**-b for b in WIDTHS} for name in sizes}
+    return Damage(relative, sizes, 10.0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_other_choice_of_that_size_is_much_better(seed: int) -> None:
+    """All combinations are tried; the greedy choice may lack one step of the hull."""
+    damage = made_damage(seed)
+    chosen = choose_bits(damage, 4.5, WIDTHS)
+    assert average_bits(damage, chosen) <= 4.5
+    names = list(damage.sizes)
+    every = [dict(zip(names, bits, strict=True)) for bits in product(WIDTHS, repeat=len(names))]
+    room = average_bits(damage, chosen) + 1e-9
+    best = min(expected_damage(damage, bits) for bits in every if average_bits(damage, bits) <= room)
+    assert expected_damage(damage, chosen) <= best * 1.5 + 1e-12
+
+
+def test_targets_at_the_ends_are_one_width() -> None:
+    damage = made_damage(3)
+    assert set(choose_bits(damage, 1, WIDTHS).values()) == {1}
+    falling = replace(damage, relative_error={n: {b: 4.0**-b for b in WIDTHS} for n in damage.sizes})
+    assert set(choose_bits(falling, 8, WIDTHS).values()) == {8}
+    with pytest.raises(InputError, match=r"target of 9 bits: expected 1 to 8"):
+        choose_bits(damage, 9, WIDTHS)
+
+
+def test_more_bits_never_hurt(damage: Damage) -> None:
+    mixed = mixed_candidates(damage, WIDTHS)
+    assert all(one.psnr_db <= two.psnr_db for one, two in zip(mixed, mixed[1:], strict=False))
+    by_bits = {round(point.average_bits): point for point in uniform_candidates(damage, WIDTHS)}
+    assert [by_bits[bits].psnr_db for bits in WIDTHS] == sorted(by_bits[bits].psnr_db for bits in WIDTHS)
+
+
+def recipe_for(path: Path, bits: Mapping[str, int]) -> Recipe:
+    return Recipe(package=path.name, sha256=package_identity(open_package(path)), average_bits=4.5, bits=dict(bits))
+
+
+def test_a_recipe_is_kept_and_applied(tiny_unet: Path, damage: Damage, tmp_path: Path) -> None:
+    chosen = choose_bits(damage, 4.5, WIDTHS)
+    save_recipe(recipe_for(tiny_unet, chosen), tmp_path / "recipe.json")
+    plan = load_recipe(tmp_path / "recipe.json").plan(open_package(tiny_unet))
+    report = palettize_checked(tiny_unet, tmp_path / "out.mlpackage", plan, compare=False).report
+    assert {weight.name: weight.bits for weight in report.weights} == chosen
+
+
+def test_a_recipe_for_another_package_is_refused(tiny_unet: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(tiny_unet, {"w": 4})
+    other = recipe.model_copy(update={"sha256": "0" * 64})
+    with pytest.raises(InputError, match=r"the recipe was made for unet\.mlpackage with hash 000000000000"):
+        other.plan(open_package(tiny_unet))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "not a palettization recipe"),
+        ("{", "not a palettization recipe"),
+        (json.dumps({"package": "p", "sha256": "0", "average_bits": 4, "bits": {}}), "bits"),
+        (json.dumps({"package": "p", "sha256": "0", "average_bits": 4, "bits": {"w": "x"}}), "bits.w"),
+        (json.dumps({"format": 2, "package": "p", "sha256": "0", "average_bits": 4, "bits": {"w": 4}}), "format"),
+    ],
+)
+def test_damaged_recipes_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_recipe(tmp_path / "recipe.json")
+
+
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        load_recipe(tmp_path / "nowhere.json")
+
+
+def test_the_plot_is_a_picture(damage: Damage, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    plot_recipes(damage, WIDTHS, tmp_path / "plot.png", "tiny", candidate(damage, choose_bits(damage, 4.5, WIDTHS)))
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_bounds_lie_between_widths() -> None:
+    assert bound_db(6) == MIN_PSNR_DB[6]
+    assert MIN_PSNR_DB[4] < bound_db(4.5) < MIN_PSNR_DB[6]
+    require_outputs(Path("unet.mlpackage"), {"noise_pred": MIN_PSNR_DB[6]}, 6)
+    with pytest.raises(VerificationError, match=r"noise_pred has -inf dB.*expected at least"):
+        require_outputs(Path("unet.mlpackage"), {"noise_pred": -math.inf}, 6)
+    with pytest.raises(VerificationError, match="noise_pred has nan dB"):
+        require_outputs(Path("unet.mlpackage"), {"noise_pred": math.nan}, 6)
+
+
+def test_psnr_of_arrays() -> None:
+    one = np.array([0.0, 2.0])
+    assert psnr_db(one, one) == math.inf
+    assert psnr_db(one, np.array([0.2, 2.0])) == pytest.approx(10 * math.log10(4 / 0.02))
+    assert psnr_db(one, np.array([0.0, math.nan])) == -math.inf
+    assert psnr_db(np.array([0.0, math.nan]), np.array([0.0, math.nan])) == math.inf

@@ -1,0 +1,83 @@
+"""`coreml-diffusion palettize`, as a user types it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from diffusion_convert.palettize.cli import register
+from diffusion_convert.palettize.package import folder_bytes
+
+
+@pytest.fixture(scope="module")
+def command() -> Callable[..., Result]:
+    app = typer.Typer()
+    register(app)
+    app.callback()(lambda: None)
+
+    def run(*arguments: Any) -> Result:
+        return CliRunner().invoke(app, ["palettize", *map(str, arguments)], env={"COLUMNS": "160"})
+
+    return run
+
+
+def test_six_bits_are_the_default(
+    command: Callable[..., Result], tiny_package: Callable[..., Path], tmp_path: Path
+) -> None:
+    result = command(tiny_package("iOS16"), "-o", tmp_path / "out.mlpackage")
+    assert result.exit_code == 0, result.output
+    assert "4 weights at 6.00 bits" in result.output
+    assert "dB PSNR against the input package" in result.output
+    assert folder_bytes(tmp_path / "out.mlpackage") < folder_bytes(tiny_package("iOS16"))
+
+
+def test_mixed_bits_with_recipe_and_plot(
+    command: Callable[..., Result], tiny_package: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    source, recipe = tiny_package("iOS18"), tmp_path / "recipe.json"
+    options = ("--target-bits", 4.5, "--save-recipe", recipe, "--plot", tmp_path / "plot.png")
+    result = command(source, "-o", tmp_path / "one.mlpackage", *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(recipe.read_text())["average_bits"] <= 4.5
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    result = command(source, "-o", tmp_path / "two.mlpackage", "--recipe", recipe, "--no-check")
+    assert result.exit_code == 0, result.output
+    weights = "Data/com.apple.CoreML/weights/weight.bin"
+    one, two = ((tmp_path / f"{name}.mlpackage" / weights).read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_groups(command: Callable[..., Result], tiny_package: Callable[..., Path], tmp_path: Path) -> None:
+    options = ("--nbits", 3, "--granularity", "per-grouped-channel", "--group-size", 8, "--embeddings")
+    result = command(tiny_package("iOS18"), "-o", tmp_path / "out.mlpackage", *options)
+    assert result.exit_code == 0, result.output
+    assert "5 weights at 3.00 bits" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--nbits", 6, "--target-bits", 4.5), "exclude each other"),
+        (("--plot", "plot.png"), "--target-bits"),
+        (("--nbits", 5), "5 bits"),
+        (("--target-bits", 0.5), "expected 1 to 8"),
+    ],
+)
+def test_options_that_contradict_are_refused(
+    command: Callable[..., Result],
+    tiny_package: Callable[..., Path],
+    tmp_path: Path,
+    options: tuple[Any, ...],
+    message: str,
+) -> None:
+    result = command(tiny_package("iOS16"), "-o", tmp_path / "out.mlpackage", *options)
+    assert result.exit_code != 0
+    assert message in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
