@@ -63,6 +63,7 @@ def load_pipeline(
     text = found.manifest.components.get("text_encoder")
     length = text.inputs[0].shape[-1] if text and text.inputs else tokenizers.LENGTH
     pad = "!" if found.manifest.family.startswith(("sd2", "x4")) else None
+    pairing = bundle.unit_notes(found, units) if name == "coreml" else ()
     models = bundle.open_models(found, load_backend(name, dtype=dtype, device=device), units, not reduce_memory)
     clip = tokenizers.load(place, length, pad)
-    return Pipeline(found.manifest, models, clip, chosen, check_safety, found.notes)
+    return Pipeline(found.manifest, models, clip, chosen, check_safety, (*found.notes, *pairing))

@@ -97,6 +97,30 @@ def parse_units(text: str) -> ComputeUnits:
     raise InputError(f"unknown compute units {text!r}: expected one of {', '.join(u.value for u in ComputeUnits)}")
 
 
+def unit_notes(bundle: Bundle, compute_units: ComputeUnits | None) -> tuple[str, ...]:
+    """Warnings for the compute units that the UNet would run on."""
+    units = compute_units or parse_units(bundle.manifest.components["unet"].compute_units)
+    note = bad_pairing(bundle.manifest.attention, units)
+    return () if note is None else (note,)
+
+
+def bad_pairing(attention: str, units: ComputeUnits) -> str | None:
+    """Why models of this attention should not run on these compute units, where that is known.
+
+    From reports of users: apple/ml-stable-diffusion#267 and #282."""
+    if attention == "original" and units in (ComputeUnits.CPU_AND_NE, ComputeUnits.ALL):
+        return (
+            f"attention `original` with --compute-units {units.value} may hang or fail to load: it is made for the "
+            "GPU; use --compute-units cpu-and-gpu, or models with split_einsum_v2"
+        )
+    if attention.startswith("split_einsum") and units is ComputeUnits.CPU_AND_GPU:
+        return (
+            f"attention `{attention}` with --compute-units cpu-and-gpu is slow and on some systems gives noise: it "
+            "is made for the Neural Engine; use --compute-units cpu-and-ne, or models with `original`"
+        )
+    return None
+
+
 def _candidates(path: Path) -> Iterator[Path]:
     """Folders that may hold models: the one named, variants in it, and the only folder of an unpacked zip."""
     if not path.is_dir():

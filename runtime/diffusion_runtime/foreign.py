@@ -4,11 +4,12 @@ one is made from the models' interfaces; what no interface tells is taken from t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_runtime.backends.interface import specs
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.manifest import Component, Latents, Manifest, Source, Tensor
 
@@ -23,6 +24,7 @@ COMPILED_NAMES: Mapping[str, tuple[str, ...]] = {
     "safety_checker": ("SafetyChecker",),
     "depth_estimator": ("DepthEstimator",),
 }
+PREDICTING_V = ("sd2-v", "x4-upscaler")
 CHUNKS = ("UnetChunk1", "UnetChunk2")
 _PACKAGE = re.compile(
     r"Stable_Diffusion_version_(?P<name>.+?)_(?P<component>"
@@ -81,12 +83,12 @@ def describe(folder: Path, assumed: Assumed) -> Described:
     """The manifest of a folder of foreign models. Raises InputError for SDXL's, PackageError for damaged ones."""
     files = _files(folder)
     opened = {name: [_model(folder / file) for file in listed] for name, listed in files.items()}
-    components = {name: _component(files[name], models) for name, models in opened.items()}
+    components = {name: _component(folder, files[name], models) for name, models in opened.items()}
     inputs = {tensor.name: tensor.shape for tensor in components["unet"].inputs}
     _check(folder, components, inputs)
     family = _family(inputs)
     factor = _factor(components, inputs, 4 if family == "x4-upscaler" else 8)
-    prediction = assumed.prediction_type or _prediction_type(family, inputs)
+    prediction = assumed.prediction_type or ("v_prediction" if family in PREDICTING_V else "epsilon")
     scale = assumed.scale or (0.08333 if family == "x4-upscaler" else 0.18215)
     height, width = (size * factor for size in inputs["sample"][2:])
     tokenizer = next((place for place in _tokenizer_places(folder) if (place / "vocab.json").is_file()), None)
@@ -148,21 +150,22 @@ def _model(path: Path) -> Model:
     return open_package(path).model
 
 
-def _component(files: tuple[str, ...], models: list[Model]) -> Component:
+def _component(folder: Path, files: tuple[str, ...], models: list[Model]) -> Component:
     """The interface of a chain of models as one: inputs that no earlier one gives, the last one's outputs."""
     given: set[str] = set()
     needed: dict[str, Tensor] = {}
-    for model in models:
-        for feature in model.interface.inputs:
-            if feature.name not in given:
-                needed.setdefault(feature.name, _tensor(feature))
-        given |= {feature.name for feature in model.interface.outputs}
-    outputs = tuple(_tensor(feature) for feature in models[-1].interface.outputs)
+    outputs: tuple[Tensor, ...] = ()
+    for file, model in zip(files, models, strict=True):
+        for tensor in _tensors(model.interface.inputs, folder / file):
+            if tensor.name not in given:
+                needed.setdefault(tensor.name, tensor)
+        outputs = _tensors(model.interface.outputs, folder / file)
+        given |= {tensor.name for tensor in outputs}
     return Component(files=files, inputs=tuple(needed.values()), outputs=outputs)
 
 
-def _tensor(feature: Feature) -> Tensor:
-    return Tensor(name=feature.name, dtype=feature.dtype.lower() or "float32", shape=feature.shape)
+def _tensors(features: Sequence[Feature], path: Path) -> tuple[Tensor, ...]:
+    return tuple(Tensor(name=s.name, dtype=s.dtype, shape=s.shape) for s in specs(features, path).values())
 
 
 def _check(folder: Path, components: Mapping[str, Component], inputs: Mapping[str, tuple[int, ...]]) -> None:
@@ -178,15 +181,10 @@ def _check(folder: Path, components: Mapping[str, Component], inputs: Mapping[st
 
 def _family(inputs: Mapping[str, tuple[int, ...]]) -> str:
     channels, width = inputs["sample"][1], inputs["encoder_hidden_states"][1]
-    version = "sd2" if width == 1024 else "sd1"
-    special = {9: "-inpainting", 5: "-depth"}.get(channels, "")
-    return "x4-upscaler" if channels == 7 else version + special
-
-
-def _prediction_type(family: str, inputs: Mapping[str, tuple[int, ...]]) -> str:
-    """SD 2's models for 768 pixels and the upscaler predict v, all others the noise."""
-    large = family == "sd2" and max(inputs["sample"][2:]) >= 96
-    return "v_prediction" if large or family == "x4-upscaler" else "epsilon"
+    special = {5: "sd2-depth", 7: "x4-upscaler", 9: "sd2-inpainting" if width == 1024 else "sd1-inpainting"}
+    if channels in special or width != 1024:
+        return special.get(channels, "sd1")
+    return "sd2-v" if max(inputs["sample"][2:]) >= 96 else "sd2-base"
 
 
 def _factor(components: Mapping[str, Component], inputs: Mapping[str, tuple[int, ...]], usual: int) -> int:

@@ -3,7 +3,8 @@ against diffusers without converting anything."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,6 @@ class Reference:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    import json
-
     config: dict[str, Any] = json.loads((folder / "scheduler_config.json").read_text())
     return config
 
@@ -197,6 +196,15 @@ def reference(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Referen
         return loaded[family]
 
     return load
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Networks this small only wait for each other on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _psnr_db(got: Any, expected: Any) -> float:

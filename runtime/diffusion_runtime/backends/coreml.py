@@ -1,0 +1,134 @@
+"""Core ML on macOS, through coremltools: a compiled model is loaded as it is, a package is compiled once and kept.
+
+Core ML compiles a package at every load, which takes minutes for a UNet. So packages are compiled into a cache that
+is keyed by what they contain; the system's own caches, which are keyed by path, then work too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion_runtime.backends import ComputeUnits, TensorSpec, check_arrays
+from diffusion_runtime.backends.interface import specs
+from diffusion_runtime.errors import DiffusionError, InstallationError, PackageError
+from diffusion_runtime.mil.package import open_package
+from diffusion_runtime.quiet import import_coremltools
+
+CACHE_VARIABLE = "COREML_DIFFUSION_CACHE"
+UNIT_NAMES: Mapping[ComputeUnits, str] = {
+    ComputeUnits.ALL: "ALL",
+    ComputeUnits.CPU_AND_GPU: "CPU_AND_GPU",
+    ComputeUnits.CPU_AND_NE: "CPU_AND_NE",
+    ComputeUnits.CPU_ONLY: "CPU_ONLY",
+}
+
+
+def default_cache() -> Path:
+    """Where compiled models are kept, unless the environment variable says otherwise."""
+    named = os.environ.get(CACHE_VARIABLE)
+    return (
+        Path(named).expanduser() if named else Path.home() / "Library" / "Caches" / "coreml-diffusion" / "compiled"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CoreMLBackend:
+    """``cache`` is the folder of compiled models."""
+
+    cache: Path = field(default_factory=default_cache)
+
+    def load(self, path: Path, compute_units: ComputeUnits) -> CoreMLModel:
+        """Load an .mlpackage or .mlmodelc. Raises InstallationError on other systems, PackageError where the model
+        is damaged or Core ML refuses it."""
+        if platform.system() != "Darwin":
+            raise InstallationError("the coreml backend needs macOS; use `--backend torch` on this machine")
+        interface = open_package(path).model.interface
+        coremltools = import_coremltools()
+        units = coremltools.ComputeUnit[UNIT_NAMES[compute_units]]
+        try:
+            model = self._open(coremltools, path, units)
+        except Exception as error:  # coremltools raises bare Exception and whatever Core ML reports
+            raise PackageError(f"{path}: Core ML cannot load it: {_first_line(error)}") from error
+        return CoreMLModel(path, specs(interface.inputs, path), specs(interface.outputs, path), model)
+
+    def _open(self, coremltools: Any, path: Path, units: Any) -> Any:
+        if path.suffix == ".mlmodelc":
+            return coremltools.models.CompiledMLModel(str(path), compute_units=units)
+        compiled = self._compiled(coremltools, path)
+        if compiled is None:
+            return coremltools.models.MLModel(str(path), compute_units=units)
+        return coremltools.models.CompiledMLModel(str(compiled), compute_units=units)
+
+    def _compiled(self, coremltools: Any, path: Path) -> Path | None:
+        """The package compiled, from the cache or into it; None where nothing can be written there."""
+        target = self.cache / f"{content_key(path)}.mlmodelc"
+        if target.is_dir():
+            return target
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=".compiling-", dir=self.cache))
+        except OSError:
+            return None
+        try:
+            made = coremltools.models.utils.compile_model(str(path), str(work / "model.mlmodelc"))
+            return _moved(Path(made), target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class CoreMLModel:
+    """A loaded model; ``model`` is coremltools' MLModel or CompiledMLModel."""
+
+    path: Path
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    model: Any
+
+    def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """Run once. Raises InputError for arrays that do not fit, DiffusionError where Core ML fails."""
+        check_arrays(self.inputs, arrays, self.path.name)
+        try:
+            results = self.model.predict(dict(arrays))
+        except Exception as error:
+            raise DiffusionError(
+                f"{self.path.name}: Core ML failed: {_first_line(error)}; try other compute units, for example "
+                "--compute-units cpu-and-gpu"
+            ) from error
+        return {name: np.asarray(results[name]) for name in self.outputs}
+
+
+def content_key(package: Path) -> str:
+    """A hash of a package's model and weights. Its Manifest.json is left out: it holds identifiers that are drawn
+    anew at every save."""
+    digest = hashlib.sha256()
+    data = package / "Data"
+    for file in sorted(path for path in data.rglob("*") if path.is_file()):
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(data).as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _moved(source: Path, target: Path) -> Path:
+    """Put a compiled model into place; another process may have been faster, with the same result."""
+    try:
+        source.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+    return target
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
