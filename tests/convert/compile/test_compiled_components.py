@@ -1,0 +1,103 @@
+"""Components of tiny checkpoints, converted and compiled: read back equal, and computing the same bits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion_convert.checkpoint.diffusers_folder import open_folder
+from diffusion_convert.compile import compile_package
+from diffusion_convert.components import Shape, table
+from diffusion_convert.export import Recipe, export
+from diffusion_convert.options import AttentionKind
+from diffusion_runtime.backends import ComputeUnits
+from diffusion_runtime.backends.torch_mil import TorchBackend
+from diffusion_runtime.manifest import Source
+from diffusion_runtime.mil.package import open_package
+from diffusion_runtime.mil.program import Metadata
+from diffusion_runtime.mil.text import Dialect, parse_text, program_text
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A component of a tiny checkpoint; targets differ in the dialect and in the versions of operations."""
+
+    family: str
+    component: str
+    attention: AttentionKind = AttentionKind.ORIGINAL
+    target: str = "macOS13"
+    pixels: int = 64
+
+
+CASES = (
+    Case("sd1", "text_encoder", target="macOS14"),
+    Case("sd1", "unet", AttentionKind.SPLIT_EINSUM_V2, pixels=256),
+    Case("sd1", "unet", AttentionKind.ORIGINAL, "macOS15"),
+    Case("sd1", "vae_decoder"),
+    Case("sd1", "safety_checker"),
+    Case("sd2-depth", "depth_estimator"),
+)
+
+
+@pytest.fixture(
+    scope="module", params=CASES, ids=lambda case: f"{case.component}-{case.attention.value}-{case.target}"
+)
+def models(
+    request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Case, Path, Path]:
+    """A case, its package and its compiled model."""
+    case: Case = request.param
+    component = table()[case.component]
+    folder = tmp_path_factory.mktemp("components")
+    checkpoint = open_folder(tiny_checkpoint(case.family), Source(name="tiny"))
+    recipe = Recipe(case.attention, Shape(case.pixels, case.pixels, 2), case.target)
+    export(
+        component, checkpoint, recipe, folder / "a.mlpackage", Metadata("tiny", user_defined={"b": "1", "a": "2"})
+    )
+    return (
+        case,
+        folder / "a.mlpackage",
+        compile_package(folder / "a.mlpackage", folder, component.compiled_name).path,
+    )
+
+
+def test_reads_back_equal(models: tuple[Case, Path, Path]) -> None:
+    case, package, compiled = models
+    first, second = open_package(package).model, open_package(compiled).model
+    assert second.program.functions["main"].block == first.program.functions["main"].block
+    assert second.interfaces == first.interfaces
+    assert second.specification_version == first.specification_version
+    assert dict(second.metadata.user_defined) == dict(first.metadata.user_defined)
+    for dialect in Dialect:
+        assert parse_text(program_text(first.program, dialect)) == first.program
+    first_line = (compiled / "model.mil").read_text().split("\n", 1)[0]
+    assert first_line == ("program(1.3)" if case.target == "macOS15" else "program(1.0)")
+
+
+def test_computes_the_same_bits(models: tuple[Case, Path, Path]) -> None:
+    case, package, compiled = models
+    loaded = [TorchBackend().load(path, ComputeUnits.ALL) for path in (package, compiled)]
+    random = np.random.default_rng(0)
+    inputs = {
+        name: (random.random(spec.shape) * (13 if name == "input_ids" else 1)).astype(spec.dtype)
+        for name, spec in loaded[0].inputs.items()
+    }
+    if case.component == "text_encoder":
+        inputs = {name: np.floor(array) for name, array in inputs.items()}
+    first, second = (model(**inputs) for model in loaded)
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        assert array.tobytes() == second[name].tobytes(), name
+
+
+def test_histogram_tells_the_attention(models: tuple[Case, Path, Path]) -> None:
+    case, _, compiled = models
+    (metadata,) = json.loads((compiled / "metadata.json").read_text())
+    split = case.attention is not AttentionKind.ORIGINAL
+    assert ("Ios16.einsum" in metadata["mlProgramOperationTypeHistogram"]) == split
+    assert all(isinstance(value, str) for schema in metadata["inputSchema"] for value in schema.values())
