@@ -19,6 +19,7 @@ import numpy as np
 
 from diffusion_runtime.errors import InputError, UnsupportedError
 from diffusion_runtime.mil.package import MODEL_PATH, Package, open_package, write_package
+from diffusion_runtime.mil.packing import packed_size
 from diffusion_runtime.mil.program import (
     Blob,
     Block,
@@ -35,7 +36,7 @@ from diffusion_runtime.mil.program import (
     operations,
     packed_bits,
 )
-from diffusion_runtime.mil.weights import WeightWriter
+from diffusion_runtime.mil.weights import ALIGNMENT, WeightWriter
 
 MAX_IMBALANCE = 0.1
 """By how much the heavier half may outweigh the lighter one, as a part of the lighter one."""
@@ -251,19 +252,19 @@ def _crossing(variable: Variable) -> Crossing | None:
 
 
 def _stored_bytes(operation: Operation) -> int:
+    """Bytes that a constant's values take in a weight file, their records included."""
     values = [
         *operation.attributes.values(),
         *(item for bindings in operation.inputs.values() for item in bindings),
     ]
-    return sum(_size(value.type) for value in values if isinstance(value, Value) and isinstance(value.data, Blob))
+    kinds = [value.type for value in values if isinstance(value, Value) and isinstance(value.data, Blob)]
+    return sum(ALIGNMENT * (1 + -(-_size(kind) // ALIGNMENT)) for kind in kinds if isinstance(kind, TensorType))
 
 
-def _size(kind: object) -> int:
-    if not isinstance(kind, TensorType):
-        return 0
-    count = int(np.prod([size or 1 for size in kind.shape]))
+def _size(kind: TensorType) -> int:
+    count = math.prod(size or 1 for size in kind.shape)
     bits = packed_bits(kind.dtype)
-    return -(-count * bits // 8) if bits else count * numpy_dtype(kind.dtype).itemsize
+    return packed_size(count, bits) if bits else count * numpy_dtype(kind.dtype).itemsize
 
 
 def _half(

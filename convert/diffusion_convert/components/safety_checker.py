@@ -12,11 +12,13 @@ from diffusion_convert import networks
 from diffusion_convert.checkpoint import Checkpoint
 from diffusion_convert.components import Component, Graph, Port, Shape
 from diffusion_convert.nets import safety_checker
+from diffusion_convert.nets.safety import SPECIAL_CARE_ADJUSTMENT
 from diffusion_convert.options import AttentionKind
 
 
 class Reference(nn.Module):
-    """diffusers' StableDiffusionSafetyChecker, with the scores that it decides by. ``adjustment`` is its 0.0."""
+    """diffusers' StableDiffusionSafetyChecker, with the scores that it decides by. It has no input for
+    ``adjustment``, which is 0 here whatever is given."""
 
     def __init__(self, checker: Any) -> None:
         super().__init__()
@@ -27,17 +29,15 @@ class Reference(nn.Module):
     def forward(
         self, clip_input: torch.Tensor, images: torch.Tensor, adjustment: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        del adjustment
         with networks.silent():
             filtered, flagged = self.checker(clip_input, images.clone())
         picture = self.checker.visual_projection(self.checker.vision_model(clip_input)[1])
         special = _scores(picture, self.checker.special_care_embeds, self.checker.special_care_embeds_weights)
         concepts = _scores(picture, self.checker.concept_embeds, self.checker.concept_embeds_weights)
-        found = (special + adjustment).round(decimals=3).gt(0).any()
-        return (
-            filtered,
-            torch.tensor(flagged).float().reshape(1, 1, 1, 1),
-            concepts + (0.01 if found else adjustment),
-        )
+        if special.round(decimals=3).gt(0).any():
+            concepts = concepts + SPECIAL_CARE_ADJUSTMENT
+        return filtered, torch.tensor(flagged).float().reshape(1, 1, 1, 1), concepts
 
 
 def _scores(picture: torch.Tensor, embeddings: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:

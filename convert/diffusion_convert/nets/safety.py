@@ -23,7 +23,7 @@ class SafetyChecker(nn.Module):
 
     A score is the cosine between the picture and a concept, less the concept's threshold, plus the adjustment; a
     picture with a positive score is flagged, and black in filtered_images. The adjustment is the input's value (0
-    in diffusers; more flags more), or 0.01 where a special-care concept was found with it.
+    in diffusers; the larger, the more is flagged), at least 0.01 where a special-care concept was found with it.
     """
 
     concepts: torch.Tensor
@@ -49,7 +49,7 @@ class SafetyChecker(nn.Module):
         picture = picture / picture.norm(dim=1, keepdim=True)
         special_scores = nn.functional.linear(picture, self.special, self.special_biases) + adjustment
         special = positive(special_scores)
-        adjusted = adjustment + special * (SPECIAL_CARE_ADJUSTMENT - adjustment)
+        adjusted = adjustment + special * torch.relu(SPECIAL_CARE_ADJUSTMENT - adjustment)
         concept_scores = nn.functional.linear(picture, self.concepts, self.concept_biases) + adjusted
         flagged = positive(concept_scores).reshape(1, 1, 1, 1)
         return images * (1.0 - flagged), flagged, concept_scores
