@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from diffusion_convert.attention import ATTENTION
 from diffusion_convert.attention.split_einsum_v2 import QUERY_CHUNK, chunk_sizes
 from diffusion_convert.options import AttentionKind
+from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.quiet import import_coremltools
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the tracer's, about sizes that are meant to be fixed
@@ -52,6 +54,35 @@ def test_agrees_with_torch(batch: int, queries: int, own_keys: bool) -> None:
     wanted = expected(*qkv)
     got = {kind.value: psnr_db(wanted, attend(*qkv, HEADS, SCALE)) for kind, attend in ATTENTION.items()}
     assert min(got.values()) >= AGREEMENT_DB, got
+
+
+@pytest.mark.parametrize("kind", AttentionKind)
+def test_packages_agree_with_torch(kind: AttentionKind, tmp_path: Path) -> None:
+    """One package with an attention of every length, self and cross, batch 1 and 2, run by the torch backend."""
+    sizes = [(batch, queries, keys) for batch in (1, 2) for queries in POSITIONS for keys in (queries, TEXT_LENGTH)]
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            triples = (tensors[index : index + 3] for index in range(0, len(tensors), 3))
+            return tuple(ATTENTION[kind](query, key, value, HEADS, SCALE) for query, key, value in triples)
+
+    drawn = [random_qkv(*size) for size in sizes]
+    arrays = {f"x{index}": tensor for index, tensor in enumerate(tensor for qkv in drawn for tensor in qkv)}
+    ct = import_coremltools()
+    ct.convert(
+        torch.jit.trace(Module().eval(), tuple(arrays.values()), check_trace=False),  # type: ignore[no-untyped-call]
+        inputs=[ct.TensorType(name, tensor.shape) for name, tensor in arrays.items()],
+        outputs=[ct.TensorType(f"y{index}") for index in range(len(sizes))],
+        minimum_deployment_target=ct.target.macOS13,
+        skip_model_load=True,
+    ).save(str(tmp_path / "attention.mlpackage"))
+    model = TorchBackend().load(tmp_path / "attention.mlpackage")
+    got = model(**{name: tensor.numpy() for name, tensor in arrays.items()})
+    parity = {
+        size: psnr_db(expected(*qkv), torch.from_numpy(got[f"y{index}"]))
+        for index, (size, qkv) in enumerate(zip(sizes, drawn, strict=True))
+    }
+    assert min(parity.values()) >= AGREEMENT_DB, parity
 
 
 @pytest.mark.parametrize("kind", AttentionKind)
