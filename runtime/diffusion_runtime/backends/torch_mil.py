@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from diffusion_runtime.backends import ComputeUnits, TensorSpec, check_arrays
 from diffusion_runtime.errors import InputError, PackageError, UnsupportedError
 from diffusion_runtime.mil.constants import torch_dtype
+from diffusion_runtime.mil.fuse import fuse
 from diffusion_runtime.mil.lower import REFUSALS, lower, refusal
 from diffusion_runtime.mil.observe import explain, intermediates, observe
 from diffusion_runtime.mil.package import Package, open_package
@@ -46,6 +47,8 @@ class TorchBackend:
         package = open_package(path)
         interface = package.model.interface
         module = lower(package, dtype=DTYPES[self.dtype], device=self.device, stream_weights=self.stream_weights)
+        if self.fuse:
+            fuse(module)
         return TorchModel(
             path=path,
             inputs=_specs(package, interface.inputs),

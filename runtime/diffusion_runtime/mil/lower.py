@@ -172,6 +172,7 @@ class _Lowering:
         if not op.several:
             self._name(node, operation.outputs[0], operation.type)
             return
+        node.meta["op"] = operation.type
         for index, variable in enumerate(operation.outputs):
             item = self.graph.create_node(
                 "call_function", operator.getitem, (node, index), name=_identifier(variable.name)

@@ -1,0 +1,97 @@
+"""Where tensors lie: convolutions in channels-last memory, weights in oneDNN's own layout, results in place.
+
+In channels-last memory a 1x1 convolution over (batch, channels, 1, length) is a plain matrix product, and attention
+and layer norms over channels find the channels of one position side by side: nothing is copied between them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from diffusion_runtime.mil import fused
+from diffusion_runtime.mil.match import operand, operation, others, put, shape_of, value_of
+from diffusion_runtime.mil.ops.convolution import paddings
+
+_FRESH = frozenset(
+    ("conv", "linear", "group_norm", "batch_norm", "add", "sub", "mul", "silu", "gelu", "matmul", "layer_norm")
+)
+"""Ops whose result lies in memory of its own."""
+
+
+def use_channels_last(module: fx.GraphModule) -> None:
+    """Two-dimensional convolutions run in channels-last memory; where oneDNN runs them, their weights are laid out
+    for it once instead of at each call."""
+    for node in list(module.graph.nodes):
+        arguments = _convolution(module, node) if operation(node) == "conv" else None
+        if arguments is None:
+            continue
+        name = arguments["weight"].target
+        weight = getattr(module, name)
+        packed = _packed(weight, arguments)
+        if packed is None:
+            setattr(module, name, weight.contiguous(memory_format=torch.channels_last))
+        else:
+            setattr(module, name, packed)
+        put(module, node, fused.conv2d if packed is None else fused.packed_conv2d, arguments, "conv")
+
+
+def _convolution(module: fx.GraphModule, node: fx.Node) -> dict[str, Any] | None:
+    """Arguments of ``fused.conv2d``; None where it is none with constant weights and even padding."""
+    shape, kernel = shape_of(operand(node, "x")), value_of(module, operand(node, "weight"))
+    if shape is None or len(shape) != 4 or kernel is None:
+        return None
+    strides, dilations = operand(node, "strides") or [1, 1], operand(node, "dilations") or [1, 1]
+    reach = [(size - 1) * dilation + 1 for size, dilation in zip(kernel.shape[2:], dilations, strict=True)]
+    pads = paddings(operand(node, "pad_type", "valid"), operand(node, "pad"), shape[2:], reach, strides)
+    if any(before != after for before, after in pads):
+        return None
+    return {
+        "x": operand(node, "x"),
+        "weight": operand(node, "weight"),
+        "bias": operand(node, "bias"),
+        "strides": strides,
+        "padding": [before for before, _ in pads],
+        "dilations": dilations,
+        "groups": operand(node, "groups", 1),
+    }
+
+
+def _packed(weight: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
+    """The weight in oneDNN's layout; None where that is of no use or not there."""
+    usable = weight.device.type == "cpu" and weight.dtype == torch.float32 and arguments["groups"] == 1
+    shared = len(arguments["weight"].users) > 1
+    if not usable or shared or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return None
+    reorder: Callable[..., Tensor] = torch._C._nn.mkldnn_reorder_conv2d_weight
+    padding, strides, dilations = arguments["padding"], arguments["strides"], arguments["dilations"]
+    return reorder(weight.to_mkldnn(), padding, strides, dilations, 1, list(shape_of(arguments["x"]) or ()))
+
+
+def reuse_memory(module: fx.GraphModule) -> None:
+    """add, mul and silu write into an operand that nothing else needs."""
+    targets = {"add": fused.add_into, "mul": fused.multiply_into}
+    for node in list(module.graph.nodes):
+        kind = operation(node)
+        if kind == "silu" and _is_free(operand(node, "x"), node):
+            put(module, node, fused.silu_into, {"x": operand(node, "x")}, kind)
+        elif kind in targets:
+            free = [side for side in (operand(node, "x"), operand(node, "y")) if _is_free(side, node)]
+            if free:
+                put(module, node, targets[kind], {"x": free[0], "y": others(node, free[0])[0]}, kind)
+
+
+def _is_free(node: Any, user: fx.Node) -> bool:
+    return (
+        isinstance(node, fx.Node)
+        and operation(node) in _FRESH
+        and node.target is not operator.getitem
+        and len(node.users) == 1
+        and shape_of(node) is not None
+        and shape_of(node) == shape_of(user)
+        and (operand(user, "y") is None or others(user, node)[0] is not node)
+    )
