@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from diffusion_convert.verify import psnr_db
 from diffusion_runtime.backends import TensorSpec
 from diffusion_runtime.errors import VerificationError
 from diffusion_runtime.mil.package import Package, open_package
@@ -71,26 +71,12 @@ def _draw(spec: TensorSpec, random: np.random.Generator, position: float, tokens
     return array.astype(spec.dtype)
 
 
-def psnr_db(reference: np.ndarray, other: np.ndarray) -> float:
-    """Peak (largest magnitude of ``reference``) over root mean squared error, in decibels: inf where both are same,
-    -inf where ``other`` alone is not finite."""
-    exact = reference.astype(np.float64)
-    error = other.astype(np.float64) - exact
-    if not np.isfinite(error).all():
-        return math.inf if np.array_equal(reference, other, equal_nan=True) else -math.inf
-    power = float(np.mean(error**2))
-    peak = float(np.max(np.abs(exact), initial=0))
-    if power == 0:
-        return math.inf
-    return 10 * math.log10(peak**2 / power) if peak else -math.inf
-
-
 def compare_outputs(reference: Path, other: Path, samples: Samples | None = None) -> dict[str, float]:
     """The lowest PSNR of each output over ``samples`` (None: two seeded ones), both packages run by the torch
-    backend, one after the other so that only one is in memory."""
+    backend, one after the other and with their weights left in the file."""
     from diffusion_runtime.backends.torch_mil import TorchBackend
 
-    backend = TorchBackend()
+    backend = TorchBackend(stream_weights=True)
     model = backend.load(reference)
     if samples is None:
         samples = seeded_inputs(model.inputs, 2, tokens=token_count(open_package(reference)))

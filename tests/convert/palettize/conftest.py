@@ -35,10 +35,10 @@ def _convert(target: str, precision: str) -> Any:
     random = np.random.default_rng(3)
 
     def weight(*shape: int) -> np.ndarray:
-        values = random.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
+        values: np.ndarray = random.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
         return values.astype(np.float32)
 
-    @builder.program(
+    @builder.program(  # type: ignore[untyped-decorator]
         input_specs=[
             builder.TensorSpec(shape=(1, 8, 16, 16)),
             builder.TensorSpec(shape=(1, 5), dtype=import_coremltools("converters.mil.mil").types.int32),

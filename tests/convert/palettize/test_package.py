@@ -289,7 +289,7 @@ def test_a_file_that_decompresses_to_something_else_is_not_published(
 ) -> None:
     from diffusion_convert.palettize import package
 
-    monkeypatch.setattr(package, "pack", lambda indices, bits: package.np.zeros(indices.size * bits // 8, "uint8"))
+    monkeypatch.setattr(package, "pack", lambda indices, bits: np.zeros(indices.size * bits // 8, np.uint8))
     with pytest.raises(DiffusionError, match="decompresses with a squared error"):
         palettize_package(tiny_package("iOS16"), tmp_path / "out.mlpackage", Plan(4))
     assert list(tmp_path.iterdir()) == []

@@ -84,7 +84,7 @@ def test_unpacking_is_the_inverse_of_packing(bits: int, count: int, seed: int) -
     ],
 )
 def test_special_values_are_kept(elements: list[float], bits: int, dtype: type) -> None:
-    weight = np.array(elements, dtype)
+    weight: np.ndarray = np.array(elements, dtype)
     palette = palettize(weight, bits)
     assert np.array_equal(palette.decoded(), weight)
     assert palette.squared_error == 0
@@ -113,7 +113,7 @@ def test_other_types_are_refused() -> None:
 @pytest.mark.parametrize("bits", [1, 4, 6, 8])
 def test_float32_is_as_good_as_kmeans_on_its_elements(bits: int) -> None:
     kmeans1d = import_coremltools("_deps")._kmeans1d
-    weight = (np.random.default_rng(5).standard_normal(4000) * 3e4).astype(np.float32)
+    weight: np.ndarray = (np.random.default_rng(5).standard_normal(4000) * 3e4).astype(np.float32)
     theirs = kmeans1d.cluster(weight.astype(np.float64), 1 << bits)
     stored = np.array(theirs.centroids).astype(np.float32)[np.array(theirs.clusters)]
     palette = palettize(weight, bits)
