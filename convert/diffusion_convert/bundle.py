@@ -74,6 +74,23 @@ def compile_variant(
     return made
 
 
+def is_current(packages: Path, compiled: Path) -> bool:
+    """Whether ``compiled`` was made of ``packages`` as they are: their manifests agree in all but the files."""
+    if not (compiled / manifest.FILE_NAME).is_file():
+        return False
+    if not (packages / manifest.FILE_NAME).is_file():
+        return True
+    return _without_files(manifest.read(packages)) == _without_files(manifest.read(compiled))
+
+
+def _without_files(made: Manifest) -> Manifest:
+    components = {
+        name: component.model_copy(update={"files": (), "sha256": {}, "size_bytes": 0})
+        for name, component in made.components.items()
+    }
+    return made.model_copy(update={"kind": "compiled", "tokenizer": None, "components": components})
+
+
 def _copy_tokenizer(source: Manifest, packages: Path, target: Path) -> str | None:
     """Put the tokenizer's files beside the compiled models, where apps look for them."""
     if source.tokenizer is None:

@@ -14,16 +14,19 @@ import small_bundle
 from diffusion_convert.bundle import (
     compile_variant,
     compiled_names,
+    is_current,
     share_identical,
     variants,
     zip_name,
     zip_variants,
 )
+from diffusion_convert.components import table
 from diffusion_convert.model_card import write_model_card
 from diffusion_convert.vocabulary import write_vocabulary
 from diffusion_runtime import manifest, zips
 from diffusion_runtime.bundle import find
 from diffusion_runtime.errors import CheckpointError, InputError, PackageError
+from diffusion_runtime.foreign import COMPILED_NAMES
 from diffusion_runtime.integrity import check_files
 from diffusion_runtime.mil.package import open_package
 
@@ -120,6 +123,21 @@ def test_compiled_models_read_back_equal_to_their_packages(bundle: Path) -> None
 def test_a_chunked_unet_has_the_names_that_apps_prefer() -> None:
     chunked = manifest.Component(files=("a.mlpackage", "b.mlpackage"), inputs=(), outputs=())
     assert compiled_names("unet", chunked) == ("UnetChunk1", "UnetChunk2")
+
+
+def test_every_component_is_known_to_the_runtime_by_the_name_it_is_compiled_under() -> None:
+    names = {name: (component.compiled_name,) for name, component in table().items()}
+    assert names == {name: COMPILED_NAMES[name] for name in names}
+
+
+def test_compiled_models_of_other_packages_are_not_current(tmp_path: Path) -> None:
+    variant = small_bundle.write_bundle(tmp_path, ("original",)) / "original"
+    assert not is_current(variant / "packages", variant / "compiled")
+    compile_variant(variant / "packages", variant / "compiled")
+    assert is_current(variant / "packages", variant / "compiled")
+    made = manifest.read(variant / "packages")
+    manifest.write(made.model_copy(update={"tools": {"conversion": "another"}}), variant / "packages")
+    assert not is_current(variant / "packages", variant / "compiled")
 
 
 def test_zips_are_named_for_apps_and_their_folder_is_the_stem(bundle: Path) -> None:

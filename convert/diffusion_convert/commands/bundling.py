@@ -41,13 +41,12 @@ def bundle(
     compiler: Annotated[str, typer.Option(help="python (any machine) or xcrun (macOS with Xcode).")] = "python",
 ) -> None:
     """Compile the variants of a folder, share equal files, write the model card and, if asked for, zips."""
-    from diffusion_convert.bundle import compile_variant, share_identical, variants, zip_variants
+    from diffusion_convert.bundle import compile_variant, is_current, share_identical, variants, zip_variants
     from diffusion_convert.model_card import write_model_card
-    from diffusion_runtime.manifest import FILE_NAME
 
     chosen = _compiler(compiler)
     for variant in variants(folder).values():
-        if not (variant / "compiled" / FILE_NAME).is_file():
+        if not is_current(variant / "packages", variant / "compiled"):
             typer.echo(f"compiling {variant / 'packages'}")
             compile_variant(variant / "packages", variant / "compiled", chosen, typer.echo)
     saved = share_identical(folder)
