@@ -38,7 +38,7 @@ def with_vae(checkpoint: Checkpoint, source: str, fetch: Callable[[str], Path] |
     Raises InputError for a VAE that does not fit the checkpoint's latents and pictures, CheckpointError for one
     that is damaged or of another class.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         vae = _from_file(path, checkpoint.family)
     elif path.is_dir():
