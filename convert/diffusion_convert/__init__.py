@@ -1,1 +1,40 @@
-"""Stable Diffusion checkpoints to Core ML packages, on any machine."""
+"""Stable Diffusion checkpoints to Core ML packages, on any machine.
+
+from diffusion_convert import convert
+
+convert("runwayml/stable-diffusion-v1-5", "models")
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusion_convert.conversion import Conversion, Progress
+    from diffusion_convert.options import ConvertOptions
+
+__all__ = ["convert"]
+
+
+def convert(
+    source: str | PathLike[str],
+    output: str | PathLike[str],
+    options: ConvertOptions | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert the checkpoint ``source``, a folder, a file or a Hub id, to Core ML models in the folder ``output``.
+
+    Every model is verified against the checkpoint's own network before it appears; the result appears whole or not
+    at all, and takes the place of an older one. A conversion that was stopped goes on where it stopped.
+    ``progress`` is told of everything that is done.
+
+    Raises InputError (options and paths that cannot be used), CheckpointError (a source that is missing, damaged or
+    of an unknown kind), UnsupportedError (a network that is not covered), VerificationError (a model that does not
+    compute what its source computes): messages of one line.
+    """
+    from diffusion_convert import conversion
+    from diffusion_convert.options import ConvertOptions
+
+    return conversion.convert(str(source), Path(output), options or ConvertOptions(), progress or (lambda _: None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -38,13 +39,15 @@ DTYPES = {np.dtype(dtype.value.replace("fp", "float")): dtype for dtype in (DTyp
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a component is converted. ``float32_ops`` are MIL operations that stay in float32 at `Precision.AUTO`."""
+    """How a component is converted. ``float32_ops`` and ``float32_modules`` are MIL operations (`mil_name`) and
+    torch modules that stay in float32."""
 
     attention: AttentionKind
     shape: Shape
     target: str
     precision: Precision = Precision.AUTO
     float32_ops: frozenset[str] = frozenset()
+    float32_modules: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +71,8 @@ def export(
 ) -> Exported:
     """Write ``component`` to the package ``path``, which appears whole or not at all.
 
-    Weights are read one by one, as they are written. Where a network does something with a weight that a placeholder
-    does not survive, it is converted with its weights in memory instead.
+    Weights are read one by one, as they are written. Where a network does something with a weight that a
+    placeholder does not survive, it is converted with its weights in memory instead.
     """
     try:
         return _export(component, checkpoint, recipe, path, metadata, progress, min_size=None)
@@ -165,10 +168,17 @@ def _precision(ct: Any, graph: Graph, recipe: Recipe) -> Any:
 
     def in_float16(operation: Any) -> bool:
         module = _module(operation)
-        exact = any(module == name or module.startswith(f"{name}.") for name in graph.exact)
-        return operation.name not in recipe.float32_ops and not exact
+        wide = (*graph.exact, *recipe.float32_modules)
+        exact = any(module == name or module.startswith(f"{name}.") for name in wide)
+        return mil_name(operation.name) not in recipe.float32_ops and not exact
 
     return ct.transform.FP16ComputePrecision(op_selector=in_float16)
+
+
+def mil_name(name: str) -> str:
+    """An operation's name as coremltools spells it in the end, without the suffix of its conversion to float16."""
+    plain = re.sub(r"[^a-zA-Z0-9_]", "_", name).removesuffix("_cast_fp16")
+    return f"var_{plain}" if plain[:1].isdigit() else plain
 
 
 def _modules(program: Any) -> dict[str, str]:

@@ -47,8 +47,8 @@ def detect(unet: Config, scheduler: Config, where: str) -> str:
     )
     if unet.get("addition_embed_type"):
         raise CheckpointError(
-            f"{where}: a UNet with addition_embed_type {unet['addition_embed_type']!r} (Stable Diffusion XL) is not "
-            f"supported; supported are {known()}"
+            f"{where}: a UNet with addition_embed_type {unet['addition_embed_type']!r} (Stable Diffusion XL) is "
+            f"not supported; supported are {known()}"
         )
     for family in FAMILIES.values():
         if _is_one(family, *seen):
@@ -85,12 +85,20 @@ def latent_factor(vae: Config) -> int:
     return int(2 ** (len(vae.get("block_out_channels", (64,))) - 1))
 
 
+def latent_scale(vae: Config) -> float:
+    """What latents are multiplied by on the way into the UNet; configurations that do not say mean 0.18215, the
+    default of AutoencoderKL."""
+    return float(vae.get("scaling_factor") or 0.18215)
+
+
 def default_size(unet: Config, vae: Config) -> tuple[int, int]:
     """Height and width in pixels that a checkpoint is for. Configurations from before diffusers 0.9 say 32 where
     64 is meant (diffusers reads them so, too)."""
     sample: Callable[[Any], tuple[int, int]] = lambda size: (size, size) if isinstance(size, int) else tuple(size)  # noqa: E731
     height, width = sample(unet.get("sample_size") or 64)
-    version = tuple(int(part) for part in str(unet.get("_diffusers_version", "1.0")).split(".")[:2] if part.isdigit())
+    version = tuple(
+        int(part) for part in str(unet.get("_diffusers_version", "1.0")).split(".")[:2] if part.isdigit()
+    )
     if version < (0, 9) and max(height, width) < 64 and "_diffusers_version" in unet:
         height = width = 64
     factor = latent_factor(vae)

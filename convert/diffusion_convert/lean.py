@@ -84,7 +84,7 @@ def _passes(registry: Any, done: Callable[[], None]) -> Callable[[Any, Any], Non
 
 
 def _overflow(placeholders: Placeholders) -> Callable[[Any], bool]:
-    """Whether a constant operand of an operation, other than infinity, has no float16; of a placeholder, its weight."""
+    """Whether an operation has a finite constant operand beyond float16; of a placeholder, its weight counts."""
 
     def fp16_overflow(operation: Any) -> bool:
         for operands in operation.inputs.values():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from diffusion_runtime.errors import InputError
 
@@ -83,3 +84,37 @@ class ConvertOptions:
 def kinds() -> str:
     """The attention kinds as a list for messages."""
     return ", ".join(kind.value for kind in AttentionKind)
+
+
+E = TypeVar("E", bound=enum.Enum)
+
+
+def parse_choice(kind: type[E], name: str, text: str) -> E:
+    """The member of ``kind`` whose value is ``text``. Raises InputError, with the known ones."""
+    try:
+        return kind(text)
+    except ValueError:
+        known = ", ".join(str(member.value) for member in kind)
+        raise InputError(f"unknown {name} {text!r}: expected one of {known}") from None
+
+
+def parse_lora(text: str) -> Lora:
+    """``PATH`` or ``PATH:WEIGHT``; a path with a colon in it is taken as it is where it exists."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Lora(Path(text))
+    try:
+        return Lora(Path(path), float(weight))
+    except ValueError:
+        raise InputError(f"--lora {text!r}: expected PATH or PATH:WEIGHT, as in style.safetensors:0.8") from None
+
+
+def parse_nbits(texts: Iterable[str]) -> dict[str, int]:
+    """``["unet=6"]`` -> ``{"unet": 6}``."""
+    found = {}
+    for text in texts:
+        name, _, bits = text.partition("=")
+        if not name or not bits.isdigit():
+            raise InputError(f"--nbits-for {text!r}: expected COMPONENT=BITS, as in unet=6")
+        found[name] = int(bits)
+    return found

@@ -11,7 +11,9 @@ has transposed, scaled or folded is noticed (`Misplaced`), never written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,85 +33,40 @@ class Misplaced(Exception):
     """A placeholder came out of the converter other than it went in; its network must be converted by values."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """A weight, read when it is needed: it may have to be computed."""
+
+    name: str
+    shape: tuple[int, ...]
+    tensors: Mapping[str, torch.Tensor]
+
+    def read(self) -> torch.Tensor:
+        return self.tensors[self.name]
+
+
 class Placeholders:
     """Hands out placeholders and finds the weights that they stand for. Where not ``enabled``, hands out the
     weights themselves."""
 
     def __init__(self, enabled: bool = True) -> None:
         self._enabled = enabled
-        self._weights: list[tuple[str, torch.Tensor]] = []
+        self._weights: list[_Weight] = []
         self._expected: set[int] = set()
         self._taken: set[int] = set()
         self._exceeding: dict[int, bool] = {}
 
     def view(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """``tensors`` with placeholders for the large ones; floating point as float32."""
-        return {name: self._stand_in(name, tensor) for name, tensor in tensors.items()}
+        return {name: self._stand_in(name, tensor, tensors) for name, tensor in tensors.items()}
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
         """Say which placeholders went into the network: each must come out (`check_all_taken`)."""
-        found = (self._index(tensor.numpy()) for tensor in tensors)
+        found = (self.find(tensor.numpy()) for tensor in tensors)
         self._expected = {index for index in found if index is not None}
 
     def find(self, array: np.ndarray) -> int | None:
-        """The number of the weight that ``array`` stands for; None where it is no placeholder.
-
-        Raises Misplaced where its rows are not where they were."""
-        index = self._index(array)
-        if index is None:
-            return None
-        name, tensor = self._weights[index]
-        rows = thin(array)
-        rows = rows.reshape(len(rows), -1)
-        in_place = array.size == tensor.numel() and len(array) == len(tensor) == len(rows)
-        if not in_place or (rows[0] > 0).any() or (rows[1:] < 0).any():
-            raise Misplaced(f"{name} of shape {tuple(tensor.shape)} became {array.shape}")
-        return index
-
-    def take(self, array: np.ndarray) -> tuple[str, torch.Tensor] | None:
-        """The name and the values of the weight that ``array`` stands for, in the shape of ``array``."""
-        index = self.find(array)
-        if index is None:
-            return None
-        self._taken.add(index)
-        name, tensor = self._weights[index]
-        return name, tensor.reshape(array.shape)
-
-    def exceeds_float16(self, index: int) -> bool:
-        """Whether an element of that weight is beyond float16. Reads no weight that is float16 already."""
-        import torch
-
-        if index not in self._exceeding:
-            tensor = self._weights[index][1]
-            low, high = torch.aminmax(tensor) if tensor.dtype != torch.float16 else (tensor.new_zeros(()),) * 2
-            self._exceeding[index] = bool(max(-float(low), float(high)) > FLOAT16_MAX)
-        return self._exceeding[index]
-
-    def exceeding(self) -> tuple[str, ...]:
-        """The names of the weights that were found to be beyond float16."""
-        return tuple(sorted(self._weights[index][0] for index, exceeds in self._exceeding.items() if exceeds))
-
-    def check_all_taken(self) -> None:
-        """Raise Misplaced where a placeholder did not come out: a pass has folded it into something else."""
-        missing = [self._weights[index][0] for index in sorted(self._expected - self._taken)]
-        if missing:
-            raise Misplaced(f"{', '.join(missing[:3])} ({len(missing)} in all) did not come out of the converter")
-
-    def _stand_in(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        if not tensor.is_floating_point():
-            return tensor
-        small = tensor.numel() < MIN_SIZE or tensor.ndim < 2 or tensor.shape[0] < 2
-        if small or not self._enabled or len(self._weights) == _CODES:
-            return tensor.float()
-        code = float(np.uint16(_FIRST_CODE + len(self._weights)).view(np.float16))
-        self._weights.append((name, tensor))
-        column = torch.full((tensor.shape[0], *[1] * (tensor.ndim - 1)), code)
-        column[0] = -code
-        return column.expand(tensor.shape)
-
-    def _index(self, array: np.ndarray) -> int | None:
+        """The number of the weight that ``array`` stands for; None where it is no placeholder."""
         if array.dtype not in (np.float16, np.float32) or array.size < MIN_SIZE:
             return None
         code = array.flat[-1]  # wherever the rows went, the first element is negative and the last is not
@@ -118,6 +75,70 @@ class Placeholders:
         index = int(np.float16(code).view(np.uint16)) - _FIRST_CODE
         known = 0 <= index < len(self._weights)
         return index if known and bool((np.abs(thin(array)) == code).all()) else None
+
+    def take(self, array: np.ndarray) -> tuple[str, torch.Tensor] | None:
+        """The name and the values of the weight that ``array`` stands for, in its shape; None where it is no
+        placeholder. Raises Misplaced where its elements are in another order, but for a transposed matrix."""
+        index = self.find(array)
+        if index is None:
+            return None
+        weight = self._weights[index]
+        tensor = weight.read()
+        if _rows_in_place(array, weight.shape):
+            ordered = tensor
+        elif len(weight.shape) == 2 and _rows_in_place(_squeezed(array).T, weight.shape):
+            ordered = tensor.t()
+        else:
+            raise Misplaced(f"{weight.name} of shape {weight.shape} became {array.shape}")
+        self._taken.add(index)
+        return weight.name, ordered.reshape(array.shape)
+
+    def exceeds_float16(self, index: int) -> bool:
+        """Whether an element of that weight is beyond float16. Reads no weight that is float16 already."""
+        import torch
+
+        if index not in self._exceeding:
+            tensor = self._weights[index].read()
+            low, high = torch.aminmax(tensor) if tensor.dtype != torch.float16 else (tensor.new_zeros(()),) * 2
+            self._exceeding[index] = bool(max(-float(low), float(high)) > FLOAT16_MAX)
+        return self._exceeding[index]
+
+    def exceeding(self) -> tuple[str, ...]:
+        """The names of the weights that were found to be beyond float16."""
+        return tuple(sorted(self._weights[index].name for index, exceeds in self._exceeding.items() if exceeds))
+
+    def check_all_taken(self) -> None:
+        """Raise Misplaced where a placeholder did not come out: a pass has folded it into something else."""
+        missing = [self._weights[index].name for index in sorted(self._expected - self._taken)]
+        if missing:
+            raise Misplaced(f"{', '.join(missing[:3])} ({len(missing)} in all) did not come out of the converter")
+
+    def _stand_in(self, name: str, tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        if not tensor.is_floating_point():
+            return tensor
+        small = tensor.numel() < MIN_SIZE or tensor.ndim < 2 or tensor.shape[0] < 2
+        if small or not self._enabled or len(self._weights) == _CODES:
+            return tensor.float()
+        code = float(np.uint16(_FIRST_CODE + len(self._weights)).view(np.float16))
+        self._weights.append(_Weight(name, tuple(tensor.shape), tensors))
+        column = torch.full((tensor.shape[0], *[1] * (tensor.ndim - 1)), code)
+        column[0] = -code
+        return column.expand(tensor.shape)
+
+
+def _rows_in_place(array: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether ``array`` holds a placeholder's elements in the order of a weight of that shape."""
+    if not array.ndim or array.size != math.prod(shape) or len(array) != shape[0]:
+        return False
+    rows = thin(array)
+    rows = rows.reshape(len(rows), -1)
+    return len(rows) == shape[0] and bool((rows[0] < 0).all() and (rows[1:] > 0).all())
+
+
+def _squeezed(array: np.ndarray) -> np.ndarray:
+    return array.reshape([size for size in array.shape if size > 1])
 
 
 def thin(array: np.ndarray) -> np.ndarray:

@@ -61,7 +61,7 @@ def _shapes_only() -> Iterator[None]:
             return func(*args, **kwargs)
         return tree_map(as_zeros, func(*tree_map(as_meta, args), **tree_map(as_meta, kwargs)))
 
-    class ShapesOnly(TorchDispatchMode):
+    class ShapesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
         ) -> Any:
@@ -76,7 +76,8 @@ def _shapes_only() -> Iterator[None]:
             call = _convolve if func is torch.conv2d else func
             return call(*args, **(kwargs or {}))
 
-    with ThreadPoolExecutor(max_workers=1) as untraced, ShapesOnly(), RecordedConvolution():
+    shapes_only: TorchDispatchMode = ShapesOnly()  # type: ignore[no-untyped-call]
+    with ThreadPoolExecutor(max_workers=1) as untraced, shapes_only, RecordedConvolution():
         yield
 
 
@@ -92,6 +93,11 @@ def _convolve(
     """``torch.conv2d`` by the operation that the tracer records for it."""
     import torch
 
-    sizes = ([size, size] if isinstance(size, int) else list(size) for size in (stride, padding, dilation))
-    flags = (False, False, False, False)  # cuDNN's and TF32's, of no meaning here
-    return torch._convolution(x, weight, bias, *sizes, False, [0, 0], groups, *flags)
+    strides, padded, dilated = (
+        [size, size] if isinstance(size, int) else list(size) for size in (stride, padding, dilation)
+    )
+    flags = {"benchmark": False, "deterministic": False, "cudnn_enabled": False, "allow_tf32": False}
+    result: torch.Tensor = torch._convolution(
+        x, weight, bias, strides, padded, dilated, False, [0, 0], groups, **flags
+    )
+    return result

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.manifest import Source
 
 if TYPE_CHECKING:
     import torch
+
+    from diffusion_convert.options import Lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +48,43 @@ class Checkpoint:
     pipeline_class: str = "StableDiffusionPipeline"
     pipeline_config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def open_checkpoint(
+    source: str,
+    *,
+    revision: str | None = None,
+    family: str | None = None,
+    vae: str | None = None,
+    loras: Sequence[Lora] = (),
+) -> Checkpoint:
+    """The checkpoint that ``source`` names: a folder in diffusers' layout, a single .safetensors or .ckpt file, or
+    the id of a repository on the Hugging Face Hub, with another VAE and LoRAs put in.
+
+    No weight is read. Raises CheckpointError or InputError, in one line, for what cannot be used.
+    """
+    from diffusion_convert.checkpoint import diffusers_folder, hub, lora, single_file
+    from diffusion_convert.checkpoint import vae as vaes
+
+    path = Path(source).expanduser()
+    if revision is not None and path.exists():
+        raise InputError(f"--revision {revision}: {source} is on this machine, where there is but one")
+    if path.is_dir():
+        origin = Source(name=path.resolve().name, licence=diffusers_folder.read_licence(path))
+        checkpoint = diffusers_folder.open_folder(path, origin, family)
+    elif path.is_file():
+        checkpoint = single_file.open_single_file(path, family)
+    elif is_repository_id(source):
+        checkpoint = hub.open_repository(source, revision, family)
+    else:
+        raise CheckpointError(f"{source}: no such file or folder")
+    if vae is not None:
+        checkpoint = vaes.with_vae(checkpoint, vae, hub.fetch_vae if is_repository_id(vae) else None)
+    return lora.fuse(checkpoint, loras) if loras else checkpoint
+
+
+def is_repository_id(source: str) -> bool:
+    """Whether ``source`` is of the form owner/name, and nothing about it says that a path is meant."""
+    owner, slash, name = source.partition("/")
+    plain = all(part and part[0] not in ".~" and "/" not in part for part in (owner, name))
+    return bool(slash) and plain and not name.endswith((".safetensors", ".ckpt", ".bin", ".pt"))

@@ -40,8 +40,8 @@ def open_folder(folder: Path, source: Source, family: str | None = None) -> Chec
         raise CheckpointError(f"{folder}: no such folder")
     if not (folder / INDEX).is_file():
         raise CheckpointError(
-            f"{folder}: not a checkpoint in diffusers' layout: it has no {INDEX}; expected such a folder, the id of "
-            "a repository on the Hugging Face Hub, or a single .safetensors or .ckpt file"
+            f"{folder}: not a checkpoint in diffusers' layout: it has no {INDEX}; expected such a folder, the id "
+            "of a repository on the Hugging Face Hub, or a single .safetensors or .ckpt file"
         )
     index = read_json(folder / INDEX)
     parts = {name: value for name, value in index.items() if _is_part(value)}

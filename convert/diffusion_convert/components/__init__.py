@@ -54,9 +54,10 @@ class Graph:
 
 
 Build = Callable[["Checkpoint", "AttentionKind | None", Shape], Graph]
-"""Builds a component on the tensors that the checkpoint gives, whatever they are: real ones as stored, or placeholders
-(`diffusion_convert.placeholders`), which must reach the traced module as they are or reshaped, never transposed,
-concatenated or computed with. For None, the module is as its library built it: what the others are verified against."""
+"""Builds a component on the tensors that the checkpoint gives, whatever they are: real ones as stored, or
+placeholders (`diffusion_convert.placeholders`), which must reach the traced module as they are or reshaped, never
+transposed, concatenated or computed with. For None, the module is as its library built it: what the others are
+verified against."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ class Component:
     """One convertible submodule.
 
     ``subfolder`` is where diffusers keeps it; ``suffix`` and ``compiled_name`` are what existing apps look for;
-    ``min_psnr_db`` is the bound below which nothing is published, against the torch module in float32.
+    ``min_psnr_db`` is the bound below which nothing is published, against the torch module in float32 over ``runs``
+    draws of inputs. ``compute_units`` are by attention, or "default".
     """
 
     name: str
@@ -74,6 +76,7 @@ class Component:
     build: Build
     min_psnr_db: float
     uses_attention: bool = False
+    runs: int = 1
     compute_units: Mapping[str, str] = field(default_factory=dict)
 
 

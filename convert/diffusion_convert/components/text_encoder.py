@@ -63,5 +63,6 @@ TEXT_ENCODER = Component(
     compiled_name="TextEncoder",
     build=build,
     min_psnr_db=60.0,
+    runs=3,
     compute_units={"default": "cpu-and-gpu"},
 )

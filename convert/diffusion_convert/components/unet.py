@@ -78,7 +78,9 @@ def interface(checkpoint: Checkpoint, shape: Shape) -> tuple[Port, ...]:
     ports = (
         Port("sample", size, description="Noised latents, and after them the channels of a picture to work from"),
         Port("timestep", (batch,), description="The timestep of each row"),
-        Port("encoder_hidden_states", (batch, width, 1, TOKENS), description="The text encoder's states, transposed"),
+        Port(
+            "encoder_hidden_states", (batch, width, 1, TOKENS), description="The text encoder's states, transposed"
+        ),
     )
     if config.get("num_class_embeds") is None and config.get("class_embed_type") is None:
         return ports
@@ -129,5 +131,6 @@ UNET = Component(
     build=build,
     min_psnr_db=60.0,
     uses_attention=True,
+    runs=2,
     compute_units={"original": "cpu-and-gpu", "split_einsum": "cpu-and-ne", "split_einsum_v2": "cpu-and-ne"},
 )

@@ -11,12 +11,9 @@ from torch import nn
 from diffusion_convert import networks
 from diffusion_convert.checkpoint import Checkpoint
 from diffusion_convert.components import Component, Graph, Port, Shape
-from diffusion_convert.families import latent_factor
+from diffusion_convert.families import latent_factor, latent_scale
 from diffusion_convert.nets import put_attention
 from diffusion_convert.options import AttentionKind
-
-DEFAULT_SCALE = 0.18215
-"""AutoencoderKL's own default, for configurations that do not say."""
 
 
 class Decoder(nn.Module):
@@ -37,7 +34,7 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
     if attention is not None:
         put_attention(vae, attention)
     config = checkpoint.models["vae"].config
-    factor, scale = latent_factor(config), float(config.get("scaling_factor") or DEFAULT_SCALE)
+    factor, scale = latent_factor(config), latent_scale(config)
     size = (1, int(config["latent_channels"]), shape.height // factor, shape.width // factor)
 
     def draw(seed: int) -> dict[str, np.ndarray]:

@@ -1,0 +1,209 @@
+"""The command ``coreml-diffusion``: what the user typed becomes options; what was done becomes lines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from diffusion_convert.commands import bundling, inspecting, sharing
+from diffusion_convert.options import (
+    AttentionKind,
+    ConvertOptions,
+    Precision,
+    parse_choice,
+    parse_lora,
+    parse_nbits,
+)
+from diffusion_convert.palettize import cli as palettizing
+from diffusion_runtime import cli as runtime
+from diffusion_runtime.errors import DiffusionError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from diffusion_convert.conversion import Conversion, Progress
+
+BAD_INPUT, INTERRUPTED = 2, 130
+CONVERT_HELP = """
+Convert a Stable Diffusion checkpoint to Core ML models, on any machine.
+
+SOURCE is a folder in diffusers' layout, a single .safetensors or .ckpt file, or the id of a repository on the
+Hugging Face Hub. Every model is verified against the checkpoint's own network before it appears. A conversion that
+was stopped goes on where it stopped: run the same command again.
+
+Examples:
+
+    coreml-diffusion convert runwayml/stable-diffusion-v1-5 -o models
+
+    coreml-diffusion convert model.safetensors -o models --attention split_einsum_v2 --nbits 6 --target iOS17
+
+    coreml-diffusion convert my-checkpoint -o models --height 768 --width 512 --lora style.safetensors:0.8
+"""
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Convert Stable Diffusion checkpoints to Core ML on any machine, check them there, and run them.",
+)
+
+
+def _option(help_text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help_text, show_default=False, **more)
+
+
+@app.command(help=CONVERT_HELP)
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder, file or Hub id of the checkpoint.", show_default=False)],
+    output: Annotated[Path, _option("Folder for the result.", "--output", "-o")],
+    attention: Annotated[
+        list[str] | None,
+        _option(
+            "original (GPU), split_einsum or split_einsum_v2 (Neural Engine); may be given several times. "
+            "[default: original and split_einsum_v2]"
+        ),
+    ] = None,
+    components: Annotated[
+        list[str] | None, _option("Convert this component alone; may be given several times. [default: all]")
+    ] = None,
+    nbits: Annotated[int | None, _option("Palettize weights to 1, 2, 3, 4, 6 or 8 bits. [default: 16-bit]")] = None,
+    nbits_for: Annotated[
+        list[str] | None, _option("Bits of one component, as in unet=6; may be given several times.")
+    ] = None,
+    height: Annotated[int | None, _option("Height of the picture in pixels. [default: the checkpoint's]")] = None,
+    width: Annotated[int | None, _option("Width of the picture in pixels. [default: the checkpoint's]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Of the UNet: 2 for guidance in one call, or 1.")] = 2,
+    target: Annotated[str, typer.Option(help="Oldest system: macOS13, 14, 15, 26, iOS16, 17, 18, 26.")] = "macOS13",
+    chunk_unet: Annotated[bool, _option("Cut the UNet into two packages, for iOS.", "--chunk-unet")] = False,
+    vae: Annotated[str | None, _option("Another VAE, for encoder and decoder: folder, file or Hub id.")] = None,
+    lora: Annotated[
+        list[str] | None, _option("LoRA to fuse, PATH or PATH:WEIGHT; may be given several times.")
+    ] = None,
+    revision: Annotated[str | None, _option("Branch, tag or commit of a Hub repository.")] = None,
+    family: Annotated[
+        str | None, _option("sd1, sd2-base, …; an unknown one lists all. [default: detected]")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="auto (float32 where float16 would overflow), float16 or float32.")
+    ] = "auto",
+    compile_: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile the packages, for apps.")
+    ] = True,
+    zip_: Annotated[bool, typer.Option("--zip/--no-zip", help="Zip the compiled models, for publishing.")] = True,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify every model.")] = True,
+) -> None:
+    from diffusion_convert import convert as run
+
+    kinds = tuple(parse_choice(AttentionKind, "attention", name) for name in attention or ())
+    options = ConvertOptions(
+        **({"attention": kinds} if kinds else {}),
+        nbits=nbits,
+        nbits_for=parse_nbits(nbits_for or ()),
+        components=tuple(components or ()),
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        target=target,
+        chunk_unet=chunk_unet,
+        vae=vae,
+        loras=tuple(parse_lora(text) for text in lora or ()),
+        revision=revision,
+        family=family,
+        precision=parse_choice(Precision, "precision", precision),
+        compiled=compile_,
+        zip=zip_,
+        verify=verify,
+    )
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    try:
+        with _progress(console) as progress:
+            made = run(source, output, options, progress)
+    except KeyboardInterrupt:
+        _say_kept(output)
+        raise typer.Exit(INTERRUPTED) from None
+    _show(made)
+
+
+def main() -> None:
+    """The entry point: errors of ours in one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        code = app(standalone_mode=False)
+    except DiffusionError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        show = getattr(error, "show", None)  # click's: unknown options and the like
+        if show is None:
+            raise
+        show()
+        sys.exit(BAD_INPUT)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    """A bar for what is done now, and a line for each component that is finished."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from diffusion_convert.conversion import Event
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+    ) as bars:
+        bar = bars.add_task("opening the checkpoint", total=1.0)
+
+        def report(event: Event) -> None:
+            if event.fraction == 0.0 and event.phase.startswith("family "):
+                console.print(event.phase, highlight=False)
+            bars.update(bar, description=f"{event.unit} {event.phase}".strip(), completed=event.fraction)
+
+        yield report
+
+
+def _show(made: Conversion) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{made.output} ({made.family})")
+    for column in ("variant", "component", "size", "precision", "PSNR against the checkpoint's own network"):
+        table.add_column(column)
+    for variant, manifest in made.variants.items():
+        for name, component in manifest.components.items():
+            quality = ", ".join(f"{output} {value:.1f} dB" for output, value in component.psnr_db.items())
+            wide = f" ({len(component.float32_ops)} operations float32)" if component.float32_ops else ""
+            size = f"{component.size_bytes / 1e6:.1f} MB"
+            table.add_row(variant, name, size, component.precision + wide, quality or "not verified")
+    console.print(table)
+    for note in made.notes:
+        typer.echo(f"note: {note}")
+    if made.unchanged:
+        typer.echo(f"{made.output}: was complete already; nothing was done")
+
+
+def _say_kept(output: Path) -> None:
+    from diffusion_convert.workspace import kept
+
+    names = kept(output)
+    what = (
+        f"{', '.join(names)} finished and kept; run the same command again to go on" if names else "nothing is kept"
+    )
+    typer.echo(f"interrupted: {what}", err=True)
+
+
+for module in (palettizing, bundling, inspecting, sharing):
+    module.register(app)
+app.registered_commands.extend(runtime.app.registered_commands)

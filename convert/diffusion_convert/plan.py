@@ -1,0 +1,137 @@
+"""What a conversion is going to make, settled and checked before any work: components, sizes, disk, identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from diffusion_convert import components, families, networks
+from diffusion_convert.checkpoint import Checkpoint
+from diffusion_convert.components import Component, Shape
+from diffusion_convert.options import AttentionKind, ConvertOptions, Precision
+from diffusion_runtime.errors import InputError
+
+TOOLS = ("coreml-diffusion", "coremltools", "torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One component for one attention, or for all of them (``shared``): converted, verified and kept as a whole."""
+
+    component: Component
+    attention: AttentionKind
+    shared: bool
+
+    @property
+    def name(self) -> str:
+        return self.component.name if self.shared else f"{self.component.name}-{self.attention.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """``fingerprint`` is the same for the same source, options and versions."""
+
+    checkpoint: Checkpoint
+    options: ConvertOptions
+    shape: Shape
+    units: tuple[Unit, ...]
+    fingerprint: str
+    size_bytes: int
+
+    def variant(self, attention: AttentionKind) -> tuple[Unit, ...]:
+        """The units that a variant consists of."""
+        return tuple(unit for unit in self.units if unit.shared or unit.attention is attention)
+
+
+def make_plan(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[Path] = ()) -> Plan:
+    """``places`` are the files and folders that the checkpoint was read from.
+
+    Raises InputError or CheckpointError for what cannot be converted so: every component's weights are compared
+    with their network's, sizes with what the networks can do."""
+    shape = _shape(checkpoint, options)
+    chosen = _components(checkpoint, options)
+    weights = {}
+    for subfolder in dict.fromkeys(component.subfolder for component in chosen):
+        submodel, where = checkpoint.models[subfolder], f"{checkpoint.name}: {subfolder}"
+        networks.check(submodel, submodel.tensors(), where)
+        weights[subfolder] = sum(parameter.numel() for parameter in networks.empty(submodel, where).parameters())
+    units = tuple(
+        Unit(component, attention, shared=not component.uses_attention)
+        for component in chosen
+        for attention in (options.attention if component.uses_attention else (AttentionKind.ORIGINAL,))
+    )
+    fingerprint = _fingerprint(checkpoint, options, places)
+    return Plan(checkpoint, options, shape, units, fingerprint, _size(weights, units, options))
+
+
+def tool_versions() -> dict[str, str]:
+    """What makes the packages, with versions."""
+    return {"python": platform.python_version()} | {name: version(name) for name in TOOLS}
+
+
+def _components(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Component, ...]:
+    table = components.table()
+    there = {name: component for name, component in table.items() if component.subfolder in checkpoint.models}
+    unknown = [name for name in options.components if name not in table]
+    if unknown:
+        raise InputError(f"unknown component {unknown[0]!r}: expected one of {', '.join(table)}")
+    missing = [name for name in options.components if name not in there]
+    if missing:
+        raise InputError(f"{checkpoint.name} has no {missing[0]}; it has {', '.join(there)}")
+    return tuple(
+        component for name, component in there.items() if not options.components or name in options.components
+    )
+
+
+def _shape(checkpoint: Checkpoint, options: ConvertOptions) -> Shape:
+    unet, vae = (checkpoint.models[name].config for name in ("unet", "vae"))
+    default = families.default_size(unet, vae)
+    factor = families.latent_factor(vae)
+    sizes = (options.height or default[0], options.width or default[1])
+    for name, size in zip(("height", "width"), sizes, strict=True):
+        if size < 8 * factor or size % factor:
+            near = sorted({max(8, size // factor) * factor, max(8, size // factor + 1) * factor})
+            raise InputError(
+                f"--{name} {size}: expected a multiple of {factor} of at least {8 * factor}; "
+                f"near it {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}"
+            )
+    return Shape(*sizes, options.batch_size)
+
+
+def _size(weights: Mapping[str, int], units: Sequence[Unit], options: ConvertOptions) -> int:
+    """About how many bytes the result has: weights of two bytes, once more where compiled, once more where zipped.
+    The whole conversion needs no more than that."""
+    wide = 2 if options.precision is Precision.FLOAT32 else 1
+    packages = sum(2 * wide * weights[unit.component.subfolder] for unit in units)
+    return packages * (1 + int(options.compiled) + int(options.compiled and options.zip))
+
+
+def _fingerprint(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[Path]) -> str:
+    told = {
+        "options": asdict(options),
+        "source": checkpoint.source.model_dump(),
+        "family": checkpoint.family,
+        "configs": {name: dict(model.config) for name, model in checkpoint.models.items()},
+        "schedulers": {name: dict(config) for name, config in checkpoint.schedulers.items()},
+        "files": [stamp for place in places for stamp in _stamps(place)],
+        "tools": tool_versions(),
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _stamps(place: Path) -> Iterator[tuple[str, int, int]]:
+    """Path, size and time of change of a file, or of all files in a folder."""
+    for path in [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file()):
+        status = path.stat()
+        yield (str(path.resolve()), status.st_size, status.st_mtime_ns)
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else str(value)
