@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffusion_convert.palettize.bounds import MIN_PSNR_DB
+
 if TYPE_CHECKING:
     import torch
 
     from diffusion_convert.checkpoint import Checkpoint
-    from diffusion_convert.options import AttentionKind
+    from diffusion_convert.options import AttentionKind, ConvertOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class Component:
     ``subfolder`` is where diffusers keeps it; ``suffix`` and ``compiled_name`` are what existing apps look for;
     ``min_psnr_db`` is the bound below which nothing is published, against the torch module in float32 over ``runs``
     draws of inputs. ``compute_units`` are by attention, or "default".
+    ``palettized``: `--nbits` alone palettizes it; ``min_palettized_psnr_db`` is the bound by bit width, against the
+    float16 package.
     """
 
     name: str
@@ -78,6 +82,12 @@ class Component:
     uses_attention: bool = False
     runs: int = 1
     compute_units: Mapping[str, str] = field(default_factory=dict)
+    palettized: bool = False
+    min_palettized_psnr_db: Mapping[int, float] = field(default_factory=lambda: MIN_PSNR_DB)
+
+    def bits(self, options: ConvertOptions) -> int | None:
+        """Bits per weight that ``options`` ask for, None for 16-bit weights."""
+        return options.nbits_for.get(self.name, options.nbits if self.palettized else None)
 
 
 def table() -> Mapping[str, Component]:

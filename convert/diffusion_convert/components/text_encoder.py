@@ -64,5 +64,6 @@ TEXT_ENCODER = Component(
     build=build,
     min_psnr_db=60.0,
     runs=3,
+    palettized=True,
     compute_units={"default": "cpu-and-gpu"},
 )

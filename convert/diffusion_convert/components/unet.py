@@ -132,5 +132,6 @@ UNET = Component(
     min_psnr_db=60.0,
     uses_attention=True,
     runs=2,
+    palettized=True,
     compute_units={"original": "cpu-and-gpu", "split_einsum": "cpu-and-ne", "split_einsum_v2": "cpu-and-ne"},
 )

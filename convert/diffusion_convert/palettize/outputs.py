@@ -7,15 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusion_convert.palettize.bounds import MIN_PSNR_DB, bound_db
 from diffusion_convert.verify import psnr_db
 from diffusion_runtime.backends import TensorSpec
 from diffusion_runtime.errors import VerificationError
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import TensorType, operations
-
-MIN_PSNR_DB: Mapping[int, float] = {1: 3.0, 2: 6.0, 3: 10.0, 4: 14.0, 6: 24.0, 8: 34.0}
-"""Per bit width, the least PSNR of outputs against the float16 package's. A random network keeps about 6 dB per bit
-and 6 more for the peak; what is broken has less than 3 dB at any width. A component may own stricter ones."""
 
 _TIMESTEPS = 1000
 _TOKENS = 49408
@@ -88,12 +85,6 @@ def compare_outputs(reference: Path, other: Path, samples: Samples | None = None
         name: min(psnr_db(one[name], two[name]) for one, two in zip(expected, found, strict=True))
         for name in expected[0]
     }
-
-
-def bound_db(average_bits: float, bounds: Mapping[int, float] = MIN_PSNR_DB) -> float:
-    """The bound at ``average_bits``, on the line between the widths beside it."""
-    widths = sorted(bounds)
-    return float(np.interp(average_bits, widths, [bounds[bits] for bits in widths]))
 
 
 def require_outputs(

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_convert.palettize.bounds import MIN_PSNR_DB, bound_db
 from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.damage import Damage, measure_damage
-from diffusion_convert.palettize.outputs import MIN_PSNR_DB, bound_db, require_outputs, seeded_inputs
+from diffusion_convert.palettize.outputs import require_outputs, seeded_inputs
 from diffusion_convert.palettize.package import palettize_as, stored_array
 from diffusion_convert.palettize.plan import Plan
 from diffusion_convert.palettize.plot import candidate, mixed_candidates, plot_recipes, uniform_candidates
