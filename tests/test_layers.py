@@ -53,7 +53,7 @@ def test_only_proto_touches_protobuf() -> None:
         if any(name.startswith(("google.protobuf", "coremltools.proto")) for name in imported_modules(path))
         or "_pb2" in path.read_text(encoding="utf-8")
     }
-    assert touching == {"runtime/diffusion_runtime/mil/proto.py"}
+    assert touching == {f"runtime/diffusion_runtime/mil/{name}.py" for name in ("description", "proto")}
 
 
 @pytest.mark.parametrize("package", ["diffusion_runtime", "diffusion_convert"])
