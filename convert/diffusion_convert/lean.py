@@ -9,6 +9,7 @@ pyproject.toml, and a test that each replacement is called.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -52,6 +53,9 @@ def lean(placeholders: Placeholders, write: Write, progress: Progress = lambda _
         replace(helper, "_get_offset_by_writing_data", lambda var, _: write(var.val))
         node = import_coremltools("converters.mil.frontend.torch.internal_graph").InternalTorchIRNode
         replace(node, "from_torchscript_node", classmethod(_placed(node.from_torchscript_node.__func__)))
+        logger = logging.getLogger("coremltools")
+        replaced.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
         replace(frontend, "_tqdm", lambda nodes, **_: nodes)
         yield
 
