@@ -123,7 +123,8 @@ def _combine(data: Tensor, axis: int, index: Tensor, updates: Tensor, mode: Scat
         if not data.is_floating_point():
             raise UnsupportedError(f"{op}: mode 'div' of integers is not covered")
         updates = updates.reciprocal()
-    return data.index_reduce(axis, index, updates, _REDUCE[mode])
+    place = index.reshape(-1, *[1] * (updates.ndim - axis - 1)).expand(updates.shape)
+    return data.scatter_reduce(axis, place, updates, _REDUCE[mode])
 
 
 @mil_op("topk")
