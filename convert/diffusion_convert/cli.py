@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from diffusion_convert.commands import bundling, inspecting, sharing
+from diffusion_convert.commands import bundling, inspecting, sharing, verifying
 from diffusion_convert.options import (
     AttentionKind,
     ConvertOptions,
     Precision,
     parse_choice,
+    parse_list,
     parse_lora,
     parse_nbits,
 )
@@ -72,7 +74,7 @@ def convert(
         ),
     ] = None,
     components: Annotated[
-        list[str] | None, _option("Convert this component alone; may be given several times. [default: all]")
+        list[str] | None, _option("Only these, as in text_encoder,unet; may be given several times. [default: all]")
     ] = None,
     nbits: Annotated[int | None, _option("Palettize weights to 1, 2, 3, 4, 6 or 8 bits. [default: 16-bit]")] = None,
     nbits_for: Annotated[
@@ -95,7 +97,7 @@ def convert(
         str, typer.Option(help="auto (float32 where float16 would overflow), float16 or float32.")
     ] = "auto",
     compile_: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Compile the packages, for apps.")
+        bool, typer.Option("--compiled/--no-compiled", help="Compile the packages, for apps.")
     ] = True,
     zip_: Annotated[bool, typer.Option("--zip/--no-zip", help="Zip the compiled models, for publishing.")] = True,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify every model.")] = True,
@@ -107,7 +109,7 @@ def convert(
         **({"attention": kinds} if kinds else {}),
         nbits=nbits,
         nbits_for=parse_nbits(nbits_for or ()),
-        components=tuple(components or ()),
+        components=parse_list(components or ()),
         height=height,
         width=width,
         batch_size=batch_size,
@@ -164,8 +166,14 @@ def _progress(console: Console) -> Iterator[Progress]:
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
     ) as bars:
         bar = bars.add_task("opening the checkpoint", total=1.0)
+        unit, since = "", time.perf_counter()
 
         def report(event: Event) -> None:
+            nonlocal unit, since
+            if event.unit != unit:
+                if unit:
+                    console.print(f"{unit}: done in {time.perf_counter() - since:.0f} s", highlight=False)
+                unit, since = event.unit, time.perf_counter()
             if event.fraction == 0.0 and event.phase.startswith("family "):
                 console.print(event.phase, highlight=False)
             bars.update(bar, description=f"{event.unit} {event.phase}".strip(), completed=event.fraction)
@@ -179,14 +187,15 @@ def _show(made: Conversion) -> None:
 
     console = Console()
     table = Table(title=f"{made.output} ({made.family})")
-    for column in ("variant", "component", "size", "precision", "PSNR against the checkpoint's own network"):
+    for column in ("variant", "component", "size", "weights", "PSNR against the checkpoint's network"):
         table.add_column(column)
     for variant, manifest in made.variants.items():
         for name, component in manifest.components.items():
-            quality = ", ".join(f"{output} {value:.1f} dB" for output, value in component.psnr_db.items())
+            quality = f"{min(component.psnr_db.values()):.1f} dB" if component.psnr_db else "not verified"
             wide = f" ({len(component.float32_ops)} operations float32)" if component.float32_ops else ""
             size = f"{component.size_bytes / 1e6:.1f} MB"
-            table.add_row(variant, name, size, component.precision + wide, quality or "not verified")
+            bits = f"{component.palettization.nbits:g} bits" if component.palettization else component.precision
+            table.add_row(variant, name, size, bits + wide, quality)
     console.print(table)
     for note in made.notes:
         typer.echo(f"note: {note}")
@@ -204,6 +213,6 @@ def _say_kept(output: Path) -> None:
     typer.echo(f"interrupted: {what}", err=True)
 
 
-for module in (palettizing, bundling, inspecting, sharing):
+for module in (palettizing, bundling, verifying, inspecting, sharing):
     module.register(app)
 app.registered_commands.extend(runtime.app.registered_commands)

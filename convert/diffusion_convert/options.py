@@ -109,10 +109,15 @@ def parse_lora(text: str) -> Lora:
         raise InputError(f"--lora {text!r}: expected PATH or PATH:WEIGHT, as in style.safetensors:0.8") from None
 
 
+def parse_list(texts: Iterable[str]) -> tuple[str, ...]:
+    """``["a,b", "c"]`` -> ``("a", "b", "c")``."""
+    return tuple(name for text in texts for part in text.split(",") if (name := part.strip()))
+
+
 def parse_nbits(texts: Iterable[str]) -> dict[str, int]:
     """``["unet=6"]`` -> ``{"unet": 6}``."""
     found = {}
-    for text in texts:
+    for text in parse_list(texts):
         name, _, bits = text.partition("=")
         if not name or not bits.isdigit():
             raise InputError(f"--nbits-for {text!r}: expected COMPONENT=BITS, as in unet=6")

@@ -1,0 +1,74 @@
+"""The README is true: its commands parse, those on the repository's own checkpoint run, its figures name a command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from diffusion_convert.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHAPES = ROOT / "tests" / "checkpoints" / "shapes"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every shell command of the README, continuation lines joined, comments removed."""
+    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+OURS = [words for words in commands() if words[0] == "coreml-diffusion"]
+RUN_HERE = [words for words in OURS if any(part.startswith(("tests/checkpoints", "shapes-")) for part in words)]
+
+
+def test_readme_has_commands_to_check() -> None:
+    assert len(OURS) > 10
+    assert len(RUN_HERE) > 3
+    assert len(blocks("python")) >= 1
+
+
+@pytest.mark.parametrize("words", OURS, ids=" ".join)
+def test_command_is_one_that_the_program_has(words: list[str]) -> None:
+    group = typer.main.get_command(app)
+    context = group.make_context("coreml-diffusion", words[1:], resilient_parsing=False)
+    name, command, rest = group.resolve_command(context, [*context.protected_args, *context.args])  # type: ignore[attr-defined]
+    assert command is not None, name
+    command.make_context(name, rest, parent=context)
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = {words[1] for words in commands() if words[0] == "make"}
+    assert {"demo", "test"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_links_to_files_exist() -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHAPES.is_dir(), reason="tests/checkpoints/shapes is not in this tree")
+def test_commands_and_python_run_in_order(tmp_path: Path) -> None:
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    program = str(Path(sys.executable).with_name("coreml-diffusion"))
+    for words in RUN_HERE:
+        done = subprocess.run([program, *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    for code in blocks("python"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{code}\n{done.stderr}"
+    assert list(tmp_path.rglob("*.png"))
