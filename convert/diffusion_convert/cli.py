@@ -163,7 +163,12 @@ def _progress(console: Console) -> Iterator[Progress]:
     from diffusion_convert.conversion import Event
 
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ) as bars:
         bar = bars.add_task("opening the checkpoint", total=1.0)
         unit, since = "", time.perf_counter()
