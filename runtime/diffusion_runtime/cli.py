@@ -191,6 +191,7 @@ def _make(order: Order, loading: Mapping[str, Any]) -> None:
             f"then {timing.steady_seconds:.3f} s each ({timing.calls} calls)",
             style="dim",
             highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -233,6 +234,7 @@ def _progress(console: Console) -> Progress:
         progress.TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
 
 

@@ -43,7 +43,7 @@ class Finding:
 def examine() -> tuple[Finding, ...]:
     """Everything worth knowing, in the order in which it is shown. Raises nothing."""
     return (
-        Finding("coreml-diffusion", State.OK, _version("coreml-diffusion") or "not installed as a package"),
+        Finding("coreml-diffusion", State.OK, installed("coreml-diffusion") or "not installed as a package"),
         _python(),
         Finding("machine", State.OK, f"{platform.system()} {platform.release()} on {platform.machine()}"),
         *(_library(name) for name in LIBRARIES),
@@ -57,7 +57,8 @@ def examine() -> tuple[Finding, ...]:
     )
 
 
-def _version(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The version of a distribution, None where it is missing."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -72,7 +73,7 @@ def _python() -> Finding:
 
 
 def _library(name: str) -> Finding:
-    version = _version(name)
+    version = installed(name)
     if version is None:
         return Finding(name, State.BROKEN, "missing", "pip install coreml-diffusion")
     if name == "numpy" and tuple(map(int, version.split(".")[:2])) >= (2, 4):

@@ -86,7 +86,7 @@ def describe(folder: Path, assumed: Assumed) -> Described:
     components = {name: _component(folder, files[name], models) for name, models in opened.items()}
     inputs = {tensor.name: tensor.shape for tensor in components["unet"].inputs}
     _check(folder, components, inputs)
-    family = _family(inputs)
+    family = family_of(inputs)
     factor = _factor(components, inputs, 4 if family == "x4-upscaler" else 8)
     prediction = assumed.prediction_type or ("v_prediction" if family in PREDICTING_V else "epsilon")
     scale = assumed.scale or (0.08333 if family == "x4-upscaler" else 0.18215)
@@ -179,7 +179,8 @@ def _check(folder: Path, components: Mapping[str, Component], inputs: Mapping[st
             raise PackageError(f"{folder}: the UNet's input {name} is {inputs.get(name)}, expected four dimensions")
 
 
-def _family(inputs: Mapping[str, tuple[int, ...]]) -> str:
+def family_of(inputs: Mapping[str, tuple[int, ...]]) -> str:
+    """The family (`diffusion_convert.families`) of a UNet with these input shapes."""
     channels, width = inputs["sample"][1], inputs["encoder_hidden_states"][1]
     special = {5: "sd2-depth", 7: "x4-upscaler", 9: "sd2-inpainting" if width == 1024 else "sd1-inpainting"}
     if channels in special or width != 1024:

@@ -211,7 +211,8 @@ def _written(
     flags = result.nsfw_content_detected or [False] * len(planned)
     used = schedulers.name_of(run.job.scheduler)
     for item, image, flagged in zip(planned, result.images, flags, strict=True):
-        settings = replace(item.settings, scheduler=used, strength=run.job.request.strength)
+        strength = run.job.request.strength if item.settings.image is not None else None
+        settings = replace(item.settings, scheduler=used, strength=strength)
         images.write_png(image, item.path, {**asdict(settings), "task": run.task.name, **record})
         yield Made(item.path, settings, flagged, result.notes)
 

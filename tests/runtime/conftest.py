@@ -218,3 +218,11 @@ def _psnr_db(got: Any, expected: Any) -> float:
 @pytest.fixture
 def psnr_db() -> Callable[[Any, Any], float]:
     return _psnr_db
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packages that compute next to nothing, with a manifest; shared, so copy it to change it."""
+    import toy_models
+
+    return toy_models.write(tmp_path_factory.mktemp("toy") / "models" / "original" / "packages")

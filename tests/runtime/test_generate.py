@@ -1,0 +1,269 @@
+"""`coreml-diffusion generate` and `doctor`, on models that compute next to nothing."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import toy_models
+from diffusion_runtime import diagnosis, generation, images
+from diffusion_runtime.cli import app
+from diffusion_runtime.errors import DiffusionError, InputError
+
+Run = Callable[..., Any]
+FAST = ("--steps", "3", "--backend", "torch")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command in an empty folder; errors of ours come back as ``result.exception``."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def pixels(path: str) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def picture_file(path: Path, size: int = 64, mode: str = "RGB") -> Path:
+    values = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(values).convert(mode).save(path)
+    return path
+
+
+def test_a_picture_and_its_seed(run: Run, toy_folder: Path) -> None:
+    result = run("generate", toy_folder, "--prompt", "a cat", "-o", "new/cat.png", *FAST)
+    assert result.exit_code == 0, result.output
+    shown = next(line for line in result.output.splitlines() if line.startswith("new/cat.png"))
+    record = images.read_metadata(Path("new/cat.png"))
+    assert shown == f"new/cat.png  seed {record['seed']}"
+    assert pixels("new/cat.png").shape == (64, 64, 3)
+    expected = {"prompt": "a cat", "steps": 3, "guidance_scale": 7.5, "scheduler": "pndm", "rng": "torch"}
+    assert expected.items() <= record.items()
+    assert record["task"] == "text to image" and record["model"] == "toy" and record["revision"] == "0" * 40
+    assert {"torch", "diffusers", "coreml-diffusion", "python"} <= record["versions"].keys()
+
+
+def test_times_of_loading_first_and_later_calls_are_reported(run: Run, toy_folder: Path) -> None:
+    result = run("generate", toy_folder, "--prompt", "a cat", "-o", "cat.png", *FAST)
+    assert "unet" in result.output and "loaded in" in result.output and "first call" in result.output
+
+
+@pytest.mark.parametrize("rng", ["torch", "numpy", "nvidia"])
+def test_a_picture_can_be_repeated_from_itself(run: Run, toy_folder: Path, rng: str) -> None:
+    picture_file(Path("start.png"))
+    asked = ["--prompt", "a (red:1.2) cat", "--negative-prompt", "dog", "--guidance-scale", "3", "--rng", rng]
+    asked += ["--image", "start.png", "--strength", "0.7", "--scheduler", "euler-ancestral", "--steps", "5"]
+    run("generate", toy_folder, *asked, "-o", "one.png")
+    assert run("generate", "--from", "one.png").exit_code == 0
+    assert np.array_equal(pixels("one.png"), pixels("one-again.png"))
+    assert images.read_metadata(Path("one.png")) == images.read_metadata(Path("one-again.png"))
+
+
+def test_other_options_override_the_record(run: Run, toy_folder: Path) -> None:
+    run("generate", toy_folder, "--prompt", "a cat", "-o", "one.png", "--seed", "4", *FAST)
+    run("generate", "--from", "one.png", "--prompt", "a horse", "-o", "two.png")
+    one, two = (images.read_metadata(Path(name)) for name in ("one.png", "two.png"))
+    assert {**one, "prompt": "a horse"} == two
+    assert not np.array_equal(pixels("one.png"), pixels("two.png"))
+
+
+def test_several_pictures_have_numbers_and_seeds_that_count_up(run: Run, toy_folder: Path) -> None:
+    result = run("generate", toy_folder, "--prompt", "a cat", "-o", "p.png", "--count", "3", "--seed", "7", *FAST)
+    lines = [line for line in result.output.splitlines() if line.startswith("p-")]
+    assert lines == ["p-1.png  seed 7", "p-2.png  seed 8", "p-3.png  seed 9"]
+    run("generate", toy_folder, "--prompt", "a cat", "-o", "alone.png", "--seed", "8", *FAST)
+    assert np.array_equal(pixels("p-2.png"), pixels("alone.png"))
+
+
+def test_without_guidance_pictures_share_a_call_and_do_not_change(run: Run, toy_folder: Path) -> None:
+    off = ["--guidance-scale", "1", "--prompt", "a cat", *FAST]
+    together = run("generate", toy_folder, *off, "-o", "p.png", "--count", "2", "--seed", "7")
+    alone = run("generate", toy_folder, *off, "-o", "alone.png", "--seed", "8")
+    calls = [next(line for line in r.output.splitlines() if line.startswith("unet")) for r in (together, alone)]
+    assert calls[0].rpartition("(")[2] == calls[1].rpartition("(")[2]
+    assert np.array_equal(pixels("p-2.png"), pixels("alone.png"))
+
+
+def test_prompts_from_a_file(run: Run, toy_folder: Path) -> None:
+    Path("prompts.txt").write_text("\ufeffa cat\n\n  ein Pferd 🐎  \n", encoding="utf-8")
+    result = run("generate", toy_folder, "--prompts-file", "prompts.txt", "-o", "p.png", "--seed", "1", *FAST)
+    assert result.exit_code == 0, result.output
+    assert [images.read_metadata(Path(f"p-{n}.png"))["prompt"] for n in (1, 2)] == ["a cat", "ein Pferd 🐎"]
+
+
+def test_previews_are_there_while_it_works_and_gone_after(
+    run: Run, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    write = images.write_png
+
+    def watched(image: Image.Image, path: Path, *rest: Any) -> None:
+        written.append(path.name)
+        write(image, path, *rest)
+
+    monkeypatch.setattr(images, "write_png", watched)
+    run("generate", toy_folder, "--prompt", "a cat", "-o", "p.png", "--preview", "--steps", "12")
+    assert written == ["p-preview.png"] * 3 + ["p.png"]
+    assert [path.name for path in Path().iterdir()] == ["p.png"]
+
+
+def test_inputs_of_another_size_are_noted(run: Run, toy_folder: Path) -> None:
+    picture_file(Path("large.png"), 100)
+    picture_file(Path("mask.png"), 32, "L")
+    given = ("--image", "large.png", "--mask", "mask.png", "--prompt", "")
+    result = run("generate", toy_folder, *given, "-o", "p.png", *FAST)
+    assert "note: the image was resized from 100x100 to 64x64" in result.output
+    assert "note: the mask was resized from 32x32 to 64x64" in result.output
+
+
+def test_a_cut_prompt_is_noted_once(run: Run, toy_folder: Path) -> None:
+    result = run("generate", toy_folder, "--prompt", "cat " * 2500, "-o", "p.png", "--count", "2", *FAST)
+    assert result.exit_code == 0 and result.output.count("the prompt was cut after 75 tokens; lost: ") == 1
+
+
+def write_bad_inputs() -> None:
+    picture_file(Path("good.png"))
+    Path("no-picture.png").write_text("text")
+    Image.new("L", (64, 64)).save("black.png")
+    Path("empty.txt").write_text("\n")
+    Path("file").write_text("in the way")
+
+
+WANTED = ("--prompt", "a cat", "-o", "out/p.png")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-o", "out/p.png"), "no prompt: give --prompt"),
+        (("--prompt", "a cat"), "no output named: give -o FILE.png"),
+        (("--prompt", "a cat", "-o", "p.jpg"), "p.jpg: expected a name that ends in .png"),
+        (("--prompt", "a cat", "-o", "file/p.png"), "file is not a folder"),
+        ((*WANTED, "--prompts-file", "empty.txt"), "--prompt and --prompts-file are both given"),
+        (("-o", "out/p.png", "--prompts-file", "empty.txt"), "holds no prompts"),
+        (("-o", "out/p.png", "--prompts-file", "none.txt"), "none.txt: cannot be read"),
+        ((*WANTED, "--image", "no-picture.png"), "--image no-picture.png: not a picture that can be read"),
+        ((*WANTED, "--image", "none.png"), "--image none.png: no such file"),
+        ((*WANTED, "--image", "good.png", "--mask", "black.png"), "the mask is black all over"),
+        ((*WANTED, "--mask", "good.png"), "given --mask, but these models do"),
+        ((*WANTED, "--image", "good.png", "--strength", "0"), "strength 0.0"),
+        ((*WANTED, "--image", "good.png", "--strength", "nan"), "strength nan"),
+        ((*WANTED, "--steps", "0"), "0 steps: expected 1 to 1000"),
+        ((*WANTED, "--guidance-scale", "nan"), "guidance scale nan"),
+        ((*WANTED, "--count", "0"), "--count 0: expected at least 1"),
+        ((*WANTED, "--seed", "-1"), "seed -1: expected 0 to"),
+        ((*WANTED, "--seed", "4294967295", "--count", "2"), "seeds end at 4294967295"),
+        ((*WANTED, "--scheduler", "plms9"), "unknown scheduler 'plms9': expected one of pndm, ddim"),
+        ((*WANTED, "--rng", "dice"), "unknown random number generator 'dice'"),
+        ((*WANTED, "--compute-units", "tpu"), "unknown compute units 'tpu'"),
+        ((*WANTED, "--backend", "tpu"), "unknown backend 'tpu'"),
+        ((*WANTED, "--device", "abacus"), "device 'abacus' cannot be used"),
+        ((*WANTED, "--dtype", "int3"), "unknown dtype 'int3'"),
+        ((*WANTED, "--tokenizer", "nowhere"), "nowhere: no vocab.json and no merges.txt"),
+        ((*WANTED, "--long-prompt", "--negative-prompt", "cat " * 100), "longer than the 75 tokens"),
+        (("--from", "good.png"), "does not say how it was made"),
+        (("--from", "none.png"), "none.png: no such file"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    run: Run, toy_folder: Path, options: tuple[str, ...], message: str
+) -> None:
+    write_bad_inputs()
+    before = sorted(Path().rglob("*"))
+    result = run("generate", toy_folder, *options)
+    assert isinstance(result.exception, DiffusionError), result.output
+    assert message in str(result.exception) and "\n" not in str(result.exception)
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_no_models_named(run: Run) -> None:
+    assert "no models named" in str(run("generate", *WANTED).exception)
+    assert "nowhere: no such folder" in str(run("generate", "nowhere", *WANTED).exception)
+
+
+def test_a_record_whose_input_changed_is_not_repeated(run: Run, toy_folder: Path) -> None:
+    picture_file(Path("start.png"))
+    run("generate", toy_folder, *WANTED, "--image", "start.png", *FAST)
+    picture_file(Path("start.png"), 32)
+    changed = run("generate", "--from", "out/p.png").exception
+    assert isinstance(changed, InputError) and "start.png has changed since: name the file" in str(changed)
+    Path("start.png").unlink()
+    assert "start.png, which is not there" in str(run("generate", "--from", "out/p.png").exception)
+
+
+@pytest.mark.parametrize("damage", [{"steps": "many"}, {"prompt": None}, {"seed": 1.5}])
+def test_a_damaged_record_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
+    record = {"prompt": "a cat", "steps": 3, "seed": 1, **damage}
+    images.write_png(Image.new("RGB", (8, 8)), tmp_path / "p.png", record)
+    with pytest.raises(InputError, match="record is damaged at"):
+        generation.recorded(tmp_path / "p.png")
+
+
+def test_nothing_is_left_of_an_interrupted_picture(
+    run: Run, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffusion_runtime.safety.is_flagged", stop)
+    monkeypatch.setattr("diffusion_runtime.images.to_pil", stop)
+    result = run("generate", toy_folder, *WANTED, *FAST)
+    assert result.exit_code != 0
+    assert not Path("out").exists() or list(Path("out").iterdir()) == []
+
+
+def test_a_model_with_nan_weights_is_reported(run: Run, toy_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_folder, tmp_path / "models")
+    toy_models.nan_unet(tmp_path / "models")
+    result = run("generate", tmp_path / "models", *WANTED, *FAST)
+    assert "unet gave values that are not numbers" in str(result.exception) and not Path("out").exists()
+
+
+def test_help_answers_without_loading_anything_heavy() -> None:
+    code = (
+        "import sys; from diffusion_runtime.cli import app; app(['generate', '--help'], standalone_mode=False);"
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'coremltools', 'PIL') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip().endswith("[]")
+    for taught in ("image to image", "in-painting", "depth to image", "upscaling", "--from", "Examples"):
+        assert taught in shown
+
+
+def test_doctor_says_what_is_there_and_what_to_do(run: Run) -> None:
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    for name in ("python", "torch", "coremltools", "torch backend", "coreml backend", "compute units", "memory"):
+        assert name in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "remedy"),
+    [("numpy", "2.4.1", "pip install 'numpy<2.4'"), ("scipy", None, "pip install coreml-diffusion")],
+)
+def test_doctor_knows_what_is_broken(
+    run: Run, monkeypatch: pytest.MonkeyPatch, name: str, version: str | None, remedy: str
+) -> None:
+    installed = diagnosis.installed
+    monkeypatch.setattr(diagnosis, "installed", lambda asked: version if asked == name else installed(asked))
+    result = run("doctor")
+    assert result.exit_code == 2
+    assert "broken" in result.output and remedy in result.output
+
+
+@pytest.mark.skipif(platform.system() == "Darwin", reason="macOS has the bindings")
+def test_doctor_on_a_mac_without_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    finding = next(found for found in diagnosis.examine() if found.name == "coreml backend")
+    assert finding.state is diagnosis.State.BROKEN and "bindings" in finding.text
