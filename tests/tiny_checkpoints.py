@@ -109,7 +109,14 @@ SAFETY: Mapping[str, Any] = {
     "logit_scale_init_value": 2.6592,
     "model_type": "clip",
     "projection_dim": 24,
-    "text_config": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 99},
+    "text_config": {
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "vocab_size": 99,
+    },
     "vision_config": {
         "hidden_act": "quick_gelu",
         "hidden_size": 32,

@@ -17,7 +17,7 @@ from diffusion_convert.making import read_record
 from diffusion_convert.options import AttentionKind, ConvertOptions
 from diffusion_convert.plan import Plan, make_plan, tool_versions
 from diffusion_convert.vocabulary import write_vocabulary
-from diffusion_convert.workspace import Workspace, check_space, link_tree, publish, workspace
+from diffusion_convert.workspace import Workspace, check_place, check_space, link_tree, publish, workspace
 from diffusion_runtime import manifest
 from diffusion_runtime.bundle import ATTENTIONS
 from diffusion_runtime.errors import InputError, PackageError
@@ -52,6 +52,7 @@ class Conversion:
 
 def convert(source: str, output: Path, options: ConvertOptions, progress: Progress) -> Conversion:
     """See `diffusion_convert.convert`."""
+    check_place(output)
     progress(Event("", "open", 0.0))
     checkpoint = open_checkpoint(
         source, revision=options.revision, family=options.family, vae=options.vae, loras=options.loras

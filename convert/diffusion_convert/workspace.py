@@ -91,6 +91,16 @@ def check_space(output: Path, needed_bytes: int) -> None:
         )
 
 
+def check_place(output: Path) -> None:
+    """Raises InputError where ``output`` can be seen not to be a folder that can be written to."""
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        what = "is a file" if nearest == output else f"{nearest} is a file"
+        raise InputError(f"{output}: {what}; name a folder for the result")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{output}: cannot be written to: no permission for {nearest}")
+
+
 def publish(place: Workspace, obsolete: tuple[Path, ...]) -> None:
     """Rename the entries of ``ready`` into the output, in place of older ones; remove what is ``obsolete``."""
     replaced = place.root / "replaced"
@@ -120,8 +130,6 @@ def link_tree(source: Path, target: Path) -> None:
 def _make(output: Path) -> tuple[Path, ...]:
     """Make ``output``; the folders that were made, the innermost first."""
     made = tuple(path for path in (output, *output.parents) if not path.exists())
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: is a file; name a folder for the result")
     output.mkdir(parents=True, exist_ok=True)
     try:
         (output / FOLDER).mkdir(exist_ok=True)

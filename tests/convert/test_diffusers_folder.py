@@ -1,0 +1,146 @@
+"""Folders in diffusers' layout: which files are taken, and what is said of folders that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffusion_convert import networks
+from diffusion_convert.checkpoint import Checkpoint, open_checkpoint
+from diffusion_convert.checkpoint.diffusers_folder import weight_files
+from diffusion_convert.options import ConvertOptions
+from diffusion_convert.plan import make_plan
+from diffusion_runtime.errors import CheckpointError
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A checkpoint to change."""
+    return shutil.copytree(tiny_checkpoint("sd1"), tmp_path / "checkpoint")
+
+
+def tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    return dict(checkpoint.models["unet"].tensors())
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["model.safetensors", "model.fp16.safetensors"], "model.fp16.safetensors"),
+        (["model.safetensors", "pytorch_model.bin"], "model.safetensors"),
+        (["model.safetensors", "pytorch_model.fp16.bin"], "model.safetensors"),
+        (["pytorch_model.bin", "pytorch_model.fp16.bin"], "pytorch_model.fp16.bin"),
+        (
+            ["diffusion_pytorch_model.non_ema.safetensors", "diffusion_pytorch_model.bin"],
+            "diffusion_pytorch_model.bin",
+        ),
+    ],
+)
+def test_the_best_file_is_taken(names: list[str], expected: str) -> None:
+    assert weight_files(names.__contains__, lambda _: {}) == (expected,)
+
+
+def test_shards_are_read_together(folder: Path) -> None:
+    whole = load_file(folder / UNET)
+    (folder / UNET).unlink()
+    names = sorted(whole)
+    shards = [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    places = {name: shards[index % 2] for index, name in enumerate(names)}
+    for file in shards:
+        save_file({name: whole[name] for name in names if places[name] == file}, folder / "unet" / file)
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    found = tensors(open_checkpoint(str(folder)))
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in names)
+    (folder / "unet" / places[names[0]]).unlink()
+    with pytest.raises(CheckpointError, match=r"weights are missing: .*-00001-of-00002"):
+        open_checkpoint(str(folder))
+
+
+def test_pickled_weights_are_read_where_there_are_no_others(folder: Path) -> None:
+    whole = load_file(folder / UNET)
+    (folder / UNET).unlink()
+    torch.save(whole, folder / "unet" / "diffusion_pytorch_model.bin")
+    found = tensors(open_checkpoint(str(folder)))
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_attention_of_old_vaes_is_renamed(folder: Path) -> None:
+    """diffusers before 0.12 wrote query, key, value and proj_attn."""
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = load_file(path)
+    expected = {name: value.clone() for name, value in renamed.items()}
+    for new, name in old.items():
+        renamed = {key.replace(f"attentions.0.{new}.", f"attentions.0.{name}."): v for key, v in renamed.items()}
+    assert renamed.keys() != expected.keys()
+    save_file(renamed, path)
+    network = networks.build(open_checkpoint(str(folder)), "vae")
+    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+
+
+def test_licence_is_the_model_cards(folder: Path) -> None:
+    assert open_checkpoint(str(folder)).source.licence is None
+    (folder / "README.md").write_text("---\nlicense: creativeml-openrail-m\ntags: []\n---\n# Model\n")
+    assert open_checkpoint(str(folder)).source.licence == "creativeml-openrail-m"
+
+
+def _truncate(folder: Path) -> None:
+    data = (folder / UNET).read_bytes()
+    (folder / UNET).write_bytes(data[: len(data) // 2])
+
+
+def _garble(folder: Path) -> None:
+    (folder / UNET).write_bytes(b"<html>404</html>" * 10)
+
+
+def _rename_weight(folder: Path) -> None:
+    weights = load_file(folder / UNET)
+    save_file({name.replace("conv_in.bias", "conv_in.offset"): v for name, v in weights.items()}, folder / UNET)
+
+
+def _reshape_weight(folder: Path) -> None:
+    weights = load_file(folder / UNET)
+    save_file({**weights, "conv_in.bias": torch.zeros(7)}, folder / UNET)
+
+
+def _change_config(folder: Path) -> None:
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "down_block_types": ["Nonsense"]}))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no index": (lambda folder: (folder / "model_index.json").unlink(), "has no model_index.json"),
+    "index is no JSON": (lambda folder: (folder / "model_index.json").write_text("{"), "cannot be read as JSON"),
+    "no folder of the UNet": (lambda folder: shutil.rmtree(folder / "unet"), "lacks unet"),
+    "no weights": (lambda folder: (folder / UNET).unlink(), "weights are missing"),
+    "no scheduler": (lambda folder: (folder / "scheduler/scheduler_config.json").unlink(), "missing"),
+    "truncated": (_truncate, "damaged"),
+    "not safetensors": (_garble, "damaged"),
+    "wrong names": (_rename_weight, r"missing: conv_in.bias; unknown: conv_in.offset"),
+    "wrong shape": (_reshape_weight, r"conv_in.bias \(7,\), expected \(32,\)"),
+    "unknown block": (_change_config, "does not describe"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_damage_is_found_before_work_starts(damage: Callable[[Path], object], message: str, folder: Path) -> None:
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        make_plan(open_checkpoint(str(folder)), ConvertOptions())
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nope", "nope", "nope.safetensors"])
+def test_no_such_place(source: str) -> None:
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        open_checkpoint(source)
