@@ -158,7 +158,7 @@ def _record(
     psnr_db: Mapping[str, float],
     seconds: Mapping[str, float],
 ) -> Record:
-    kept = sorted(name for name in made.modules if export.mil_name(name) in recipe.float32_ops)
+    kept = [name for name in made.modules if export.mil_name(name) in recipe.float32_ops]
     graph, units = made.graph, job.unit.component.compute_units
     return Record(
         component=manifest.Component(
