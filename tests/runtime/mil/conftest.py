@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,15 @@ def save_program(tmp_path_factory: pytest.TempPathFactory) -> Save:
 
     def save(body: Callable[..., Any], dtype: str = "fp32", **shapes: tuple[int, ...]) -> Path:
         ct = import_coremltools()
-        mil = import_coremltools("converters.mil")
+        mil = import_coremltools("converters.mil.mil")
         types = import_coremltools("converters.mil.mil.types")
-        specs = [mil.Builder.TensorSpec(shape, types.string_to_builtin(dtype)) for shape in shapes.values()]
-
-        def function(*inputs: Any) -> Any:
-            return body(mil.Builder, *inputs)
-
-        # The builder names the inputs by the parameters of the function.
-        named = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in shapes]
-        function.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
-        program = mil.Builder.program(input_specs=specs, opset_version=ct.target.iOS16)(function)
+        of = types.string_to_builtin(dtype)
+        inputs = {name: mil.Builder.placeholder(shape, of) for name, shape in shapes.items()}
+        program = mil.Program()
+        with mil.Function(inputs, opset_version=ct.target.iOS16) as function:
+            outputs = body(mil.Builder, *function.inputs.values())
+            function.set_outputs(list(outputs) if isinstance(outputs, tuple | list) else [outputs])
+            program.add_function("main", function)
         options = {"minimum_deployment_target": ct.target.iOS16, "skip_model_load": True}
         pipeline = ct.PassPipeline.EMPTY
         model = ct.convert(program, convert_to="mlprogram", pass_pipeline=pipeline, **options)
