@@ -1,0 +1,242 @@
+"""A conversion's life: it goes on where it stopped, appears whole or not at all, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion_convert import conversion, convert
+from diffusion_convert.conversion import Event
+from diffusion_convert.options import AttentionKind, ConvertOptions
+from diffusion_convert.workspace import FOLDER, kept
+from diffusion_runtime import manifest
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.mil.program import DType
+from diffusion_runtime.mil.weights import WeightWriter
+
+PARTS = ("text_encoder", "vae_encoder")
+OPTIONS = ConvertOptions(attention=(AttentionKind.ORIGINAL,), components=PARTS, compiled=False)
+PHASES = ("reference", "load", "trace", "convert", "save", "verify")
+
+Source = Callable[[str], Path]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_checkpoint: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "models"
+    convert(tiny_checkpoint("sd1"), output, OPTIONS)
+    return output
+
+
+class StopAt:
+    """Interrupts, as Ctrl-C does, at the first event of a unit's phase; ``seen`` is what was begun until then."""
+
+    def __init__(self, unit: str, phase: str, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.unit, self.phase, self.error = unit, phase, error
+        self.seen: list[tuple[str, str]] = []
+
+    def __call__(self, event: Event) -> None:
+        if (event.unit, event.phase) not in self.seen:
+            self.seen.append((event.unit, event.phase))
+        if (event.unit, event.phase) == (self.unit, self.phase):
+            raise self.error
+
+
+def test_result_is_whole(undisturbed: Path) -> None:
+    packages = undisturbed / "original" / "packages"
+    made = manifest.read(packages)
+    assert tuple(made.components) == PARTS
+    assert {path.name for path in undisturbed.iterdir()} == {"original"}
+    assert {path.name for path in packages.iterdir()} == {
+        "Stable_Diffusion_version_sd1_text_encoder.mlpackage",
+        "Stable_Diffusion_version_sd1_vae_encoder.mlpackage",
+        "manifest.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    }
+    for component in made.components.values():
+        assert component.size_bytes > 0
+        assert component.sha256.keys() == {
+            f"{component.files[0]}/{name}"
+            for name in (
+                "Manifest.json",
+                "Data/com.apple.CoreML/model.mlmodel",
+                "Data/com.apple.CoreML/weights/weight.bin",
+            )
+        }
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_ctrl_c_before_anything_is_finished_leaves_nothing(
+    phase: str, tiny_checkpoint: Source, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_checkpoint("sd1"), tmp_path / "new" / "models", OPTIONS, StopAt("text_encoder", phase))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_conversion_goes_on(undisturbed: Path, tiny_checkpoint: Source, tmp_path: Path) -> None:
+    output = tmp_path / "models"
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_checkpoint("sd1"), output, OPTIONS, StopAt("vae_encoder", "verify"))
+    assert kept(output) == ("text_encoder",)
+    assert [path.name for path in output.iterdir()] == [FOLDER]
+    rest = StopAt("", "never")
+    convert(tiny_checkpoint("sd1"), output, OPTIONS, rest)
+    assert ("text_encoder", "convert") not in rest.seen
+    assert ("vae_encoder", "reference") not in rest.seen
+    assert ("vae_encoder", "convert") in rest.seen
+    assert contents(output) == contents(undisturbed)
+
+
+def test_stopped_while_the_result_is_renamed_into_place(
+    undisturbed: Path, tiny_checkpoint: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "models"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(conversion, "publish", _interrupt)
+        convert(tiny_checkpoint("sd1"), output, OPTIONS)
+    rest = StopAt("", "never")
+    convert(tiny_checkpoint("sd1"), output, OPTIONS, rest)
+    assert not any(unit for unit, _ in rest.seen)
+    assert contents(output) == contents(undisturbed)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_is_there_is_not_made_again(undisturbed: Path, tiny_checkpoint: Source) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    events = StopAt("", "never")
+    made = convert(tiny_checkpoint("sd1"), undisturbed, OPTIONS, events)
+    assert made.unchanged
+    assert made.variants["original"].components.keys() == set(PARTS)
+    assert not any(unit for unit, _ in events.seen)
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
+
+
+def test_another_conversion_takes_the_place_of_an_older_one(
+    undisturbed: Path, tiny_checkpoint: Source, tmp_path: Path
+) -> None:
+    output = shutil.copytree(undisturbed, tmp_path / "models")
+    (output / "notes.txt").write_text("mine")
+    other = ConvertOptions(
+        attention=(AttentionKind.SPLIT_EINSUM,), components=("text_encoder",), compiled=False, target="iOS17"
+    )
+    convert(tiny_checkpoint("sd1"), output, other)
+    assert {path.name for path in output.iterdir()} == {"split_einsum", "notes.txt"}
+    assert manifest.read(output / "split_einsum" / "packages").target == "iOS17"
+
+
+def test_a_damaged_result_is_made_again(undisturbed: Path, tiny_checkpoint: Source, tmp_path: Path) -> None:
+    output = shutil.copytree(undisturbed, tmp_path / "models")
+    next(output.rglob("weight.bin")).unlink()
+    assert not convert(tiny_checkpoint("sd1"), output, OPTIONS).unchanged
+    assert contents(output) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_full_disk(finished: int, tiny_checkpoint: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is finished is kept: with more room, the same command goes on."""
+    written = 0
+
+    def add(self: WeightWriter, data: np.ndarray, dtype: DType) -> int:
+        nonlocal written
+        written += 1
+        if finished <= len(kept(output)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(self, data, dtype)
+
+    output, original = tmp_path / "models", WeightWriter.add
+    monkeypatch.setattr(WeightWriter, "add", add)
+    with pytest.raises(InputError, match="the disk is full"):
+        convert(tiny_checkpoint("sd1"), output, OPTIONS)
+    assert written
+    assert kept(output) == PARTS[:finished]
+    assert output.exists() == bool(finished)
+
+
+def test_too_little_room_is_said_before_work(
+    tiny_checkpoint: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    with pytest.raises(InputError, match=r"are needed, but its disk has 1 MB free"):
+        convert(tiny_checkpoint("sd1"), tmp_path / "models", OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_is_a_file(tiny_checkpoint: Source, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "models"):
+        with pytest.raises(InputError, match="is a file"):
+            convert(tiny_checkpoint("sd1"), output, OPTIONS)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_two_conversions_to_one_folder(tiny_checkpoint: Source, tmp_path: Path) -> None:
+    output = tmp_path / "models"
+
+    def second(event: Event) -> None:
+        if (event.unit, event.phase) == ("text_encoder", "load"):
+            with pytest.raises(InputError, match="another conversion"):
+                convert(tiny_checkpoint("sd1"), output, OPTIONS)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_checkpoint("sd1"), output, OPTIONS, second)
+
+
+def test_without_verification(tiny_checkpoint: Source, tmp_path: Path) -> None:
+    options = ConvertOptions(
+        attention=(AttentionKind.ORIGINAL,), components=("text_encoder",), compiled=False, verify=False
+    )
+    made = convert(tiny_checkpoint("sd1"), tmp_path / "models", options)
+    assert made.variants["original"].components["text_encoder"].psnr_db == {}
+
+
+def _convert_in_child(source: Path, output: Path) -> None:
+    os.setsid()
+    convert(source, output, OPTIONS)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(undisturbed: Path, tiny_checkpoint: Source, tmp_path: Path) -> None:
+    """SIGKILL ten times at random moments; what can be seen is whole at each, and the end is as if undisturbed."""
+    output, rng, seconds = tmp_path / "models", random.Random(7), 4.0
+    for _ in range(10):
+        child = get_context("fork").Process(target=_convert_in_child, args=(tiny_checkpoint("sd1"), output))
+        started = time.perf_counter()
+        child.start()
+        child.join(rng.uniform(0.0, seconds))
+        if child.is_alive():
+            os.kill(child.pid or 0, signal.SIGKILL)
+        child.join()
+        seconds = max(seconds, 2 * (time.perf_counter() - started))
+        if (output / "original").exists():
+            assert contents(output / "original") == contents(undisturbed / "original")
+    convert(tiny_checkpoint("sd1"), output, OPTIONS)
+    assert contents(output) == contents(undisturbed)
+
+
+def test_records_name_no_place_on_this_machine(undisturbed: Path, tiny_checkpoint: Source) -> None:
+    text = json.dumps(json.loads((undisturbed / "original/packages/manifest.json").read_text()))
+    assert str(tiny_checkpoint("sd1").parent) not in text
