@@ -54,9 +54,8 @@ class TorchBackend:
             inputs=_specs(package, interface.inputs),
             outputs=_specs(package, interface.outputs),
             module=module,
-            dtype=DTYPES[self.dtype],
             device=self.device,
-            order=_order(package, interface),
+            order=_order(package, interface, DTYPES[self.dtype]),
         )
 
 
@@ -68,7 +67,6 @@ class TorchModel:
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
     module: fx.GraphModule
-    dtype: torch.dtype
     device: str
     order: Sequence[tuple[str, torch.dtype]]
 
@@ -117,10 +115,10 @@ def _to_numpy(value: Tensor) -> np.ndarray:
     return array
 
 
-def _order(package: Package, interface: FunctionInterface) -> list[tuple[str, torch.dtype]]:
+def _order(package: Package, interface: FunctionInterface, dtype: torch.dtype) -> list[tuple[str, torch.dtype]]:
     name = interface.name if interface.name in package.model.program.functions else "main"
     function = package.model.program.functions[name]
-    return [(variable.name, torch_dtype(variable.type, torch.float32)) for variable in function.inputs]
+    return [(variable.name, torch_dtype(variable.type, dtype)) for variable in function.inputs]
 
 
 def _specs(package: Package, features: Sequence[Feature]) -> dict[str, TensorSpec]:

@@ -60,6 +60,7 @@ class _Watched(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, watch: Observe) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # errors keep their one line
         self._watch = watch
 
     def run_node(self, n: fx.Node) -> Any:
