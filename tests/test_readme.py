@@ -1,4 +1,4 @@
-"""The README is true: its commands parse, those on the repository's own checkpoint run, its figures name a command."""
+"""The README is true: its commands parse, those on the repository's own checkpoint run, its links lead to files."""
 
 from __future__ import annotations
 
@@ -69,6 +69,8 @@ def test_commands_and_python_run_in_order(tmp_path: Path) -> None:
         done = subprocess.run([program, *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
     for code in blocks("python"):
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, f"{code}\n{done.stderr}"
     assert list(tmp_path.rglob("*.png"))

@@ -2,7 +2,7 @@
 
     python tests/bench/run.py [NAME ...]      all, or only those named: loop, convert, compile, palettize, torch
 
-Needs about 10 GB of disk (bench-out/, which is removed by `make clean`) and 16 GB of memory, most of it coremltools'
+Needs about 10 GB of disk (bench-out/, removed by `make clean`) and 16 GB of memory, most of it coremltools'
 and diffusers' own, against which we are measured. Ends with status 1 if a measurement failed.
 """
 
