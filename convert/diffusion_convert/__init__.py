@@ -1,8 +1,8 @@
 """Stable Diffusion checkpoints to Core ML packages, on any machine.
 
-from diffusion_convert import convert
+from diffusion_convert import ConvertOptions, convert
 
-convert("runwayml/stable-diffusion-v1-5", "models")
+convert("runwayml/stable-diffusion-v1-5", "models", ConvertOptions(nbits=6))
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffusion_convert.options import AttentionKind, ConvertOptions, Lora, Precision
+
 if TYPE_CHECKING:
     from diffusion_convert.conversion import Conversion, Progress
-    from diffusion_convert.options import ConvertOptions
 
-__all__ = ["convert"]
+__all__ = ["AttentionKind", "ConvertOptions", "Lora", "Precision", "convert"]
 
 
 def convert(
@@ -35,6 +36,5 @@ def convert(
     compute what its source computes): messages of one line.
     """
     from diffusion_convert import conversion
-    from diffusion_convert.options import ConvertOptions
 
     return conversion.convert(str(source), Path(output), options or ConvertOptions(), progress or (lambda _: None))
