@@ -186,20 +186,22 @@ def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
 
 def prepare(pipeline: Pipeline, planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) -> Run:
     """A run of several pictures that differ in prompt and seed alone."""
+    from diffusion_runtime.tasks import Request
+
     one = planned[0].settings
-    return pipeline.prepare(
-        [item.settings.prompt for item in planned],
-        [item.settings.negative_prompt for item in planned],
-        num_inference_steps=one.steps,
+    request = Request(
+        prompts=tuple(item.settings.prompt for item in planned),
+        negative_prompts=tuple(item.settings.negative_prompt for item in planned),
+        steps=one.steps,
         guidance_scale=one.guidance_scale,
+        image=inputs.get("image"),
+        mask=inputs.get("mask"),
+        depth=inputs.get("depth_image"),
         strength=one.strength,
         noise_level=one.noise_level,
-        noise=noise.from_seeds([item.settings.seed for item in planned], one.rng),
         long_prompt=one.long_prompt,
-        image=inputs.get("image"),
-        mask_image=inputs.get("mask"),
-        depth_map=inputs.get("depth_image"),
     )
+    return pipeline.prepare(request, noise.from_seeds([item.settings.seed for item in planned], one.rng))
 
 
 def _written(
@@ -211,7 +213,7 @@ def _written(
     flags = result.nsfw_content_detected or [False] * len(planned)
     used = schedulers.name_of(run.job.scheduler)
     for item, image, flagged in zip(planned, result.images, flags, strict=True):
-        strength = run.job.request.strength if item.settings.image is not None else None
+        strength = run.job.request.change if item.settings.image is not None else None
         settings = replace(item.settings, scheduler=used, strength=strength)
         images.write_png(image, item.path, {**asdict(settings), "task": run.task.name, **record})
         yield Made(item.path, settings, flagged, result.notes)

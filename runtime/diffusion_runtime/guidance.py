@@ -35,8 +35,6 @@ class Conditions:
 
 def is_guided(guidance_scale: float) -> bool:
     """Guidance is on above 1: at 1 the guided prediction is the text's own."""
-    if not math.isfinite(guidance_scale):
-        raise InputError(f"guidance scale {guidance_scale}: expected a number, usually 1 to 15")
     return guidance_scale > 1
 
 

@@ -1,19 +1,18 @@
 """Prompt to picture: encode, denoise, decode, check. No files, no backends: models are callables, pictures values.
 
-    job = pipeline.prepare("a red circle", seed=1)
-    for step in pipeline.denoise(job):      # progress, previews; leaving the loop cancels
+    run = pipeline.prepare(Request(("a red circle",)), from_seeds([1]))
+    for step in pipeline.denoise(run):      # progress, previews; leaving the loop cancels
         print(step.index, step.total)
-    pictures = pipeline.finish(job, step.latents).images
+    pictures = pipeline.finish(run, step.latents).images
 
 `Pipeline.__call__` is these three in one, with the argument names of diffusers' pipelines.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from diffusion_runtime.tokenizer import Tokenizer
 
 Texts = str | Sequence[str]
+STATES = "encoder_hidden_states"
 OUTPUT_TYPES = ("pil", "np", "latent")
 
 
@@ -54,12 +54,12 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A prepared run: everything up to the first step."""
+    """A prepared run: everything up to the first step. It holds no model."""
 
     job: tasks.Job
     task: tasks.Task
-    predict: guidance.Predict
     start: denoising.Start
+    conditions: guidance.Conditions
 
     @property
     def total(self) -> int:
@@ -73,8 +73,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """The models of one bundle. ``scheduler_name`` None is the checkpoint's own; ``check_safety`` uses the safety
-    checker where there is one. ``notes`` say what was chosen or assumed when the models were opened."""
+    """The models of one bundle. ``scheduler_name`` None is the checkpoint's own (`dataclasses.replace` gives the
+    same pipeline another); ``check_safety`` uses the safety checker where there is one. ``notes`` say what was
+    chosen or assumed when the models were opened."""
 
     manifest: Manifest
     models: Models
@@ -86,13 +87,13 @@ class Pipeline:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the pictures in pixels."""
-        height, width = self.models["unet"].inputs["sample"].shape[2:]
+        height, width = self._unet_shapes()["sample"][2:]
         return height * self.manifest.latents.factor, width * self.manifest.latents.factor
 
     @property
     def batch_size(self) -> int:
         """How many rows the UNet takes in one call."""
-        return self.models["unet"].inputs["sample"].shape[0]
+        return self._unet_shapes()["sample"][0]
 
     def prewarm(self) -> None:
         """Load every model that a prompt alone needs and run it once, so that the first picture takes no longer
@@ -132,24 +133,24 @@ class Pipeline:
         cannot be used and DiffusionError where a model computes NaN. Notes are issued as `RuntimeNote` warnings."""
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
-        run = self.prepare(
-            prompt,
-            negative_prompt,
-            image=image,
-            mask_image=mask_image,
-            depth_map=depth_map,
+        prompts, negatives = _texts(prompt, negative_prompt, num_images_per_prompt)
+        request = Request(
+            prompts,
+            negatives,
             height=height,
             width=width,
-            num_inference_steps=num_inference_steps,
+            steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            eta=eta,
+            image=image,
+            mask=mask_image,
+            depth=depth_map,
             strength=strength,
             noise_level=noise_level,
-            num_images_per_prompt=num_images_per_prompt,
-            eta=eta,
-            noise=_noise(generator, seed, rng),
             latents=latents,
             long_prompt=long_prompt,
         )
+        run = self.prepare(request, _noise(generator, seed, rng))
         finished = run.start.latents
         for step in self.denoise(run):
             finished = step.latents
@@ -160,60 +161,38 @@ class Pipeline:
             warnings.warn(note, RuntimeNote, stacklevel=2)
         return result
 
-    def prepare(
-        self,
-        prompt: Texts,
-        negative_prompt: Texts | None = None,
-        *,
-        image: Image.Image | None = None,
-        mask_image: Image.Image | None = None,
-        depth_map: Image.Image | torch.Tensor | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
-        strength: float | None = None,
-        noise_level: int = 20,
-        num_images_per_prompt: int = 1,
-        eta: float = 0.0,
-        noise: noises.Noise,
-        latents: torch.Tensor | None = None,
-        long_prompt: bool = False,
-    ) -> Run:
-        """Check everything, encode prompts and what else the task needs. Bad input raises before a model runs."""
-        given = {
-            name
-            for name, value in (("image", image), ("mask", mask_image), ("depth", depth_map))
-            if value is not None
-        }
-        task = tasks.choose(self._channels(), given)
-        prompts, negatives = _texts(prompt, negative_prompt, num_images_per_prompt)
-        request = Request(
-            prompts,
-            negatives,
-            steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            eta=eta,
-            image=image,
-            mask=mask_image,
-            depth=depth_map,
-            strength=_strength(strength, task),
-            noise_level=noise_level,
-            latents=latents,
-            long_prompt=long_prompt,
-        )
-        self._check_size(height, width)
-        guidance.is_guided(guidance_scale)
-        scheduler = schedulers.build(self.manifest.scheduler, self.scheduler_name)
-        schedulers.set_steps(scheduler, num_inference_steps)
-        job = tasks.Job(request, self.manifest, self.models, scheduler, noise)
-        return self._prepared(job, task)
+    def prepare(self, request: Request, noise: noises.Noise) -> Run:
+        """Check everything, then encode the prompts and whatever else the task needs.
+
+        Raises InputError for what these models cannot do, before any of them runs."""
+        unet = self._unet_shapes()
+        task = tasks.choose(unet["sample"][1], request.given)
+        self._check_size(request)
+        config = {**self.manifest.scheduler, "prediction_type": self.manifest.prediction_type}
+        scheduler = schedulers.build(config, self.scheduler_name)
+        schedulers.set_steps(scheduler, request.steps)
+        height, width = unet["sample"][2:]
+        job = tasks.Job(request, self.manifest, self.models, (height, width), scheduler, noise)
+        task.check(job)
+        guided = guidance.is_guided(request.guidance_scale)
+        texts = TextStates(self.models, self.tokenizer, self.manifest, unet[STATES][-1], request.long_prompt)
+        states, notes = texts.encode(request.texts(guided))
+        job.notes.extend(notes)
+        self.models.release("text_encoder")
+        prepared = task.prepare(job)
+        labels = {name: torch.full((len(states),), value) for name, value in prepared.labels.items()}
+        conditions = guidance.Conditions({STATES: states, **labels}, prepared.channels)
+        return Run(job, task, prepared.start, conditions)
 
     def denoise(self, run: Run) -> Iterator[Step]:
         """Yield after every step of a prepared run; a run can be used once."""
-        job = run.job
-        yield from denoising.denoise(run.predict, job.scheduler, run.start, job.noise, job.request.eta)
-        self.models.release("unet")
+        job, request = run.job, run.job.request
+        unet = self.models["unet"]
+        predict = guidance.predictor(unet, request.pictures, run.conditions, request.guidance_scale)
+        try:
+            yield from denoising.denoise(predict, job.scheduler, run.start, job.noise, request.eta)
+        finally:
+            self.models.release("unet")
 
     def finish(self, run: Run, latents: torch.Tensor, output_type: str = "pil") -> Result:
         """Decode and check what the last step gave. A flagged picture is wholly black."""
@@ -240,34 +219,24 @@ class Pipeline:
         """The picture as it will be, judged from this step (one call of the decoder)."""
         return images.to_pil(images.to_arrays(self.decode(step.preview()[index : index + 1])))[0]
 
-    def _prepared(self, job: tasks.Job, task: tasks.Task) -> Run:
-        request = job.request
-        guided = guidance.is_guided(request.guidance_scale)
-        texts = TextStates(self.models, self.tokenizer, self.manifest, request.long_prompt)
-        pairs = zip(request.negative_prompts, request.prompts, strict=True)
-        ordered = [text for pair in pairs for text in pair] if guided else list(request.prompts)
-        states, notes = texts.encode(ordered)
-        job.notes.extend(notes)
-        self.models.release("text_encoder")
-        prepared = task.prepare(job)
-        rows = {name: torch.full((len(ordered), 1), value)[:, 0] for name, value in prepared.labels.items()}
-        conditions = guidance.Conditions({"encoder_hidden_states": states, **rows}, prepared.channels)
-        unet = self.models["unet"]
-        predict = guidance.predictor(unet, request.pictures, conditions, request.guidance_scale)
-        return Run(job, task, predict, prepared.start)
+    def _unet_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The UNet's inputs, from the manifest where it lists them: a UNet need not be loaded for that."""
+        described = self.manifest.components.get("unet")
+        if described is not None and described.inputs:
+            shapes = {tensor.name: tensor.shape for tensor in described.inputs}
+        else:
+            shapes = {name: spec.shape for name, spec in self.models["unet"].inputs.items()}
+        for name in ("sample", STATES):
+            if len(shapes.get(name, ())) != 4:
+                raise InputError(f"unet: expected an input {name} of four dimensions, got {shapes.get(name)}")
+        return shapes
 
-    def _channels(self) -> int:
-        sample = self.models["unet"].inputs.get("sample")
-        if sample is None or len(sample.shape) != 4:
-            raise InputError(f"unet: expected an input `sample` of four dimensions, got {sample}")
-        return sample.shape[1]
-
-    def _check_size(self, height: int | None, width: int | None) -> None:
-        have_height, have_width = self.size
-        if (height or have_height, width or have_width) != (have_height, have_width):
+    def _check_size(self, request: Request) -> None:
+        height, width = self.size
+        if (request.height or height, request.width or width) != (height, width):
             raise InputError(
-                f"{width}x{height} pixels: these models make {have_width}x{have_height} (width x height); convert "
-                "again with --height and --width for another size"
+                f"{request.width}x{request.height} pixels: these models make {width}x{height} (width x height); "
+                "convert again with --height and --width for another size"
             )
 
 
@@ -286,8 +255,6 @@ def _texts(prompt: Texts, negative: Texts | None, count: int) -> tuple[tuple[str
     if count < 1:
         raise InputError(f"{count} pictures per prompt: expected at least 1")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts or not all(isinstance(text, str) for text in prompts):
-        raise InputError("no prompt: expected a text or a list of texts (an empty text is allowed)")
     one = negative is None or isinstance(negative, str)
     negatives: list[str] = [str(negative or "")] * len(prompts) if one else list(negative or ())
     if len(negatives) != len(prompts):
@@ -297,16 +264,3 @@ def _texts(prompt: Texts, negative: Texts | None, count: int) -> tuple[tuple[str
 
 def _repeated(texts: Sequence[str], count: int) -> tuple[str, ...]:
     return tuple(text for text in texts for _ in range(count))
-
-
-def _strength(strength: float | None, task: tasks.Task) -> float:
-    if strength is None:
-        return 1.0 if "mask" in task.needs else 0.8
-    if not (math.isfinite(strength) and 0 < strength <= 1):
-        raise InputError(f"strength {strength}: expected more than 0 (no change) and at most 1 (a new picture)")
-    return strength
-
-
-def with_scheduler(pipeline: Pipeline, name: str | None) -> Pipeline:
-    """The same pipeline with another scheduler. Raises InputError for an unknown one."""
-    return replace(pipeline, scheduler_name=None if name is None else schedulers.canonical(name))

@@ -21,12 +21,15 @@ STATES = ("last_hidden_state", "hidden_embeds")
 
 @dataclass(frozen=True, slots=True)
 class TextStates:
-    """``long_prompt``: a prompt that is too long for the encoder is encoded in as many pieces as the UNet takes
-    (each with its own start and end, set one after the other); otherwise it is cut."""
+    """``unet_length`` is how many text tokens the UNet takes.
+
+    ``long_prompt``: a prompt that is too long for the encoder is encoded in as many pieces as the UNet takes (each
+    with its own start and end, set one after the other); otherwise it is cut."""
 
     models: Models
     tokenizer: Tokenizer
     manifest: Manifest
+    unet_length: int
     long_prompt: bool = False
 
     def encode(self, texts: Sequence[str]) -> tuple[torch.Tensor, tuple[str, ...]]:
@@ -41,12 +44,12 @@ class TextStates:
         return torch.stack([states[text] for text in texts]), notes
 
     def _pieces(self) -> int:
-        length = self.models["unet"].inputs["encoder_hidden_states"].shape[-1]
-        if length % self.tokenizer.length:
+        pieces, rest = divmod(self.unet_length, self.tokenizer.length)
+        if rest or not pieces:
             raise InputError(
-                f"unet: takes {length} text tokens, no multiple of the encoder's {self.tokenizer.length}"
+                f"unet: takes {self.unet_length} text tokens, no multiple of the encoder's {self.tokenizer.length}"
             )
-        return length // self.tokenizer.length
+        return pieces
 
     def _note(self, tokens: Tokens, pieces: int) -> str:
         room = (self.tokenizer.length - 2) * len(tokens.ids)

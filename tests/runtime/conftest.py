@@ -15,7 +15,7 @@ import torch
 
 from diffusion_runtime import tokenizer
 from diffusion_runtime.backends import TensorSpec, check_arrays
-from diffusion_runtime.manifest import Latents, Manifest, Source
+from diffusion_runtime.manifest import Component, Latents, Manifest, Source, Tensor
 from diffusion_runtime.models import Models
 from diffusion_runtime.pipeline import Pipeline
 
@@ -56,9 +56,9 @@ class Reference:
     ) -> Pipeline:
         loads = {name: (lambda model=model: model) for name, model in self.models(batch_size, text_length).items()}
         clip = tokenizer.load(self.folder / "tokenizer")
-        return Pipeline(self.manifest(batch_size), Models(loads), clip, scheduler, check_safety)
+        return Pipeline(self.manifest(batch_size, text_length), Models(loads), clip, scheduler, check_safety)
 
-    def manifest(self, batch_size: int) -> Manifest:
+    def manifest(self, batch_size: int, text_length: int = 77) -> Manifest:
         pipe = self.diffusers
         low_res = getattr(pipe, "low_res_scheduler", None)
         return Manifest(
@@ -75,7 +75,7 @@ class Reference:
                 channels=pipe.vae.config.latent_channels, factor=self.factor, scale=pipe.vae.config.scaling_factor
             ),
             prediction_type=pipe.scheduler.config.prediction_type,
-            components={},
+            components={name: _described(model) for name, model in self.models(batch_size, text_length).items()},
             scheduler=_config(self.folder / "scheduler"),
             noise_scheduler=_config(self.folder / "low_res_scheduler") if low_res is not None else None,
         )
@@ -173,6 +173,14 @@ class Reference:
 
         outputs = specs("float32", predicted_depth=(1, side, side))
         return TorchModel("depth_estimator", specs(pixel_values=(1, 3, side, side)), outputs, run)
+
+
+def _described(model: TorchModel) -> Component:
+    inputs, outputs = (
+        tuple(Tensor(name=spec.name, dtype=spec.dtype, shape=spec.shape) for spec in side.values())
+        for side in (model.inputs, model.outputs)
+    )
+    return Component(files=(model.name,), inputs=inputs, outputs=outputs)
 
 
 def _config(folder: Path) -> dict[str, Any]:

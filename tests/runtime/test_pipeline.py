@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffusion_runtime.errors import DiffusionError, InputError
 from diffusion_runtime.models import Models
 from diffusion_runtime.noise import from_seeds
 from diffusion_runtime.pipeline import Pipeline, RuntimeNote
+from diffusion_runtime.tasks import Request
 
 PARITY_DB = 40.0
 PROMPT = "a photo of an astronaut riding a horse"
@@ -29,12 +31,16 @@ def generator(seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def expected(reference: Reference, scheduler: str | None = None, **arguments: Any) -> Any:
+def expected(
+    reference: Reference, scheduler: str | None = None, prediction_type: str = "", **arguments: Any
+) -> Any:
     """What diffusers makes, with the scheduler that our table builds. A list of 8-bit arrays."""
     pipe = reference.diffusers
     own, checker = pipe.scheduler, pipe.safety_checker
     try:
-        pipe.scheduler = schedulers.build(reference.manifest(2).scheduler, scheduler)
+        config = reference.manifest(2).scheduler
+        config = {**config, "prediction_type": prediction_type or config["prediction_type"]}
+        pipe.scheduler = schedulers.build(config, scheduler)
         pipe.safety_checker = None
         images = pipe(**{"prompt": PROMPT, "num_inference_steps": 10, "generator": generator(), **arguments}).images
     finally:
@@ -78,9 +84,18 @@ def test_any_batch_size_makes_the_same_pictures(
     assert min(psnr_db(a, b) for a, b in zip(ours, theirs, strict=True)) >= PARITY_DB
 
 
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_the_prediction_type_is_the_manifests(reference: Load, psnr_db: Psnr, prediction: str) -> None:
+    sd1 = reference("sd1")
+    pipeline = sd1.pipeline(scheduler="ddim", check_safety=False)
+    changed = replace(pipeline, manifest=pipeline.manifest.model_copy(update={"prediction_type": prediction}))
+    theirs = expected(sd1, "ddim", prediction_type=prediction, num_inference_steps=5)
+    assert psnr_db(made(changed, num_inference_steps=5)[0], theirs[0]) >= PARITY_DB
+
+
 def test_generators_for_each_picture_are_used_one_by_one(reference: Load, psnr_db: Psnr) -> None:
     sd1 = reference("sd1")
-    both = {"num_images_per_prompt": 2, "num_inference_steps": 4}
+    both: dict[str, Any] = {"num_images_per_prompt": 2, "num_inference_steps": 4}
     pipeline = sd1.pipeline(scheduler="euler-ancestral", check_safety=False)
     ours = made(pipeline, **both, generator=[generator(5), generator(6)])
     theirs = expected(sd1, "euler-ancestral", **both, generator=[generator(5), generator(6)])
@@ -147,7 +162,7 @@ def test_each_distinct_text_is_encoded_once(reference: Load) -> None:
 
 def test_steps_can_be_watched_and_the_loop_left(reference: Load) -> None:
     pipeline = reference("sd1").pipeline(scheduler="ddim", check_safety=False)
-    run = pipeline.prepare(PROMPT, num_inference_steps=8, noise=from_seeds([1]))
+    run = pipeline.prepare(Request((PROMPT,), steps=8), from_seeds([1]))
     seen = []
     for step in pipeline.denoise(run):
         seen.append((step.index, step.total))
@@ -174,7 +189,7 @@ def test_a_callback_can_cancel_by_raising(reference: Load) -> None:
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "pndm", "dpm++ 2m"])
 def test_the_preview_of_the_last_step_is_the_picture(reference: Load, psnr_db: Psnr, scheduler: str) -> None:
     pipeline = reference("sd1").pipeline(scheduler=scheduler, check_safety=False)
-    run = pipeline.prepare(PROMPT, num_inference_steps=30, noise=from_seeds([1]))
+    run = pipeline.prepare(Request((PROMPT,), steps=30), from_seeds([1]))
     steps = list(pipeline.denoise(run))
     final = np.asarray(pipeline.finish(run, steps[-1].latents).images[0])
     far = psnr_db(np.asarray(pipeline.preview(steps[0])), final)

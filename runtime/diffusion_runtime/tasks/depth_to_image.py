@@ -8,13 +8,22 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.tasks.image_to_image import noised
+from diffusion_runtime.tasks import image_to_image
 from diffusion_runtime.tasks.job import Job, Prepared, Task
+
+
+def check(job: Job) -> None:
+    """As image to image; and the depth must be given or be estimated."""
+    image_to_image.check(job)
+    if job.request.depth is None and "depth_estimator" not in job.models:
+        raise InputError(
+            "these models have no depth_estimator: give the depth with --depth-image, or convert it too"
+        )
 
 
 def prepare(job: Job) -> Prepared:
     depth = depth_channel(job)
-    return Prepared(noised(job), channels=depth)
+    return Prepared(image_to_image.noised(job), channels=depth)
 
 
 def depth_channel(job: Job) -> torch.Tensor:
@@ -39,10 +48,6 @@ def _given(depth: Image.Image | torch.Tensor) -> torch.Tensor:
 
 def _estimated(job: Job) -> torch.Tensor:
     """What the converted estimator (DPT) says of the picture in -1..1, resized to its own size bicubically."""
-    if "depth_estimator" not in job.models:
-        raise InputError(
-            "these models have no depth_estimator: give the depth with --depth-image, or convert it too"
-        )
     estimator = job.models["depth_estimator"]
     (name, spec), *_ = estimator.inputs.items()
     height, width = spec.shape[-2:]
@@ -56,6 +61,7 @@ def _estimated(job: Job) -> torch.Tensor:
 TASK = Task(
     "depth to image",
     channels=5,
+    check=check,
     prepare=prepare,
     description="--image, models of a depth checkpoint; --depth-image gives the depth instead of estimating it",
     needs=frozenset({"image"}),

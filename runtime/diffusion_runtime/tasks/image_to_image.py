@@ -25,10 +25,16 @@ def encode(job: Job, image: torch.Tensor) -> torch.Tensor:
     return (sample - latents.shift) * latents.scale
 
 
+def check(job: Job) -> None:
+    """The picture must be there, and the strength leave a step."""
+    job.image()
+    last_part(job.scheduler, job.request.steps, job.request.change)
+
+
 def noised(job: Job) -> Start:
     """The given picture at the noise level that ``strength`` starts from."""
     request = job.request
-    timesteps = last_part(job.scheduler, request.steps, request.strength)
+    timesteps = last_part(job.scheduler, request.steps, request.change)
     clean = encode(job, images.to_tensor(job.image(), *job.size))
     job.models.release("vae_encoder")
     clean = clean.expand(request.pictures, *clean.shape[1:])
@@ -44,6 +50,7 @@ def prepare(job: Job) -> Prepared:
 TASK = Task(
     "image to image",
     channels=4,
+    check=check,
     prepare=prepare,
     description="--image, and --strength for how much of it may change",
     needs=frozenset({"image"}),

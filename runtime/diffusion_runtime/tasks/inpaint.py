@@ -13,11 +13,17 @@ from diffusion_runtime.tasks.image_to_image import encode
 from diffusion_runtime.tasks.job import Job, Prepared, Task
 
 
+def check(job: Job) -> None:
+    """Picture and mask must be there, the mask show what to paint, and the strength leave a step."""
+    _image_and_mask(job)
+    last_part(job.scheduler, job.request.steps, job.request.change)
+
+
 def prepare_seeing(job: Job) -> Prepared:
     """For a UNet with 9 channels: latents, mask, latents of the picture with the masked part grey."""
     image, mask = _image_and_mask(job)
-    timesteps = last_part(job.scheduler, job.request.steps, job.request.strength)
-    full = job.request.strength == 1.0
+    timesteps = last_part(job.scheduler, job.request.steps, job.request.change)
+    full = job.request.change == 1.0
     clean = None if full else encode(job, image)
     latents, _ = _first_latents(job, clean, timesteps)
     surroundings = encode(job, image * (mask < 0.5))
@@ -29,7 +35,7 @@ def prepare_seeing(job: Job) -> Prepared:
 def prepare_blending(job: Job) -> Prepared:
     """For a plain UNet: after every step the part that stays is replaced by the picture at that noise level."""
     image, mask = _image_and_mask(job)
-    timesteps = last_part(job.scheduler, job.request.steps, job.request.strength)
+    timesteps = last_part(job.scheduler, job.request.steps, job.request.change)
     clean = encode(job, image)
     latents, noise = _first_latents(job, clean, timesteps)
     # Diffusers encodes the masked picture here too and throws it away. Drawing what that draws keeps the noise of
@@ -67,7 +73,7 @@ def _first_latents(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pure noise at full strength, else the noised picture; and the noise itself."""
     noise = job.noise.normal(job.latent_shape)
-    if job.request.strength == 1.0 or clean is None:
+    if job.request.change == 1.0 or clean is None:
         return noise * job.scheduler.init_noise_sigma, noise
     clean = clean.expand(job.request.pictures, *clean.shape[1:])
     first = timesteps[:1].repeat(job.request.pictures)
@@ -81,6 +87,7 @@ def _at_latent_size(job: Job, mask: torch.Tensor) -> torch.Tensor:
 SEEING = Task(
     "in-painting",
     channels=9,
+    check=check,
     prepare=prepare_seeing,
     description="--image and --mask (white: paint anew), models of an in-painting checkpoint",
     needs=frozenset({"image", "mask"}),
@@ -88,6 +95,7 @@ SEEING = Task(
 BLENDING = Task(
     "in-painting by blending",
     channels=4,
+    check=check,
     prepare=prepare_blending,
     description="--image and --mask (white: paint anew), any models",
     needs=frozenset({"image", "mask"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,46 +21,84 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for, checked. ``prompts`` has one entry per picture, and so has ``negative_prompts``.
+    """What is asked for. ``prompts`` and ``negative_prompts`` have one entry per picture; no negative prompts are
+    empty ones. ``height`` and ``width`` in pixels, None: what the models make.
 
     ``image`` and ``mask`` are PIL pictures, ``depth`` a picture or (height, width) float32 depths, nearer larger;
-    ``latents`` start values drawn by the caller (text to image and upscaling)."""
+    ``strength`` None is 0.8, and 1 with a mask; ``latents`` are start values drawn by the caller.
+    Raises InputError for what no models could do."""
 
     prompts: tuple[str, ...]
-    negative_prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...] = ()
+    height: int | None = None
+    width: int | None = None
     steps: int = 50
     guidance_scale: float = 7.5
     eta: float = 0.0
     image: Image.Image | None = None
     mask: Image.Image | None = None
     depth: Image.Image | torch.Tensor | None = None
-    strength: float = 0.8
+    strength: float | None = None
     noise_level: int = 20
     latents: torch.Tensor | None = None
     long_prompt: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.prompts or not all(isinstance(text, str) for text in self.prompts):
+            raise InputError("no prompt: expected a text or a list of texts (an empty text is allowed)")
+        if len(self.negative_prompts) not in (0, len(self.prompts)):
+            raise InputError(
+                f"{len(self.negative_prompts)} negative prompts for {len(self.prompts)} prompts: give one, or one "
+                "for each"
+            )
+        if not math.isfinite(self.guidance_scale):
+            raise InputError(f"guidance scale {self.guidance_scale}: expected a number, usually 1 to 15")
+        if not math.isfinite(self.eta) or self.eta < 0:
+            raise InputError(f"eta {self.eta}: expected 0 to 1")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise InputError(
+                f"strength {self.strength}: expected more than 0 (no change) and at most 1 (a new picture)"
+            )
+
     @property
     def pictures(self) -> int:
         return len(self.prompts)
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Which of "image", "mask" and "depth" are there."""
+        named = {"image": self.image, "mask": self.mask, "depth": self.depth}
+        return frozenset(name for name, value in named.items() if value is not None)
+
+    @property
+    def change(self) -> float:
+        """The strength, its default filled in."""
+        if self.strength is None:
+            return 0.8 if self.mask is None else 1.0
+        return self.strength
+
+    def texts(self, guided: bool) -> list[str]:
+        """One text per row of the UNet's work: guided, the negative prompt and the prompt of each picture."""
+        if not guided:
+            return list(self.prompts)
+        negatives = self.negative_prompts or ("",) * len(self.prompts)
+        return [text for pair in zip(negatives, self.prompts, strict=True) for text in pair]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """A request, the models that serve it, and the values that belong to this run alone.
 
-    ``scheduler`` has its steps set. ``notes`` collects what the user should know."""
+    ``latent_size`` is height and width in latents. ``scheduler`` has its steps set. ``notes`` collects what the
+    user should know."""
 
     request: Request
     manifest: Manifest
     models: Models
+    latent_size: tuple[int, int]
     scheduler: Any
     noise: Noise
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        height, width = self.models["unet"].inputs["sample"].shape[2:]
-        return height, width
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -102,10 +141,12 @@ class Prepared:
 @dataclass(frozen=True, slots=True)
 class Task:
     """``channels`` is the UNet's number of input channels, ``needs`` and ``takes`` what must and may be given
-    ("image", "mask", "depth"), ``description`` one line for the help."""
+    ("image", "mask", "depth"), ``description`` one line for the help. ``check`` raises InputError for what it can
+    see without any model, before one runs."""
 
     name: str
     channels: int
+    check: Callable[[Job], None]
     prepare: Callable[[Job], Prepared]
     description: str
     needs: frozenset[str] = frozenset()
