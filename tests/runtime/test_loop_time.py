@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import bench_loop
 import pytest
-from bench import bench_loop
 
 MAX_MS = 0.5  # per step at 512x512; the reference's client takes 0.47 to 0.63
 
@@ -11,4 +11,4 @@ MAX_MS = 0.5  # per step at 512x512; the reference's client takes 0.47 to 0.63
 @pytest.mark.parametrize("scheduler", ["ddim", "pndm", "euler"])
 def test_a_step_costs_next_to_nothing_beside_the_model(scheduler: str) -> None:
     loop = bench_loop.our_loop(scheduler, steps=50)
-    assert bench_loop.milliseconds_per_step(loop, steps=50, rounds=15) <= MAX_MS
+    assert bench_loop.milliseconds_per_step(loop, steps=50, rounds=60) <= MAX_MS
