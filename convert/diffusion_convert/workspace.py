@@ -87,7 +87,7 @@ def check_space(output: Path, needed_bytes: int) -> None:
     if free < needed_bytes + _RESERVE_BYTES:
         raise InputError(
             f"{output}: about {_size(needed_bytes)} are needed, but its disk has {_size(free)} free; name another "
-            "place, or convert less: --components, --attention, --no-zip, --no-compile"
+            "place, or convert less: --components, --attention, --no-zip, --no-compiled"
         )
 
 

@@ -1,0 +1,146 @@
+"""Every component of every family with every attention: parity with the checkpoint's own network, interfaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+import tiny_checkpoints
+from diffusion_convert import convert
+from diffusion_convert.components import table
+from diffusion_convert.conversion import Conversion
+from diffusion_convert.families import latent_factor
+from diffusion_convert.options import AttentionKind, ConvertOptions
+from diffusion_runtime.manifest import Component
+from diffusion_runtime.mil.package import Package, open_package
+from diffusion_runtime.mil.program import operations
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = ConvertOptions(attention=tuple(AttentionKind), compiled=False)
+Interface = Mapping[str, tuple[str, tuple[int, ...]]]
+HALF, FULL = "Float16", "Float32"
+
+
+@pytest.fixture(scope="module", params=tiny_checkpoints.FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def made(
+    family: str, tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Conversion:
+    return convert(tiny_checkpoint(family), tmp_path_factory.mktemp(family) / "models", OPTIONS)
+
+
+def interface(package: Package) -> tuple[Interface, Interface]:
+    declared = package.model.interface
+    inputs, outputs = (
+        {item.name: (item.dtype, item.shape) for item in items} for items in (declared.inputs, declared.outputs)
+    )
+    return inputs, outputs
+
+
+def expected_interfaces(family: str) -> Mapping[str, tuple[Interface, Interface]]:
+    """model-contracts.md for a tiny checkpoint, batch 2."""
+    recipe = tiny_checkpoints.RECIPES[family]
+    unet, vae, text = recipe.unet, recipe.vae, recipe.text
+    size = unet["sample_size"]
+    picture, width, channels = size * latent_factor(vae), text["hidden_size"], unet["in_channels"]
+    sample: dict[str, tuple[str, tuple[int, ...]]] = {
+        "sample": (HALF, (2, channels, size, size)),
+        "timestep": (HALF, (2,)),
+        "encoder_hidden_states": (HALF, (2, unet["cross_attention_dim"], 1, 77)),
+    }
+    if family == "x4-upscaler":
+        sample["class_labels"] = (HALF, (2,))
+    found: dict[str, tuple[Interface, Interface]] = {
+        "text_encoder": (
+            {"input_ids": (FULL, (1, 77))},
+            {"last_hidden_state": (FULL, (1, 77, width)), "pooled_outputs": (FULL, (1, width))},
+        ),
+        "unet": (sample, {"noise_pred": (FULL, (2, 4, size, size))}),
+        "vae_decoder": (
+            {"z": (HALF, (1, 4, size, size))},
+            {"image": (FULL, (1, 3, picture, picture))},
+        ),
+        "vae_encoder": ({"x": (HALF, (1, 3, picture, picture))}, {"latent": (FULL, (1, 8, size, size))}),
+    }
+    if recipe.safety_checker:
+        images = (1, picture, picture, 3)
+        found["safety_checker"] = (
+            {"clip_input": (HALF, (1, 3, 224, 224)), "images": (HALF, images), "adjustment": (HALF, (1,))},
+            {
+                "filtered_images": (FULL, images),
+                "has_nsfw_concepts": (FULL, (1, 1, 1, 1)),
+                "concept_scores": (FULL, (1, 17)),
+            },
+        )
+    if recipe.depth_estimator:
+        side = tiny_checkpoints.DEPTH["image_size"]
+        found["depth_estimator"] = (
+            {"pixel_values": (HALF, (1, 3, side, side))},
+            {"predicted_depth": (FULL, (1, side, side))},
+        )
+    return found
+
+
+def components(made: Conversion) -> dict[tuple[str, str], Component]:
+    return {
+        (variant, name): component
+        for variant, manifest in made.variants.items()
+        for name, component in manifest.components.items()
+    }
+
+
+def test_every_component_is_at_parity(made: Conversion, family: str) -> None:
+    assert made.family == family.removesuffix("-odd")
+    assert made.variants.keys() == {kind.value for kind in AttentionKind}
+    owners = table()
+    for (variant, name), component in components(made).items():
+        assert component.psnr_db, (variant, name)
+        assert min(component.psnr_db.values()) >= owners[name].min_psnr_db, (variant, name, component.psnr_db)
+        assert component.float32_ops == ()
+
+
+def test_interfaces_are_those_that_apps_know(made: Conversion, family: str) -> None:
+    expected = expected_interfaces(family)
+    for variant, manifest in made.variants.items():
+        folder = made.output / variant / "packages"
+        assert manifest.components.keys() == expected.keys()
+        for name, component in manifest.components.items():
+            package = open_package(folder / component.files[0])
+            assert interface(package) == expected[name], (variant, name)
+            assert component.files == (f"Stable_Diffusion_version_{family}_{table()[name].suffix}.mlpackage",)
+            assert package.model.metadata.license
+            assert package.model.metadata.user_defined["coreml_diffusion.family"] == made.family
+            assert all(
+                item.description for item in (*package.model.interface.inputs, *package.model.interface.outputs)
+            )
+
+
+def test_split_attention_shows_einsum(made: Conversion) -> None:
+    for variant, manifest in made.variants.items():
+        package = open_package(made.output / variant / "packages" / manifest.components["unet"].files[0])
+        kinds = {operation.type for operation in operations(package.model.program.functions["main"].block)}
+        assert ("einsum" in kinds) == variant.startswith("split"), variant
+
+
+def test_components_without_a_choice_are_stored_once(made: Conversion) -> None:
+    for name, component in table().items():
+        if name in made.variants["original"].components and not component.uses_attention:
+            files = [next((made.output / v / "packages").glob(f"*_{name}.mlpackage")) for v in made.variants]
+            assert len({(file / "Manifest.json").stat().st_ino for file in files}) == 1, name
+
+
+def test_manifest_tells_what_no_interface_tells(made: Conversion, family: str) -> None:
+    recipe = tiny_checkpoints.RECIPES[family]
+    manifest = made.variants["original"]
+    assert manifest.scheduler == recipe.scheduler
+    assert manifest.prediction_type == recipe.scheduler["prediction_type"]
+    assert manifest.noise_scheduler == recipe.low_res_scheduler
+    assert manifest.latents.factor == latent_factor(recipe.vae)
+    assert manifest.latents.scale == recipe.vae.get("scaling_factor", 0.18215)
