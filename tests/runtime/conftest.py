@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,11 @@ class Reference:
 
     diffusers: Any
     folder: Path
+    latent: tuple[int, int] | None = None
+
+    def of_size(self, height: int, width: int) -> Reference:
+        """The same networks, as if they had been converted for another size in pixels."""
+        return replace(self, latent=(height // self.factor, width // self.factor))
 
     def pipeline(
         self, batch_size: int = 2, scheduler: str | None = None, check_safety: bool = True, text_length: int = 77
@@ -67,8 +72,8 @@ class Reference:
             source=Source(name="tiny"),
             kind="packages",
             attention="original",
-            height=self.latent_size * self.factor,
-            width=self.latent_size * self.factor,
+            height=self.size[0],
+            width=self.size[1],
             batch_size=batch_size,
             target="macOS13",
             latents=Latents(
@@ -81,9 +86,14 @@ class Reference:
         )
 
     @property
-    def latent_size(self) -> int:
-        size: int = self.diffusers.unet.config.sample_size
-        return size
+    def latent_size(self) -> tuple[int, int]:
+        side = self.diffusers.unet.config.sample_size
+        return self.latent or (side, side)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.latent_size[0] * self.factor, self.latent_size[1] * self.factor
 
     @property
     def factor(self) -> int:
@@ -118,7 +128,7 @@ class Reference:
         unet = self.diffusers.unet
         size, width = self.latent_size, unet.config.cross_attention_dim
         shapes: dict[str, tuple[int, ...]] = {
-            "sample": (batch_size, unet.config.in_channels, size, size),
+            "sample": (batch_size, unet.config.in_channels, *size),
             "timestep": (batch_size,),
             "encoder_hidden_states": (batch_size, width, 1, text_length),
         }
@@ -131,15 +141,15 @@ class Reference:
             sample, timestep = arrays["sample"], arrays["timestep"]
             return {"noise_pred": unet(sample, timestep, states, class_labels=labels, return_dict=False)[0]}
 
-        outputs = specs("float32", noise_pred=(batch_size, 4, size, size))
+        outputs = specs("float32", noise_pred=(batch_size, 4, *size))
         return TorchModel("unet", specs(**shapes), outputs, run)
 
     def _decoder(self) -> TorchModel:
         vae, size = self.diffusers.vae, self.latent_size
-        outputs = specs("float32", image=(1, 3, size * self.factor, size * self.factor))
+        outputs = specs("float32", image=(1, 3, *self.size))
         return TorchModel(
             "vae_decoder",
-            specs(z=(1, 4, size, size)),
+            specs(z=(1, 4, *size)),
             outputs,
             lambda arrays: {"image": vae.decode(arrays["z"])[0]},
         )
@@ -150,18 +160,18 @@ class Reference:
         def run(arrays: Arrays) -> Arrays:
             return {"latent": vae.encode(arrays["x"]).latent_dist.parameters}
 
-        inputs = specs(x=(1, 3, size * self.factor, size * self.factor))
-        return TorchModel("vae_encoder", inputs, specs("float32", latent=(1, 8, size, size)), run)
+        inputs = specs(x=(1, 3, *self.size))
+        return TorchModel("vae_encoder", inputs, specs("float32", latent=(1, 8, *size)), run)
 
     def _safety_checker(self) -> TorchModel:
-        checker, size = self.diffusers.safety_checker, self.latent_size * self.factor
+        checker = self.diffusers.safety_checker
 
         def run(arrays: Arrays) -> Arrays:
             images = [image.numpy() for image in arrays["images"]]
             _, flags = checker(clip_input=arrays["clip_input"], images=images)
             return {"has_nsfw_concepts": torch.tensor(flags).float().reshape(1, 1, 1, 1)}
 
-        inputs = specs(clip_input=(1, 3, 224, 224), images=(1, size, size, 3), adjustment=(1,))
+        inputs = specs(clip_input=(1, 3, 224, 224), images=(1, *self.size, 3), adjustment=(1,))
         return TorchModel("safety_checker", inputs, specs("float32", has_nsfw_concepts=(1, 1, 1, 1)), run)
 
     def _depth_estimator(self) -> TorchModel:

@@ -127,6 +127,15 @@ def test_inputs_of_another_size_are_noted(run: Run, toy_folder: Path) -> None:
     assert "note: the mask was resized from 32x32 to 64x64" in result.output
 
 
+@pytest.mark.parametrize(("mode", "scale"), [("L", 255), ("I;16", 65535), ("RGB", 255)])
+def test_depth_pictures_of_every_depth_are_read(tmp_path: Path, mode: str, scale: int) -> None:
+    ramp = np.linspace(0, scale, 16).round()
+    values = np.repeat(ramp[None], 8, axis=0).astype(np.uint16 if mode == "I;16" else np.uint8)
+    (Image.fromarray(values) if mode != "RGB" else Image.fromarray(values).convert("RGB")).save(tmp_path / "d.png")
+    depth = np.asarray(images.load(tmp_path / "d.png", "--depth-image", "F"))
+    assert np.allclose(depth[0], ramp, atol=0.6) and depth.dtype == np.float32
+
+
 def test_a_cut_prompt_is_noted_once(run: Run, toy_folder: Path) -> None:
     result = run("generate", toy_folder, "--prompt", "cat " * 2500, "-o", "p.png", "--count", "2", *FAST)
     assert result.exit_code == 0 and result.output.count("the prompt was cut after 75 tokens; lost: ") == 1

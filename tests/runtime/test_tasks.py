@@ -106,10 +106,27 @@ def test_depth_to_image(reference: Load, psnr_db: Psnr, given_depth: bool) -> No
 @pytest.mark.parametrize("noise_level", [0, 20, 350])
 def test_upscaling(reference: Load, psnr_db: Psnr, noise_level: int) -> None:
     upscaler = reference("x4-upscaler")
-    given: dict[str, Any] = {"image": picture(upscaler.latent_size), "noise_level": noise_level}
+    given: dict[str, Any] = {"image": picture(upscaler.latent_size[0]), "noise_level": noise_level}
     ours, expected = both(upscaler, "StableDiffusionUpscalePipeline", **given)
-    assert ours[0].shape[0] == 4 * upscaler.latent_size
+    assert ours[0].shape[0] == 4 * upscaler.latent_size[0]
     assert worst_db(psnr_db, (ours, expected)) >= PARITY_DB
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 64), (64, 104)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_pictures_that_are_not_square(
+    reference: Load, psnr_db: Psnr, height: int, width: int, masked: bool
+) -> None:
+    oblong = reference("sd1").of_size(height, width)
+    given: dict[str, Any] = {"image": picture().resize((width, height)), "strength": 0.7}
+    if masked:
+        mask = Image.new("L", (width, height), 255)
+        mask.paste(0, (0, 0, width // 2, height // 4))
+        given |= {"mask_image": mask, "height": height, "width": width}
+    name = "StableDiffusionInpaintPipeline" if masked else "StableDiffusionImg2ImgPipeline"
+    pair = both(oblong, name, **given)
+    assert pair[0][0].shape == (height, width, 3)
+    assert worst_db(psnr_db, pair) >= PARITY_DB
 
 
 def test_what_is_black_in_the_mask_stays(reference: Load, psnr_db: Psnr) -> None:
