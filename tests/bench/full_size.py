@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from diffusion_convert.options import AttentionKind
+
 CONFIG: Mapping[str, Any] = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
@@ -55,17 +57,18 @@ def random_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.
     return tensors
 
 
-def full_size_unet(folder: Path) -> Path:
-    """``folder/unet.mlpackage``, made once: 512x512, batch 2, ORIGINAL attention, macOS 13."""
+def full_size_unet(folder: Path, attention: AttentionKind = AttentionKind.ORIGINAL) -> Path:
+    """``folder/unet.mlpackage`` (of another attention: ``unet_split_einsum….mlpackage``), made once: 512x512,
+    batch 2, macOS 13."""
     from diffusion_convert.checkpoint import Checkpoint, Submodel
     from diffusion_convert.components import Shape
     from diffusion_convert.components.unet import UNET
     from diffusion_convert.export import Recipe, export
-    from diffusion_convert.options import AttentionKind
     from diffusion_runtime.manifest import Source
     from diffusion_runtime.mil.program import Metadata
 
-    path = folder / "unet.mlpackage"
+    suffix = "" if attention is AttentionKind.ORIGINAL else f"_{attention.value}"
+    path = folder / f"unet{suffix}.mlpackage"
     if path.exists():
         return path
     tensors = random_tensors(CONFIG)
@@ -81,7 +84,7 @@ def full_size_unet(folder: Path) -> Path:
         tokenizer={},
     )
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(AttentionKind.ORIGINAL, Shape(512, 512, 2), "macOS13")
+    recipe = Recipe(attention, Shape(512, 512, 2), "macOS13")
     export(UNET, checkpoint, recipe, path, Metadata())
     return path
 

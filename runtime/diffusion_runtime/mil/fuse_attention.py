@@ -170,6 +170,7 @@ def _mask(module: fx.GraphModule, before: fx.Node, mask: Any, scores: str) -> fx
     shape = shape_of(mask)
     batch = "".join(letter for letter in scores if letter not in "qk")
     order = [scores.index(letter) for letter in batch + "qk"]
+    user: fx.Node
     for user in mask.users:  # made for another head, so it comes before
         if user.target is shaping.transpose and operand(user, "perm") == order and "mil" not in user.meta:
             return user

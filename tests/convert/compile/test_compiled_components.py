@@ -15,7 +15,8 @@ from diffusion_convert.compile import compile_package
 from diffusion_convert.components import Shape, table
 from diffusion_convert.export import Recipe, export
 from diffusion_convert.options import AttentionKind
-from diffusion_runtime.backends import ComputeUnits
+from diffusion_convert.verify import psnr_db
+from diffusion_runtime.backends import ComputeUnits, Model
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.manifest import Source
 from diffusion_runtime.mil.package import open_package
@@ -79,20 +80,34 @@ def test_reads_back_equal(models: tuple[Case, Path, Path]) -> None:
     assert first_line == ("program(1.3)" if case.target == "macOS15" else "program(1.0)")
 
 
+def inputs(case: Case, model: Model) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    arrays = {
+        name: (random.random(spec.shape) * (13 if name == "input_ids" else 1)).astype(spec.dtype)
+        for name, spec in model.inputs.items()
+    }
+    if case.component == "text_encoder":
+        arrays = {name: np.floor(array) for name, array in arrays.items()}
+    return arrays
+
+
 def test_computes_the_same_bits(models: tuple[Case, Path, Path]) -> None:
     case, package, compiled = models
     loaded = [TorchBackend().load(path, ComputeUnits.ALL) for path in (package, compiled)]
-    random = np.random.default_rng(0)
-    inputs = {
-        name: (random.random(spec.shape) * (13 if name == "input_ids" else 1)).astype(spec.dtype)
-        for name, spec in loaded[0].inputs.items()
-    }
-    if case.component == "text_encoder":
-        inputs = {name: np.floor(array) for name, array in inputs.items()}
-    first, second = (model(**inputs) for model in loaded)
+    first, second = (model(**inputs(case, model)) for model in loaded)
     assert first.keys() == second.keys()
     for name, array in first.items():
         assert array.tobytes() == second[name].tobytes(), name
+
+
+def test_fusing_leaves_results_within_80_db(models: tuple[Case, Path, Path]) -> None:
+    case, package, _ = models
+    plain, fused = (TorchBackend(fuse=fuse).load(package) for fuse in (False, True))
+    expected, found = (model(**inputs(case, model)) for model in (plain, fused))
+    for name, array in expected.items():
+        assert psnr_db(array, found[name]) >= 80, name
+    left = {node.meta.get("op") for node in fused.module.graph.nodes}
+    assert not left & {"softmax", "sqrt", "einsum"}
 
 
 def test_histogram_tells_the_attention(models: tuple[Case, Path, Path]) -> None:
