@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 PICTURE_SIZE = 64  # pixels
 FINE = 4  # drawn this many times larger, then averaged
 MARGIN = 3.0  # pixels between a shape and the edge of the picture
-MAX_SHIFT = 7.0  # pixels from the middle
+MAX_SHIFT = 3.0  # pixels from the middle
 
 SYNONYMS = {
     "large": ("large", "large", "big", "huge"),

@@ -77,17 +77,24 @@ def write_folder(folder: Path, tokenizer_folder: Path, parts: Parts) -> None:
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     shutil.copyfile(LICENSE, folder / "LICENSE")
-    _settle_index(folder / "model_index.json")
+    _settle_json(folder)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
 
 
-def _settle_index(path: Path) -> None:
-    """Make the index SD 1.x's: no image encoder, and the processor's public name, whatever stood in for it."""
-    index = json.loads(path.read_text(encoding="utf-8"))
+def _settle_json(folder: Path) -> None:
+    """Make two files SD 1.x's, whichever version of diffusers wrote them.
+
+    The index names no image encoder, and the processor by its public name; the scheduler's configuration says, for
+    the schedulers that are made from it, that they are not to clip the latents.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index.pop("image_encoder", None)
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
-    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
+    scheduler["clip_sample"] = False
+    for name, values in (("model_index.json", index), ("scheduler/scheduler_config.json", scheduler)):
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _half(network: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from denoiser_shapes import Denoiser
 from draw_shapes import words
 from fit_shapes import Plan, process, spent_seconds
 from folder_shapes import Parts, write_card, write_folder
+from guidance_shapes import Guidance
 from quality_shapes import measure
 from tokenizer_shapes import write_tokenizer
 from torch import distributed
@@ -45,9 +46,10 @@ class Schedule:
 
 SCHEDULES = {
     "autoencoder": Schedule(steps=1220, share=0.15, learning_rate=2e-3, average_decay=0.995),
-    "decoder": Schedule(steps=1200, share=0.1, learning_rate=1e-3, average_decay=0.995),
-    "denoiser": Schedule(steps=8000, share=0.7, learning_rate=1e-3, average_decay=0.999),
-    "checker": Schedule(steps=1500, share=0.05, learning_rate=1e-3, average_decay=0.99),
+    "denoiser": Schedule(steps=6200, share=0.55, learning_rate=1e-3, average_decay=0.999),
+    "guidance": Schedule(steps=1400, share=0.2, learning_rate=4e-4, average_decay=0.995),
+    "decoder": Schedule(steps=700, share=0.05, learning_rate=1e-3, average_decay=0.995),
+    "checker": Schedule(steps=1000, share=0.05, learning_rate=1e-3, average_decay=0.99),
 }
 
 
@@ -131,13 +133,16 @@ def train(job: Job) -> None:
     pool = draw_pool(job.seed)
     vae = train_autoencoder(plans["autoencoder"], pool, device)
     latents = encode_pool(vae, pool, device)
-    train_decoder(plans["decoder"], vae, pool, latents, device)
     scale = 1.0 / float(latents.std())
     vae.register_to_config(scaling_factor=scale)
     tokenizer = write_tokenizer(job.work / f"tokenizer-{process()[0]}", words())
     denoiser = Denoiser(tokenizer, plans["denoiser"], latents * scale, device)
     denoiser.fit.run(denoiser.loss)
     denoiser.fit.use_average()
+    guidance = Guidance(denoiser, plans["guidance"])
+    guidance.fit.run(guidance.loss)
+    guidance.fit.use_average()
+    train_decoder(plans["decoder"], vae, pool, latents, device)
     checker = train_checker(plans["checker"], decode_pool(vae, latents, device), device)
     if process()[0] == 0:
         parts = Parts(vae, denoiser.text_encoder, denoiser.unet, checker)
