@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -44,10 +44,12 @@ class RuntimeNote(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """``images`` as asked for by ``output_type``; ``nsfw_content_detected`` has one entry per picture, or is None
-    where nothing was checked. ``notes`` are for the user."""
+    """``images`` are PIL pictures, or the array or tensor that ``output_type`` asks for.
 
-    images: list[Image.Image] | np.ndarray | torch.Tensor
+    ``nsfw_content_detected`` has one entry per picture, or is None where nothing was checked. ``notes`` are for the
+    user."""
+
+    images: Any
     nsfw_content_detected: list[bool] | None
     notes: tuple[str, ...] = ()
 
