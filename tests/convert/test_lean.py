@@ -1,0 +1,124 @@
+"""Lean conversion gives what coremltools alone gives, and leaves coremltools as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from diffusion_convert import lean, networks
+from diffusion_convert.checkpoint import open_checkpoint
+from diffusion_convert.components import Shape, table
+from diffusion_convert.export import Recipe, export
+from diffusion_convert.nets import teach_coremltools
+from diffusion_convert.options import AttentionKind
+from diffusion_convert.placeholders import Placeholders
+from diffusion_convert.tracing import trace
+from diffusion_runtime.mil.package import Package, open_package
+from diffusion_runtime.mil.program import Blob, Metadata, Value, operations
+from diffusion_runtime.quiet import import_coremltools
+
+RECIPE = Recipe(AttentionKind.SPLIT_EINSUM, Shape(64, 64, 2), "macOS13")
+
+
+@pytest.fixture(params=["text_encoder", "vae_encoder"])
+def packages(
+    request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> tuple[Package, Package]:
+    """One component, converted by us, and by coremltools alone from the network with its weights."""
+    checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
+    component = table()[request.param]
+    export(component, checkpoint, RECIPE, tmp_path / "ours.mlpackage", Metadata())
+    graph = component.build(checkpoint, RECIPE.attention, RECIPE.shape)
+    graph.module.float()
+    ct = import_coremltools()
+    teach_coremltools()
+    with networks.silent():
+        ct.convert(
+            trace(graph),
+            convert_to="mlprogram",
+            minimum_deployment_target=ct.target.macOS13,
+            inputs=[ct.TensorType(port.name, port.shape, np.dtype(port.dtype)) for port in graph.inputs],
+            outputs=[ct.TensorType(port.name, dtype=np.dtype(port.dtype)) for port in graph.outputs],
+            skip_model_load=True,
+        ).save(str(tmp_path / "theirs.mlpackage"))
+    return open_package(tmp_path / "ours.mlpackage"), open_package(tmp_path / "theirs.mlpackage")
+
+
+def test_program_and_weights_are_coremltools_own(packages: tuple[Package, Package]) -> None:
+    ours, theirs = ([described(package, op) for op in block(package)] for package in packages)
+    assert len(ours) > 50
+    for one, two in zip(ours, theirs, strict=True):
+        assert one == two
+
+
+def block(package: Package) -> Iterator[Any]:
+    yield from operations(package.model.program.functions["main"].block)
+
+
+def described(package: Package, operation: Any) -> tuple[Any, ...]:
+    """An operation with its constants' values in place of where they are stored."""
+    stored = operation.attributes.get("val")
+    value = array(package, stored) if operation.type == "const" else None
+    return operation.type, dict(operation.inputs), operation.outputs, value
+
+
+def array(package: Package, value: Value) -> object:
+    if isinstance(value.data, (Blob, np.ndarray)):
+        found = package.array(value)
+        return found.dtype.str, found.shape, found.tobytes()
+    return value.data
+
+
+REPLACED = {
+    "validation": ("converters.mil.mil.passes.pass_pipeline", "PassPipelineManager", "apply_pipeline"),
+    "overflow": ("converters.mil.mil.passes.defs.quantization", "FP16ComputePrecision", "fp16_overflow"),
+    "underflow": (
+        "converters.mil.mil.passes.defs.quantization",
+        "FP16ComputePrecision",
+        "_check_underflow_to_zero",
+    ),
+    "duplicates": (
+        "converters.mil.mil.passes.defs.cleanup.const_deduplication",
+        "const_deduplication",
+        "should_be_deduplicated",
+    ),
+    "cast": ("converters.mil.mil.ops.defs.iOS15.elementwise_unary", "cast", "get_cast_value"),
+    "scope": ("converters.mil.frontend.torch.internal_graph", "InternalTorchIRNode", "from_torchscript_node"),
+    "nonreplaceable": ("converters.mil.mil.block", "Block", "_propagate_nonreplaceable_vars"),
+}
+
+
+@pytest.mark.parametrize(("module", "owner", "name"), REPLACED.values(), ids=REPLACED)
+def test_everything_is_put_back(module: str, owner: str, name: str) -> None:
+    place = getattr(import_coremltools(module), owner)
+    before = place.__dict__[name]
+    with pytest.raises(RuntimeError), lean.lean(Placeholders(), lambda _: 0):
+        assert place.__dict__[name] is not before
+        raise RuntimeError
+    assert place.__dict__[name] is before
+
+
+@pytest.mark.parametrize("name", ["_passes", "_overflow", "_underflow", "_small", "_cast", "_placed"])
+def test_every_replacement_is_used(name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """A release of coremltools that calls something else would make the replacement useless, without an error."""
+    called: list[str] = []
+    make = getattr(lean, name)
+
+    def watched(*arguments: Any) -> Callable[..., Any]:
+        function = make(*arguments)
+
+        def call(*given: Any, **named: Any) -> Any:
+            called.append(name)
+            return function(*given, **named)
+
+        return call
+
+    checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
+    with mock.patch.object(lean, name, watched):
+        export(table()["text_encoder"], checkpoint, RECIPE, tmp_path / "model.mlpackage", Metadata())
+    assert called

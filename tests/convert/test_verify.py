@@ -1,0 +1,117 @@
+"""Verification finds what is wrong, and says where it begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_convert import verify
+from diffusion_convert.checkpoint import Checkpoint, open_checkpoint
+from diffusion_convert.components import Shape, table
+from diffusion_convert.export import Exported, Recipe, export
+from diffusion_convert.networks import build
+from diffusion_convert.options import AttentionKind
+from diffusion_runtime.errors import VerificationError
+from diffusion_runtime.mil.package import open_package
+from diffusion_runtime.mil.program import Metadata
+
+ENCODER = table()["vae_encoder"]
+SHAPE = Shape(64, 64, 2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Callable[[str], Path]) -> Checkpoint:
+    return open_checkpoint(str(tiny_checkpoint("sd1")))
+
+
+@pytest.fixture
+def package(checkpoint: Checkpoint, tmp_path: Path) -> tuple[Path, Exported]:
+    path = tmp_path / "encoder.mlpackage"
+    return path, export(ENCODER, checkpoint, Recipe(AttentionKind.ORIGINAL, SHAPE, "macOS13"), path, Metadata())
+
+
+def silent(_: float) -> None:
+    pass
+
+
+def damage(path: Path, weight: str) -> None:
+    """Overwrite a weight in a package with another."""
+    package = open_package(path)
+    block = package.model.program.functions["main"].block
+    value = next(op for op in block.operations if op.outputs[0].name.startswith(weight)).attributes["val"]
+    offset = package.array(value).ctypes.data - package.weight_file(value.data)._bytes.ctypes.data  # type: ignore[arg-type]
+    size = package.array(value).nbytes
+    with next(path.rglob("weight.bin")).open("r+b") as file:
+        file.seek(offset)
+        file.write(np.linspace(-0.1, 0.1, size // 2).astype(np.float16).tobytes())
+
+
+def test_first_divergence_is_named(checkpoint: Checkpoint, package: tuple[Path, Exported]) -> None:
+    path, made = package
+    expected = verify.reference(ENCODER, checkpoint, SHAPE, silent)
+    assert verify.measure(path, expected, silent).psnr_db["latent"] > ENCODER.min_psnr_db
+    damage(path, "encoder_down_blocks_1_resnets_0_conv1_weight")
+    verdict = verify.measure(path, expected, silent)
+    network = ENCODER.build(checkpoint, AttentionKind.ORIGINAL, SHAPE).module
+
+    def explain() -> str:
+        return verify.first_divergence(path, network, made.modules, expected.inputs[0])
+
+    with pytest.raises(VerificationError, match=r"encoder\.down_blocks\.1\.resnets\.0\.conv1\)") as raised:
+        verify.check(ENCODER, path, verdict, explain)
+    assert "latent" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_reference_survives_the_disk(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    expected = verify.reference(table()["text_encoder"], checkpoint, SHAPE, silent)
+    expected.save(tmp_path / "reference.npz")
+    loaded = verify.Reference.load(tmp_path / "reference.npz")
+    assert len(loaded.inputs) == table()["text_encoder"].runs
+    for before, after in zip((*expected.inputs, *expected.outputs), (*loaded.inputs, *loaded.outputs), strict=True):
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+        assert all(before[name].dtype == after[name].dtype for name in before)
+
+
+def test_inputs_are_seeded(checkpoint: Checkpoint) -> None:
+    for component in table().values():
+        if component.subfolder in checkpoint.models:
+            sample = component.build(checkpoint, None, SHAPE).sample
+            first, again, other = sample(0), sample(0), sample(1)
+            assert all(np.array_equal(first[name], again[name]) for name in first)
+            assert any(not np.array_equal(first[name], other[name]) for name in first)
+
+
+def test_widened_network_is_the_float32_one(checkpoint: Checkpoint) -> None:
+    network = build(checkpoint, "vae")
+    stored = {name: value.data_ptr() for name, value in network.state_dict().items()}
+    x = torch.randn(1, 3, 64, 64)
+    with verify.widened(network), torch.no_grad():
+        found = network.encode(x).latent_dist.mean  # type: ignore[operator]
+    # The whole is not called, but its modules are; quant_conv is one of them.
+    assert {name: value.data_ptr() for name, value in network.state_dict().items()} == stored
+    assert all(value.dtype == torch.float16 for value in network.state_dict().values())
+    with torch.no_grad():
+        assert torch.equal(found, network.float().encode(x).latent_dist.mean)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "psnr"),
+    [
+        ([1.0, -2.0], [1.0, -2.0], verify.BEST_PSNR_DB),
+        ([0.0, 0.0], [0.0, 0.0], verify.BEST_PSNR_DB),
+        ([0.0, 0.0], [0.0, 1.0], -math.inf),
+        ([1.0, 2.0], [1.0, math.nan], -math.inf),
+        ([1.0, 2.0], [1.0, math.inf], -math.inf),
+        ([10.0, 0.0], [10.0, 0.1 * math.sqrt(2)], 40.0),
+    ],
+)
+def test_psnr(expected: list[float], found: list[float], psnr: float) -> None:
+    value = verify.psnr_db(np.array(expected, np.float32), np.array(found, np.float32))
+    assert value == pytest.approx(psnr, abs=1e-4)
