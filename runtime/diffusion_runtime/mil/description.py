@@ -7,7 +7,7 @@ from typing import Any
 from diffusion_runtime.errors import PackageError
 from diffusion_runtime.mil import wire
 from diffusion_runtime.mil.program import Feature, FunctionInterface, Metadata, Model
-from diffusion_runtime.quiet import import_coremltools
+from diffusion_runtime.quiet import import_messages
 
 _ELEMENTS = {65568: "Float32", 65600: "Double", 131104: "Int32", 65552: "Float16", 131080: "Int8"}
 _ELEMENT_CODES = {name: code for code, name in _ELEMENTS.items()}
@@ -29,7 +29,7 @@ def parse(data: bytes) -> Parts:
     from google.protobuf.message import DecodeError
 
     try:
-        spec = import_coremltools("proto.Model_pb2").ModelDescription.FromString(data)
+        spec = import_messages("Model_pb2").ModelDescription.FromString(data)
         user_defined = wire.string_map(wire.payload(data, _METADATA_FIELD), _USER_DEFINED_FIELD)
     except (DecodeError, ValueError) as error:
         raise PackageError(f"the model's description is damaged: {error}") from error
@@ -49,7 +49,7 @@ def serialize(model: Model) -> bytes:
 
     Raises ValueError for features other than multi-arrays and states: their source's own bytes must be kept.
     """
-    pb = import_coremltools("proto.Model_pb2")
+    pb = import_messages("Model_pb2")
     spec = pb.ModelDescription(defaultFunctionName=model.default_function)
     for interface in model.interfaces:
         target = spec.functions.add(name=interface.name) if model.default_function else spec
@@ -65,14 +65,14 @@ def serialize(model: Model) -> bytes:
 
 
 def canonical(data: bytes) -> bytes:
-    """The same ModelDescription with fields and map entries in order and its metadata present, as compilers write it.
+    """The same ModelDescription with fields and map entries in order and its metadata present, as compilers do.
 
     Raises PackageError if damaged.
     """
     from google.protobuf.message import DecodeError
 
     try:
-        spec = import_coremltools("proto.Model_pb2").ModelDescription.FromString(data)
+        spec = import_messages("Model_pb2").ModelDescription.FromString(data)
     except DecodeError as error:
         raise PackageError(f"the model's description is damaged: {error}") from error
     spec.metadata.SetInParent()
@@ -81,7 +81,7 @@ def canonical(data: bytes) -> bytes:
 
 
 def _metadata(metadata: Metadata) -> bytes:
-    spec = import_coremltools("proto.Model_pb2").Metadata(
+    spec = import_messages("Model_pb2").Metadata(
         shortDescription=metadata.description,
         versionString=metadata.version,
         author=metadata.author,
