@@ -63,7 +63,13 @@ def load_pipeline(
     text = found.manifest.components.get("text_encoder")
     length = text.inputs[0].shape[-1] if text and text.inputs else tokenizers.LENGTH
     pad = "!" if found.manifest.family.startswith(("sd2", "x4")) else None
-    pairing = bundle.unit_notes(found, units) if name == "coreml" else ()
+    notes = [*found.notes, *(bundle.unit_notes(found, units) if name == "coreml" else ())]
+    if (
+        found.manifest.requires_safety_checker
+        and check_safety
+        and "safety_checker" not in found.manifest.components
+    ):
+        notes.append("the checkpoint asks for a safety checker, but none was converted: pictures are not checked")
     models = bundle.open_models(found, load_backend(name, dtype=dtype, device=device), units, not reduce_memory)
     clip = tokenizers.load(place, length, pad)
-    return Pipeline(found.manifest, models, clip, chosen, check_safety, (*found.notes, *pairing))
+    return Pipeline(found.manifest, models, clip, chosen, check_safety, tuple(notes))

@@ -23,28 +23,39 @@ app = typer.Typer(
 GENERATE_HELP = """
 Make pictures with converted models.
 
-MODELS is the folder that `convert` wrote (the best variant in it is chosen, and named), a variant in it such as
-models/original/packages, or a folder of models that Apple's tools made.
+MODELS is the folder that `convert` wrote (the best variant in it is chosen,
+and named), a variant in it such as models/original/packages, or a folder of
+models that Apple's tools made.
 
-What the models can do follows from the models; what is done, from what you give:
+What is done follows from the models and from what you give:
 
 * [bold]text to image[/bold]: a prompt.
-* [bold]image to image[/bold]: `--image`, and `--strength` for how much may change. Needs vae_encoder.
-* [bold]in-painting[/bold]: `--image` and `--mask`; white is painted anew. In-painting checkpoints see the
-  surroundings; any other blends. Needs vae_encoder.
-* [bold]depth to image[/bold]: `--image`; its depth is kept, estimated or given by `--depth-image`. Models of a
-  depth checkpoint. Needs vae_encoder.
-* [bold]upscaling[/bold]: `--image`, a quarter of the result's size, and `--noise-level`. Models of the x4 upscaler.
 
-"(word:1.3)" in a prompt draws more attention to word, "(word:0.7)" less; any other bracket is just text.
+* [bold]image to image[/bold]: --image, and --strength for how much may change.
+
+* [bold]in-painting[/bold]: --image and --mask; white is painted anew. In-painting
+checkpoints see the surroundings, any other blends.
+
+* [bold]depth to image[/bold]: --image, whose depth is kept; it is estimated, or given
+by --depth-image. Models of a depth checkpoint.
+
+* [bold]upscaling[/bold]: --image, a quarter of the result's size, and --noise-level.
+Models of the x4 upscaler.
+
+All that take an image need vae_encoder, but for upscaling.
+
+"(word:1.3)" in a prompt draws more attention to word, "(word:0.7)" less; any
+other bracket is just text.
 
 Examples:
 
-    coreml-diffusion generate models --prompt "a large red circle on a white background" -o circle.png
+    coreml-diffusion generate models --prompt "a red circle" -o circle.png
 
-    coreml-diffusion generate models --prompt "a watercolour" --image photo.jpg --strength 0.6 -o painted.png
+    coreml-diffusion generate models --prompt "a watercolour" -o painted.png \\
+        --image photo.jpg --strength 0.6
 
-    coreml-diffusion generate models --prompts-file prompts.txt --count 4 --seed 1 -o out/picture.png
+    coreml-diffusion generate models --prompts-file prompts.txt --count 4 \\
+        --seed 1 -o out/picture.png
 
     coreml-diffusion generate --from circle.png -o again.png
 """
@@ -65,29 +76,29 @@ def generate(
     prompts_file: Annotated[
         Path | None, _option("Text file with one prompt per line, instead of --prompt.")
     ] = None,
-    steps: Annotated[int | None, _option("Denoising steps. [default: 50]")] = None,
+    steps: Annotated[int | None, _option("Denoising steps. Default: 50.")] = None,
     guidance_scale: Annotated[
-        float | None, _option("How closely to follow the prompt; 1 or less: off. [default: 7.5]")
+        float | None, _option("How closely to follow the prompt; 1 or less: off. Default: 7.5.")
     ] = None,
-    seed: Annotated[int | None, _option("Same seed, same picture. [default: random, printed]")] = None,
+    seed: Annotated[int | None, _option("Same seed, same picture. Default: random, printed.")] = None,
     rng: Annotated[
-        str | None, _option("torch (as diffusers), numpy (as Apple's Python client) or nvidia. [default: torch]")
+        str | None, _option("torch (as diffusers), numpy (as Apple's Python client) or nvidia. Default: torch.")
     ] = None,
     scheduler: Annotated[
         str | None,
         _option(
             "pndm, ddim, ddpm, lms, euler, euler-ancestral, heun, 'dpm++ 2m karras', 'dpm++ sde', unipc, lcm, …; "
-            "an unknown one lists all. [default: the checkpoint's]"
+            "an unknown one lists all. Default: the checkpoint's."
         ),
     ] = None,
     count: Annotated[int, typer.Option(help="Pictures per prompt, with seeds counting up.")] = 1,
     image: Annotated[Path | None, _option("Picture to start from, paint in or enlarge.")] = None,
     strength: Annotated[
-        float | None, _option("How much of --image may change, above 0 to 1. [default: 0.8; 1 with --mask]")
+        float | None, _option("How much of --image may change, above 0 to 1. Default: 0.8; 1 with --mask.")
     ] = None,
     mask: Annotated[Path | None, _option("White where --image is painted anew.")] = None,
     depth_image: Annotated[Path | None, _option("Depth of --image, brighter is nearer.")] = None,
-    noise_level: Annotated[int | None, _option("Upscaling: noise put on --image, 0 to 350. [default: 20]")] = None,
+    noise_level: Annotated[int | None, _option("Upscaling: noise put on --image, 0 to 350. Default: 20.")] = None,
     long_prompt: Annotated[
         bool, _option("Encode long prompts in pieces, where the UNet has room.", "--long-prompt")
     ] = False,
@@ -97,7 +108,7 @@ def generate(
     ] = None,
     backend: Annotated[str, typer.Option(help="auto (coreml on macOS, else torch), coreml or torch.")] = "auto",
     compute_units: Annotated[
-        str | None, _option("all, cpu-and-gpu, cpu-and-ne or cpu-only. [default: the models']")
+        str | None, _option("all, cpu-and-gpu, cpu-and-ne or cpu-only. Default: the models'.")
     ] = None,
     reduce_memory: Annotated[bool, _option("Load and free models stage by stage.", "--reduce-memory")] = False,
     dtype: Annotated[str | None, _option("torch backend: float32, bfloat16 or float16.")] = None,

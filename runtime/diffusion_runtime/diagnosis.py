@@ -52,6 +52,7 @@ def examine() -> tuple[Finding, ...]:
         _coreml_backend(),
         _compute_units(),
         _compiler(),
+        *_cache(),
         _memory(),
         _disk(),
     )
@@ -138,6 +139,17 @@ def _compiler() -> Finding:
     if platform.system() == "Darwin" and shutil.which("xcrun"):
         return Finding("compiler", State.OK, "built in; Apple's is there for --compiler xcrun")
     return Finding("compiler", State.OK, "built in (Xcode is not needed)")
+
+
+def _cache() -> tuple[Finding, ...]:
+    """Where Core ML's compiled models are kept, and how much they take."""
+    from diffusion_runtime.backends.coreml import default_cache
+
+    folder = default_cache()
+    if platform.system() != "Darwin" or not folder.is_dir():
+        return ()
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**30
+    return (Finding("model cache", State.OK, f"{size:.1f} GiB in {folder} (may be deleted)"),)
 
 
 def _memory() -> Finding:

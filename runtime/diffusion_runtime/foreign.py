@@ -83,7 +83,9 @@ def describe(folder: Path, assumed: Assumed) -> Described:
     """The manifest of a folder of foreign models. Raises InputError for SDXL's, PackageError for damaged ones."""
     files = _files(folder)
     opened = {name: [_model(folder / file) for file in listed] for name, listed in files.items()}
-    components = {name: _component(folder, files[name], models) for name, models in opened.items()}
+    attention = "split_einsum" if _has_einsum(opened["unet"]) else "original"
+    units = "cpu-and-gpu" if attention == "original" else "cpu-and-ne"
+    components = {name: _component(folder, files[name], models, units) for name, models in opened.items()}
     inputs = {tensor.name: tensor.shape for tensor in components["unet"].inputs}
     _check(folder, components, inputs)
     family = family_of(inputs)
@@ -97,7 +99,7 @@ def describe(folder: Path, assumed: Assumed) -> Described:
         family=family,
         source=Source(name=_name(folder)),
         kind="packages" if files["unet"][0].endswith(".mlpackage") else "compiled",
-        attention="split_einsum" if _has_einsum(opened["unet"]) else "original",
+        attention=attention,
         height=height,
         width=width,
         batch_size=inputs["sample"][0],
@@ -150,7 +152,7 @@ def _model(path: Path) -> Model:
     return open_package(path).model
 
 
-def _component(folder: Path, files: tuple[str, ...], models: list[Model]) -> Component:
+def _component(folder: Path, files: tuple[str, ...], models: list[Model], units: str) -> Component:
     """The interface of a chain of models as one: inputs that no earlier one gives, the last one's outputs."""
     given: set[str] = set()
     needed: dict[str, Tensor] = {}
@@ -161,7 +163,7 @@ def _component(folder: Path, files: tuple[str, ...], models: list[Model]) -> Com
                 needed.setdefault(tensor.name, tensor)
         outputs = _tensors(model.interface.outputs, folder / file)
         given |= {tensor.name for tensor in outputs}
-    return Component(files=files, inputs=tuple(needed.values()), outputs=outputs)
+    return Component(files=files, inputs=tuple(needed.values()), outputs=outputs, compute_units=units)
 
 
 def _tensors(features: Sequence[Feature], path: Path) -> tuple[Tensor, ...]:

@@ -165,6 +165,7 @@ def test_folders_of_others_make_the_same_picture(
 ) -> None:
     others = load_pipeline(made_by(toy_folder, tmp_path / "others"), "torch")
     assert np.array_equal(picture(others), picture(load_pipeline(toy_folder, "torch")))
+    assert {part.compute_units for part in others.manifest.components.values()} == {"cpu-and-gpu"}
     (note,) = others.notes
     assert "has no manifest.json: taken for sd1, 64x64, epsilon prediction, latent scale 0.18215" in note
 
@@ -244,6 +245,14 @@ def test_bad_pairings_of_attention_and_compute_units_are_known(
     attention: str, units: ComputeUnits, bad: bool
 ) -> None:
     assert (bundle.bad_pairing(attention, units) is not None) == bad
+
+
+def test_a_safety_checker_that_is_asked_for_and_lacking_is_said(toy_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_folder, tmp_path / "models")
+    data = json.loads((tmp_path / "models" / "manifest.json").read_text())
+    (tmp_path / "models" / "manifest.json").write_text(json.dumps({**data, "requires_safety_checker": True}))
+    assert "pictures are not checked" in load_pipeline(tmp_path / "models", "torch").notes[-1]
+    assert load_pipeline(tmp_path / "models", "torch", check_safety=False).notes == ()
 
 
 @pytest.mark.parametrize("text", ["cpu-and-ne", "CPU_AND_NE", "cpu_and_ne"])

@@ -246,7 +246,15 @@ def test_help_answers_without_loading_anything_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip().endswith("[]")
-    for taught in ("image to image", "in-painting", "depth to image", "upscaling", "--from", "Examples"):
+    for taught in (
+        "image to image",
+        "in-painting",
+        "depth to image",
+        "upscaling",
+        "--from",
+        "Examples",
+        "Default: 50.",
+    ):
         assert taught in shown
 
 
