@@ -104,9 +104,7 @@ class TorchModel:
         ]
 
     def _arrays(self, outputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        return {
-            name: _to_numpy(outputs[name]).astype(spec.dtype, copy=False) for name, spec in self.outputs.items()
-        }
+        return {name: _to_numpy(outputs[name]).astype(spec.dtype) for name, spec in self.outputs.items()}
 
 
 def _to_numpy(value: Tensor) -> np.ndarray:

@@ -28,6 +28,9 @@ from diffusion_runtime.mil.program import Function, Operation, TensorType, Value
 REFUSALS = (RuntimeError, ValueError, IndexError, TypeError)
 """What torch raises for operands that do not fit."""
 
+RELEASE_EVERY = 16
+"""After how many weights the pages of the file that were read are let go of."""
+
 STREAMED_ELEMENTS = 4096
 """Constants with more elements than this stay in the file when weights are streamed."""
 
@@ -236,13 +239,14 @@ class _Lowering:
         """Read, decompress and widen the weights that nodes refer to, several at a time."""
 
         def fill(item: tuple[str, Constant]) -> tuple[str, Tensor]:
-            tensor = item[1].as_tensor(self.dtype).to(self.device)
-            self.package.release()
-            return item[0], tensor
+            return item[0], item[1].as_tensor(self.dtype).to(self.device)
 
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            for target, tensor in pool.map(fill, self.buffers.items()):
+            for count, (target, tensor) in enumerate(pool.map(fill, self.buffers.items())):
                 self.root.register_buffer(target, tensor)
+                if count % RELEASE_EVERY == 0:
+                    self.package.release()
+        self.package.release()
 
 
 def _pick(load: Callable[[], Any], index: int) -> Any:

@@ -17,6 +17,9 @@ from diffusion_runtime.mil import fused
 from diffusion_runtime.mil.match import operand, operation, others, put, shape_of, value_of
 from diffusion_runtime.mil.ops.convolution import paddings
 
+DEVICES = ("cpu", "cuda")
+"""Where channels-last memory was tried and found fast."""
+
 _FRESH = frozenset(
     ("conv", "linear", "group_norm", "batch_norm", "add", "sub", "mul", "silu", "gelu", "matmul", "layer_norm")
 )
@@ -43,7 +46,7 @@ def use_channels_last(module: fx.GraphModule) -> None:
 def _convolution(module: fx.GraphModule, node: fx.Node) -> dict[str, Any] | None:
     """Arguments of ``fused.conv2d``; None where it is none with constant weights and even padding."""
     shape, kernel = shape_of(operand(node, "x")), value_of(module, operand(node, "weight"))
-    if shape is None or len(shape) != 4 or kernel is None:
+    if shape is None or len(shape) != 4 or kernel is None or kernel.device.type not in DEVICES:
         return None
     strides, dilations = operand(node, "strides") or [1, 1], operand(node, "dilations") or [1, 1]
     reach = [(size - 1) * dilation + 1 for size, dilation in zip(kernel.shape[2:], dilations, strict=True)]

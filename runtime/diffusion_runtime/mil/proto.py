@@ -35,7 +35,7 @@ from diffusion_runtime.mil.program import (
     numpy_dtype,
     packed_bits,
 )
-from diffusion_runtime.quiet import import_coremltools
+from diffusion_runtime.quiet import import_messages
 
 _CODES = {
     DType.BOOL: 1,
@@ -94,7 +94,7 @@ def model_from_bytes(data: bytes) -> Model:
     from google.protobuf.message import DecodeError
 
     try:
-        spec = import_coremltools("proto.Model_pb2").Model.FromString(data)
+        spec = import_messages("Model_pb2").Model.FromString(data)
         description_bytes = wire.payload(data, 2)
     except (DecodeError, ValueError) as error:
         raise PackageError(f"not a Core ML model, or truncated ({len(data)} bytes): {error}") from error
@@ -154,7 +154,7 @@ def program_from_proto(spec: Any) -> Program:
 
 def program_to_proto(program: Program) -> Any:
     """A ``MIL_pb2.Program``."""
-    mil = import_coremltools("proto.MIL_pb2")
+    mil = import_messages("MIL_pb2")
     spec = mil.Program(version=program.version, docString=program.doc_string)
     for name, function in program.functions.items():
         _fill_function(spec.functions[name], function)
@@ -232,7 +232,7 @@ def _type(spec: Any) -> ValueType:
 
 def _tensor_type(spec: Any) -> TensorType:
     if spec.dataType not in _DTYPES:
-        names = import_coremltools("proto.MIL_pb2").DataType
+        names = import_messages("MIL_pb2").DataType
         name = names.Name(spec.dataType) if spec.dataType in names.values() else f"number {spec.dataType}"
         raise UnsupportedError(f"element type {name} is not covered")
     if spec.rank != len(spec.dimensions):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +290,20 @@ def test_integers_out_of_range_are_refused() -> None:
     operation.attributes["val"].immediateValue.tensor.ints.values[:] = [40_000]
     with pytest.raises(PackageError, match="out of range"):
         proto.program_from_proto(spec)
+
+
+def test_reading_a_package_does_not_wait_for_coremltools(network: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from diffusion_runtime.mil.package import open_package
+from diffusion_runtime.quiet import import_coremltools, import_messages
+open_package(Path(sys.argv[1]))
+assert "coremltools" not in sys.modules
+assert import_messages("Model_pb2").Model is import_coremltools("proto.Model_pb2").Model
+assert import_messages("Model_pb2") is sys.modules["coremltools.proto.Model_pb2"]
+"""
+    subprocess.run([sys.executable, "-c", code, str(network)], check=True)
 
 
 @pytest.mark.parametrize("data", [b"\x08", b"\x12\x05ab", b"\x0b", b"\xff" * 11])
