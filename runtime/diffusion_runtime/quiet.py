@@ -43,7 +43,7 @@ def import_coremltools(submodule: str = "") -> ModuleType:
 
 
 def import_messages(name: str) -> ModuleType:
-    """One module of coremltools' protobuf messages ("Model_pb2"), without the rest of coremltools.
+    """One module of coremltools' protobuf messages, without the rest of coremltools.
 
     ``coremltools/__init__`` imports converters of every framework, for 1.6 s of processor; the messages alone take
     0.04 s. Protobuf knows each message once: these are the same classes that coremltools has, whoever comes first.
