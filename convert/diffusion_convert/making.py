@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Mapping
@@ -84,6 +85,7 @@ def _reference(unit: Unit, plan: Plan, references: Path, report: export.Progress
     if not path.is_file():
         report("reference", 0.0)
         verify.reference(unit.component, plan.checkpoint, plan.shape, partial(report, "reference")).save(path)
+        gc.collect()  # networks are cycles, and hold files mapped
     return verify.Reference.load(path)
 
 
@@ -97,6 +99,7 @@ def _convert(job: Job) -> Record:
         made = export.export(
             unit.component, job.plan.checkpoint, recipe, job.package, _metadata(job.plan), job.report
         )
+        gc.collect()  # so are coremltools' programs
         _add(seconds, made.seconds)
         _refuse_wide_weights(job, made)
         if job.expected is None:
