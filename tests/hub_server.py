@@ -86,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
                     "_id": "1",
                     "id": "maker/model",
                     "sha": self.hub.commit,
-                    "siblings": [],
+                    "siblings": [{"rfilename": name} for name in sorted(self.hub.files)],
                     "tags": [],
                     "private": True,
                 }

@@ -105,10 +105,10 @@ def _fetch(repo_id: str, revision: str | None, needed: Needed) -> Path:
             raise
         except (transport, OSError):
             return _cached(repo_id, revision)
-        return _download(api, repo_id, info, needed)
+        return _download(api, repo_id, revision, info, needed)
 
 
-def _download(api: HfApi, repo_id: str, info: Any, needed: Needed) -> Path:
+def _download(api: HfApi, repo_id: str, revision: str | None, info: Any, needed: Needed) -> Path:
     commit = str(info.sha)
     names = frozenset(sibling.rfilename for sibling in info.siblings or ())
 
@@ -123,14 +123,18 @@ def _download(api: HfApi, repo_id: str, info: Any, needed: Needed) -> Path:
             f"{repo_id}: nothing that can be converted: the repository has no {INDEX} (it has "
             f"{', '.join(sorted(names)[:5]) or 'no files'}); download a single .safetensors file and name that"
         )
-    return Path(api.snapshot_download(repo_id, revision=commit, allow_patterns=list(files)))
+    folder = Path(api.snapshot_download(repo_id, revision=commit, allow_patterns=list(files)))
+    # All is there. Asked for by the revision's name, the cache notes what that stands for, to be found offline.
+    api.snapshot_download(repo_id, revision=revision, allow_patterns=[INDEX])
+    return folder
 
 
 def _cached(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        # Asked for everything, it would miss what was not needed. Whether the needed is there, is seen later.
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[INDEX]))
     except (errors.LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{repo_id}: there is no such folder here, the Hugging Face Hub cannot be reached, and its cache does "

@@ -1,0 +1,135 @@
+"""Checkpoints on the Hub, against a server on this machine: one commit, only what is needed, and the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from safetensors.torch import load_file
+
+from diffusion_convert import hub as client
+from diffusion_convert.checkpoint import is_repository_id, open_checkpoint
+from diffusion_convert.checkpoint.hub import checkpoint_files, fetch_vae, vae_files
+from diffusion_runtime.errors import CheckpointError, InputError
+from hub_server import Hub, serving
+
+REPO = "maker/model"
+TOKEN = "hf_test"  # noqa: S105  no secret: the server here takes any
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+@pytest.fixture
+def hub(tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A server with a checkpoint and much that is not needed; the cache is an empty one."""
+    folder = tiny_checkpoint("sd2-base")
+    with serving(Hub()) as running:
+        running.exists = True
+        running.commits = ["first"]
+        running.files = {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+        running.files |= {f"{part}/{stem}.bin": b"not needed" for part, stem in WEIGHTS.items()}
+        running.files |= {f"{part}/{stem}.fp16.bin": b"not needed" for part, stem in WEIGHTS.items()}
+        running.files |= {"v2.ckpt": b"not needed", "unet/flax_model.msgpack": b"not needed"}
+        running.files |= {"README.md": b"---\nlicense: openrail++\n---\n", "code.py": b"raise SystemExit"}
+        monkeypatch.setattr(client, "open_api", lambda *_: HfApi(endpoint=running.endpoint, token=TOKEN))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("time.sleep", lambda _: None)
+        yield running
+
+
+def test_one_commit_and_only_what_is_needed(hub: Hub, tiny_checkpoint: Callable[[str], Path]) -> None:
+    checkpoint = open_checkpoint(REPO)
+    assert checkpoint.family == "sd2-base"
+    assert (checkpoint.source.name, checkpoint.source.revision) == (REPO, hub.commit)
+    assert checkpoint.source.licence == "openrail++"
+    expected = load_file(tiny_checkpoint("sd2-base") / "unet" / "diffusion_pytorch_model.safetensors")
+    found = checkpoint.models["unet"].tensors()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    fetched = {path.split("/resolve/")[1] for path in hub.requests if "/resolve/" in path}
+    assert {name.split("/")[0] for name in fetched} == {hub.commit}
+    files = {name.split("/", 1)[1] for name in fetched}
+    assert not [name for name in files if name.endswith((".bin", ".ckpt", ".msgpack", ".py"))]
+    assert "unet/diffusion_pytorch_model.safetensors" in files
+
+
+def test_without_a_connection_the_cache_is_used(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    online = open_checkpoint(REPO)
+    monkeypatch.setattr(client, "open_api", lambda *_: HfApi(endpoint="http://127.0.0.1:9"))
+    offline = open_checkpoint(REPO)
+    assert offline.source == online.source
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert open_checkpoint(REPO).source == online.source
+
+
+def test_without_a_connection_and_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "open_api", lambda *_: HfApi(endpoint="http://127.0.0.1:9"))
+    with pytest.raises(CheckpointError, match="cannot be reached, and its cache does not hold"):
+        open_checkpoint(REPO)
+
+
+def test_no_such_repository(hub: Hub) -> None:
+    hub.exists = False
+    with pytest.raises(InputError, match="no such repository, or it is private or gated"):
+        open_checkpoint(REPO)
+
+
+def test_no_checkpoint_in_the_repository(hub: Hub) -> None:
+    hub.files = {"model.gguf": b"x"}
+    with pytest.raises(CheckpointError, match=r"has no model_index\.json \(it has model\.gguf\)"):
+        open_checkpoint(REPO)
+
+
+def test_a_vae_alone(hub: Hub) -> None:
+    hub.files = {name.removeprefix("vae/"): data for name, data in hub.files.items() if name.startswith("vae/")}
+    folder = fetch_vae(REPO)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+
+INDEX = {"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"], "safety_checker": [None, None]}
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted"),
+    [
+        (["m.safetensors", "m.fp16.safetensors", "m.bin"], ["m.fp16.safetensors"]),
+        (["m.safetensors", "m.non_ema.safetensors"], ["m.safetensors"]),
+        (["m.bin", "m.fp16.bin"], ["m.fp16.bin"]),
+        (["m.safetensors.index.json", "a.safetensors", "b.safetensors"], None),
+    ],
+)
+def test_which_weights_are_fetched(there: list[str], wanted: list[str] | None) -> None:
+    there = [name.replace("m.", "diffusion_pytorch_model.", 1) for name in there]
+    expected = [name.replace("m.", "diffusion_pytorch_model.", 1) for name in wanted] if wanted else there
+
+    def read_json(name: str) -> Mapping[str, Any]:
+        return {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}} if ".index." in name else INDEX
+
+    names = frozenset(["model_index.json", "unet/config.json", "safety_checker/config.json"])
+    found = checkpoint_files(names | {f"unet/{name}" for name in there}, read_json)
+    assert set(found) == {"model_index.json", "unet/config.json", *(f"unet/{name}" for name in expected)}
+    alone = vae_files(frozenset(["config.json", *there]), read_json)
+    assert set(alone) == {"config.json", *expected}
+
+
+@pytest.mark.parametrize(
+    ("source", "is_one"),
+    [
+        ("runwayml/stable-diffusion-v1-5", True),
+        ("./model", False),
+        ("../model", False),
+        ("model", False),
+        ("/model", False),
+        ("models/file.safetensors", False),
+        ("a/b/c", False),
+        ("~/model", False),
+    ],
+)
+def test_what_is_taken_for_a_repository(source: str, is_one: bool) -> None:
+    assert is_repository_id(source) == is_one
