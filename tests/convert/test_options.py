@@ -1,0 +1,132 @@
+"""What options do to the result, and what is said of those that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusion_convert import convert
+from diffusion_convert.components import table
+from diffusion_convert.options import (
+    PALETTE_BITS,
+    TARGETS,
+    AttentionKind,
+    ConvertOptions,
+    Lora,
+    Precision,
+    parse_choice,
+    parse_lora,
+    parse_nbits,
+)
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.mil.package import open_package
+
+Source = Callable[[str], Path]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "macOS12"}, "unknown target 'macOS12': expected one of " + ", ".join(TARGETS)),
+        ({"nbits": 5}, "nbits 5: expected one of " + ", ".join(map(str, PALETTE_BITS))),
+        ({"batch_size": 3}, "batch size 3: expected 2"),
+        ({"height": 512}, "--height and --width belong together"),
+        ({"attention": ()}, "no attention kind given"),
+        ({"attention": (AttentionKind.ORIGINAL,) * 2}, "given twice"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        ConvertOptions(**options)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"height": 500, "width": 512},
+            "--height 500: expected a multiple of 8 of at least 64; near it are 496 and 504",
+        ),
+        ({"height": 512, "width": 8}, "--width 8: expected a multiple of 8 of at least 64; near it is 64"),
+        ({"components": ("unett",)}, "unknown component 'unett': expected one of " + ", ".join(table())),
+        ({"components": ("depth_estimator",)}, "sd1 has no depth_estimator; it has text_encoder, unet"),
+        ({"family": "sd7"}, "unknown family 'sd7': expected one of sd1, "),
+        ({"revision": "main"}, "--revision main"),
+    ],
+)
+def test_options_that_do_not_fit_the_checkpoint(
+    options: dict[str, Any], message: str, tiny_checkpoint: Source, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as raised:
+        convert(tiny_checkpoint("sd1"), tmp_path / "models", ConvertOptions(**options))
+    assert message in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_odd_sizes_one_row_and_a_newer_target(tiny_checkpoint: Source, tmp_path: Path) -> None:
+    """9 x 13 latents cannot be halved evenly: the networks take any multiple of the VAE's factor."""
+    options = ConvertOptions(
+        attention=(AttentionKind.SPLIT_EINSUM_V2,),
+        components=("unet", "vae_decoder"),
+        height=72,
+        width=104,
+        batch_size=1,
+        target="iOS18",
+        compiled=False,
+    )
+    made = convert(tiny_checkpoint("sd1-odd"), tmp_path / "models", options).variants["split_einsum_v2"]
+    assert (made.height, made.width, made.batch_size, made.target) == (72, 104, 1, "iOS18")
+    assert made.components["unet"].inputs[0].shape == (1, 4, 9, 13)
+    assert made.components["vae_decoder"].outputs[0].shape == (1, 3, 72, 104)
+    for name, component in made.components.items():
+        assert min(component.psnr_db.values()) >= table()[name].min_psnr_db
+        package = open_package(tmp_path / "models" / "split_einsum_v2" / "packages" / component.files[0])
+        assert package.model.specification_version == 9
+
+
+def test_palettized_and_cut_in_two(tiny_checkpoint: Source, tmp_path: Path) -> None:
+    options = ConvertOptions(
+        attention=(AttentionKind.ORIGINAL,),
+        components=("unet", "vae_encoder"),
+        nbits=6,
+        nbits_for={"vae_encoder": 8},
+        chunk_unet=True,
+        compiled=False,
+    )
+    result = convert(tiny_checkpoint("sd1"), tmp_path / "models", options)
+    unet, encoder = (result.variants["original"].components[name] for name in ("unet", "vae_encoder"))
+    prefix = "Stable_Diffusion_version_sd1_unet"
+    assert unet.files == (f"{prefix}_chunk1.mlpackage", f"{prefix}_chunk2.mlpackage")
+    packages = tmp_path / "models" / "original" / "packages"
+    assert {path.name for path in packages.glob("*.mlpackage")} == {*unet.files, *encoder.files}
+    assert unet.palettization is not None
+    assert unet.palettization.nbits == 6
+    assert encoder.palettization is not None
+    assert encoder.palettization.nbits == 8
+    assert [tensor.name for tensor in unet.inputs] == ["sample", "timestep", "encoder_hidden_states"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("style.safetensors", Lora(Path("style.safetensors"))),
+        ("style.safetensors:0.8", Lora(Path("style.safetensors"), 0.8)),
+        ("C:/style.safetensors:-1", Lora(Path("C:/style.safetensors"), -1.0)),
+    ],
+)
+def test_lora(text: str, expected: Lora) -> None:
+    assert parse_lora(text) == expected
+
+
+def test_texts_that_mean_nothing() -> None:
+    with pytest.raises(InputError, match="PATH:WEIGHT"):
+        parse_lora("style:much")
+    with pytest.raises(InputError, match="COMPONENT=BITS"):
+        parse_nbits(["unet"])
+    assert parse_nbits(["unet=6", "text_encoder=8"]) == {"unet": 6, "text_encoder": 8}
+    with pytest.raises(InputError, match="expected one of auto, float16, float32"):
+        parse_choice(Precision, "precision", "half")
