@@ -5,8 +5,10 @@ open -> plan -> for each unit: reference, export, measure, palettize, chunk -> p
 
 from __future__ import annotations
 
+import gc
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from diffusion_runtime import manifest
 from diffusion_runtime.bundle import ATTENTIONS
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.manifest import Manifest
+from diffusion_runtime.quiet import import_coremltools
 
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -64,7 +67,7 @@ def convert(source: str, output: Path, options: ConvertOptions, progress: Progre
     if there:
         return Conversion(output, checkpoint.family, there, {}, checkpoint.notes, unchanged=True)
     check_space(output, plan.size_bytes)
-    with workspace(output, plan.fingerprint) as place:
+    with workspace(output, plan.fingerprint) as place, _libraries_settled():
         if not place.ready.exists():
             for number, unit in enumerate(plan.units):
                 progress(Event("", "components", number / len(plan.units)))
@@ -81,6 +84,22 @@ def convert(source: str, output: Path, options: ConvertOptions, progress: Progre
         {name: record.seconds for name, record in done.items()},
         (*checkpoint.notes, *dict.fromkeys(note for record in done.values() for note in record.notes)),
     )
+
+
+@contextmanager
+def _libraries_settled() -> Iterator[None]:
+    """In this context, the garbage collector passes over what the libraries hold: a million objects that live as
+    long as the process. A conversion collects dozens of times, and would look at all of them each time."""
+    import_coremltools()
+    if gc.get_freeze_count():  # by the program that calls us, whose choice it is
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _report(progress: Progress, unit: str, phase: str, fraction: float) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from diffusion_convert import networks
 from diffusion_convert.checkpoint import Checkpoint, Submodel
-from diffusion_convert.components import Component, Graph, Shape
+from diffusion_convert.components import Component, Graph, Port, Shape
 from diffusion_convert.lean import lean
 from diffusion_convert.options import AttentionKind, Precision
 from diffusion_convert.placeholders import Misplaced, Placeholders
@@ -53,9 +53,10 @@ class Recipe:
 @dataclass(frozen=True, slots=True)
 class Exported:
     """What came out beside the package: ``modules`` maps MIL operations to the torch modules that they are from;
-    ``float32_weights`` are weights that float16 cannot hold."""
+    ``float32_weights`` are weights that float16 cannot hold. The network is not kept: it holds its file mapped."""
 
-    graph: Graph
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
     modules: Mapping[str, str]
     float32_weights: tuple[str, ...]
     seconds: Mapping[str, float]
@@ -107,7 +108,7 @@ def _export(
         write_package(_described(model, graph, metadata), path, weights)
     finally:
         weights.unlink(missing_ok=True)
-    return Exported(graph, modules, placeholders.exceeding(), clock.finish())
+    return Exported(graph.inputs, graph.outputs, modules, placeholders.exceeding(), clock.finish())
 
 
 def _with_placeholders(checkpoint: Checkpoint, component: Component, placeholders: Placeholders) -> Checkpoint:
@@ -166,9 +167,10 @@ def _precision(ct: Any, graph: Graph, recipe: Recipe) -> Any:
     if recipe.precision is Precision.FLOAT32:
         return ct.precision.FLOAT32
 
+    wide, module_of = (*graph.exact, *recipe.float32_modules), _module_reader()
+
     def in_float16(operation: Any) -> bool:
-        module = _module(operation)
-        wide = (*graph.exact, *recipe.float32_modules)
+        module = module_of(operation)
         exact = any(module == name or module.startswith(f"{name}.") for name in wide)
         return mil_name(operation.name) not in recipe.float32_ops and not exact
 
@@ -183,8 +185,9 @@ def mil_name(name: str) -> str:
 
 def _modules(program: Any) -> dict[str, str]:
     """MIL operation -> path of the torch module that it is from."""
+    module_of = _module_reader()
     return {
-        output.name: _module(operation)
+        output.name: module_of(operation)
         for function in program.functions.values()
         for operation in function.operations
         if operation.op_type != "const"
@@ -192,11 +195,16 @@ def _modules(program: Any) -> dict[str, str]:
     }
 
 
-def _module(operation: Any) -> str:
-    """The innermost torch module that an operation is from, as ``named_modules`` spells it; "" for the whole."""
+def _module_reader() -> Callable[[Any], str]:
+    """Tells the innermost torch module that an operation is from, as ``named_modules`` spells it; "" for the
+    whole."""
     scope = import_coremltools("converters.mil.mil.scope").ScopeSource.TORCHSCRIPT_MODULE_NAME
-    *modules, _ = operation.scopes.get(scope) or [""]
-    return ".".join(modules)
+
+    def read(operation: Any) -> str:
+        *modules, _ = operation.scopes.get(scope) or [""]
+        return ".".join(modules)
+
+    return read
 
 
 def _described(model: Model, graph: Graph, metadata: Metadata) -> Model:

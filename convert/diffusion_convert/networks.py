@@ -54,9 +54,12 @@ def build(checkpoint: Checkpoint, subfolder: str) -> torch.nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def check(submodel: Submodel, tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Raises CheckpointError unless ``tensors`` are the weights of the network that the configuration describes."""
-    _fitting(tensors, empty(submodel, where), where)
+def check(submodel: Submodel, tensors: Mapping[str, torch.Tensor], where: str) -> torch.nn.Module:
+    """The network that the configuration describes, without storage. Raises CheckpointError unless ``tensors`` are
+    its weights."""
+    network = empty(submodel, where)
+    _fitting(tensors, network, where)
+    return network
 
 
 @contextmanager

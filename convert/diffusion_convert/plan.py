@@ -59,9 +59,9 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[
     chosen = _components(checkpoint, options)
     weights = {}
     for subfolder in dict.fromkeys(component.subfolder for component in chosen):
-        submodel, where = checkpoint.models[subfolder], f"{checkpoint.name}: {subfolder}"
-        networks.check(submodel, submodel.tensors(), where)
-        weights[subfolder] = sum(parameter.numel() for parameter in networks.empty(submodel, where).parameters())
+        submodel = checkpoint.models[subfolder]
+        network = networks.check(submodel, submodel.tensors(), f"{checkpoint.name}: {subfolder}")
+        weights[subfolder] = sum(parameter.numel() for parameter in network.parameters())
     units = tuple(
         Unit(component, attention, shared=not component.uses_attention)
         for component in chosen
