@@ -30,7 +30,12 @@ _CODES = 0x7C00 - _FIRST_CODE
 
 
 class Misplaced(Exception):
-    """A placeholder came out of the converter other than it went in; its network must be converted by values."""
+    """Placeholders came out of the converter other than they went in, or not at all: those weights, ``names``, must
+    be converted by value."""
+
+    def __init__(self, message: str, names: Iterable[str]) -> None:
+        super().__init__(message)
+        self.names = frozenset(names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +52,11 @@ class _Weight:
 
 class Placeholders:
     """Hands out placeholders and finds the weights that they stand for. Where not ``enabled``, hands out the
-    weights themselves."""
+    weights themselves, as it does for those named in ``by_value``."""
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, by_value: frozenset[str] = frozenset()) -> None:
         self._enabled = enabled
+        self._by_value = by_value
         self._weights: list[_Weight] = []
         self._expected: set[int] = set()
         self._taken: set[int] = set()
@@ -89,29 +95,36 @@ class Placeholders:
         elif len(weight.shape) == 2 and _rows_in_place(_squeezed(array).T, weight.shape):
             ordered = tensor.t()
         else:
-            raise Misplaced(f"{weight.name} of shape {weight.shape} became {array.shape}")
+            raise Misplaced(f"{weight.name} of shape {weight.shape} became {array.shape}", [weight.name])
         self._taken.add(index)
         return weight.name, ordered.reshape(array.shape)
 
     def exceeds_float16(self, index: int) -> bool:
-        """Whether an element of that weight is beyond float16. Reads no weight that is float16 already."""
+        """Whether an element of that weight is beyond float16. Types that are no wider than float16 have none."""
         import torch
 
         if index not in self._exceeding:
             tensor = self._weights[index].read()
-            low, high = torch.aminmax(tensor) if tensor.dtype != torch.float16 else (tensor.new_zeros(()),) * 2
-            self._exceeding[index] = bool(max(-float(low), float(high)) > FLOAT16_MAX)
+            wider = tensor.dtype.itemsize > 2 or tensor.dtype == torch.bfloat16
+            self._exceeding[index] = wider and bool(max(map(abs, map(float, torch.aminmax(tensor)))) > FLOAT16_MAX)
         return self._exceeding[index]
 
     def exceeding(self) -> tuple[str, ...]:
         """The names of the weights that were found to be beyond float16."""
         return tuple(sorted(self._weights[index].name for index, exceeds in self._exceeding.items() if exceeds))
 
+    def check_unused(self, names: Iterable[str]) -> None:
+        """Raise Misplaced where one of the weights of these names, of which something is computed, is no weight."""
+        used = sorted(set(names).intersection(weight.name for weight in self._weights))
+        if used:
+            raise Misplaced(f"the network is built with the values of {', '.join(used)}", used)
+
     def check_all_taken(self) -> None:
         """Raise Misplaced where a placeholder did not come out: a pass has folded it into something else."""
         missing = [self._weights[index].name for index in sorted(self._expected - self._taken)]
         if missing:
-            raise Misplaced(f"{', '.join(missing[:3])} ({len(missing)} in all) did not come out of the converter")
+            listed = f"{', '.join(missing[:3])} ({len(missing)} in all)"
+            raise Misplaced(f"{listed} did not come out of the converter", missing)
 
     def _stand_in(self, name: str, tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         import torch
@@ -119,7 +132,7 @@ class Placeholders:
         if not tensor.is_floating_point():
             return tensor
         small = tensor.numel() < MIN_SIZE or tensor.ndim < 2 or tensor.shape[0] < 2
-        if small or not self._enabled or len(self._weights) == _CODES:
+        if small or not self._enabled or name in self._by_value or len(self._weights) == _CODES:
             return tensor.float()
         code = float(np.uint16(_FIRST_CODE + len(self._weights)).view(np.float16))
         self._weights.append(_Weight(name, tuple(tensor.shape), tensors))

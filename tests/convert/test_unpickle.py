@@ -93,6 +93,23 @@ def test_every_protocol_that_torch_writes(tmp_path: Path, protocol: int) -> None
     assert_equal(unpickle.load_tensors(tmp_path / "model.ckpt"), WEIGHTS)
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_files_of_torch_before_1_6(tmp_path: Path, protocol: int) -> None:
+    """Pickles one after the other, and the storages behind them."""
+    path, shared = tmp_path / "model.bin", torch.randn(6, 4)
+    state = {**WEIGHTS, "whole": shared, "part": shared[2:4, 1:3], "layer": torch.nn.Linear(3, 2).weight}
+    torch.save(
+        {"state_dict": state, "global_step": 7, "callbacks": [Call(os.system, shell(tmp_path / "ran"))]},
+        path,
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=False,
+    )
+    found = unpickle.load(path)
+    assert_equal(found.tensors, {name: value.detach() for name, value in state.items()})
+    assert found.scalars == {"global_step": 7}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.bin"]
+
+
 def test_shared_storages_stay_views(tmp_path: Path) -> None:
     table = torch.randn(6, 4)
     torch.save({"whole": table, "part": table[2:4, 1:3]}, tmp_path / "model.ckpt")
@@ -371,13 +388,10 @@ def twice(path: Path) -> None:
 
 
 BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no zip": (lambda path: path.write_bytes(b"\x80\x02}q\x00."), "not a checkpoint in torch's zip format"),
-    "empty": (lambda path: path.write_bytes(b""), "not a checkpoint in torch's zip format"),
+    "no zip": (lambda path: path.write_bytes(b"\x80\x02}q\x00."), "not a checkpoint in one of torch's formats"),
+    "a pickle": (lambda path: path.write_bytes(5 * pickle.dumps({"a": 1})), "a pickle, but not a checkpoint"),
+    "empty": (lambda path: path.write_bytes(b""), "not a checkpoint in one of torch's formats"),
     "absent": (lambda _path: None, "cannot be read"),
-    "legacy": (
-        lambda path: torch.save(WEIGHTS, path, _use_new_zipfile_serialization=False),
-        "save it again as .safetensors",
-    ),
     "deflated": (deflated, "compressed or encrypted"),
     "twice": (twice, "names a file twice"),
     "no program": (lambda path: zipfile.ZipFile(path, "w").close(), "expected one FOLDER/data.pkl"),
@@ -400,8 +414,9 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, kind: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_cut_short(tmp_path: Path) -> None:
-    torch.save(WEIGHTS, tmp_path / "whole.ckpt")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_cut_short(tmp_path: Path, zipped: bool) -> None:
+    torch.save(WEIGHTS, tmp_path / "whole.ckpt", _use_new_zipfile_serialization=zipped)
     data = (tmp_path / "whole.ckpt").read_bytes()
     for length in range(0, len(data), 97):
         (tmp_path / "cut.ckpt").write_bytes(data[:length])

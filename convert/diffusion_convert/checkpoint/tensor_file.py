@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     import torch
 
 _ZIP_MAGIC = b"PK"
+_PICKLE_MAGIC = b"\x80"
+_LFS_MAGIC = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """``tensors`` are views of the mapped file. ``scalars`` are the numbers beside them (``global_step``)."""
+    """``tensors`` are views of the mapped file. ``scalars`` are the numbers and texts beside them (``global_step``,
+    ``modelspec.prediction_type``)."""
 
     tensors: Mapping[str, torch.Tensor]
     scalars: Mapping[str, int | float | str] = field(default_factory=dict)
@@ -29,20 +32,25 @@ def read(path: Path) -> TensorFile:
 
     try:
         with path.open("rb") as file:
-            magic = file.read(len(_ZIP_MAGIC))
+            magic = file.read(len(_LFS_MAGIC))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if magic == _ZIP_MAGIC or path.suffix in (".ckpt", ".pt", ".bin", ".pth"):
-        pickled = unpickle.load(path)
-        return TensorFile(pickled.tensors, pickled.scalars)
-    return TensorFile(_read_safetensors(path))
+    if magic == _LFS_MAGIC:
+        raise CheckpointError(f"{path}: is Git LFS's note of a file, not the file: fetch it with `git lfs pull`")
+    pickled = magic.startswith((_ZIP_MAGIC, _PICKLE_MAGIC))
+    safetensors = magic[8:9] == b"{" or path.suffix.lower() == ".safetensors"
+    if pickled or (path.suffix in (".ckpt", ".pt", ".bin", ".pth") and not safetensors):
+        found = unpickle.load(path)
+        return TensorFile(found.tensors, found.scalars)
+    return _read_safetensors(path)
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_safetensors(path: Path) -> TensorFile:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            return TensorFile(tensors, dict(file.metadata() or {}))
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged, or not a .safetensors file: {error}") from error

@@ -13,21 +13,18 @@ from __future__ import annotations
 import math
 import pickle
 import pickletools
-import struct
-import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
+from diffusion_convert.checkpoint.archive import MAX_PICKLE_BYTES, Archive
 from diffusion_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
-
-MAX_PICKLE_BYTES = 64 * 2**20
-"""The part of a checkpoint that is not tensor data; 0.4 MB in the official Stable Diffusion files."""
 
 STORAGE_DTYPES = {
     "DoubleStorage": "float64",
@@ -41,7 +38,9 @@ STORAGE_DTYPES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
-_LOCAL_HEADER_BYTES = 30
+SEQUENCE_MAGIC = 0x1950A86A20F9469CFC6C
+"""What a checkpoint of torch before 1.6 begins with: no zip, but five pickles and then the storages."""
+
 _MAX_DIMENSIONS = 8
 _FORBIDDEN_OPCODES = frozenset({"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"})
 _MEMO_OPCODES = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
@@ -153,15 +152,10 @@ def load(path: Path) -> Pickled:
     """Open a pickled checkpoint without reading any values. Where the file wraps its tensors in ``state_dict``,
     those are returned. What is not a tensor is left out.
 
-    Raises CheckpointError for a file that is not torch's zip format, is damaged, or holds no tensors.
+    Raises CheckpointError for a file that is in neither of torch's formats, is damaged, or holds no tensors.
     """
-    archive = _Archive.open(path)
-    program = archive.read("data.pkl")
-    _check_program(path, program)
-    try:
-        outer = inner = _Reader(program, archive).load()
-    except _MALFORMED as error:
-        raise CheckpointError(f"{path}: damaged checkpoint: {type(error).__name__}: {error}") from error
+    program, members = _open(path)
+    outer = inner = _run(path, program, members)[0]
     while isinstance(inner, dict) and isinstance(inner.get("state_dict"), dict):
         inner = inner["state_dict"]
     views = dict(_named(inner, _View))
@@ -177,55 +171,59 @@ def _named(found: object, kinds: Any) -> Iterator[tuple[str, Any]]:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Archive:
-    """Where in the file the members of torch's zip lie: begin and size in bytes, by name without the folder."""
-
-    path: Path
-    members: Mapping[str, tuple[int, int]]
-
-    @staticmethod
-    def open(path: Path) -> _Archive:
-        try:
-            with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-                infos = archive.infolist()
-                members = {info.filename: _extent(path, file, info) for info in infos}
-        except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: not a checkpoint in torch's zip format ({error}); if a torch before 1.6 wrote it, save "
-                "it again as .safetensors with a tool that you trust"
-            ) from error
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-        if len(members) != len(infos):
-            raise CheckpointError(f"{path}: damaged checkpoint: the zip names a file twice")
-        programs = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(programs) != 1:
-            raise CheckpointError(f"{path}: not a checkpoint in torch's zip format: expected one FOLDER/data.pkl")
-        folder = programs[0].removesuffix("data.pkl")
-        found = _Archive(path, {name.removeprefix(folder): where for name, where in members.items()})
-        if "byteorder" in found.members and (order := found.read("byteorder")) != b"little":
-            raise CheckpointError(f"{path}: byte order {order!r}: only little-endian checkpoints can be mapped")
-        return found
-
-    def read(self, name: str) -> bytes:
-        begin, size = self.members[name]
-        if size > MAX_PICKLE_BYTES:
-            raise CheckpointError(f"{self.path}: {name} has {size} bytes; expected at most {MAX_PICKLE_BYTES}")
-        with self.path.open("rb") as file:
-            file.seek(begin)
-            return file.read(size)
+def _open(path: Path) -> tuple[bytes, Mapping[str, tuple[int, int]]]:
+    """The program that makes the state dict, and where in the file its storages lie (``data/{key}``)."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(MAX_PICKLE_BYTES) if file.peek(1)[:1] == b"\x80" else b""
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if head:
+        return _open_sequence(path, head)
+    archive = Archive.open(path)
+    return archive.read("data.pkl"), archive.members
 
 
-def _extent(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
-        raise CheckpointError(f"{path}: {info.filename!r} is compressed or encrypted, which torch never writes")
-    file.seek(info.header_offset)
-    name_length, extra_length = struct.unpack("<26x2H", file.read(_LOCAL_HEADER_BYTES))
-    begin = info.header_offset + _LOCAL_HEADER_BYTES + name_length + extra_length
-    if begin + info.file_size > path.stat().st_size:
-        raise CheckpointError(f"{path}: cut short: {info.filename!r} ends beyond the end of the file")
-    return begin, info.file_size
+def _open_sequence(path: Path, head: bytes) -> tuple[bytes, Mapping[str, tuple[int, int]]]:
+    """`_open` for a file of torch before 1.6: pickles of a magic number, a version, facts about the machine, the
+    state dict and the storages' keys; then each storage, as its number of elements and those."""
+    programs, end = [], 0
+    try:
+        for _ in range(5):
+            ((_, _, stop),) = deque(pickletools.genops(head[end:]), maxlen=1)
+            programs.append(head[end : end + stop + 1])
+            end += stop + 1
+    except _MALFORMED as error:
+        raise CheckpointError(f"{path}: not a checkpoint in one of torch's formats: {error}") from error
+    magic, _, machine, keys = (_run(path, programs[index], {})[0] for index in (0, 1, 2, 4))
+    if magic != SEQUENCE_MAGIC or not isinstance(keys, list) or not isinstance(machine, dict):
+        raise CheckpointError(f"{path}: a pickle, but not a checkpoint in one of torch's formats")
+    if machine.get("little_endian") is not True:
+        raise CheckpointError(f"{path}: only little-endian checkpoints can be mapped")
+    _, storages = _run(path, programs[3], None)
+    members: dict[str, tuple[int, int]] = {}
+    with path.open("rb") as file:
+        for key in keys:
+            dtype, count = storages.get(key, ("uint8", -1)) if isinstance(key, str) else ("uint8", -1)
+            file.seek(end)
+            size, begin = count * _item_bytes(dtype), end + 8
+            if int.from_bytes(file.read(8), "little") != count or begin + size > path.stat().st_size:
+                raise CheckpointError(f"{path}: damaged or cut short: storage {key!r} is not where it should be")
+            members[f"data/{key}"] = (begin, size)
+            end = begin + size
+    return programs[3], members
+
+
+def _run(
+    path: Path, program: bytes, members: Mapping[str, tuple[int, int]] | None
+) -> tuple[object, Mapping[str, tuple[str, int]]]:
+    """What a program makes, and the storages that it asks for: element type and count by key."""
+    _check_program(path, program)
+    reader = _Reader(program, members)
+    try:
+        return reader.load(), reader.storages
+    except _MALFORMED as error:
+        raise CheckpointError(f"{path}: damaged checkpoint: {type(error).__name__}: {error}") from error
 
 
 def _check_program(path: Path, program: bytes) -> None:
@@ -241,11 +239,14 @@ def _check_program(path: Path, program: bytes) -> None:
 
 
 class _Reader(pickle.Unpickler):
-    """The one unpickler of the project. It resolves names from a literal table and never imports."""
+    """The one unpickler of the project. It resolves names from a literal table and never imports.
 
-    def __init__(self, program: bytes, archive: _Archive) -> None:
+    ``members`` is where storages lie; None: not known yet, and any that the program names is taken to be there."""
+
+    def __init__(self, program: bytes, members: Mapping[str, tuple[int, int]] | None) -> None:
         super().__init__(BytesIO(program), encoding="utf-8", errors="replace")
-        self._archive = archive
+        self._members = members
+        self.storages: dict[str, tuple[str, int]] = {}
         rebuild_tensor, items = _Rebuild(self._rebuild_tensor), _Rebuild(_items)
         self._known: dict[tuple[str, str], object] = {
             ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
@@ -268,10 +269,12 @@ class _Reader(pickle.Unpickler):
         return self._known.get((module, name), Inert)
 
     def persistent_load(self, pid: object) -> object:
-        """A storage: ``('storage', type, key, device, element count)``, its bytes in the zip's ``data/{key}``."""
+        """A storage: ``('storage', type, key, device, element count)``, before torch 1.6 with a None after it."""
         match pid:
-            case ("storage", _StorageType(dtype=dtype), str(key), str(), int(count)):
-                begin, size = self._archive.members.get(f"data/{key}", (0, -1))
+            case ("storage", _StorageType(dtype=dtype), str(key), str(), int(count), *view) if view in ([], [None]):
+                self.storages[key] = (dtype, count)
+                whole = (0, count * _item_bytes(dtype))
+                begin, size = whole if self._members is None else self._members.get(f"data/{key}", (0, -1))
             case ("storage", type(), *_):
                 return Inert()  # of an element type that no weights have
             case _:

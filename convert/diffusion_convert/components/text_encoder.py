@@ -17,11 +17,12 @@ from diffusion_convert.options import AttentionKind
 
 
 class Reference(nn.Module):
-    """transformers' CLIPTextModel: input_ids (1, length) -> last_hidden_state, pooled_outputs."""
+    """transformers' CLIPTextModel, alone or in a model that projects its pooled state: input_ids (1, length) ->
+    last_hidden_state, pooled_outputs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model = getattr(model, "text_model", model)
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         states = self.model(input_ids=input_ids.long())
