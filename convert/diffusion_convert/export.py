@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float], None]
 """Told what is being done ("load", "trace", "convert", "save") and how much of it is done, from 0 to 1."""
 
+TRIES_WITH_PLACEHOLDERS = 3
+"""What networks do to their weights is found when they are built, then in the converter: each may take a try."""
+
 DTYPES = {np.dtype(dtype.value.replace("fp", "float")): dtype for dtype in (DType.FLOAT16, DType.FLOAT32)} | {
     np.dtype(dtype.value): dtype
     for dtype in (DType.INT8, DType.UINT8, DType.INT16, DType.UINT16, DType.INT32, DType.UINT32)
@@ -73,12 +76,19 @@ def export(
     """Write ``component`` to the package ``path``, which appears whole or not at all.
 
     Weights are read one by one, as they are written. Where a network does something with a weight that a
-    placeholder does not survive, it is converted with its weights in memory instead.
+    placeholder does not survive, that weight is in memory from the start; where this does not do, all are.
     """
-    try:
-        return _export(component, checkpoint, recipe, path, metadata, progress, min_size=None)
-    except Misplaced:
-        return _export(component, checkpoint, recipe, path, metadata, progress, min_size=0)
+
+    def attempt(placeholders: Placeholders) -> Exported:
+        return _export(component, checkpoint, recipe, path, metadata, progress, placeholders)
+
+    by_value: frozenset[str] = frozenset()
+    for _ in range(TRIES_WITH_PLACEHOLDERS):
+        try:
+            return attempt(Placeholders(by_value=by_value))
+        except Misplaced as misplaced:
+            by_value |= misplaced.names
+    return attempt(Placeholders(enabled=False))
 
 
 def _export(
@@ -88,12 +98,16 @@ def _export(
     path: Path,
     metadata: Metadata,
     progress: Progress,
-    min_size: int | None,
+    placeholders: Placeholders,
 ) -> Exported:
+    from diffusion_convert.derived import Derivations
+
     clock = _Clock(progress)
     clock.start("load")
-    placeholders = Placeholders() if min_size is None else Placeholders(enabled=False)
-    graph = component.build(_with_placeholders(checkpoint, component, placeholders), recipe.attention, recipe.shape)
+    stand_ins = placeholders.view(checkpoint.models[component.subfolder].tensors())
+    with Derivations(stand_ins) as derived:
+        graph = component.build(_on(stand_ins, checkpoint, component), recipe.attention, recipe.shape)
+    placeholders.check_unused(derived.used)
     placeholders.keep(graph.module.state_dict().values())
     clock.start("trace")
     with networks.silent():
@@ -111,10 +125,10 @@ def _export(
     return Exported(graph.inputs, graph.outputs, modules, placeholders.exceeding(), clock.finish())
 
 
-def _with_placeholders(checkpoint: Checkpoint, component: Component, placeholders: Placeholders) -> Checkpoint:
+def _on(tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint, component: Component) -> Checkpoint:
+    """``checkpoint`` with ``tensors`` for the component's own."""
     submodel = checkpoint.models[component.subfolder]
-    tensors = submodel.tensors()
-    stand_in = Submodel(submodel.class_name, submodel.config, lambda: placeholders.view(tensors))
+    stand_in = Submodel(submodel.class_name, submodel.config, lambda: tensors)
     return replace(checkpoint, models={**checkpoint.models, component.subfolder: stand_in})
 
 

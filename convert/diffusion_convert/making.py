@@ -162,12 +162,12 @@ def _record(
     seconds: Mapping[str, float],
 ) -> Record:
     kept = [name for name in made.modules if export.mil_name(name) in recipe.float32_ops]
-    graph, units = made.graph, job.unit.component.compute_units
+    units = job.unit.component.compute_units
     return Record(
         component=manifest.Component(
             files=(job.package.name,),
-            inputs=tuple(manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape) for p in graph.inputs),
-            outputs=tuple(manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape) for p in graph.outputs),
+            inputs=tuple(manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape) for p in made.inputs),
+            outputs=tuple(manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape) for p in made.outputs),
             compute_units=units.get(job.unit.attention.value, units.get("default", "all")),
             precision="float32" if recipe.precision is Precision.FLOAT32 else "float16",
             float32_ops=tuple(kept),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_convert.derived import Derivations
 from diffusion_convert.placeholders import MIN_SIZE, Misplaced, Placeholders, thin
 
 
@@ -107,3 +108,23 @@ def find(placeholders: Placeholders, tensor: torch.Tensor) -> int:
 def test_thin_keeps_what_differs() -> None:
     array = np.broadcast_to(np.arange(3.0)[:, None], (3, 4))
     assert thin(array).shape == (3, 1)
+
+
+def test_what_is_computed_of_a_weight_is_noticed_and_views_are_not() -> None:
+    tensors = {name: torch.randn(64, 64) for name in ("viewed", "computed", "read", "copied", "untouched")}
+    with Derivations(tensors) as derived:
+        torch.nn.Parameter(tensors["viewed"].float().reshape(64, 64, 1, 1).transpose(0, 1).detach(), False)
+        torch.nn.functional.normalize(tensors["computed"])
+        float(tensors["read"][0, 0])
+        torch.empty(64, 64).copy_(tensors["copied"])
+    assert derived.used == {"computed", "read", "copied"}
+
+
+def test_weights_that_a_network_computes_with_are_handed_out() -> None:
+    placeholders = Placeholders()
+    placeholders.view(weights())
+    placeholders.check_unused(["bias"])  # no placeholder stands for it
+    with pytest.raises(Misplaced, match="square") as misplaced:
+        placeholders.check_unused(["bias", "square"])
+    again = Placeholders(by_value=misplaced.value.names).view(weights())
+    assert torch.equal(again["square"], weights()["square"].float())

@@ -36,6 +36,7 @@ class DepthEstimator(nn.Module):
         self.layers = nn.ModuleList(Layer(layer, attend) for layer in model.dpt.encoder.layer)
         self.taken = tuple(config.backbone_out_indices[2:])
         self.readouts = nn.ModuleList(Readout(*pair) for pair in _readouts(model.neck.reassemble_stage))
+        del model.neck.fusion_stage.layers[0].residual_layer1  # the first layer has nothing to add
         self.convs, self.fusion_stage, self.head = model.neck.convs, model.neck.fusion_stage, model.head
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
