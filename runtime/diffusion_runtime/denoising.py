@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,11 @@ class Step:
         return denoised(self.scheduler, self.model_input, self.prediction, self.timestep)
 
 
-def denoise(predict: Predict, scheduler: Any, start: Start, noise: Noise, eta: float = 0.0) -> Iterator[Step]:
-    """Yield after every step. To cancel, stop asking. The scheduler's steps must be set, and are used up.
+def denoise(
+    predict: Predict, scheduler: Any, start: Start, noise: Noise, eta: float = 0.0
+) -> Generator[Step, torch.Tensor | None, None]:
+    """Yield after every step; latents that are sent back replace the step's. To cancel, stop asking. The
+    scheduler's steps must be set, and are used up.
 
     Raises DiffusionError where the UNet gives values that are not numbers, InputError where the scheduler cannot
     use what this UNet predicts."""
@@ -67,4 +70,5 @@ def denoise(predict: Predict, scheduler: Any, start: Start, noise: Noise, eta: f
                 raise InputError(f"scheduler {name_of(scheduler)}: {error}") from error
             if start.after_step is not None:
                 latents = start.after_step(index, latents)
-        yield Step(index, total, number, latents, model_input, prediction, scheduler)
+        changed = yield Step(index, total, number, latents, model_input, prediction, scheduler)
+        latents = latents if changed is None else changed

@@ -37,7 +37,7 @@ class Settings:
     mask: str | None = None
     depth_image: str | None = None
     strength: float | None = None
-    noise_level: int = 20
+    noise_level: int | None = None
     long_prompt: bool = False
 
 
@@ -213,10 +213,16 @@ def _written(
     flags = result.nsfw_content_detected or [False] * len(planned)
     used = schedulers.name_of(run.job.scheduler)
     for item, image, flagged in zip(planned, result.images, flags, strict=True):
-        strength = run.job.request.change if item.settings.image is not None else None
-        settings = replace(item.settings, scheduler=used, strength=strength)
+        settings = replace(item.settings, scheduler=used, **_filled_in(run))
         images.write_png(image, item.path, {**asdict(settings), "task": run.task.name, **record})
         yield Made(item.path, settings, flagged, result.notes)
+
+
+def _filled_in(run: Run) -> dict[str, Any]:
+    """The strength and the noise level that were used, where the task has them."""
+    request = run.job.request
+    used = {"strength": request.change, "noise_level": request.noise}
+    return {name: value if name in run.task.takes else None for name, value in used.items()}
 
 
 def _inputs(settings: Settings) -> dict[str, Image.Image]:

@@ -10,34 +10,61 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from diffusion_runtime.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
+MAX_NAME = 255  # what the file systems of macOS and Linux take
 METADATA_KEY = "coreml-diffusion"
 
 
 def load(path: Path, what: str = "image", mode: str = "RGB") -> Image.Image:
-    """A picture file as RGB (or ``mode``), turned upright. Raises InputError where it is none."""
+    """A picture file as RGB (or ``mode``: "L" for a mask, "F" for depths as they are), turned upright. Raises
+    InputError where it is none."""
     try:
         with Image.open(path) as image:
             image.load()
-            return ImageOps.exif_transpose(image).convert(mode)
+            upright = ImageOps.exif_transpose(image)
+        if mode == "F":
+            return upright.convert("F")
+        return grey(upright) if mode == "L" else in_bytes(upright).convert(mode)
     except FileNotFoundError:
         raise InputError(f"{what} {path}: no such file") from None
+    except InputError as error:
+        raise InputError(f"{what} {path}: {error}") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        reason = "not a picture that can be read" if isinstance(error, UnidentifiedImageError) else str(error)
+        known = "not a picture that can be read" if isinstance(error, UnidentifiedImageError) else ""
+        reason = known or getattr(error, "strerror", None) or error
         raise InputError(f"{what} {path}: {reason}; expected a PNG, JPEG or WebP file") from error
+
+
+def in_bytes(image: Image.Image) -> Image.Image:
+    """Pillow cuts 16-bit greys off at 255 where they become bytes; here they are scaled. Raises InputError for
+    pictures of 32-bit numbers, whose scale nobody knows."""
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image.convert("I"), np.float32)
+        return Image.fromarray((values / 257.0).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InputError("the picture is made of 32-bit numbers: expected 8 or 16 bits")
+    return image
+
+
+def grey(mask: Image.Image) -> Image.Image:
+    """A mask in bytes. What is transparent marks nothing, whatever colour lies beneath."""
+    scaled = in_bytes(mask)
+    if "A" not in scaled.getbands():
+        return scaled.convert("L")
+    return ImageChops.multiply(scaled.convert("L"), scaled.getchannel("A"))
 
 
 def to_tensor(image: Image.Image, height: int, width: int) -> torch.Tensor:
     """float32 (1, 3, height, width) in -1..1; resized by Lanczos where the size differs."""
     import torch
 
-    rgb = image.convert("RGB")
+    rgb = in_bytes(image).convert("RGB")
     resized = rgb if rgb.size == (width, height) else rgb.resize((width, height), Image.Resampling.LANCZOS)
     values = np.asarray(resized, np.float32) / 255.0
     return torch.from_numpy(values).permute(2, 0, 1)[None].contiguous() * 2.0 - 1.0
@@ -47,8 +74,8 @@ def to_mask(image: Image.Image, height: int, width: int) -> torch.Tensor:
     """float32 (1, 1, height, width): 1 (white) is painted anew, 0 stays. Raises InputError for an all-black one."""
     import torch
 
-    grey = image.convert("L")
-    resized = grey if grey.size == (width, height) else grey.resize((width, height), Image.Resampling.LANCZOS)
+    plain = grey(image)
+    resized = plain if plain.size == (width, height) else plain.resize((width, height), Image.Resampling.LANCZOS)
     mask = (np.asarray(resized, np.float32) / 255.0 >= 0.5).astype(np.float32)
     if not mask.any():
         raise InputError("the mask is black all over, so nothing would change: white marks what to paint anew")
@@ -92,9 +119,14 @@ def write_png(image: Image.Image, path: Path, metadata: Mapping[str, Any] | None
 
 def check_writable(path: Path) -> None:
     """Raise InputError where a file at ``path`` could not be written, before any work is done for it."""
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; expected the name of a PNG file")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if len(os.fsencode(path.name)) > MAX_NAME:
+        raise InputError(f"{path}: cannot be written: expected a file name of at most {MAX_NAME} bytes")
+    try:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; expected the name of a PNG file")
+        existing = next(parent for parent in path.absolute().parents if parent.exists())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
     if not existing.is_dir():
         raise InputError(f"{path}: cannot be written: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):

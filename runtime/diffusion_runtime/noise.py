@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +49,9 @@ class Noise:
         if not self.per_picture:
             return self.sources[0](shape)
         if shape[0] != len(self.sources):
-            raise InputError(f"{len(self.sources)} generators for {shape[0]} pictures: give one, or one for each")
+            raise InputError(
+                f"{len(self.sources)} generators or seeds for {shape[0]} pictures: give one, or one each"
+            )
         return torch.cat([source((1, *shape[1:])) for source in self.sources])
 
     def of_picture(self, index: int) -> Noise:
@@ -63,9 +66,16 @@ class Noise:
 
 def from_generators(generators: torch.Generator | Sequence[torch.Generator]) -> Noise:
     """Noise of torch's generators, drawn as diffusers draws it."""
+    import torch
+
     listed = list(generators) if isinstance(generators, Sequence) else [generators]
     if not listed:
         raise InputError("an empty list of generators: give one, or one for each picture")
+    for one in listed:
+        if not isinstance(one, torch.Generator):
+            raise InputError(
+                f"generator is a {type(one).__name__}: expected torch.Generator; numbers go into seed="
+            )
     return Noise(tuple(map(_torch_source, listed)), listed[0] if len(listed) == 1 else listed)
 
 
@@ -75,12 +85,14 @@ def from_seeds(seeds: Sequence[int], rng: str = "torch") -> Noise:
 
     if rng not in RNGS:
         raise InputError(f"unknown random number generator {rng!r}: expected one of {', '.join(RNGS)}")
+    if not seeds:
+        raise InputError("an empty list of seeds: give one, or one for each picture")
     for seed in seeds:
-        if not 0 <= seed <= MAX_SEED:
+        if not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED:
             raise InputError(f"seed {seed}: expected 0 to {MAX_SEED}")
     if rng == "torch":
-        return from_generators([torch.Generator().manual_seed(seed) for seed in seeds])
-    return Noise(tuple(RNGS[rng](seed) for seed in seeds))
+        return from_generators([torch.Generator().manual_seed(seed) for seed in map(int, seeds)])
+    return Noise(tuple(RNGS[rng](seed) for seed in map(int, seeds)))
 
 
 def _torch_source(generator: torch.Generator) -> Source:

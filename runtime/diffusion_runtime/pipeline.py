@@ -11,14 +11,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from diffusion_runtime import denoising, guidance, images, schedulers, tasks
+from diffusion_runtime import callbacks, denoising, guidance, images, schedulers, tasks
 from diffusion_runtime import noise as noises
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
@@ -35,15 +35,14 @@ if TYPE_CHECKING:
 
 Texts = str | Sequence[str]
 STATES = "encoder_hidden_states"
-OUTPUT_TYPES = ("pil", "np", "latent")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class RuntimeNote(UserWarning):
     """Something the caller should know: a prompt that was cut, a picture that was resized."""
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """``images`` are PIL pictures, or the array or tensor that ``output_type`` asks for.
 
     ``nsfw_content_detected`` has one entry per picture, or is None where nothing was checked. ``notes`` are for the
@@ -107,8 +106,8 @@ class Pipeline:
     def __call__(
         self,
         prompt: Texts,
-        negative_prompt: Texts | None = None,
         *,
+        negative_prompt: Texts | None = None,
         image: Image.Image | None = None,
         mask_image: Image.Image | None = None,
         depth_map: Image.Image | torch.Tensor | None = None,
@@ -117,22 +116,28 @@ class Pipeline:
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         strength: float | None = None,
-        noise_level: int = 20,
+        noise_level: int | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         rng: str = "torch",
         latents: torch.Tensor | None = None,
         long_prompt: bool = False,
         output_type: str = "pil",
         on_step: Callable[[Step], None] | None = None,
+        callback_on_step_end: callbacks.AtStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **others: object,
     ) -> Result:
         """Make pictures. Names and defaults are those of diffusers' pipelines; ``seed`` with ``rng`` stands for a
-        generator, and ``on_step`` is called after each step (raise in it to cancel).
+        generator, one seed for all pictures or one for each, and ``on_step`` is called after each step (raise in it
+        to cancel). ``callback_on_step_end`` is diffusers': it may give other latents, or set ``_interrupt``.
 
+        ``others`` are diffusers' arguments that do nothing here; any but their defaults are refused.
         ``strength`` None is 0.8 with an image and 1 in in-painting, as in diffusers. Raises InputError for what
         cannot be used and DiffusionError where a model computes NaN. Notes are issued as `RuntimeNote` warnings."""
+        callbacks.refuse(others)
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
         prompts, negatives = _texts(prompt, negative_prompt, num_images_per_prompt)
@@ -153,11 +158,7 @@ class Pipeline:
             long_prompt=long_prompt,
         )
         run = self.prepare(request, _noise(generator, seed, rng))
-        finished = run.start.latents
-        for step in self.denoise(run):
-            finished = step.latents
-            if on_step is not None:
-                on_step(step)
+        finished = callbacks.run_steps(self, run, on_step, callback_on_step_end, callback_on_step_end_tensor_inputs)
         result = self.finish(run, finished, output_type)
         for note in result.notes:
             warnings.warn(note, RuntimeNote, stacklevel=2)
@@ -186,8 +187,9 @@ class Pipeline:
         conditions = guidance.Conditions({STATES: states, **labels}, prepared.channels)
         return Run(job, task, prepared.start, conditions)
 
-    def denoise(self, run: Run) -> Iterator[Step]:
-        """Yield after every step of a prepared run; a run can be used once."""
+    def denoise(self, run: Run) -> Generator[Step, torch.Tensor | None, None]:
+        """Yield after every step of a prepared run; a run can be used once. Latents that are sent back replace the
+        step's."""
         job, request = run.job, run.job.request
         unet = self.models["unet"]
         predict = guidance.predictor(unet, request.pictures, run.conditions, request.guidance_scale)
@@ -207,7 +209,7 @@ class Pipeline:
             flags = [is_flagged(self.models["safety_checker"], picture) for picture in arrays]
             arrays[np.array(flags)] = 0.0
             self.models.release("safety_checker")
-        return Result(arrays if output_type == "np" else images.to_pil(arrays), flags, run.notes)
+        return Result(_of_type(arrays, output_type), flags, run.notes)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (n, channels, height, width) to pictures (n, 3, height, width) in about -1..1."""
@@ -235,27 +237,40 @@ class Pipeline:
 
     def _check_size(self, request: Request) -> None:
         height, width = self.size
-        if (request.height or height, request.width or width) != (height, width):
+        asked = request.height or height, request.width or width
+        if asked != (height, width):
             raise InputError(
-                f"{request.width}x{request.height} pixels: these models make {width}x{height} (width x height); "
+                f"{asked[1]}x{asked[0]} pixels: these models make {width}x{height} (width x height); "
                 "convert again with --height and --width for another size"
             )
 
 
+def _of_type(arrays: np.ndarray, output_type: str) -> Any:
+    """Pictures (n, height, width, 3) in 0..1 as a caller wants them; "pt" has the colours second, as diffusers'."""
+    if output_type == "np":
+        return arrays
+    return images.to_pil(arrays) if output_type == "pil" else torch.from_numpy(arrays).permute(0, 3, 1, 2)
+
+
 def _noise(
-    generator: torch.Generator | Sequence[torch.Generator] | None, seed: int | None, rng: str
+    generator: torch.Generator | Sequence[torch.Generator] | None, seed: int | Sequence[int] | None, rng: str
 ) -> noises.Noise:
     if generator is not None and seed is not None:
         raise InputError("generator and seed are both given: give one")
     if generator is not None:
         return noises.from_generators(generator)
-    return noises.from_seeds([noises.fresh_seed() if seed is None else seed], rng)
+    if seed is None:
+        return noises.from_seeds([noises.fresh_seed()], rng)
+    return noises.from_seeds(list(seed) if isinstance(seed, Sequence) else [seed], rng)
 
 
 def _texts(prompt: Texts, negative: Texts | None, count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """One prompt and one negative prompt per picture."""
-    if count < 1:
+    if not isinstance(count, int) or count < 1:
         raise InputError(f"{count} pictures per prompt: expected at least 1")
+    for name, texts in (("prompt", prompt), ("negative prompt", negative or "")):
+        if not isinstance(texts, (str, list, tuple)):
+            raise InputError(f"{name} is a {type(texts).__name__}: expected a text or a list of texts")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     one = negative is None or isinstance(negative, str)
     negatives: list[str] = [str(negative or "")] * len(prompts) if one else list(negative or ())

@@ -8,7 +8,6 @@ then scaled back to the mean that they had.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -43,17 +42,17 @@ def parse(prompt: str) -> tuple[Fragment, ...]:
             text += prompt[position + 1]
             position += 2
         elif position in closings.openings:
-            fragments.append(Fragment(text, math.prod(weights)))
-            weights.append(closings.openings[position])
+            fragments.append(Fragment(text, weights[-1]))
+            weights.append(_nested(weights[-1], closings.openings[position]))
             text, position = "", position + 1
         elif position in closings.ends:
-            fragments.append(Fragment(text, math.prod(weights)))
+            fragments.append(Fragment(text, weights[-1]))
             weights.pop()
             text, position = "", closings.ends[position]
         else:
             text += prompt[position]
             position += 1
-    fragments.append(Fragment(text, math.prod(weights)))
+    fragments.append(Fragment(text, weights[-1]))
     return tuple(fragment for fragment in fragments if fragment.text) or (Fragment(""),)
 
 
@@ -90,6 +89,12 @@ def _closings(prompt: str) -> _Closings:
             continue
         position += 1
     return found
+
+
+def _nested(outer: float, inner: float) -> float:
+    if outer * inner > MAX_WEIGHT:
+        raise InputError(f"nested prompt weights come to {outer * inner:g}: expected at most {MAX_WEIGHT:g}")
+    return outer * inner
 
 
 def _weight(text: str) -> float:

@@ -105,7 +105,7 @@ def name_of(scheduler: Any) -> str:
 def set_steps(scheduler: Any, steps: int) -> None:
     """Prepare for ``steps`` steps. Raises InputError where the scheduler cannot take so many."""
     most = int(scheduler.config.num_train_timesteps)
-    if not 1 <= steps <= most:
+    if not isinstance(steps, int) or not 1 <= steps <= most:
         raise InputError(f"{steps} steps: expected 1 to {most}")
     try:
         scheduler.set_timesteps(steps, device="cpu")

@@ -69,6 +69,34 @@ def test_any_kind_of_picture_is_read_as_rgb(tmp_path: Path, mode: str) -> None:
     assert images.load(tmp_path / "picture.png").mode == "RGB"
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_sixteen_bits_are_scaled_not_cut_off(tmp_path: Path, mode: str) -> None:
+    grey = noise_picture(9, 7, "L")
+    Image.fromarray(np.asarray(grey, np.uint16) * np.uint16(257)).save(tmp_path / "deep.png")
+    read = images.load(tmp_path / "deep.png", mode=mode)
+    assert read.mode == mode and np.array_equal(np.asarray(read.convert("L")), np.asarray(grey))
+    deep = Image.open(tmp_path / "deep.png")
+    assert torch.equal(images.to_mask(deep, 7, 9), images.to_mask(grey, 7, 9))
+    assert torch.equal(images.to_tensor(deep, 7, 9), images.to_tensor(grey, 7, 9))
+
+
+def test_pictures_of_unknown_scale_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(InputError, match=r"--mask .*float\.tif: the picture is made of 32-bit numbers"):
+        images.load(tmp_path / "float.tif", "--mask", "L")
+
+
+@pytest.mark.parametrize("kind", ["1", "RGB", "RGBA", "alpha"])
+def test_a_mask_of_any_kind_marks_the_same(tmp_path: Path, kind: str) -> None:
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (4, 4, 16, 12))
+    white = Image.new("L", mask.size, 255)
+    drawn = Image.merge("RGBA", [white, white, white, mask]) if kind == "alpha" else mask.convert(kind)
+    drawn.save(tmp_path / "mask.png")
+    for read in (drawn, images.load(tmp_path / "mask.png", "--mask", "L")):
+        assert torch.equal(images.to_mask(read, 16, 16), images.to_mask(mask, 16, 16))
+
+
 def bad_files(folder: Path) -> dict[str, Path]:
     noise_picture(64, 64).save(folder / "whole.png")
     (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:2000])

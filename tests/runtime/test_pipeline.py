@@ -84,6 +84,27 @@ def test_any_batch_size_makes_the_same_pictures(
     assert min(psnr_db(a, b) for a, b in zip(ours, theirs, strict=True)) >= PARITY_DB
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "asked"),
+    [
+        ("ddim", {"eta": 0.7}),
+        ("ddim", {"guidance_scale": 0.0, "negative_prompt": "red"}),
+        ("euler", {"guidance_scale": 0.5}),
+        ("pndm", {"guidance_scale": 1.0, "negative_prompt": "red"}),
+        ("ddim", {"prompt": ["a cat", "a horse"], "num_images_per_prompt": 2, "negative_prompt": ["red", "dog"]}),
+        ("ddim", {"prompt": ["a cat"], "height": 64, "width": 64, "clip_skip": None, "return_dict": True}),
+    ],
+)
+def test_what_a_user_of_diffusers_asks_for(
+    reference: Load, psnr_db: Psnr, scheduler: str, asked: dict[str, Any]
+) -> None:
+    sd1, request = reference("sd1"), {"num_inference_steps": 4, **asked}
+    ours = made(sd1.pipeline(scheduler=scheduler, check_safety=False), **request)
+    theirs = expected(sd1, scheduler, **request)
+    assert len(ours) == len(theirs)
+    assert min(psnr_db(a, b) for a, b in zip(ours, theirs, strict=True)) >= PARITY_DB
+
+
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_the_prediction_type_is_the_manifests(reference: Load, psnr_db: Psnr, prediction: str) -> None:
     sd1 = reference("sd1")
@@ -128,6 +149,8 @@ def test_seed_stands_for_a_torch_generator(reference: Load) -> None:
     pipeline = reference("sd1").pipeline(check_safety=False)
     same = made(pipeline, generator=None, seed=3, num_inference_steps=3)
     assert np.array_equal(same[0], made(pipeline, num_inference_steps=3)[0])
+    several = made(pipeline, generator=None, seed=[2, 3], num_images_per_prompt=2, num_inference_steps=3)
+    assert np.abs(several[1].astype(int) - same[0]).max() <= 1
 
 
 def test_callers_latents_are_used(reference: Load, psnr_db: Psnr) -> None:
@@ -186,6 +209,25 @@ def test_a_callback_can_cancel_by_raising(reference: Load) -> None:
     assert pipeline.models.timings["unet"].calls == 2
 
 
+def halve_and_stop(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Changes the latents in the second step and stops after the fourth, as diffusers' documentation does."""
+    if index == 1:
+        tensors["latents"] = tensors["latents"] / 2
+    pipe._interrupt = index == 3
+    assert float(timestep) > 0
+    return tensors
+
+
+def test_diffusers_callback_changes_latents_and_interrupts(reference: Load, psnr_db: Psnr) -> None:
+    sd1 = reference("sd1")
+    given: dict[str, Any] = {"callback_on_step_end": halve_and_stop, "num_inference_steps": 6}
+    pipeline = sd1.pipeline(scheduler="euler", check_safety=False)
+    ours = made(pipeline, **given)
+    assert pipeline.models.timings["unet"].calls == 4
+    assert psnr_db(ours[0], expected(sd1, "euler", **given)[0]) >= PARITY_DB
+    assert psnr_db(ours[0], made(pipeline, num_inference_steps=6)[0]) < PARITY_DB
+
+
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "pndm", "dpm++ 2m"])
 def test_the_preview_of_the_last_step_is_the_picture(reference: Load, psnr_db: Psnr, scheduler: str) -> None:
     pipeline = reference("sd1").pipeline(scheduler=scheduler, check_safety=False)
@@ -202,6 +244,8 @@ def test_output_types(reference: Load) -> None:
     asked: dict[str, Any] = {"num_inference_steps": 2, "generator": generator()}
     array = pipeline(PROMPT, output_type="np", **asked).images
     latent = pipeline(PROMPT, output_type="latent", **asked).images
+    tensor = pipeline(PROMPT, output_type="pt", **asked)[0]
+    assert isinstance(tensor, torch.Tensor) and tensor.shape == (1, 3, 64, 64) and tensor.min() >= 0
     assert isinstance(array, np.ndarray) and array.shape == (1, 64, 64, 3) and 0 <= array.min() <= array.max() <= 1
     assert isinstance(latent, torch.Tensor) and latent.shape == (1, 4, 8, 8)
 
@@ -272,8 +316,24 @@ def test_odd_prompts_make_diffusers_picture(reference: Load, psnr_db: Psnr, prom
         ({"generator": None, "seed": -1}, "seed -1: expected 0 to"),
         ({"generator": None, "seed": 1, "rng": "dice"}, "unknown random number generator 'dice'"),
         ({"generator": []}, "an empty list of generators"),
-        ({"generator": [torch.Generator(), torch.Generator()]}, "2 generators for 1 pictures"),
-        ({"output_type": "pt"}, "output type 'pt'"),
+        ({"generator": [torch.Generator(), torch.Generator()]}, "2 generators or seeds for 1 pictures"),
+        ({"generator": 5}, "generator is a int: expected torch.Generator; numbers go into seed="),
+        ({"generator": None, "seed": 1.5}, "seed 1.5: expected 0 to"),
+        ({"generator": None, "seed": []}, "an empty list of seeds"),
+        ({"output_type": "jpeg"}, "output type 'jpeg': expected one of pil, np, pt, latent"),
+        ({"num_inference_steps": 2.5}, "2.5 steps: expected 1 to 1000"),
+        ({"guidance_scale": 1e300}, "guidance scale 1e[+]300"),
+        ({"eta": 1.1}, "eta 1.1: expected 0 to 1"),
+        ({"height": 128}, r"64x128 pixels: these models make 64x64"),
+        ({"prompt": None}, "prompt is a NoneType: expected a text or a list of texts"),
+        ({"image": np.zeros((64, 64, 3))}, "image is a ndarray: expected one PIL picture"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, "latents are a ndarray: expected a tensor"),
+        ({"strength": 0.5}, "given a strength, but these models do text to image: a prompt alone; or image to"),
+        ({"noise_level": 20}, "given a noise level, but these models do text to image"),
+        ({"clip_skip": 2, "sigmas": [1.0]}, "clip_skip, sigmas: diffusers has it, but converted models cannot"),
+        ({"guidance": 3}, "unknown argument guidance"),
+        ({"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}, "only 'latents' can be had"),
+        ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(1)}}, r"gave latents \(1,\), expected"),
         ({"latents": torch.zeros(1, 4, 9, 9)}, r"latents have shape \(1, 4, 9, 9\)"),
         ({"prompt": "a (cat:99)"}, "prompt weight 99: expected 0 to 10"),
     ],

@@ -44,6 +44,11 @@ def test_weights_out_of_range_are_refused(prompt: str) -> None:
         parse(prompt)
 
 
+def test_nested_weights_stay_within_the_same_range() -> None:
+    with pytest.raises(InputError, match="nested prompt weights come to 81: expected at most 10"):
+        parse("((a:9) cat:9)")
+
+
 @given(st.text(alphabet="ab[]{}.,\n ", max_size=40))
 def test_a_prompt_without_weights_is_kept_as_it_is(prompt: str) -> None:
     assert parse(prompt) == (Fragment(prompt),)

@@ -157,6 +157,7 @@ def test_inputs_of_another_size_are_resized_with_a_note(reference: Load) -> None
     [
         (4, set(), "text to image"),
         (4, {"image"}, "image to image"),
+        (4, {"image", "strength"}, "image to image"),
         (4, {"image", "mask"}, "in-painting by blending"),
         (9, {"image", "mask"}, "in-painting"),
         (5, {"image"}, "depth to image"),
@@ -172,8 +173,11 @@ def test_the_task_follows_from_models_and_what_is_given(channels: int, given: se
     ("channels", "given", "message"),
     [
         (9, set(), "given a prompt alone, but these models do in-painting: --image and --mask"),
-        (4, {"mask"}, "given --mask, but these models do text to image"),
-        (4, {"image", "depth"}, "given --depth and --image"),
+        (4, {"mask"}, "given a mask, but these models do text to image"),
+        (4, {"image", "depth"}, "given an image and a depth"),
+        (4, {"image", "noise_level"}, "given an image and a noise level, but these models do"),
+        (4, {"image", "latents"}, "given an image and latents, but these models do"),
+        (7, {"image", "strength"}, "given an image and a strength, but these models do upscaling"),
         (7, set(), "upscaling: --image"),
         (8, {"image"}, "the UNet takes 8 channels, and no task is known for that"),
     ],

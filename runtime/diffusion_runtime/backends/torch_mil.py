@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, fx
 
 from diffusion_runtime.backends import ComputeUnits, TensorSpec, check_arrays
+from diffusion_runtime.backends.interface import specs
 from diffusion_runtime.errors import InputError, PackageError, UnsupportedError
 from diffusion_runtime.mil.constants import torch_dtype
 from diffusion_runtime.mil.fuse import fuse
 from diffusion_runtime.mil.lower import REFUSALS, lower, refusal
 from diffusion_runtime.mil.observe import explain, intermediates, observe
 from diffusion_runtime.mil.package import Package, open_package
-from diffusion_runtime.mil.program import Feature, FunctionInterface
+from diffusion_runtime.mil.program import FunctionInterface
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_NUMPY = {"Float16": "float16", "Float32": "float32", "Double": "float64", "Int32": "int32", "Int8": "int8"}
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,8 @@ class TorchBackend:
             fuse(module)
         return TorchModel(
             path=path,
-            inputs=_specs(package, interface.inputs),
-            outputs=_specs(package, interface.outputs),
+            inputs=specs(interface.inputs, path),
+            outputs=specs(interface.outputs, path),
             module=module,
             device=self.device,
             order=_order(package, interface, DTYPES[self.dtype]),
@@ -119,16 +120,11 @@ def _order(package: Package, interface: FunctionInterface, dtype: torch.dtype) -
     return [(variable.name, torch_dtype(variable.type, dtype)) for variable in function.inputs]
 
 
-def _specs(package: Package, features: Sequence[Feature]) -> dict[str, TensorSpec]:
-    for feature in features:
-        if feature.kind != "multiArray" or feature.dtype not in _NUMPY:
-            kind = f"{feature.kind} {feature.dtype}".strip()
-            raise UnsupportedError(f"{package.path}: {feature.name} is declared as {kind}, expected a multi-array")
-    return {item.name: TensorSpec(item.name, item.shape, _NUMPY[item.dtype]) for item in features}
-
-
 def _check_device(device: str) -> None:
+    if device.partition(":")[0] not in DEVICES:
+        raise InputError(f"device {device!r} cannot be used: expected one of {', '.join(DEVICES)}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise InputError(f"device {device!r} cannot be used here: {reason}") from error

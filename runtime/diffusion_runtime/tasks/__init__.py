@@ -6,7 +6,7 @@ from collections.abc import Set as AbstractSet
 
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.tasks import depth_to_image, image_to_image, inpaint, text_to_image, upscale
-from diffusion_runtime.tasks.job import Job, Prepared, Request, Task
+from diffusion_runtime.tasks.job import GIVEN, Job, Prepared, Request, Task
 
 TASKS: tuple[Task, ...] = (
     text_to_image.TASK,
@@ -21,7 +21,7 @@ __all__ = ["TASKS", "Job", "Prepared", "Request", "Task", "choose"]
 
 
 def choose(channels: int, given: AbstractSet[str]) -> Task:
-    """The task that a UNet with so many input channels does with what is given ("image", "mask", "depth").
+    """The task that a UNet with so many input channels does with what is given (`Request.given`).
 
     Raises InputError that names what is missing or cannot be used."""
     able = [task for task in TASKS if task.channels == channels]
@@ -36,4 +36,4 @@ def choose(channels: int, given: AbstractSet[str]) -> Task:
 
 
 def _listed(given: AbstractSet[str]) -> str:
-    return " and ".join(f"--{name}" for name in sorted(given)) or "a prompt alone"
+    return " and ".join(GIVEN[name] for name in GIVEN if name in given) or "a prompt alone"

@@ -65,5 +65,5 @@ TASK = Task(
     prepare=prepare,
     description="--image, models of a depth checkpoint; --depth-image gives the depth instead of estimating it",
     needs=frozenset({"image"}),
-    takes=frozenset({"depth"}),
+    takes=frozenset({"depth", "strength"}),
 )

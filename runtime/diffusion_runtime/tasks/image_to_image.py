@@ -54,4 +54,5 @@ TASK = Task(
     prepare=prepare,
     description="--image, and --strength for how much of it may change",
     needs=frozenset({"image"}),
+    takes=frozenset({"strength"}),
 )

@@ -91,6 +91,7 @@ SEEING = Task(
     prepare=prepare_seeing,
     description="--image and --mask (white: paint anew), models of an in-painting checkpoint",
     needs=frozenset({"image", "mask"}),
+    takes=frozenset({"strength"}),
 )
 BLENDING = Task(
     "in-painting by blending",
@@ -99,4 +100,5 @@ BLENDING = Task(
     prepare=prepare_blending,
     description="--image and --mask (white: paint anew), any models",
     needs=frozenset({"image", "mask"}),
+    takes=frozenset({"strength"}),
 )

@@ -19,13 +19,27 @@ if TYPE_CHECKING:
     from diffusion_runtime.noise import Noise
 
 
+MAX_GUIDANCE = 1000.0  # beyond it nothing is left of a picture, and float32 ends
+DEFAULT_STRENGTH, DEFAULT_NOISE_LEVEL = 0.8, 20
+GIVEN: Mapping[str, str] = {
+    "image": "an image",
+    "mask": "a mask",
+    "depth": "a depth",
+    "strength": "a strength",
+    "noise_level": "a noise level",
+    "latents": "latents",
+}
+"""What a request may hold that not every task can use, in words."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What is asked for. ``prompts`` and ``negative_prompts`` have one entry per picture; no negative prompts are
     empty ones. ``height`` and ``width`` in pixels, None: what the models make.
 
     ``image`` and ``mask`` are PIL pictures, ``depth`` a picture or (height, width) float32 depths, nearer larger;
-    ``strength`` None is 0.8, and 1 with a mask; ``latents`` are start values drawn by the caller.
+    ``strength`` None is 0.8, and 1 with a mask; ``noise_level`` None is 20; ``latents`` are start values drawn by
+    the caller.
     Raises InputError for what no models could do."""
 
     prompts: tuple[str, ...]
@@ -39,7 +53,7 @@ class Request:
     mask: Image.Image | None = None
     depth: Image.Image | torch.Tensor | None = None
     strength: float | None = None
-    noise_level: int = 20
+    noise_level: int | None = None
     latents: torch.Tensor | None = None
     long_prompt: bool = False
 
@@ -51,14 +65,25 @@ class Request:
                 f"{len(self.negative_prompts)} negative prompts for {len(self.prompts)} prompts: give one, or one "
                 "for each"
             )
-        if not math.isfinite(self.guidance_scale):
+        if not math.isfinite(self.guidance_scale) or abs(self.guidance_scale) > MAX_GUIDANCE:
             raise InputError(f"guidance scale {self.guidance_scale}: expected a number, usually 1 to 15")
-        if not math.isfinite(self.eta) or self.eta < 0:
+        if not math.isfinite(self.eta) or not 0 <= self.eta <= 1:
             raise InputError(f"eta {self.eta}: expected 0 to 1")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise InputError(
                 f"strength {self.strength}: expected more than 0 (no change) and at most 1 (a new picture)"
             )
+        self._check_pictures()
+
+    def _check_pictures(self) -> None:
+        import torch
+        from PIL import Image
+
+        for name, value in (("image", self.image), ("mask", self.mask)):
+            if value is not None and not isinstance(value, Image.Image):
+                raise InputError(f"{name} is a {type(value).__name__}: expected one PIL picture")
+        if self.latents is not None and not isinstance(self.latents, torch.Tensor):
+            raise InputError(f"latents are a {type(self.latents).__name__}: expected a tensor")
 
     @property
     def pictures(self) -> int:
@@ -66,16 +91,20 @@ class Request:
 
     @property
     def given(self) -> frozenset[str]:
-        """Which of "image", "mask" and "depth" are there."""
-        named = {"image": self.image, "mask": self.mask, "depth": self.depth}
-        return frozenset(name for name, value in named.items() if value is not None)
+        """Which of the keys of `GIVEN` are there."""
+        return frozenset(name for name in GIVEN if getattr(self, name) is not None)
 
     @property
     def change(self) -> float:
         """The strength, its default filled in."""
         if self.strength is None:
-            return 0.8 if self.mask is None else 1.0
+            return DEFAULT_STRENGTH if self.mask is None else 1.0
         return self.strength
+
+    @property
+    def noise(self) -> int:
+        """The noise level, its default filled in."""
+        return DEFAULT_NOISE_LEVEL if self.noise_level is None else self.noise_level
 
     def texts(self, guided: bool) -> list[str]:
         """One text per row of the UNet's work: guided, the negative prompt and the prompt of each picture."""
@@ -140,9 +169,9 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """``channels`` is the UNet's number of input channels, ``needs`` and ``takes`` what must and may be given
-    ("image", "mask", "depth"), ``description`` one line for the help. ``check`` raises InputError for what it can
-    see without any model, before one runs."""
+    """``channels`` is the UNet's number of input channels, ``needs`` and ``takes`` what must and may be given (keys
+    of `GIVEN`), ``description`` one line for the help. ``check`` raises InputError for what it can see without any
+    model, before one runs."""
 
     name: str
     channels: int

@@ -30,4 +30,11 @@ def prepare(job: Job) -> Prepared:
     return Prepared(Start(noise_latents(job), job.scheduler.timesteps))
 
 
-TASK = Task("text to image", channels=4, check=check, prepare=prepare, description="a prompt alone")
+TASK = Task(
+    "text to image",
+    channels=4,
+    check=check,
+    prepare=prepare,
+    description="a prompt alone",
+    takes=frozenset({"latents"}),
+)

@@ -20,14 +20,14 @@ def check(job: Job) -> None:
     """The picture must be there, the noise level one that the model was trained with, and latents fit."""
     text_to_image.check(job)
     job.image(size=job.latent_size)
-    level = job.request.noise_level
+    level = job.request.noise
     if not 0 <= level <= MAX_NOISE_LEVEL:
         raise InputError(f"noise level {level}: expected 0 to {MAX_NOISE_LEVEL}")
     _noise_config(job)
 
 
 def prepare(job: Job) -> Prepared:
-    level = job.request.noise_level
+    level = job.request.noise
     height, width = job.latent_size
     image = job.image(size=(height, width))
     small = images.to_tensor(image, height, width)
@@ -51,4 +51,5 @@ TASK = Task(
     prepare=prepare,
     description="--image (a quarter of the result's size), models of the x4 upscaler; --noise-level",
     needs=frozenset({"image"}),
+    takes=frozenset({"noise_level", "latents"}),
 )

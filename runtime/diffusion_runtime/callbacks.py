@@ -1,0 +1,102 @@
+"""What diffusers' pipelines take beyond our own arguments: ``callback_on_step_end``, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from diffusion_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffusion_runtime.denoising import Step
+    from diffusion_runtime.pipeline import Pipeline, Run
+
+AtStepEnd = Callable[[Any, int, Any, dict[str, Any]], Mapping[str, Any] | None]
+"""(pipeline, index, timestep, {"latents": …}) -> {"latents": …} to go on from, or nothing."""
+
+NEUTRAL: Mapping[str, object] = {
+    "timesteps": None,
+    "sigmas": None,
+    "prompt_embeds": None,
+    "negative_prompt_embeds": None,
+    "ip_adapter_image": None,
+    "ip_adapter_image_embeds": None,
+    "masked_image_latents": None,
+    "padding_mask_crop": None,
+    "cross_attention_kwargs": None,
+    "clip_skip": None,
+    "guidance_rescale": 0.0,
+    "return_dict": True,
+    "callback": None,
+    "callback_steps": None,
+}
+"""Arguments of diffusers' pipelines that converted models cannot serve, and the values that change nothing."""
+
+
+@dataclass(slots=True)
+class Control:
+    """What a callback is given as its pipeline. Setting ``_interrupt`` ends the loop after this step, and the
+    picture is decoded as it is then: diffusers' way to stop early."""
+
+    pipeline: Pipeline
+    scheduler: Any
+    num_timesteps: int
+    guidance_scale: float
+    _interrupt: bool = False
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+
+def refuse(others: Mapping[str, object]) -> None:
+    """Raise InputError for arguments that would have no effect, all in one line."""
+    unknown = [name for name in others if name not in NEUTRAL]
+    unusable = [name for name, value in others.items() if name in NEUTRAL and value != NEUTRAL[name]]
+    if unknown:
+        raise InputError(f"unknown argument {', '.join(unknown)}: `help(Pipeline.__call__)` lists what there is")
+    if unusable:
+        raise InputError(
+            f"{', '.join(unusable)}: diffusers has it, but converted models cannot do it; leave it out"
+        )
+
+
+def run_steps(
+    pipeline: Pipeline,
+    run: Run,
+    on_step: Callable[[Step], None] | None,
+    at_step_end: AtStepEnd | None,
+    tensors: Sequence[str] = ("latents",),
+) -> torch.Tensor:
+    """Denoise a prepared run and tell both callbacks of each step; the last latents.
+
+    Raises InputError where a callback asks for other tensors than the latents or gives latents that do not fit."""
+    if set(tensors) - {"latents"}:
+        raise InputError(f"callback_on_step_end_tensor_inputs {list(tensors)}: only 'latents' can be had")
+    control = Control(pipeline, run.job.scheduler, run.total, run.job.request.guidance_scale)
+    steps: Generator[Step, torch.Tensor | None, None] = pipeline.denoise(run)
+    latents, changed = run.start.latents, None
+    try:
+        while not control.interrupt:
+            step = steps.send(changed)
+            latents, changed = step.latents, None
+            if on_step is not None:
+                on_step(step)
+            if at_step_end is not None:
+                given = dict.fromkeys(tensors, latents)
+                result = at_step_end(control, step.index, run.start.timesteps[step.index], given)
+                changed = latents = _checked((result or {}).get("latents", latents), latents)
+    except StopIteration:
+        pass
+    finally:
+        steps.close()
+    return latents
+
+
+def _checked(given: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    if tuple(given.shape) != tuple(latents.shape):
+        raise InputError(f"callback_on_step_end gave latents {tuple(given.shape)}, expected {tuple(latents.shape)}")
+    return given.to(latents)
