@@ -10,19 +10,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Derivations(TorchDispatchMode):
+class Derivations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """In this context, ``used`` collects the names of those ``tensors`` that anything is computed from. Views of a
     tensor (another shape, a transposition) are the tensor still."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.used: set[str] = set()
         self._names = {storage: name for name, tensor in tensors.items() for storage in _storages([tensor])}
 
     def __torch_dispatch__(
         self,
         func: Callable[..., Any],
-        types: Sequence[type],  # noqa: ARG002
+        types: Sequence[type],
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
