@@ -52,7 +52,7 @@ def compile_variant(
         for name, component in source.components.items():
             files = []
             for file, target in zip(component.files, compiled_names(name, component), strict=True):
-                result = compile_package(packages / file, unfinished, target, compiler)
+                result = compile_package(packages / file, unfinished, target, compiler, share_weights=True)
                 files.append(result.path.name)
                 if result.inferred:
                     report(f"{result.path.name}: operation versions inferred for {', '.join(result.inferred)}")
@@ -75,10 +75,13 @@ def compile_variant(
 
 
 def is_current(packages: Path, compiled: Path) -> bool:
-    """Whether ``compiled`` was made of ``packages`` as they are: their manifests agree in all but the files."""
+    """Whether ``compiled`` was made of ``packages`` as they are: their manifests agree in all but the files.
+
+    What another compiler made (its manifest names no tools) counts as such, so that it is kept.
+    """
     if not (compiled / manifest.FILE_NAME).is_file():
         return False
-    if not (packages / manifest.FILE_NAME).is_file():
+    if not (packages / manifest.FILE_NAME).is_file() or not manifest.read(compiled).tools:
         return True
     return _without_files(manifest.read(packages)) == _without_files(manifest.read(compiled))
 

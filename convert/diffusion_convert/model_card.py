@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from diffusion_convert.bundle import variants, zip_name
 from diffusion_runtime import manifest
+from diffusion_runtime.errors import InputError
 from diffusion_runtime.folders import unfinished_file
+from diffusion_runtime.images import load
 from diffusion_runtime.manifest import Manifest
 
 CARD_NAME = "README.md"
+REPOSITORY = "REPOSITORY"
+"""Stands in the card for the repository's id until it is published."""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_SAMPLE = "sample"
 _HUB_LICENCES = frozenset(
     {
         "afl-3.0",
@@ -47,13 +55,27 @@ _OPENRAIL = (
 )
 
 
-def write_model_card(folder: Path, picture: str | None = None) -> Path:
-    """Write README.md for the variants in ``folder``; ``picture`` is a sample's path relative to it."""
+def put_picture(picture: Path, folder: Path) -> Path:
+    """Copy a sample picture to ``folder``, where the model card shows it. Raises InputError for what is none."""
+    suffix = picture.suffix.lower()
+    if suffix not in PICTURES:
+        raise InputError(f"{picture}: expected a picture ({', '.join(PICTURES)})")
+    load(picture, "sample picture")
+    target = folder / f"{_SAMPLE}{suffix}"
+    if not (target.exists() and target.samefile(picture)):
+        with unfinished_file(target) as unfinished:
+            shutil.copyfile(picture, unfinished)
+    return target
+
+
+def write_model_card(folder: Path) -> Path:
+    """Write README.md for the variants in ``folder``, with the zips and the sample picture that lie in it."""
     found = {
         attention: manifest.read(next(p for kind in ("compiled", "packages") if (p := variant / kind).is_dir()))
         for attention, variant in variants(folder).items()
     }
     zips = {path.name: path.stat().st_size for path in sorted(folder.glob("*.zip"))}
+    picture = next((name for suffix in PICTURES if (folder / (name := f"{_SAMPLE}{suffix}")).is_file()), None)
     path = folder / CARD_NAME
     with unfinished_file(path) as unfinished:
         unfinished.write_text(model_card(found, zips, picture), encoding="utf-8")
@@ -73,7 +95,7 @@ def model_card(variants: Mapping[str, Manifest], zips: Mapping[str, int], pictur
         "## How to run",
         _running(variants, first),
         "## How close to the source",
-        _parity_note(),
+        _parity_note(variants),
         "\n".join(_parity_table(variants)),
         *_palettization(variants),
         "## Licence and restrictions",
@@ -88,7 +110,7 @@ def _header(made: Manifest) -> Iterator[str]:
     yield "---"
     yield f"license: {licence}"
     if licence == "other":
-        yield f"license_name: {json.dumps(made.source.licence)}"
+        yield f"license_name: {re.sub(r'[^a-z0-9.]+', '-', (made.source.licence or '').lower()).strip('-')}"
     if _is_hub_id(made.source.name):
         yield f"base_model: {json.dumps(made.source.name)}"
     yield f"pipeline_tag: {task}"
@@ -118,11 +140,14 @@ def _origin(made: Manifest) -> str:
     )
     revision = f" at revision `{source.revision}`" if source.revision else ""
     digest = f" (SHA-256 `{source.sha256}`)" if source.sha256 else ""
-    tools = ", ".join(f"{tool} {version}" for tool, version in sorted(made.tools.items()))
-    return (
+    text = (
         f"Stable Diffusion models ({made.family}) for pictures of {made.width}x{made.height} pixels, converted "
-        f"from {name}{revision}{digest} for {made.target} and later" + (f" with {tools}." if tools else ".")
+        f"from {name}{revision}{digest} for {made.target} and later"
     )
+    if "coremltools" not in made.tools:
+        return f"{text} by another tool."
+    tools = {tool: version for tool, version in sorted(made.tools.items()) if tool != "conversion"}
+    return f"{text} with {', '.join(f'{tool} {version}' for tool, version in tools.items())}."
 
 
 def _variant_table(variants: Mapping[str, Manifest], zips: Mapping[str, int]) -> Iterator[str]:
@@ -131,8 +156,10 @@ def _variant_table(variants: Mapping[str, Manifest], zips: Mapping[str, int]) ->
     for attention, made in variants.items():
         units, devices, _ = _DEVICES[attention]
         size = sum(component.size_bytes for component in made.components.values())
-        name = zip_name(made, attention)
-        packed = f"[{name}]({name}), {_size(zips[name])}" if name in zips else "none"
+        names = [zip_name(made, attention)]
+        if attention == "split_einsum_v2" and "split_einsum" not in variants:
+            names.append(zip_name(made, "split_einsum"))  # the same models, under the name that apps ask for
+        packed = "; ".join(f"[{name}]({name}), {_size(zips[name])}" for name in names if name in zips) or "none"
         yield f"| `{attention}` | {units} | {devices} | {_size(size)} | {packed} |"
 
 
@@ -147,19 +174,26 @@ def _running(variants: Mapping[str, Manifest], made: Manifest) -> str:
 
 ```
 pip install coreml-diffusion
-coreml-diffusion download REPOSITORY --variant {attention} -o models
-coreml-diffusion generate models --prompt "a photograph of an astronaut riding a horse" --compute-units {units}
+coreml-diffusion download {REPOSITORY} --variant {attention} -o models
+coreml-diffusion generate models --prompt "a photograph of an astronaut riding a horse" \\
+    --compute-units {units} -o astronaut.png
 ```
 
-**Swift**: `apple/ml-stable-diffusion` reads the folder `{attention}/compiled` as its resources:
+**Swift**: [apple/ml-stable-diffusion](https://github.com/apple/ml-stable-diffusion) takes the folder of compiled
+models that was downloaded as its resources: `StableDiffusionPipeline(resourcesAt:controlNet:configuration:)` or, in
+a copy of that repository, on the command line
 
 ```
-swift run StableDiffusionSample "a prompt" --resource-path {attention}/compiled --compute-units {_camel(units)}
+swift run StableDiffusionSample "a photograph of an astronaut riding a horse" \\
+    --resource-path models/{attention}/compiled --compute-units {_camel(units)}
 ```
 
-**Hugging Face's Diffusers app** and **Mochi Diffusion**: unpack a zip of the table above into the app's folder of
-models (Mochi Diffusion: `~/MochiDiffusion/models`) and choose `{_title(made)}` there; take `original` for the GPU,
-a `split_einsum` for the Neural Engine."""
+**Mochi Diffusion**: unpack a zip of the table above into the app's folder of models (`~/MochiDiffusion/models`) and
+choose `{_title(made)}` there; take `original` for the GPU, a `split_einsum` for the Neural Engine.
+
+**Hugging Face's Diffusers app** downloads the zips itself, from the repositories listed in its `ModelInfo.swift`:
+add `ModelInfo(modelId: "{REPOSITORY}", modelVersion: "{_title(made)}")`. It asks for zips that are named like the
+repository."""
 
 
 def _camel(units: str) -> str:
@@ -167,11 +201,15 @@ def _camel(units: str) -> str:
     return first + "".join({"ne": "NeuralEngine", "gpu": "GPU"}.get(part, part.capitalize()) for part in rest)
 
 
-def _parity_note() -> str:
-    return (
+def _parity_note(variants: Mapping[str, Manifest]) -> str:
+    text = (
         "Models were run and compared with the source's own networks in float32 on the same inputs (PSNR of the "
         "worst output; above about 35 dB no difference can be seen)."
     )
+    components = [component for made in variants.values() for component in made.components.values()]
+    if any(component.palettization and component.psnr_db for component in components):
+        text += " Palettized ones are compared with their own 16-bit form, which was compared with the source."
+    return text
 
 
 def _parity_table(variants: Mapping[str, Manifest]) -> Iterator[str]:

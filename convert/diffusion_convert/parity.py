@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_convert import verify
-from diffusion_convert.bundle import variants
+import numpy as np
+
+from diffusion_convert import adopt, verify
 from diffusion_convert.checkpoint import Checkpoint
 from diffusion_convert.components import Shape, table
+from diffusion_convert.palettize.bounds import bound_db
 from diffusion_convert.verify import Reference
-from diffusion_runtime import manifest
-from diffusion_runtime.errors import InputError
+from diffusion_runtime import foreign, manifest
+from diffusion_runtime.bundle import ATTENTIONS, KINDS
+from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.integrity import check_files
 from diffusion_runtime.manifest import FILE_NAME, Manifest
 
@@ -37,14 +40,14 @@ class Parity:
 def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], None]) -> Iterator[Parity]:
     """Compare every component of every folder of models below ``models`` with the checkpoint's own network.
 
-    Files are compared with the manifests first. Raises InputError where there are no models or the checkpoint lacks
-    a component, PackageError where files are missing or changed.
+    Files are compared with the manifests first; models of other tools may have none. Raises InputError where there
+    are no models or the checkpoint lacks a component, PackageError where files are missing or changed.
     """
     folders = _folders(models)
-    made = {folder: manifest.read(folder) for folder in folders}
+    made = {folder: _described(folder) for folder in folders}
     for folder, described in made.items():
         check_files(described, folder)
-        _check_source(described, checkpoint, folder)
+        _check_source(described, checkpoint, folder, guessed=not (folder / FILE_NAME).is_file())
     references: dict[tuple[str, Shape], Reference] = {}
     for folder, described in made.items():
         shape = Shape(described.height, described.width, described.batch_size)
@@ -59,24 +62,41 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
 
 
 def _folders(models: Path) -> list[Path]:
-    if (models / FILE_NAME).is_file():
-        return [models]
+    if models.suffix == ".zip":
+        raise InputError(f"{models}: is a zip; unpack it first and name the folder")
     if not models.is_dir():
         raise InputError(f"{models}: no such folder of models")
-    return [
-        variant / kind
-        for variant in variants(models).values()
-        for kind in ("packages", "compiled")
-        if (variant / kind / FILE_NAME).is_file()
-    ]
+    found = [models / name / kind for name in ATTENTIONS for kind in KINDS]
+    there = [folder for folder in found if _holds_models(folder)]
+    if there and not (models / FILE_NAME).is_file():
+        return there
+    inside = [entry for entry in models.iterdir() if entry.is_dir()]
+    places = (models, models / "Resources", *(inside if len(inside) == 1 else ()))  # the last: an unpacked zip
+    there = [folder for folder in places if _holds_models(folder)]
+    if not there:
+        raise InputError(
+            f"{models}: holds no models: expected {FILE_NAME}, original/packages/{FILE_NAME} or models of Apple's "
+            "tools"
+        )
+    return there
 
 
-def _check_source(described: Manifest, checkpoint: Checkpoint, folder: Path) -> None:
+def _holds_models(folder: Path) -> bool:
+    return (folder / FILE_NAME).is_file() or foreign.is_one(folder)
+
+
+def _described(folder: Path) -> Manifest:
+    if (folder / FILE_NAME).is_file():
+        return manifest.read(folder)
+    return adopt.describe(folder, foreign.Assumed()).manifest
+
+
+def _check_source(described: Manifest, checkpoint: Checkpoint, folder: Path, guessed: bool) -> None:
     known = table()
     missing = [
         name for name in described.components if name not in known or known[name].subfolder not in checkpoint.models
     ]
-    if missing or described.family != checkpoint.family:
+    if missing or (described.family != checkpoint.family and not guessed):
         what = f"has no {', '.join(missing)}" if missing else f"is of family {checkpoint.family}"
         raise InputError(
             f"{checkpoint.name}: {what}, but {folder} was made from {described.source.name} ({described.family}); "
@@ -85,10 +105,14 @@ def _check_source(described: Manifest, checkpoint: Checkpoint, folder: Path) -> 
 
 
 def _bound(name: str, component: manifest.Component) -> float:
-    """The component's own bound, or what was recorded where palettization has cost more than that."""
-    bound = table()[name].min_psnr_db
-    recorded = min(component.psnr_db.values(), default=bound)
-    return min(bound, recorded) - (_SLACK_DB if recorded < bound else 0.0)
+    """The component's own bound, or what was recorded where palettization has cost more than that; where nothing
+    was recorded, what its bits may cost."""
+    owner = table()[name]
+    bound, palettized = owner.min_psnr_db, component.palettization
+    if component.psnr_db:
+        recorded = min(component.psnr_db.values())
+        return recorded - _SLACK_DB if recorded < bound else bound
+    return bound if palettized is None else bound_db(palettized.nbits, owner.min_palettized_psnr_db)
 
 
 def _measure(paths: list[Path], expected: Reference) -> dict[str, float]:
@@ -100,8 +124,15 @@ def _measure(paths: list[Path], expected: Reference) -> dict[str, float]:
     model = chained([lambda path=path: backend.load(path) for path in paths])()  # type: ignore[misc]
     worst: dict[str, float] = {}
     for inputs, outputs in zip(expected.inputs, expected.outputs, strict=True):
-        found = model(**inputs)
+        found = model(**_named(inputs, tuple(model.inputs)))
         for name, array in outputs.items():
+            if name not in found:
+                raise PackageError(f"{paths[-1]}: has no output {name} (it has {', '.join(found)})")
             psnr = verify.psnr_db(array, found[name])
             worst[name] = min(worst.get(name, psnr), psnr)
     return worst
+
+
+def _named(inputs: Mapping[str, np.ndarray], names: tuple[str, ...]) -> Mapping[str, np.ndarray]:
+    """``inputs`` as a model names them: a single one may have another name (older VAE encoders: z for x)."""
+    return dict(zip(names, inputs.values(), strict=True)) if len(inputs) == len(names) == 1 else inputs

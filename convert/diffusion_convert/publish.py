@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_convert.bundle import variants
 from diffusion_convert.hub import check_repo_id, hub_errors, open_api, remote_files
-from diffusion_convert.model_card import CARD_NAME, write_model_card
+from diffusion_convert.model_card import CARD_NAME, PICTURES, REPOSITORY, write_model_card
 from diffusion_runtime import manifest
+from diffusion_runtime.bundle import ATTENTIONS
+from diffusion_runtime.folders import unfinished_file
 from diffusion_runtime.integrity import check_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 Report = Callable[[str], None]
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_ZIP = re.compile(rf"(.+)_(?:{'|'.join(ATTENTIONS)})_compiled\.zip")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What would be uploaded: paths relative to the folder, and bytes in all."""
+    """What would be uploaded: paths relative to the folder, and bytes in all. ``notes`` are for the user."""
 
     repo_id: str
     private: bool
     files: tuple[str, ...]
     size_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def plan(folder: Path, repo_id: str, private: bool = True) -> Plan:
@@ -44,7 +48,7 @@ def plan(folder: Path, repo_id: str, private: bool = True) -> Plan:
         write_model_card(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _published(path.relative_to(folder)))
     names = tuple(path.relative_to(folder).as_posix() for path in files)
-    return Plan(repo_id, private, names, sum(path.stat().st_size for path in files))
+    return Plan(repo_id, private, names, sum(path.stat().st_size for path in files), _notes(repo_id, names))
 
 
 def publish(
@@ -61,6 +65,9 @@ def publish(
     One commit for each variant's packages and compiled models, the zips, and last the model card.
     """
     planned = plan(folder, repo_id, private)
+    _name_repository(folder, repo_id)
+    for note in planned.notes:
+        report(f"note: {note}")
     api = open_api(endpoint, token)
     with hub_errors(repo_id, "upload"):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -71,6 +78,26 @@ def publish(
             report(f"uploading {group}: {len(names)} files")
             _commit(api, folder, repo_id, group, names)
     return str(url)
+
+
+def _notes(repo_id: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Hugging Face's app builds the zips' addresses from the repository's name: they had better be the same."""
+    stems = {found.group(1) for name in names if (found := _ZIP.fullmatch(name))}
+    if not stems or repo_id.rpartition("/")[2] in stems:
+        return ()
+    owner, slash, _ = repo_id.rpartition("/")
+    fitting = " or ".join(f"{owner}{slash}{stem}" for stem in sorted(stems))
+    return (f"Hugging Face's app finds the zips only in a repository that is named like them: {fitting}",)
+
+
+def _name_repository(folder: Path, repo_id: str) -> None:
+    """Put the repository's id into the model card's commands."""
+    card = folder / CARD_NAME
+    text = card.read_text(encoding="utf-8")
+    named = re.sub(rf"(?<=download ){REPOSITORY}\b|(?<=modelId: \"){REPOSITORY}\b", repo_id, text)
+    if named != text:
+        with unfinished_file(card) as unfinished:
+            unfinished.write_text(named, encoding="utf-8")
 
 
 def _commit(api: HfApi, folder: Path, repo_id: str, group: str, names: list[str]) -> None:
@@ -96,4 +123,4 @@ def _published(path: Path) -> bool:
         return False
     if len(path.parts) > 2:
         return True
-    return path.suffix in (".zip", *_PICTURES) or path.name in (CARD_NAME, "LICENSE", "LICENSE.md", "LICENSE.txt")
+    return path.suffix in (".zip", *PICTURES) or path.name in (CARD_NAME, "LICENSE", "LICENSE.md", "LICENSE.txt")

@@ -59,7 +59,7 @@ def find(
     if path.suffix in (".mlpackage", ".mlmodelc"):
         raise InputError(f"{path}: is one model; name the folder that holds all of them, {path.parent}")
     if path.suffix == ".zip":
-        raise InputError(f"{path}: is a zip; unpack it first and name the folder")
+        raise InputError(f"{path}: is a zip: unpack it (`unzip {path.name} -d {path.stem}`) and name the folder")
     found = [
         folder for folder in _candidates(path) if (folder / manifest.FILE_NAME).is_file() or foreign.is_one(folder)
     ]
@@ -68,7 +68,8 @@ def find(
             f"{path}: holds no models: expected {manifest.FILE_NAME}, Stable_Diffusion_version_*_unet.mlpackage or "
             "Unet.mlmodelc, there or in original/packages and the like"
         )
-    chosen = min(found, key=lambda folder: _rank(folder, backend, compute_units))
+    described = [folder for folder in found if (folder / manifest.FILE_NAME).is_file()]
+    chosen = min(described or found, key=lambda folder: _rank(folder, backend, compute_units))
     bundle = _open(chosen, assumed or foreign.Assumed())
     if len(found) == 1:
         return bundle

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 
 import small_bundle
 from diffusion_convert.bundle import (
@@ -21,7 +22,7 @@ from diffusion_convert.bundle import (
     zip_variants,
 )
 from diffusion_convert.components import table
-from diffusion_convert.model_card import write_model_card
+from diffusion_convert.model_card import put_picture, write_model_card
 from diffusion_convert.vocabulary import write_vocabulary
 from diffusion_runtime import manifest, zips
 from diffusion_runtime.bundle import find
@@ -270,8 +271,10 @@ def test_vocabulary_comes_from_slow_and_fast_tokenizers_alike(tmp_path: Path) ->
         write_vocabulary({}, tmp_path)
 
 
-def test_model_card_has_the_hubs_header_and_what_a_user_needs(bundle: Path) -> None:
-    text = write_model_card(bundle, "sample.png").read_text()
+def test_model_card_has_the_hubs_header_and_what_a_user_needs(bundle: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "drawn.PNG")
+    put_picture(tmp_path / "drawn.PNG", bundle)
+    text = write_model_card(bundle).read_text()
     header = vars(ModelCard(text).data)
     assert header["license"] == "creativeml-openrail-m"
     assert header["base_model"] == "maker/tiny-diffusion-v1-4"
@@ -289,4 +292,5 @@ def test_model_card_has_the_hubs_header_and_what_a_user_needs(bundle: Path) -> N
         "at revision `0000",
     ):
         assert expected in text
+    (bundle / "sample.png").unlink()
     (bundle / "README.md").unlink()

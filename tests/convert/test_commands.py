@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +15,16 @@ from typer.testing import CliRunner
 import small_bundle
 from diffusion_convert.checkpoint import open_checkpoint
 from diffusion_convert.commands import bundling, inspecting, sharing, verifying
+from diffusion_convert.compile import compile_package
 from diffusion_convert.components import Shape, table
 from diffusion_convert.export import Recipe, export
 from diffusion_convert.options import AttentionKind
+from diffusion_convert.palettize.package import palettize_package
+from diffusion_convert.palettize.plan import Plan
 from diffusion_runtime import integrity, manifest
-from diffusion_runtime.errors import DiffusionError, InputError, PackageError, VerificationError
+from diffusion_runtime.bundle import find
+from diffusion_runtime.errors import DiffusionError, InputError, PackageError
+from diffusion_runtime.foreign import COMPILED_NAMES
 from diffusion_runtime.mil.program import Metadata
 
 
@@ -51,6 +57,7 @@ def test_compile_writes_under_the_name_asked_for(app: typer.Typer, bundle: Path,
     for arguments, expected in (
         ((package, package, "--name", "Unet"), "--name is for one package"),
         ((package, "--name", "../Unet"), "expected a plain name"),
+        ((package, "--name", ""), "expected a plain name"),
         ((package, "--compiler", "gcc"), "expected python or xcrun"),
     ):
         with pytest.raises(InputError, match=expected):
@@ -78,6 +85,41 @@ def test_bundle_compiles_zips_and_describes_an_existing_folder(
         "VAEDecoder.mlmodelc",
         "VAEEncoder.mlmodelc",
     }
+
+
+FOREIGN = "Stable_Diffusion_version_maker_tiny"
+
+
+@pytest.mark.parametrize("layout", ["flat", "resources", "hub"])
+def test_bundle_takes_over_what_other_tools_made(
+    app: typer.Typer, bundle: Path, tmp_path: Path, layout: str
+) -> None:
+    """Apple's packages in one folder, with compiled models in Resources/, or a repository of the Hub."""
+    source, out = bundle / "split_einsum_v2" / "packages", tmp_path / "out"
+    place = {"flat": out, "resources": out, "hub": out / "split_einsum" / "packages"}[layout]
+    for name in small_bundle.PORTS:
+        package = place / f"{FOREIGN}_{name}.mlpackage"
+        shutil.copytree(source / f"{small_bundle.NAME}_{name}.mlpackage", package)
+        if layout == "resources":
+            compile_package(package, out / "Resources", COMPILED_NAMES[name][0])
+    with pytest.raises(InputError, match=r"no vocab\.json and merges\.txt"):
+        run(app, "bundle", out)
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copy(source / file, out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.mlmodelc")}
+    for _ in range(2):
+        run(app, "bundle", out, "--zip", "--name", "maker/tiny")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    variant = out / "split_einsum"
+    compiled = manifest.read(variant / "compiled")
+    integrity.check_files(compiled, variant / "compiled")
+    assert (compiled.name, compiled.attention, compiled.target) == ("maker/tiny", "split_einsum", "macOS13")
+    assert find(out).folder.parent == variant
+    (path,) = out.glob("*.zip")
+    assert path.name == "coreml-tiny_split_einsum_compiled.zip"
+    with zipfile.ZipFile(path) as archive:
+        assert {f"{path.stem}/{name}" for name in ("vocab.json", "merges.txt")} < set(archive.namelist())
+    assert "by another tool" in (out / "README.md").read_text()
 
 
 def test_publish_says_in_a_dry_run_what_it_would_do(app: typer.Typer, bundle: Path) -> None:
@@ -117,14 +159,35 @@ def test_verify_measures_packages_and_compiled_models(
     app: typer.Typer, converted: Path, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
     run(app, "bundle", converted, "--no-card")
-    shown = run(app, "verify", converted, "--against", tiny_checkpoint("sd1")).splitlines()
-    assert [line.split(":")[0] for line in shown] == [
-        "original/packages text_encoder",
-        "original/compiled text_encoder",
+    head, *shown = [
+        line.split() for line in run(app, "verify", converted, "--against", tiny_checkpoint("sd1")).splitlines()
     ]
-    figures = [line.partition(": ")[2] for line in shown]
-    assert figures[0] == figures[1], "the compiled model computes what its package does"
-    assert all(line.endswith(f"(at least {table()['text_encoder'].min_psnr_db:.1f} dB): ok") for line in shown)
+    assert head == ["models", "component", "worst", "output", "PSNR", "at", "least"]
+    assert [line[:2] for line in shown] == [
+        ["original/packages", "text_encoder"],
+        ["original/compiled", "text_encoder"],
+    ]
+    assert shown[0][2:] == shown[1][2:], "the compiled model computes what its package does"
+    bound = f"{table()['text_encoder'].min_psnr_db:.1f}"
+    assert all(line[-3:] == [bound, "dB", "ok"] for line in shown)
+
+
+def test_verify_takes_models_of_other_tools(
+    app: typer.Typer, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
+    recipe = Recipe(AttentionKind.ORIGINAL, Shape(64, 64, 2), "macOS13")
+    for name in ("text_encoder", "unet", "vae_decoder"):
+        path = tmp_path / f"Stable_Diffusion_version_tiny_{name}.mlpackage"
+        export(table()[name], checkpoint, recipe, path, Metadata())
+    whole, unet = tmp_path / "whole.mlpackage", tmp_path / "Stable_Diffusion_version_tiny_unet.mlpackage"
+    unet.rename(whole)
+    palettize_package(whole, unet, Plan(bits=6))
+    shown = [
+        line.split() for line in run(app, "verify", tmp_path, "--against", tiny_checkpoint("sd1")).splitlines()
+    ]
+    assert {line[1]: line[-1] for line in shown[1:]} == {"text_encoder": "ok", "unet": "ok", "vae_decoder": "ok"}
+    assert next(line[-3] for line in shown if line[1] == "unet") == "24.0", "what 6 bits may cost"
 
 
 def test_verify_refuses_changed_weights_and_another_source(
@@ -145,5 +208,12 @@ def test_verify_refuses_changed_weights_and_another_source(
     part = described.components["text_encoder"]
     part = part.model_copy(update={"sha256": integrity.hashes(packages, part.files)})
     manifest.write(described.model_copy(update={"components": {"text_encoder": part}}), packages)
-    with pytest.raises(VerificationError, match="original/packages text_encoder"):
-        run(app, "verify", tmp_path / "out", "--against", tiny_checkpoint("sd1"))
+    result = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), "--against", str(tiny_checkpoint("sd1"))])
+    assert result.exit_code == 1
+    assert "FAILED" in result.stdout
+    assert "differs from" in result.stderr
+    assert "original/packages text_encoder; convert it again" in result.stderr
+    (tmp_path / "a.zip").touch()
+    for path, expected in ((tmp_path / "a.zip", "is a zip"), (tmp_path, "holds no models")):
+        with pytest.raises(InputError, match=expected):
+            run(app, "verify", path, "--against", tiny_checkpoint("sd1"))

@@ -24,8 +24,10 @@ def compile_(
 
     if name is not None and len(packages) > 1:
         raise InputError("--name is for one package; got several")
-    if name is not None and Path(name).name != name:
-        raise InputError(f"--name {name!r}: expected a plain name, without folders")
+    if name is not None:
+        name = name.removesuffix(".mlmodelc")
+        if not name or name.startswith(".") or Path(name).name != name or len(name) > 200:
+            raise InputError(f"--name {name!r}: expected a plain name, without folders, as in Unet")
     chosen = _compiler(compiler)
     for package in packages:
         compiled = compile_package(package, output, name, chosen)
@@ -35,16 +37,36 @@ def compile_(
 
 
 def bundle(
-    folder: Annotated[Path, typer.Argument(help="A folder that `convert` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A folder that `convert` wrote, or packages or compiled models of Apple's tools.")
+    ],
     zips: Annotated[bool, typer.Option("--zip", help="Write a zip of each variant's compiled models.")] = False,
     card: Annotated[bool, typer.Option(help="Write README.md, the model card.")] = True,
+    picture: Annotated[Path | None, typer.Option(help="A sample picture, for the model card.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Models of other tools: the checkpoint's name, which the zips are named for.")
+    ] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="Models of other tools: epsilon, v_prediction or sample.")
+    ] = None,
+    latent_scale: Annotated[
+        float | None, typer.Option(help="Models of other tools: the VAE's scaling factor.")
+    ] = None,
     compiler: Annotated[str, typer.Option(help="python (any machine) or xcrun (macOS with Xcode).")] = "python",
 ) -> None:
-    """Compile the variants of a folder, share equal files, write the model card and, if asked for, zips."""
+    """Compile the variants of a folder, share equal files, write the model card and, if asked for, zips.
+
+    Models that Apple's tools made get a manifest and, where they are in no variant's place, are linked to one.
+    """
+    from diffusion_convert.adopt import adopt
     from diffusion_convert.bundle import compile_variant, is_current, share_identical, variants, zip_variants
-    from diffusion_convert.model_card import write_model_card
+    from diffusion_convert.model_card import put_picture, write_model_card
+    from diffusion_runtime.foreign import Assumed
 
     chosen = _compiler(compiler)
+    adopt(folder, Assumed(prediction_type, latent_scale), name, lambda note: typer.echo(f"note: {note}", err=True))
+    if picture is not None:
+        put_picture(picture, folder)
     for variant in variants(folder).values():
         if not is_current(variant / "packages", variant / "compiled"):
             typer.echo(f"compiling {variant / 'packages'}")

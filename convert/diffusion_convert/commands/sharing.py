@@ -25,6 +25,8 @@ def publish(
         planned = plan(folder, repo_id, not public)
         for name in planned.files:
             typer.echo(name)
+        for note in planned.notes:
+            typer.echo(f"note: {note}", err=True)
         kind = "private" if planned.private else "public"
         typer.echo(f"{len(planned.files)} files, {planned.size_bytes / 1e6:.1f} MB, to {repo_id} ({kind} if new)")
         return

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from diffusion_runtime.errors import VerificationError
-
 
 def verify(
     models: Annotated[
@@ -19,21 +17,24 @@ def verify(
     family: Annotated[str | None, typer.Option(help="The checkpoint's family, where it cannot be told.")] = None,
     vae: Annotated[str | None, typer.Option(help="The VAE that was put in at conversion.")] = None,
 ) -> None:
-    """Compare every component, packages and compiled, with the source's own networks."""
+    """Compare every component, packages and compiled, with the source's own networks. Exit code 1: one differs."""
     from diffusion_convert.checkpoint import open_checkpoint
     from diffusion_convert.parity import verify_models
 
     checkpoint = open_checkpoint(against, revision=revision, family=family, vae=vae)
-    failed = []
+    rows = [("models", "component", "worst output", "PSNR", "at least", "")]
     for parity in verify_models(models, checkpoint, lambda text: typer.echo(text, err=True)):
-        figures = ", ".join(f"{name} {value:.1f} dB" for name, value in parity.psnr_db.items())
+        output, value = min(parity.psnr_db.items(), key=lambda item: item[1])
         verdict = "ok" if parity.holds else "FAILED"
-        line = f"{parity.folder} {parity.component}: {figures} (at least {parity.bound_db:.1f} dB): {verdict}"
-        typer.echo(line)
-        if not parity.holds:
-            failed.append(f"{parity.folder} {parity.component}")
+        figures = (f"{value:.1f} dB", f"{parity.bound_db:.1f} dB")
+        rows.append((parity.folder, parity.component, output, *figures, verdict))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    failed = [f"{folder} {component}" for folder, component, *_, verdict in rows if verdict == "FAILED"]
     if failed:
-        raise VerificationError(f"{models}: differs from {against}: {', '.join(failed)}; convert it again")
+        typer.echo(f"error: {models}: differs from {against}: {', '.join(failed)}; convert it again", err=True)
+        raise typer.Exit(1)
 
 
 def register(app: typer.Typer) -> None:

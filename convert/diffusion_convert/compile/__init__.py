@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from pathlib import Path
 from diffusion_convert.compile import coremldata, coverage
 from diffusion_convert.compile.metadata_json import metadata_json
 from diffusion_convert.compile.mil_text import compiled_program, dialect
-from diffusion_convert.compile.op_versions import histogram_key
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.folders import share_file, unfinished_folder
 from diffusion_runtime.mil.package import Package, open_package, resolve, specification_path
@@ -24,7 +24,8 @@ from diffusion_runtime.mil.program import Blob, Function, TensorType, Value, ope
 from diffusion_runtime.mil.text import TEXT_NAME, write_text
 
 COMPILER_VERSIONS = {"coremlc-component-MIL": "3500.14.1", "coremlc-version": "3500.32.1"}
-"""What Apple's compiler notes of itself in model.mil: of the version whose output is reproduced."""
+"""What Apple's compiler notes of itself in model.mil: of the version whose output is reproduced. Core ML loads
+models with any text here. Who compiled ours is told by its user metadata, ``coreml_diffusion.version``."""
 
 
 class Compiler(enum.Enum):
@@ -48,15 +49,19 @@ def compile_package(
     name: str | None = None,
     compiler: Compiler = Compiler.PYTHON,
     versions: Mapping[str, str] = COMPILER_VERSIONS,
+    share_weights: bool = False,
 ) -> Compiled:
     """Compile ``package`` to ``folder/{name}.mlmodelc`` (name: the package's own), replacing an older one.
 
-    Weight files are hard links where the file system has them. Raises UnsupportedError that names everything whose
-    compiled form is not known, PackageError for a damaged package; then nothing is written.
+    Weight files are copied, or with ``share_weights`` hard links where the file system has them: then writing into
+    the package's file would change the compiled model. Raises UnsupportedError that names everything whose compiled
+    form is not known, PackageError for a damaged package, InputError for a place that cannot be written to; then
+    nothing is written.
     """
     if package.suffix == ".mlmodelc":
         raise InputError(f"{package}: is compiled already; expected an .mlpackage")
     target = folder / f"{name or package.stem}.mlmodelc"
+    _check_place(target, package)
     if compiler is Compiler.XCRUN:
         return _compile_with_xcrun(package, target)
     opened = open_package(package)
@@ -74,8 +79,26 @@ def compile_package(
         (unfinished / "metadata.json").write_text(metadata_json(opened.model, target.stem), encoding="utf-8")
         for path in sorted({blob.path for blob in blobs}):
             source = resolve(opened.root, path, package)
-            share_file(source, unfinished / source.relative_to(opened.root))
-    return Compiled(target, _inferred(function))
+            _put(source, unfinished / source.relative_to(opened.root), share_weights)
+    return Compiled(target, coverage.inferred_versions(function))
+
+
+def _check_place(target: Path, package: Path) -> None:
+    """Raise InputError where the compiled model would lie in its package, or replace what is no compiled model."""
+    where, source = target.resolve(), package.resolve()
+    if where.is_relative_to(source) or source.is_relative_to(where):
+        raise InputError(f"{target}: the compiled model and {package} would lie in each other; name another folder")
+    ours = ("model.mil", "coremldata.bin")
+    if target.is_dir() and any(target.iterdir()) and not any((target / name).is_file() for name in ours):
+        raise InputError(f"{target}: exists and is no compiled model; remove it or choose another name")
+
+
+def _put(source: Path, target: Path, share: bool) -> None:
+    if share:
+        share_file(source, target)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
 
 
 def _check_weights(package: Package, function: Function) -> list[Blob]:
@@ -89,13 +112,6 @@ def _check_weights(package: Package, function: Function) -> list[Blob]:
                 package.weight_file(value.data).packed(value.data.offset, value.type.dtype, shape)
                 blobs.append(value.data)
     return blobs
-
-
-def _inferred(function: Function) -> tuple[str, ...]:
-    opset = coverage.opset_number(function.opset)
-    types = {operation.type for operation in operations(function.block)}
-    keys = {kind: histogram_key(kind, opset) for kind in types}
-    return tuple(sorted(kind for kind, key in keys.items() if key is not None and not key.observed))
 
 
 def _compile_with_xcrun(package: Path, target: Path) -> Compiled:

@@ -33,6 +33,14 @@ def opset_number(opset: str) -> int:
     return int(OPSETS[opset].removeprefix("ios"))
 
 
+def inferred_versions(function: Function) -> tuple[str, ...]:
+    """The operations whose key in the histogram was never seen in a real compiled model, or that have none."""
+    opset = opset_number(function.opset)
+    types = {operation.type for operation in operations(function.block)} - UNCOUNTED
+    keys = {kind: histogram_key(kind, opset) for kind in types}
+    return tuple(sorted(kind for kind, key in keys.items() if key is None or not key.observed))
+
+
 def _unsupported(model: Model) -> Iterator[str]:
     if model.specification_version not in SPECIFICATIONS:
         known = ", ".join(map(str, SPECIFICATIONS))

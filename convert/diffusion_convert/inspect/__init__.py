@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffusion_convert.compile.metadata_json import compute_precision, palette_bits, storage_precision
+from diffusion_convert.compile.coverage import inferred_versions
+from diffusion_convert.compile.metadata_json import compute_precision, histogram, palette_bits, storage_precision
 from diffusion_convert.inspect.obstacles import Obstacle, obstacles
 from diffusion_convert.inspect.work import Work, floating_point_work
 from diffusion_runtime import manifest, zips
@@ -20,7 +21,7 @@ from diffusion_runtime.mil.program import Feature, Function, Model, TensorType, 
 from diffusion_runtime.mil.text import OPSETS
 
 _MODELS = (".mlpackage", ".mlmodelc", ".mlmodel")
-_TARGETS = {6: "macOS12 iOS15", 7: "macOS13 iOS16", 8: "macOS14 iOS17", 9: "macOS15 iOS18", 10: "macOS26 iOS26"}
+TARGETS = {6: "macOS12 iOS15", 7: "macOS13 iOS16", 8: "macOS14 iOS17", 9: "macOS15 iOS18", 10: "macOS26 iOS26"}
 _CHUNK_QUERIES = 512  # the length of the pieces in which split_einsum_v2 takes the queries
 
 
@@ -37,7 +38,11 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """One model. ``bits`` maps bits per palettized weight to the number of such weights."""
+    """One model. ``bits`` maps bits per palettized weight to the number of such weights.
+
+    ``histogram`` counts operations under the versioned names by which apps look them up in metadata.json;
+    ``inferred`` are operations whose version was never seen in a real compiled model, or which have none.
+    """
 
     name: str
     kind: str
@@ -47,6 +52,8 @@ class ModelReport:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     operations: dict[str, int]
+    histogram: dict[str, int]
+    inferred: tuple[str, ...]
     precision: str
     storage: str
     bits: dict[int, int]
@@ -129,22 +136,24 @@ def _sizes(path: Path) -> dict[str, int]:
 
 def _report(path: Path, name: str, sizes: Mapping[str, int]) -> ModelReport:
     model = open_package(path).model
-    function = _function(model)
+    function = main_function(model)
     weight_bytes = sum(size for file, size in sizes.items() if "weights" in Path(file).parts)
     counts = Counter(operation.type for operation in operations(function.block))
-    bits = Counter(found for op in operations(function.block) if (found := palette_bits(op)) is not None)
+    known = function.opset in OPSETS
     return ModelReport(
         name=name,
         kind=path.suffix.removeprefix("."),
         specification_version=model.specification_version,
         opset=OPSETS.get(function.opset, function.opset),
-        target=_TARGETS.get(model.specification_version, "unknown"),
+        target=TARGETS.get(model.specification_version, "unknown"),
         inputs=tuple(_port(feature) for feature in model.interface.inputs),
         outputs=tuple(_port(feature) for feature in model.interface.outputs),
         operations=dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+        histogram=histogram(function) if known else {},
+        inferred=inferred_versions(function) if known else (),
         precision=compute_precision(function),
         storage=storage_precision(function) or "",
-        bits=dict(sorted(bits.items())),
+        bits=palettized_weights(function),
         size_bytes=sum(sizes.values()),
         weight_bytes=weight_bytes,
         attention=attention_kind(function),
@@ -154,7 +163,14 @@ def _report(path: Path, name: str, sizes: Mapping[str, int]) -> ModelReport:
     )
 
 
-def _function(model: Model) -> Function:
+def palettized_weights(function: Function) -> dict[int, int]:
+    """Bits per palettized weight -> the number of such weights."""
+    counts = Counter(bits for op in operations(function.block) if (bits := palette_bits(op)) is not None)
+    return dict(sorted(counts.items()))
+
+
+def main_function(model: Model) -> Function:
+    """The function that is called where none is named."""
     functions = model.program.functions
     return functions.get(model.default_function or "main") or next(iter(functions.values()))
 

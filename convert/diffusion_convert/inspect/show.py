@@ -64,6 +64,8 @@ def _model_lines(model: ModelReport) -> Iterator[str]:
     counts = [f"{kind} {count}" for kind, count in model.operations.items()]
     more = f" and {len(counts) - _SHOWN_OPERATIONS} more kinds" if len(counts) > _SHOWN_OPERATIONS else ""
     yield f"  ops       {', '.join(counts[:_SHOWN_OPERATIONS])}{more}"
+    if model.inferred:
+        yield f"  inferred  versions of {', '.join(model.inferred)}: how metadata.json counts them was never seen"
     if not model.obstacles:
         yield "  Neural Engine: nothing known stands in the way"
     for obstacle in model.obstacles:

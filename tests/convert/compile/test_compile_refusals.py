@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from diffusion_convert.compile import Compiler, compile_package, op_versions
@@ -26,6 +29,7 @@ from diffusion_runtime.mil.program import (
     Value,
     Variable,
 )
+from diffusion_runtime.mil.weights import WeightWriter
 
 VECTOR = TensorType(DType.FLOAT32, (4,))
 INPUT = Feature("x", "multiArray", "Float32", (4,))
@@ -128,6 +132,54 @@ def test_an_older_compiled_model_is_replaced_and_a_failed_one_left(tmp_path: Pat
     with pytest.raises(UnsupportedError):
         compile_package(tmp_path / "a.mlpackage", tmp_path, "Model")
     assert sorted(item.name for item in path.iterdir()) == before
+
+
+def test_places_that_would_do_harm_are_refused(tmp_path: Path) -> None:
+    package = tmp_path / "a.mlpackage"
+    write_package(model(), package)
+    (tmp_path / "file").touch()
+    (tmp_path / "kept.mlmodelc").mkdir()
+    (tmp_path / "kept.mlmodelc" / "diary.txt").touch()
+    (tmp_path / "a.mlmodelc").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for folder, name, expected in (
+        (tmp_path / "file", None, "Not a directory"),
+        (package / "Data", None, "would lie in each other"),
+        (tmp_path, "kept", "is no compiled model"),
+        (tmp_path, None, "is a file"),
+    ):
+        with pytest.raises(InputError, match=expected) as caught:
+            compile_package(package, folder, name)
+        assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_older_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_package(model(), tmp_path / "a.mlpackage")
+    path = compile_package(tmp_path / "a.mlpackage", tmp_path).path
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("diffusion_convert.compile.write_text", full)
+    with pytest.raises(InputError, match=r"a\.mlmodelc: the disk is full"):
+        compile_package(tmp_path / "a.mlpackage", tmp_path)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.mlmodelc", "a.mlpackage"]
+    assert (path / "model.mil").is_file()
+
+
+def test_weights_are_copied_so_that_changing_the_package_changes_no_compiled_model(tmp_path: Path) -> None:
+    value = Value(TensorType(DType.FLOAT16, (4,)), Blob("@model_path/weights/weight.bin", 64))
+    const = Operation("const", {}, (Variable("w", value.type),), {"val": value})
+    with WeightWriter(tmp_path / "weight.bin") as writer:
+        writer.add(np.ones(4, "<f2"), DType.FLOAT16)
+    write_package(model(const), tmp_path / "a.mlpackage", tmp_path / "weight.bin")
+    (source,) = (tmp_path / "a.mlpackage").rglob("weight.bin")
+    for share in (False, True):
+        path = compile_package(tmp_path / "a.mlpackage", tmp_path / str(share), share_weights=share).path
+        assert (path / "weights" / "weight.bin").samefile(source) == share
 
 
 @pytest.mark.parametrize("opset", [15, 16, 17, 18])
