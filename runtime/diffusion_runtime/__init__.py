@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from diffusion_runtime.backends import ComputeUnits
+    from diffusion_runtime.bundle import Bundle
     from diffusion_runtime.pipeline import Pipeline
 
 __all__ = ["load_pipeline"]
@@ -36,12 +37,13 @@ def load_pipeline(
     """A pipeline of the models at ``path``: the folder that `convert` wrote, a variant in it, or one that Apple's
     tools made. Models are loaded when they are first needed.
 
-    ``compute_units`` None: what the manifest says. ``reduce_memory`` frees each model when its stage is over.
-    ``check_safety`` False leaves the safety checker out. ``prediction_type`` and ``latent_scale`` are for folders
-    without a manifest; ``dtype`` ("float32", "bfloat16", "float16") and ``device`` for the torch backend.
+    ``scheduler`` None: the checkpoint's own; ``compute_units`` None: what the manifest says. ``reduce_memory``
+    frees each model when its stage is over. ``check_safety`` False leaves the safety checker out.
+    ``prediction_type`` and ``latent_scale`` are for folders without a manifest; ``dtype`` ("float32", "bfloat16",
+    "float16") and ``device`` for the torch backend.
     ``pipeline.notes`` says what was chosen and assumed.
     Raises InputError for what cannot be used, PackageError for models that are damaged."""
-    from diffusion_runtime import bundle
+    from diffusion_runtime import bundle, manifest
     from diffusion_runtime import tokenizer as tokenizers
     from diffusion_runtime.backends import load_backend, resolve
     from diffusion_runtime.errors import InputError
@@ -55,6 +57,8 @@ def load_pipeline(
     found = bundle.find(
         Path(path), backend=name, compute_units=units, assumed=Assumed(prediction_type, latent_scale)
     )
+    if (found.folder / manifest.FILE_NAME).is_file():
+        _check_told(found, prediction_type, latent_scale)
     place = Path(tokenizer) if tokenizer is not None else found.tokenizer
     if place is None:
         raise InputError(
@@ -64,6 +68,8 @@ def load_pipeline(
     length = text.inputs[0].shape[-1] if text and text.inputs else tokenizers.LENGTH
     pad = "!" if found.manifest.family.startswith(("sd2", "x4")) else None
     notes = [*found.notes, *(bundle.unit_notes(found, units) if name == "coreml" else ())]
+    if name == "torch" and units is not None:
+        notes.append(f"compute units {units.value} are Core ML's: the torch backend takes no notice of them")
     if (
         found.manifest.requires_safety_checker
         and check_safety
@@ -73,3 +79,15 @@ def load_pipeline(
     models = bundle.open_models(found, load_backend(name, dtype=dtype, device=device), units, not reduce_memory)
     clip = tokenizers.load(place, length, pad)
     return Pipeline(found.manifest, models, clip, chosen, check_safety, tuple(notes))
+
+
+def _check_told(found: Bundle, prediction_type: str | None, latent_scale: float | None) -> None:
+    """Raise InputError where the caller contradicts a manifest, which knows better."""
+    from diffusion_runtime.errors import InputError
+
+    known = found.manifest.prediction_type, found.manifest.latents.scale
+    for name, told, value in zip(
+        ("prediction type", "latent scale"), (prediction_type, latent_scale), known, strict=True
+    ):
+        if told is not None and told != value:
+            raise InputError(f"{name} {told}: the manifest of these models says {value}; leave it out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,20 +138,10 @@ def generate(
         "noise_level": noise_level,
         "long_prompt": long_prompt or None,
     }
-    order = generation.order(
-        models,
-        {name: value for name, value in options.items() if value is not None},
-        from_picture=from_picture,
-        prompts_file=prompts_file,
-        count=count,
-        output=output,
-        preview=preview,
-    )
     loading = {
         "backend": backend,
         "compute_units": compute_units,
-        "scheduler": order.planned[0].settings.scheduler,
-        "tokenizer": tokenizer,
+        "tokenizer": _text(tokenizer),
         "reduce_memory": reduce_memory,
         "check_safety": safety,
         "prediction_type": prediction_type,
@@ -160,7 +149,17 @@ def generate(
         "dtype": dtype,
         "device": device,
     }
-    _make(order, loading)
+    order = generation.order(
+        models,
+        {name: value for name, value in options.items() if value is not None},
+        loading={name: value for name, value in loading.items() if value is not None},
+        from_picture=from_picture,
+        prompts_file=prompts_file,
+        count=count,
+        output=output,
+        preview=preview,
+    )
+    _make(order)
 
 
 @app.command()
@@ -179,12 +178,12 @@ def doctor() -> None:
         raise typer.Exit(2)
 
 
-def _make(order: Order, loading: Mapping[str, Any]) -> None:
+def _make(order: Order) -> None:
     from diffusion_runtime import generation, load_pipeline
 
     console = _console()
     with console.status("loading models"):
-        pipeline = load_pipeline(order.models, **loading)
+        pipeline = load_pipeline(order.models, **order.loading)
     for note in pipeline.notes:
         _say(console, note)
     told: set[str] = set()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime import images, noise
+from diffusion_runtime.backends import resolve
 from diffusion_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from diffusion_runtime.denoising import Step
     from diffusion_runtime.pipeline import Pipeline, Run
 
+LOADING: Mapping[str, type | tuple[type, ...]] = {
+    "dtype": str,
+    "tokenizer": str,
+    "prediction_type": str,
+    "latent_scale": (float, int),
+}
+"""Ways to load models that change pictures: recorded where they were chosen, and the types of their values."""
+EMPTY: Mapping[str, Any] = {}
 PREVIEW_EVERY = 5  # steps; each preview costs a call of the decoder
 
 
@@ -39,6 +48,15 @@ class Settings:
     strength: float | None = None
     noise_level: int | None = None
     long_prompt: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a picture says of its making: the models' folder as it was named, and what is known of `LOADING`."""
+
+    settings: Settings
+    models: str | None
+    loading: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +83,12 @@ OnStep = Callable[[int, "Step", "Run"], None]
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a command line asks for: pictures of the models in a folder, and where previews go."""
+    """What a command line asks for: pictures of the models in a folder, how to load them (`load_pipeline`'s
+    arguments by name), and where previews go."""
 
     models: str
     planned: tuple[Planned, ...]
+    loading: Mapping[str, Any]
     preview: Path | None = None
 
 
@@ -76,17 +96,21 @@ def order(
     models: Path | None,
     options: Mapping[str, Any],
     *,
+    loading: Mapping[str, Any] = EMPTY,
     from_picture: Path | None = None,
     prompts_file: Path | None = None,
     count: int = 1,
     output: Path | None = None,
     preview: bool = False,
 ) -> Order:
-    """``options`` are the fields of `Settings` that were given; a picture's record, else defaults, say the rest.
+    """``options`` are the fields of `Settings` and ``loading`` the arguments of `load_pipeline` that were given; a
+    picture's record, else defaults, say the rest. How a picture's models were loaded counts for them alone.
 
     Raises InputError for what is missing, contradictory or cannot be written."""
-    settings, folder = _base(from_picture, options)
-    folder = folder if models is None else str(models)
+    past = None if from_picture is None else recorded(from_picture, overridden=frozenset(options))
+    settings = Settings(**{"prompt": "", "seed": noise.fresh_seed(), **options})
+    settings = settings if past is None else replace(past.settings, **options)
+    folder = str(models) if models is not None else past.models if past is not None else None
     if folder is None:
         raise InputError("no models named: `coreml-diffusion generate MODELS --prompt … -o FILE.png`")
     if prompts_file is not None and "prompt" in options:
@@ -101,7 +125,9 @@ def order(
     planned = plan(settings, prompts, count, output)
     for item in planned:
         images.check_writable(item.path)
-    return Order(folder, planned, output.with_name(f"{output.stem}-preview.png") if preview else None)
+    kept = _still_usable(past.loading, loading) if past is not None and models is None else EMPTY
+    shown = output.with_name(f"{output.stem}-preview.png") if preview else None
+    return Order(folder, planned, {**kept, **loading, "scheduler": settings.scheduler}, shown)
 
 
 def plan(settings: Settings, prompts: tuple[str, ...], count: int, output: Path) -> tuple[Planned, ...]:
@@ -122,12 +148,10 @@ def plan(settings: Settings, prompts: tuple[str, ...], count: int, output: Path)
     )
 
 
-def _base(from_picture: Path | None, options: Mapping[str, Any]) -> tuple[Settings, str | None]:
-    """A picture's settings and models, or the defaults with a fresh seed; ``options`` override."""
-    if from_picture is not None:
-        settings, models = recorded(from_picture, overridden=frozenset(options))
-        return replace(settings, **options), models
-    return Settings(**{"prompt": "", "seed": noise.fresh_seed(), **options}), None
+def _still_usable(recorded_loading: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record's loading goes with the backend that is used now: a dtype is the torch backend's."""
+    torch_backend = resolve(given.get("backend", "auto")) == "torch"
+    return {name: value for name, value in recorded_loading.items() if name != "dtype" or torch_backend}
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -142,9 +166,9 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def recorded(path: Path, overridden: frozenset[str] = frozenset()) -> tuple[Settings, str | None]:
-    """How a picture was made, and the models' folder as it was named. Raises InputError where it does not say, or
-    where an input file is gone or changed that is not ``overridden`` anyway."""
+def recorded(path: Path, overridden: frozenset[str] = frozenset()) -> Past:
+    """How a picture was made. Raises InputError where it does not say, or where an input file is gone or changed
+    that is not ``overridden`` anyway."""
     data = images.read_metadata(path)
     known = {field.name: data[field.name] for field in fields(Settings) if field.name in data}
     try:
@@ -157,7 +181,8 @@ def recorded(path: Path, overridden: frozenset[str] = frozenset()) -> tuple[Sett
     for name in sorted({"image", "mask", "depth_image"} - overridden):
         _check_same(path, name, getattr(settings, name), data.get(f"{name}_sha256"))
     models = data.get("models")
-    return settings, models if isinstance(models, str) else None
+    loading = {name: data[name] for name, kind in LOADING.items() if isinstance(data.get(name), kind)}
+    return Past(settings, models if isinstance(models, str) else None, loading)
 
 
 def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
@@ -168,20 +193,23 @@ def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
     planned, preview = order.planned, order.preview
     first = planned[0].settings
     inputs = _inputs(first)
-    record = {"models": order.models, **_record(pipeline), **_hashes(first)}
+    chosen_loading = {name: order.loading[name] for name in LOADING if order.loading.get(name) is not None}
+    record = {"models": order.models, **chosen_loading, **_record(pipeline), **_hashes(first)}
     group = 1 if guidance.is_guided(first.guidance_scale) else pipeline.batch_size
-    for start in range(0, len(planned), group):
-        chosen = planned[start : start + group]
-        run = prepare(pipeline, chosen, inputs)
-        latents = run.start.latents
-        for step in pipeline.denoise(run):
-            latents = step.latents
-            on_step(start, step, run)
-            if preview is not None and step.index + 1 < step.total and step.index % PREVIEW_EVERY == 0:
-                images.write_png(pipeline.preview(step), preview)
-        yield from _written(pipeline, run, latents, chosen, record)
-    if preview is not None:
-        preview.unlink(missing_ok=True)
+    try:
+        for start in range(0, len(planned), group):
+            chosen = planned[start : start + group]
+            run = prepare(pipeline, chosen, inputs)
+            latents = run.start.latents
+            for step in pipeline.denoise(run):
+                latents = step.latents
+                on_step(start, step, run)
+                if preview is not None and step.index + 1 < step.total and step.index % PREVIEW_EVERY == 0:
+                    images.write_png(pipeline.preview(step), preview)
+            yield from _written(pipeline, run, latents, chosen, record)
+    finally:
+        if preview is not None:
+            preview.unlink(missing_ok=True)
 
 
 def prepare(pipeline: Pipeline, planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) -> Run:

@@ -12,7 +12,6 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,7 +87,7 @@ def from_seeds(seeds: Sequence[int], rng: str = "torch") -> Noise:
     if not seeds:
         raise InputError("an empty list of seeds: give one, or one for each picture")
     for seed in seeds:
-        if not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED:
+        if not isinstance(seed, (int, np.integer)) or not 0 <= seed <= MAX_SEED:
             raise InputError(f"seed {seed}: expected 0 to {MAX_SEED}")
     if rng == "torch":
         return from_generators([torch.Generator().manual_seed(seed) for seed in map(int, seeds)])

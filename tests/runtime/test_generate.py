@@ -183,6 +183,11 @@ WANTED = ("--prompt", "a cat", "-o", "out/p.png")
         ((*WANTED, "--device", "abacus"), "device 'abacus' cannot be used: expected one of cpu, cuda"),
         ((*WANTED, "--device", "meta"), "device 'meta' cannot be used: expected one of cpu, cuda"),
         ((*WANTED, "--dtype", "int3"), "unknown dtype 'int3'"),
+        (
+            (*WANTED, "--prediction-type", "sample"),
+            "prediction type sample: the manifest of these models says epsilon",
+        ),
+        ((*WANTED, "--latent-scale", "0.5"), "latent scale 0.5: the manifest of these models says"),
         ((*WANTED, "--tokenizer", "nowhere"), "nowhere: no vocab.json and no merges.txt"),
         ((*WANTED, "--long-prompt", "--negative-prompt", "cat " * 100), "longer than the 75 tokens"),
         (("--from", "good.png"), "does not say how it was made"),
@@ -213,6 +218,18 @@ def test_a_record_whose_input_changed_is_not_repeated(run: Run, toy_folder: Path
     assert isinstance(changed, InputError) and "start.png has changed since: name the file" in str(changed)
     Path("start.png").unlink()
     assert "start.png, which is not there" in str(run("generate", "--from", "out/p.png").exception)
+
+
+def test_a_record_holds_how_the_models_were_loaded(run: Run, toy_folder: Path) -> None:
+    foreign = shutil.copytree(toy_folder, "foreign", ignore=shutil.ignore_patterns("manifest.json", "*.json.txt"))
+    told = ["--prediction-type", "sample", "--latent-scale", "0.5", "--dtype", "bfloat16", "--scheduler", "ddim"]
+    made = run("generate", foreign, "--prompt", "a cat", "-o", "one.png", *told, *FAST)
+    assert made.exit_code == 0, made.output
+    assert run("generate", "--from", "one.png").exit_code == 0
+    assert np.array_equal(pixels("one.png"), pixels("one-again.png"))
+    assert images.read_metadata(Path("one.png")) == images.read_metadata(Path("one-again.png"))
+    other = run("generate", toy_folder, "--from", "one.png", "-o", "other.png")
+    assert other.exit_code == 0 and "dtype" not in images.read_metadata(Path("other.png"))
 
 
 @pytest.mark.parametrize("damage", [{"steps": "many"}, {"prompt": None}, {"seed": 1.5}])
