@@ -17,7 +17,8 @@ LARGE = (".bin", ".zip")
 
 @dataclass
 class Hub:
-    """What the server holds, and how it misbehaves. ``requests`` lists "METHOD path"."""
+    """What the server holds, and how it misbehaves. ``requests`` lists "METHOD path". ``busy`` names a file whose
+    content is refused once; ``refuse`` is a status with headers for everything; ``page`` sends HTML for lists."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     exists: bool = False
@@ -26,9 +27,12 @@ class Hub:
     commits: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     truncate: str = ""
+    busy: str = ""
     corrupt: str = ""
     fail_uploads_after: int | None = None
     evil_name: str = ""
+    refuse: tuple[int, dict[str, str]] | None = None
+    page: bool = False
     endpoint: str = ""
 
     @property
@@ -73,7 +77,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
-        if not self.hub.exists:
+        if self.hub.refuse is not None:
+            self.answer({"error": "refused"}, self.hub.refuse[0], **self.hub.refuse[1])
+        elif self.hub.page and path.startswith("/api/"):
+            self.answer(b"<html>Hello</html>")
+        elif not self.hub.exists:
             self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
         elif "/tree/" in path:
             listed = [entry(name, data) for name, data in sorted(self.hub.files.items())]
@@ -99,6 +107,10 @@ class Handler(BaseHTTPRequestHandler):
     def file(self, name: str) -> None:
         if name not in self.hub.files:
             self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+            return
+        if name == self.hub.busy and self.command == "GET":
+            self.hub.busy = ""
+            self.answer({"error": "busy"}, 503)
             return
         data = self.hub.files[name]
         tag = entry(name, data).get("lfs", {}).get("oid") or blob(data)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusion_convert.hub import RemoteFile, check_repo_id, hub_errors, open_api, remote_files
+from diffusion_convert.hub import Interrupted, RemoteFile, check_repo_id, hub_errors, open_api, remote_files
 from diffusion_runtime import manifest, zips
 from diffusion_runtime.bundle import ATTENTIONS, KINDS
 from diffusion_runtime.errors import InputError, PackageError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[str], None]
 _STAGING = ".download"
+_ATTEMPTS = 4
 
 
 def download(
@@ -71,8 +73,12 @@ def _choose(repo_id: str, there: Mapping[str, RemoteFile], variant: str | None, 
 
 
 def _wanted(there: Mapping[str, RemoteFile], variant: str, kind: str) -> dict[str, RemoteFile]:
-    """The files of a variant, or the one zip that holds them."""
-    inside = {name: remote for name, remote in there.items() if name.startswith(f"{variant}/{kind}/")}
+    """The files of a variant, hidden ones left out, or the one zip that holds them."""
+    inside = {
+        name: remote
+        for name, remote in there.items()
+        if name.startswith(f"{variant}/{kind}/") and not any(part.startswith(".") for part in name.split("/"))
+    }
     if inside or kind != "compiled":
         return inside
     ending = f"_{variant}_compiled.zip"
@@ -80,9 +86,17 @@ def _wanted(there: Mapping[str, RemoteFile], variant: str, kind: str) -> dict[st
 
 
 def _fetch(api: HfApi, repo_id: str, commit: str, name: str, remote: RemoteFile, staging: Path) -> None:
-    """One file to ``staging``, going on with a partial one. Raises PackageError for other content."""
-    with hub_errors(repo_id, f"download of {name}"):
-        path = Path(api.hf_hub_download(repo_id, name, revision=commit, local_dir=staging))
+    """One file to ``staging``, going on with a partial one, in several tries where the server or the connection
+    fails. Raises PackageError for other content."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            with hub_errors(repo_id, f"download of {name}"):
+                path = Path(api.hf_hub_download(repo_id, name, revision=commit, local_dir=staging))
+            break
+        except Interrupted:
+            if attempt == _ATTEMPTS:
+                raise
+            time.sleep(2**attempt)
     if not remote.equals(path):
         size = path.stat().st_size
         path.unlink()

@@ -16,7 +16,12 @@ from diffusion_runtime.integrity import sha256
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+SERVER_ERRORS = range(500, 600)
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class Interrupted(InputError):
+    """A failure of the connection or the server: another try may do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ def remote_files(api: HfApi, repo_id: str, revision: str) -> Mapping[str, Remote
 
 @contextmanager
 def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
-    """Turn the client's errors into one line that says what to do."""
+    """Turn the client's errors into one line that says what to do; Interrupted where that is to try again."""
     from huggingface_hub import errors
 
     transport: type[Exception] = getattr(errors, "HTTPError", OSError)  # httpx's, for lost connections
@@ -89,10 +94,16 @@ def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
             raise InputError(
                 f"{repo_id}: {doing} is not allowed (HTTP {status}): log in with `hf auth login`"
             ) from error
-        raise InputError(f"{repo_id}: {doing} failed: HTTP {status}: {_one_line(error)}") from error
+        kind = Interrupted if status in SERVER_ERRORS else InputError
+        raise kind(f"{repo_id}: {doing} failed: HTTP {status}: {_one_line(error)}") from error
     except (transport, OSError, RuntimeError) as error:  # RuntimeError: an upload that broke off
-        raise InputError(
+        raise Interrupted(
             f"{repo_id}: {doing} failed: {_one_line(error)}; try again, it goes on where it stopped"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            f"{repo_id}: {doing} failed: the server's answer is not the Hub's ({_one_line(error)}); check "
+            "--endpoint and HF_ENDPOINT"
         ) from error
 
 

@@ -136,6 +136,65 @@ def test_a_truncated_download_is_refused_and_goes_on_later(published: Hub, tmp_p
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, TEXT])
+def test_a_server_that_is_busy_is_asked_again(published: Hub, bundle: Path, tmp_path: Path, name: str) -> None:
+    published.busy = name
+    path = download(REPO, tmp_path, endpoint=published.endpoint)
+    assert contents(path) == contents(bundle / "original" / "compiled")
+    assert sum(request == f"GET /{REPO}/resolve/{published.commit}/{name}" for request in published.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("refuse", "expected"),
+    [
+        ((403, {"X_Error_Code": "GatedRepo", "X_Error_Message": "Ask for access."}), "private or gated"),
+        ((401, {}), r"not allowed \(HTTP 401\): log in"),
+        ((403, {}), r"not allowed \(HTTP 403\): log in"),
+        ((500, {}), "HTTP 500"),
+        (None, "not the Hub's"),
+    ],
+)
+def test_a_refusal_is_one_line_without_the_token(
+    published: Hub,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    refuse: tuple[int, dict[str, str]] | None,
+    expected: str,
+) -> None:
+    published.refuse, published.page = refuse, refuse is None
+    with caplog.at_level("DEBUG"), pytest.raises(InputError, match=expected) as caught:
+        download(REPO, tmp_path, endpoint=published.endpoint, token=TOKEN)
+    assert "\n" not in str(caught.value)
+    assert TOKEN not in str(caught.value) + caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hidden_files_are_neither_published_nor_downloaded(hub: Hub, bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "copy")
+    for name in (".env", "original/compiled/.DS_Store", "original/.cache/token", "notes.txt"):
+        (tmp_path / "copy" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "copy" / name).touch()
+    publish(tmp_path / "copy", REPO, endpoint=hub.endpoint, token=TOKEN)
+    assert hub.files.keys() == contents(bundle).keys() | {"README.md"}
+    hub.files["original/compiled/.hidden/file"] = b"x"
+    path = download(REPO, tmp_path / "models", endpoint=hub.endpoint)
+    assert contents(path) == contents(bundle / "original" / "compiled")
+
+
+def test_the_card_names_the_repository_and_a_name_that_apps_will_not_find_is_noted(
+    hub: Hub, bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bundle, tmp_path / "copy")
+    (tmp_path / "copy" / "README.md").unlink(missing_ok=True)
+    lines: list[str] = []
+    publish(tmp_path / "copy", REPO, endpoint=hub.endpoint, token=TOKEN, report=lines.append)
+    card = hub.files["README.md"].decode()
+    assert f"coreml-diffusion download {REPO} --variant original" in card
+    assert f'modelId: "{REPO}"' in card
+    assert any("named like them: maker/coreml-tiny-diffusion-v1-4" in line for line in lines)
+    assert plan(bundle, "maker/coreml-tiny-diffusion-v1-4").notes == ()
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, TEXT])
 def test_changed_content_is_refused(published: Hub, tmp_path: Path, name: str) -> None:
     published.corrupt = name
     with pytest.raises(PackageError, match="is damaged"):
