@@ -19,6 +19,7 @@ from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.folders import unfinished_file, unfinished_folder
 
 _CHUNK = 1 << 20
+_NAME_BYTES = 255  # what file systems take
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _FILE_MODE = (stat.S_IFREG | 0o644) << 16
 _IGNORED = ("__MACOSX/", ".DS_Store")  # what macOS's archiver adds
@@ -29,7 +30,8 @@ _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Unico
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an archive may hold. ``ratio`` is unpacked to packed size of one entry (text of models: about 30)."""
+    """What an archive may hold. ``ratio`` is unpacked to packed size of one entry (text of models: about 30) and of
+    the whole archive, whose entries might all be the same packed bytes."""
 
     entries: int = 5_000
     size_bytes: int = 64 << 30
@@ -101,6 +103,9 @@ def _checked(archive: zipfile.ZipFile, path: Path, limits: Limits) -> list[zipfi
     total = sum(info.file_size for info in infos)
     if total > limits.size_bytes:
         raise PackageError(f"{path}: refused: {total} bytes unpacked, at most {limits.size_bytes}")
+    size = path.stat().st_size
+    if total > max(size, _CHUNK) * limits.ratio:
+        raise PackageError(f"{path}: refused: grows from {size} to {total} bytes: more than {limits.ratio} times")
     files, seen, folders = [], set[str](), set[str]()
     for info in infos:
         reason = _refusal(info, limits)
@@ -113,6 +118,8 @@ def _checked(archive: zipfile.ZipFile, path: Path, limits: Limits) -> list[zipfi
         folders.update(_folded(parent.as_posix()) for parent in PurePosixPath(info.filename).parents)
         if not info.is_dir() and not _ignored(info.filename):
             files.append(info)
+    if not files:
+        raise PackageError(f"{path}: holds no files")
     for info in files:
         if _folded(info.filename) in folders:
             raise PackageError(f"{path}: refused: entry {info.filename!r}: is a file and a folder")
@@ -127,6 +134,10 @@ def _refusal(info: zipfile.ZipInfo, limits: Limits) -> str | None:
         return "the name leads out of the folder or is no plain name"
     if ".." in pure.parts or not pure.parts:
         return "the name leads out of the folder"
+    if any(not part or part == "." or part.endswith((" ", ".")) for part in name.removesuffix("/").split("/")):
+        return "the name is no plain name"
+    if any(len(part.encode()) > _NAME_BYTES for part in pure.parts):
+        return f"a name of more than {_NAME_BYTES} bytes"
     if len(pure.parts) > limits.depth:
         return f"more than {limits.depth} folders deep"
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import stat
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,10 @@ HOSTILE: dict[str, tuple[Entries, str]] = {
     "link": ([(with_mode("m/link", stat.S_IFLNK | 0o777), b"/etc/passwd")], "a link or a special file"),
     "device": ([(with_mode("m/dev", stat.S_IFCHR | 0o666), b"")], "a link or a special file"),
     "pipe": ([(with_mode("m/pipe", stat.S_IFIFO | 0o666), b"")], "a link or a special file"),
+    "dot": ([("m/./a", b"x")], "no plain name"),
+    "empty part": ([("m//a", b"x")], "no plain name"),
+    "trailing space": ([("m/a ", b"x")], "no plain name"),
+    "long name": ([(f"m/{'a' * 256}", b"x")], "a name of more than 255 bytes"),
     "twice": ([("m/a", b"1"), ("m/a", b"2")], "the same name twice"),
     "twice by case": ([("m/Unet", b"1"), ("m/unet", b"2")], "the same name twice"),
     "twice by accent": ([("m/\u00e9", b"1"), ("m/e\u0301", b"2")], "the same name twice"),
@@ -69,6 +74,27 @@ def test_bomb_is_refused_by_its_ratio(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.zip", [("m/zeros", bytes(20 << 20))])
     with pytest.raises(PackageError, match="more than 250 times"):
         zips.unpack(path, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_entries_that_share_their_packed_bytes_are_refused(tmp_path: Path) -> None:
+    """A bomb of which no single entry grows much."""
+    path = archive(tmp_path / "a.zip", [("m/0000", bytes(800_000))])
+    data = path.read_bytes()
+    start, end = data.index(b"PK\x01\x02"), data.index(b"PK\x05\x06")
+    count = 400
+    directory = b"".join(data[start:end].replace(b"m/0000", b"m/%04d" % number) for number in range(count))
+    tail = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, count, count, len(directory), start, 0)
+    path.write_bytes(data[:start] + directory + tail)
+    with pytest.raises(PackageError, match=r"grows from \d+ to 320000000 bytes: more than 250 times"):
+        zips.unpack(path, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("entries", [[], [("m/", b"")], [("__MACOSX/m/._a", b"x")]])
+def test_an_archive_without_files_is_refused(entries: Entries, tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match="holds no files"):
+        zips.unpack(archive(tmp_path / "a.zip", entries), tmp_path / "target")
     assert not (tmp_path / "target").exists()
 
 
