@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,10 @@ from diffusion_runtime.mil.program import (
     Value,
     Variable,
 )
+
+PAIRS = Path(__file__).parents[3] / "shared" / "data" / "mlmodelc-pairs"
+NAMES = sorted(path.name for path in PAIRS.iterdir()) if PAIRS.is_dir() else []
+needs_pairs = pytest.mark.skipif(not NAMES, reason=f"no pairs of packages and Apple's compiled models in {PAIRS}")
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +200,41 @@ def test_json_holds_what_programs_need(bundle: Path) -> None:
     assert unet["operations"]["matmul"] == 1
     assert unet["inputs"][0]["shape"] == [2, 4, 8, 8]
     assert found["manifest"]["attention"] == "original"
+
+
+def test_operations_are_counted_as_apps_look_them_up(bundle: Path) -> None:
+    compiled = bundle / "split_einsum_v2" / "compiled" / "Unet.mlmodelc"
+    (entry,) = json.loads((compiled / "metadata.json").read_text())
+    for path in (compiled, bundle / "split_einsum_v2" / "packages" / f"{small_bundle.NAME}_unet.mlpackage"):
+        (report,) = inspect(path)[0].models
+        assert report.histogram == entry["mlProgramOperationTypeHistogram"]
+        assert (report.precision, report.storage) == (entry["computePrecision"], entry["storagePrecision"])
+        assert report.inferred == ()
+
+
+@needs_pairs
+@pytest.mark.parametrize("name", NAMES)
+def test_apples_compiled_models_are_described_as_apple_does(name: str) -> None:
+    folder = PAIRS / name
+    (entry,) = json.loads((folder / f"{name}.mlmodelc" / "metadata.json").read_text())
+    reports = [inspect(folder / f"{name}{suffix}")[0].models[0] for suffix in (".mlmodelc", ".mlpackage")]
+    for report in reports:
+        assert report.histogram == entry["mlProgramOperationTypeHistogram"]
+        assert (report.precision, report.storage) == (entry["computePrecision"], entry.get("storagePrecision", ""))
+        assert [port.name for port in report.inputs] == [schema["name"] for schema in entry["inputSchema"]]
+    assert reports[0].work == reports[1].work
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_damaged_weights_are_seen(bundle: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(bundle / "original" / "compiled" / "Unet.mlmodelc", tmp_path / "Unet.mlmodelc")
+    weights = tmp_path / "Unet.mlmodelc" / "weights" / "weight.bin"
+    data = weights.read_bytes()
+    weights.unlink()
+    if damage == "short":
+        weights.write_bytes(data[:100])
+    with pytest.raises(PackageError, match=r"weight\.bin"):
+        inspect(tmp_path / "Unet.mlmodelc")
 
 
 def test_what_cannot_be_inspected_is_named(tmp_path: Path) -> None:

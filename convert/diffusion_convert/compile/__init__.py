@@ -20,7 +20,7 @@ from diffusion_convert.compile.mil_text import compiled_program, dialect
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.folders import share_file, unfinished_folder
 from diffusion_runtime.mil.package import Package, open_package, resolve, specification_path
-from diffusion_runtime.mil.program import Blob, Function, TensorType, Value, operations
+from diffusion_runtime.mil.program import Blob, Function, Value, operations
 from diffusion_runtime.mil.text import TEXT_NAME, write_text
 
 COMPILER_VERSIONS = {"coremlc-component-MIL": "3500.14.1", "coremlc-version": "3500.32.1"}
@@ -67,7 +67,7 @@ def compile_package(
     opened = open_package(package)
     coverage.check(opened.model, package)
     function = opened.model.program.functions["main"]
-    blobs = _check_weights(opened, function)
+    weights = check_weights(opened, function)
     specification = specification_path(package) if package.is_dir() else package
     with unfinished_folder(target) as unfinished:
         program = compiled_program(opened.model, versions)
@@ -77,7 +77,7 @@ def compile_package(
         analytics = coremldata.analytics(specification.read_bytes(), specification.stem)
         (unfinished / "analytics" / "coremldata.bin").write_bytes(analytics)
         (unfinished / "metadata.json").write_text(metadata_json(opened.model, target.stem), encoding="utf-8")
-        for path in sorted({blob.path for blob in blobs}):
+        for path in sorted(weights):
             source = resolve(opened.root, path, package)
             _put(source, unfinished / source.relative_to(opened.root), share_weights)
     return Compiled(target, coverage.inferred_versions(function))
@@ -101,17 +101,16 @@ def _put(source: Path, target: Path, share: bool) -> None:
         shutil.copyfile(source, target)
 
 
-def _check_weights(package: Package, function: Function) -> list[Blob]:
-    """Every blob of ``function``, each found to be whole. Raises PackageError for one that is not."""
-    blobs = []
+def check_weights(package: Package, function: Function) -> frozenset[str]:
+    """The weight files of ``function``, as its blobs name them. Raises PackageError for one that is not whole."""
+    paths = set()
     for operation in operations(function.block):
         inline = [item for bindings in operation.inputs.values() for item in bindings if isinstance(item, Value)]
         for value in (*operation.attributes.values(), *inline):
-            if isinstance(value.data, Blob) and isinstance(value.type, TensorType):
-                shape = tuple(size or 0 for size in value.type.shape)
-                package.weight_file(value.data).packed(value.data.offset, value.type.dtype, shape)
-                blobs.append(value.data)
-    return blobs
+            if isinstance(value.data, Blob):
+                package.check_blob(value)
+                paths.add(value.data.path)
+    return frozenset(paths)
 
 
 def _compile_with_xcrun(package: Path, target: Path) -> Compiled:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffusion_convert.compile import check_weights
 from diffusion_convert.compile.coverage import inferred_versions
 from diffusion_convert.compile.metadata_json import compute_precision, histogram, palette_bits, storage_precision
 from diffusion_convert.inspect.obstacles import Obstacle, obstacles
@@ -89,23 +90,27 @@ def inspect(path: Path) -> tuple[FolderReport, ...]:
     return _inspect_folder(path, path.name, _sizes(path))
 
 
-def _inspect_folder(path: Path, name: str, sizes: Mapping[str, int]) -> tuple[FolderReport, ...]:
+def _inspect_folder(
+    path: Path, name: str, sizes: Mapping[str, int], with_weights: bool = True
+) -> tuple[FolderReport, ...]:
     found: dict[Path, list[Path]] = {}
     for model in _models_below(path):
         found.setdefault(model.parent, []).append(model)
     if not found:
         raise InputError(f"{path}: holds no models; expected {', '.join(_MODELS[:2])}, a folder of them or a zip")
-    return tuple(_inspect_models(folder, models, path, name, sizes) for folder, models in sorted(found.items()))
+    return tuple(
+        _inspect_models(folder, models, path, name, sizes, with_weights) for folder, models in sorted(found.items())
+    )
 
 
 def _inspect_models(
-    folder: Path, models: list[Path], root: Path, name: str, sizes: Mapping[str, int]
+    folder: Path, models: list[Path], root: Path, name: str, sizes: Mapping[str, int], with_weights: bool
 ) -> FolderReport:
     reports = []
     for model in sorted(models):
         prefix = model.relative_to(root).as_posix() + "/"
         own = {key.removeprefix(prefix): size for key, size in sizes.items() if key.startswith(prefix)}
-        reports.append(_report(model, model.name, own))
+        reports.append(_report(model, model.name, own, with_weights))
     described = manifest.read(folder) if (folder / manifest.FILE_NAME).is_file() else None
     relative = folder.relative_to(root).as_posix()
     return FolderReport(name if relative == "." else f"{name}/{relative}", tuple(reports), described)
@@ -117,7 +122,7 @@ def _inspect_zip(path: Path) -> tuple[FolderReport, ...]:
         zips.unpack(path, target, wanted=lambda name: "/weights/" not in f"/{name}")
         with zipfile.ZipFile(path) as archive:
             sizes = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
-        return _inspect_folder(target, path.name, sizes)
+        return _inspect_folder(target, path.name, sizes, with_weights=False)
 
 
 def _models_below(path: Path) -> Iterator[Path]:
@@ -134,9 +139,11 @@ def _sizes(path: Path) -> dict[str, int]:
     return {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()}
 
 
-def _report(path: Path, name: str, sizes: Mapping[str, int]) -> ModelReport:
-    model = open_package(path).model
-    function = main_function(model)
+def _report(path: Path, name: str, sizes: Mapping[str, int], with_weights: bool = True) -> ModelReport:
+    package = open_package(path)
+    model, function = package.model, main_function(package.model)
+    if with_weights:
+        check_weights(package, function)
     weight_bytes = sum(size for file, size in sizes.items() if "weights" in Path(file).parts)
     counts = Counter(operation.type for operation in operations(function.block))
     known = function.opset in OPSETS
