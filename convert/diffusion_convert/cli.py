@@ -70,18 +70,18 @@ def convert(
         list[str] | None,
         _option(
             "original (GPU), split_einsum or split_einsum_v2 (Neural Engine); may be given several times. "
-            "[default: original and split_einsum_v2]"
+            "Default: original and split_einsum_v2."
         ),
     ] = None,
     components: Annotated[
-        list[str] | None, _option("Only these, as in text_encoder,unet; may be given several times. [default: all]")
+        list[str] | None, _option("Only these, as in text_encoder,unet; may be given several times. Default: all.")
     ] = None,
-    nbits: Annotated[int | None, _option("Palettize weights to 1, 2, 3, 4, 6 or 8 bits. [default: 16-bit]")] = None,
+    nbits: Annotated[int | None, _option("Palettize weights to 1, 2, 3, 4, 6 or 8 bits. Default: 16-bit.")] = None,
     nbits_for: Annotated[
         list[str] | None, _option("Bits of one component, as in unet=6; may be given several times.")
     ] = None,
-    height: Annotated[int | None, _option("Height of the picture in pixels. [default: the checkpoint's]")] = None,
-    width: Annotated[int | None, _option("Width of the picture in pixels. [default: the checkpoint's]")] = None,
+    height: Annotated[int | None, _option("Height of the picture in pixels. Default: the checkpoint's.")] = None,
+    width: Annotated[int | None, _option("Width of the picture in pixels. Default: the checkpoint's.")] = None,
     batch_size: Annotated[int, typer.Option(help="Of the UNet: 2 for guidance in one call, or 1.")] = 2,
     target: Annotated[str, typer.Option(help="Oldest system: macOS13, 14, 15, 26, iOS16, 17, 18, 26.")] = "macOS13",
     chunk_unet: Annotated[bool, _option("Cut the UNet into two packages, for iOS.", "--chunk-unet")] = False,
@@ -90,9 +90,7 @@ def convert(
         list[str] | None, _option("LoRA to fuse, PATH or PATH:WEIGHT; may be given several times.")
     ] = None,
     revision: Annotated[str | None, _option("Branch, tag or commit of a Hub repository.")] = None,
-    family: Annotated[
-        str | None, _option("sd1, sd2-base, …; an unknown one lists all. [default: detected]")
-    ] = None,
+    family: Annotated[str | None, _option("sd1, sd2-base, …; an unknown one lists all. Default: detected.")] = None,
     precision: Annotated[
         str, typer.Option(help="auto (float32 where float16 would overflow), float16 or float32.")
     ] = "auto",
@@ -179,7 +177,7 @@ def _progress(console: Console) -> Iterator[Progress]:
                 if unit:
                     console.print(f"{unit}: done in {time.perf_counter() - since:.0f} s", highlight=False)
                 unit, since = event.unit, time.perf_counter()
-            if event.fraction == 0.0 and event.phase.startswith("family "):
+            if event.fraction == 0.0 and event.phase.startswith(("family ", "note: ")):
                 console.print(event.phase, highlight=False)
             bars.update(bar, description=f"{event.unit} {event.phase}".strip(), completed=event.fraction)
 

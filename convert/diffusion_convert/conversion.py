@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.manifest import Manifest
 from diffusion_runtime.quiet import import_coremltools
 
+KINDS = ("packages", "compiled")
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -56,16 +57,18 @@ class Conversion:
 def convert(source: str, output: Path, options: ConvertOptions, progress: Progress) -> Conversion:
     """See `diffusion_convert.convert`."""
     check_place(output)
+    _check_variants(output)
     progress(Event("", "open", 0.0))
     checkpoint = open_checkpoint(
         source, revision=options.revision, family=options.family, vae=options.vae, loras=options.loras
     )
     with networks.silent():
         plan = make_plan(checkpoint, options, _places(source, options))
-    progress(Event("", f"family {families.FAMILIES[checkpoint.family].title}", 0.0))
+    for line in (f"family {families.FAMILIES[checkpoint.family].title}", *(f"note: {note}" for note in plan.notes)):
+        progress(Event("", line, 0.0))
     there = _already_there(plan, output)
     if there:
-        return Conversion(output, checkpoint.family, there, {}, checkpoint.notes, unchanged=True)
+        return Conversion(output, checkpoint.family, there, {}, plan.notes, unchanged=True)
     check_space(output, plan.size_bytes)
     with workspace(output, plan.fingerprint) as place, _libraries_settled():
         if not place.ready.exists():
@@ -74,7 +77,7 @@ def convert(source: str, output: Path, options: ConvertOptions, progress: Progre
                 making.make(unit, plan, place.units, place.references, partial(_report, progress, unit.name))
             _put_together(plan, place, progress)
         records = {unit.name: read_record(place.units / unit.name) for unit in plan.units}
-        publish(place, _obsolete(plan, output))
+        publish(place, _obsolete(plan, place))
     made = {kind.value: manifest.read(output / kind.value / "packages") for kind in options.attention}
     done = {name: record for name, record in records.items() if record is not None}
     return Conversion(
@@ -82,8 +85,26 @@ def convert(source: str, output: Path, options: ConvertOptions, progress: Progre
         checkpoint.family,
         made,
         {name: record.seconds for name, record in done.items()},
-        (*checkpoint.notes, *dict.fromkeys(note for record in done.values() for note in record.notes)),
+        (*plan.notes, *dict.fromkeys(note for record in done.values() for note in record.notes)),
     )
+
+
+def _check_variants(output: Path) -> None:
+    """Raises InputError where the result would take the place of folders that no conversion has made."""
+    ours = _variants(output)
+    for name in ATTENTIONS:
+        folder = output / name
+        if folder.exists() and name not in ours and not (folder.is_dir() and not any(folder.iterdir())):
+            raise InputError(f"{folder}: is there, and no conversion made it; name another folder for the result")
+
+
+def _variants(output: Path) -> dict[str, Path]:
+    """The variants of an earlier conversion in ``output``, by attention."""
+    return {
+        name: output / name
+        for name in ATTENTIONS
+        if any((output / name / kind / manifest.FILE_NAME).is_file() for kind in KINDS)
+    }
 
 
 @contextmanager
@@ -112,18 +133,23 @@ def _places(source: str, options: ConvertOptions) -> tuple[Path, ...]:
 
 
 def _already_there(plan: Plan, output: Path) -> dict[str, Manifest]:
-    """The variants in ``output``, where they are those of the plan; else nothing."""
+    """The variants in ``output``, where they are those of the plan and whole; else nothing."""
+    from diffusion_convert.bundle import zip_name
+
     found = {}
-    for kind in plan.options.attention:
-        folder = output / kind.value / "packages"
-        try:
-            made = manifest.read(folder)
-        except PackageError:
-            return {}
-        files = [folder / name for component in made.components.values() for name in component.sha256]
-        if made.tools.get("conversion") != plan.fingerprint or not all(path.is_file() for path in files):
-            return {}
-        found[kind.value] = made
+    for attention in plan.options.attention:
+        for kind in KINDS[: 1 + plan.compiled]:
+            folder = output / attention.value / kind
+            try:
+                made = manifest.read(folder)
+            except PackageError:
+                return {}
+            files = [folder / name for component in made.components.values() for name in component.sha256]
+            if plan.compiled and plan.options.zip:
+                files.append(output / zip_name(made, attention.value))
+            if made.tools.get("conversion") != plan.fingerprint or not all(path.is_file() for path in files):
+                return {}
+        found[attention.value] = manifest.read(output / attention.value / KINDS[0])
     return found
 
 
@@ -132,7 +158,7 @@ def _put_together(plan: Plan, place: Workspace, progress: Progress) -> None:
     shutil.rmtree(place.staged, ignore_errors=True)
     for kind in plan.options.attention:
         _variant(plan, place, kind, place.staged / kind.value / "packages")
-    if plan.options.compiled:
+    if plan.compiled:
         _compile(plan, place, progress)
     progress(Event("", "finish", 1.0))
     place.staged.rename(place.ready)
@@ -140,7 +166,7 @@ def _put_together(plan: Plan, place: Workspace, progress: Progress) -> None:
 
 def _compile(plan: Plan, place: Workspace, progress: Progress) -> None:
     from diffusion_convert import bundle
-    from diffusion_convert.model_card import write_model_card
+    from diffusion_convert.model_card import CARD_NAME, write_model_card
 
     for number, kind in enumerate(plan.options.attention):
         progress(Event("", f"compile {kind.value}", number / len(plan.options.attention)))
@@ -150,7 +176,8 @@ def _compile(plan: Plan, place: Workspace, progress: Progress) -> None:
     if plan.options.zip:
         progress(Event("", "zip", 0.0))
         bundle.zip_variants(place.staged)
-    write_model_card(place.staged)
+    if _variants(place.output) or not (place.output / CARD_NAME).exists():  # else somebody else's: theirs it stays
+        write_model_card(place.staged)
 
 
 def _variant(plan: Plan, place: Workspace, kind: AttentionKind, folder: Path) -> None:
@@ -205,12 +232,17 @@ def _optional(config: Mapping[str, object] | None) -> dict[str, object] | None:
     return None if config is None else dict(config)
 
 
-def _obsolete(plan: Plan, output: Path) -> tuple[Path, ...]:
-    """Variants and zips of an earlier conversion to the same folder that this one did not make."""
-    chosen = {kind.value for kind in plan.options.attention}
-    found = []
-    for name in ATTENTIONS:
-        ours = any((output / name / kind / manifest.FILE_NAME).is_file() for kind in ("packages", "compiled"))
-        if name not in chosen and ours:
-            found.append(output / name)
-    return tuple(found)
+def _obsolete(plan: Plan, place: Workspace) -> tuple[Path, ...]:
+    """Variants, zips and the card of an earlier conversion to the same folder that this one did not make."""
+    from diffusion_convert.bundle import zip_name
+    from diffusion_convert.model_card import CARD_NAME
+
+    old = _variants(place.output)
+    found = [folder for name, folder in old.items() if name not in {kind.value for kind in plan.options.attention}]
+    for name, folder in old.items():
+        for kind in KINDS:
+            with suppress(PackageError):
+                made = manifest.read(folder / kind)
+                found += [place.output / zip_name(made, kept) for kept in {name, name.removesuffix("_v2")}]
+    found += [place.output / CARD_NAME] if old else []
+    return tuple(path for path in found if not (place.ready / path.name).exists())

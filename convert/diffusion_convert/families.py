@@ -13,7 +13,8 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What sets a family apart. ``v2``: its UNet attends to SD 2's text encoder; None matches either."""
+    """What sets a family apart. ``v2``: its UNet attends to SD 2's text encoder; None matches either.
+    ``latent_factor``: by how much its VAE's pictures are larger than their latents."""
 
     name: str
     title: str
@@ -21,6 +22,7 @@ class Family:
     v2: bool | None = None
     prediction_types: tuple[str, ...] = ("epsilon",)
     class_labels: bool = False
+    latent_factor: int = 8
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -32,9 +34,26 @@ FAMILIES: Mapping[str, Family] = {
         Family("sd2-v", "Stable Diffusion 2 768-v", 4, v2=True, prediction_types=("v_prediction",)),
         Family("sd2-inpainting", "Stable Diffusion 2 in-painting", 9, v2=True),
         Family("sd2-depth", "Stable Diffusion 2 depth", 5),
-        Family("x4-upscaler", "Stable Diffusion x4 upscaler", 7, None, ("v_prediction", "epsilon"), True),
+        Family("x4-upscaler", "Stable Diffusion x4 upscaler", 7, None, ("v_prediction", "epsilon"), True, 4),
     )
 }
+
+
+OTHER_KINDS: Mapping[str, str] = {
+    "addition_embed_type": "Stable Diffusion XL",
+    "time_cond_proj_dim": "a latent consistency model, which is told the guidance scale",
+    "encoder_hid_dim_type": "states of other encoders than CLIP's text encoder",
+}
+"""Keys of a UNet's configuration that say that it has inputs which no family here has."""
+
+
+def refuse_other_kinds(unet: Config, where: str) -> None:
+    """Raises CheckpointError for a UNet with inputs that no family has: without them, it is another network."""
+    for key, kind in OTHER_KINDS.items():
+        if unet.get(key) is not None:
+            raise CheckpointError(
+                f"{where}: a UNet with {key} {unet[key]!r} ({kind}) is not supported; supported are {known()}"
+            )
 
 
 def detect(unet: Config, scheduler: Config, where: str) -> str:
@@ -43,32 +62,46 @@ def detect(unet: Config, scheduler: Config, where: str) -> str:
         int(unet.get("in_channels", 4)),
         bool(unet.get("use_linear_projection", False)) or unet.get("cross_attention_dim") == 1024,
         str(scheduler.get("prediction_type", "epsilon")),
-        unet.get("num_class_embeds") is not None,
+        _embeds_classes(unet),
     )
-    if unet.get("addition_embed_type"):
-        raise CheckpointError(
-            f"{where}: a UNet with addition_embed_type {unet['addition_embed_type']!r} (Stable Diffusion XL) is "
-            f"not supported; supported are {known()}"
-        )
     for family in FAMILIES.values():
         if _is_one(family, *seen):
             return family.name
+    near = [family.name for family in FAMILIES.values() if _takes(family, unet)]
     raise CheckpointError(
         f"{where}: of no known family: the UNet has {seen[0]} input channels, "
         f"{unet.get('cross_attention_dim')} context channels, prediction type {seen[2]}"
-        f"{' and class embeddings' if seen[3] else ''}; known are {known()}; --family names one of them"
+        f"{' and class embeddings' if seen[3] else ''}; known are {known()}"
+        + (f"; --family may name {' or '.join(near)}" if near else "")
     )
 
 
-def check_name(name: str) -> str:
-    """Raises InputError for an unknown family, with the known ones."""
+def check_family(name: str, unet: Config, where: str) -> str:
+    """``name``, asked for in place of what would be detected. Raises InputError for an unknown family, with the
+    known ones, and for one whose UNets have other inputs."""
     if name not in FAMILIES:
         raise InputError(f"unknown family {name!r}: expected one of {known()}")
+    if not _takes(FAMILIES[name], unet):
+        near = [family.name for family in FAMILIES.values() if _takes(family, unet)]
+        raise InputError(
+            f"{where}: family {name!r} does not fit a UNet with {unet.get('in_channels', 4)} input channels"
+            f"{' and class embeddings' if _embeds_classes(unet) else ''}: "
+            f"expected {' or '.join(near) or 'no family that is known'}"
+        )
     return name
 
 
 def known() -> str:
     return ", ".join(FAMILIES)
+
+
+def _takes(family: Family, unet: Config) -> bool:
+    """Whether a UNet has the inputs of the family's."""
+    return (int(unet.get("in_channels", 4)), _embeds_classes(unet)) == (family.in_channels, family.class_labels)
+
+
+def _embeds_classes(unet: Config) -> bool:
+    return unet.get("num_class_embeds") is not None or unet.get("class_embed_type") is not None
 
 
 def _is_one(family: Family, in_channels: int, v2: bool, prediction: str, class_labels: bool) -> bool:

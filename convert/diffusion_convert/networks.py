@@ -36,6 +36,9 @@ RENAMED = (
 """Published names -> the installed libraries' names, where those have changed. Tried in order, until one fits."""
 
 _IGNORED = re.compile(r"(^|\.)(position_ids|num_batches_tracked|logit_scale)$")
+_LEFT_OUT = re.compile(r"^(?:text_model\.)?(ema|model_ema|loss|vision_model|visual_projection|text_projection)\.")
+"""What some published files carry beside a network's own weights: averages and losses of training, the rest of the
+CLIP that a text encoder is from. Where the network has a part of that name, it is no such thing."""
 _SHOWN = 8
 
 
@@ -101,6 +104,7 @@ def _fitting(tensors: Mapping[str, torch.Tensor], network: torch.nn.Module, wher
     """``tensors`` by the network's names and in its shapes."""
     expected = network.state_dict()
     found = {_name(name, expected): tensor for name, tensor in tensors.items()}
+    parts = {name.partition(".")[0] for name in expected}
     shapes = {
         name: tensor.reshape(expected[name].shape) if _squeezes(tensor, expected[name]) else tensor
         for name, tensor in found.items()
@@ -108,7 +112,13 @@ def _fitting(tensors: Mapping[str, torch.Tensor], network: torch.nn.Module, wher
     }
     problems = {
         "missing": [name for name in expected if name not in found and not _IGNORED.search(name)],
-        "unknown": [name for name in found if name not in expected and not _IGNORED.search(name)],
+        "unknown": [
+            name
+            for name in found
+            if name not in expected
+            and not _IGNORED.search(name)
+            and not ((left_out := _LEFT_OUT.match(name)) and left_out[1] not in parts)
+        ],
         "wrong shapes": [
             f"{name} {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
             for name, tensor in shapes.items()

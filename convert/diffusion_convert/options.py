@@ -27,7 +27,11 @@ class Precision(enum.Enum):
     FLOAT32 = "float32"
 
 
-TARGETS = tuple(f"macOS{n}" for n in (13, 14, 15, 26)) + tuple(f"iOS{n}" for n in (16, 17, 18, 26))
+SPECIFICATIONS = dict(zip((f"macOS{n}" for n in (13, 14, 15, 26)), (7, 8, 9, 10), strict=True)) | dict(
+    zip((f"iOS{n}" for n in (16, 17, 18, 26)), (7, 8, 9, 10), strict=True)
+)
+"""Version of Core ML's specification that a target's packages have."""
+TARGETS = tuple(SPECIFICATIONS)
 PALETTE_BITS = (1, 2, 3, 4, 6, 8)
 
 

@@ -14,10 +14,14 @@ from typing import Any
 
 from diffusion_convert import components, families, networks
 from diffusion_convert.checkpoint import Checkpoint
+from diffusion_convert.checkpoint.diffusers_folder import NETWORKS, SCHEDULERS
+from diffusion_convert.compile.coverage import SPECIFICATIONS as COMPILED_SPECIFICATIONS
 from diffusion_convert.components import Component, Shape
-from diffusion_convert.options import AttentionKind, ConvertOptions, Precision
-from diffusion_runtime.errors import InputError
+from diffusion_convert.options import SPECIFICATIONS, AttentionKind, ConvertOptions, Precision
+from diffusion_convert.vocabulary import check_vocabulary
+from diffusion_runtime.errors import CheckpointError, InputError
 
+SOURCE_SUFFIXES = (".json", ".safetensors", ".bin")
 TOOLS = ("coreml-diffusion", "coremltools", "torch", "diffusers", "transformers")
 
 
@@ -36,7 +40,8 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``fingerprint`` is the same for the same source, options and versions."""
+    """``fingerprint`` is the same for the same source, options and versions. ``compiled``: whether compiled models
+    are made; ``notes`` are sentences for the user."""
 
     checkpoint: Checkpoint
     options: ConvertOptions
@@ -44,6 +49,8 @@ class Plan:
     units: tuple[Unit, ...]
     fingerprint: str
     size_bytes: int
+    compiled: bool
+    notes: tuple[str, ...] = ()
 
     def variant(self, attention: AttentionKind) -> tuple[Unit, ...]:
         """The units that a variant consists of."""
@@ -57,6 +64,10 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[
     with their network's, sizes with what the networks can do."""
     shape = _shape(checkpoint, options)
     chosen = _components(checkpoint, options)
+    try:
+        check_vocabulary(checkpoint.tokenizer)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.name}: {error}") from error
     weights = {}
     for subfolder in dict.fromkeys(component.subfolder for component in chosen):
         submodel = checkpoint.models[subfolder]
@@ -68,7 +79,10 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[
         for attention in (options.attention if component.uses_attention else (AttentionKind.ORIGINAL,))
     )
     fingerprint = _fingerprint(checkpoint, options, places)
-    return Plan(checkpoint, options, shape, units, fingerprint, _size(weights, units, options))
+    compiled = options.compiled and SPECIFICATIONS[options.target] in COMPILED_SPECIFICATIONS
+    notes = (*checkpoint.notes, *((_not_compiled(options.target),) if options.compiled and not compiled else ()))
+    size = _size(weights, units, options, compiled)
+    return Plan(checkpoint, options, shape, units, fingerprint, size, compiled, notes)
 
 
 def tool_versions() -> dict[str, str]:
@@ -85,8 +99,17 @@ def _components(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Compon
     missing = [name for name in options.components if name not in there]
     if missing:
         raise InputError(f"{checkpoint.name} has no {missing[0]}; it has {', '.join(there)}")
-    return tuple(
-        component for name, component in there.items() if not options.components or name in options.components
+    chosen = {name: there[name] for name in there if not options.components or name in options.components}
+    for option, names in (("--nbits-for", options.nbits_for), ("--chunk-unet", ["unet"] * options.chunk_unet)):
+        if idle := [name for name in names if name not in chosen]:
+            raise InputError(f"{option}: {idle[0]} is not converted; what is: {', '.join(chosen)}")
+    return tuple(chosen.values())
+
+
+def _not_compiled(target: str) -> str:
+    return (
+        f"target {target}: packages only, no compiled models, whose form for that system is not known here; an "
+        "older target gives them, or on a Mac `coreml-diffusion bundle OUTPUT --compiler xcrun`"
     )
 
 
@@ -105,12 +128,12 @@ def _shape(checkpoint: Checkpoint, options: ConvertOptions) -> Shape:
     return Shape(*sizes, options.batch_size)
 
 
-def _size(weights: Mapping[str, int], units: Sequence[Unit], options: ConvertOptions) -> int:
+def _size(weights: Mapping[str, int], units: Sequence[Unit], options: ConvertOptions, compiled: bool) -> int:
     """About how many bytes the result has: weights of two bytes, once more where compiled, once more where zipped.
     The whole conversion needs no more than that."""
     wide = 2 if options.precision is Precision.FLOAT32 else 1
     packages = sum(2 * wide * weights[unit.component.subfolder] for unit in units)
-    return packages * (1 + int(options.compiled) + int(options.compiled and options.zip))
+    return packages * (1 + int(compiled) + int(compiled and options.zip))
 
 
 def _fingerprint(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[Path]) -> str:
@@ -127,8 +150,12 @@ def _fingerprint(checkpoint: Checkpoint, options: ConvertOptions, places: Sequen
 
 
 def _stamps(place: Path) -> Iterator[tuple[str, int, int]]:
-    """Path, size and time of change of a file, or of all files in a folder."""
-    for path in [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file()):
+    """Path, size and time of change of a file, or of a folder's files that a checkpoint may be read from: what else
+    lies there, perhaps this conversion's own output, makes no difference."""
+    parts = (*NETWORKS, *SCHEDULERS, "tokenizer")
+    files = [path for path in place.glob("*") if path.suffix in SOURCE_SUFFIXES]
+    inside = [path for part in parts for path in (place / part).glob("*")]
+    for path in [place] if place.is_file() else sorted(path for path in (*files, *inside) if path.is_file()):
         status = path.stat()
         yield (str(path.resolve()), status.st_size, status.st_mtime_ns)
 

@@ -13,6 +13,12 @@ from diffusion_runtime.errors import CheckpointError
 _HEADER = "#version: 0.2"
 
 
+def check_vocabulary(files: Mapping[str, Path]) -> None:
+    """Raises CheckpointError where `write_vocabulary` would."""
+    if "vocab.json" not in files or "merges.txt" not in files:
+        _from_fast(files)
+
+
 def write_vocabulary(files: Mapping[str, Path], target: Path) -> None:
     """Write vocab.json and merges.txt to the folder ``target``.
 
@@ -23,18 +29,20 @@ def write_vocabulary(files: Mapping[str, Path], target: Path) -> None:
         for name in ("vocab.json", "merges.txt"):
             shutil.copyfile(files[name], target / name)
         return
-    if "tokenizer.json" not in files:
-        raise CheckpointError(
-            "the tokenizer has neither vocab.json and merges.txt nor tokenizer.json "
-            f"(found: {', '.join(sorted(files)) or 'nothing'})"
-        )
-    vocabulary, merges = _byte_pairs(files["tokenizer.json"])
+    vocabulary, merges = _from_fast(files)
     text = json.dumps(dict(sorted(vocabulary.items(), key=lambda item: item[1])), ensure_ascii=False)
     (target / "vocab.json").write_text(text, encoding="utf-8")
     (target / "merges.txt").write_text("\n".join([_HEADER, *merges]) + "\n", encoding="utf-8")
 
 
-def _byte_pairs(path: Path) -> tuple[dict[str, int], list[str]]:
+def _from_fast(files: Mapping[str, Path]) -> tuple[dict[str, int], list[str]]:
+    """The vocabulary and the merges of a fast tokenizer."""
+    if "tokenizer.json" not in files:
+        raise CheckpointError(
+            "the tokenizer has neither vocab.json and merges.txt nor tokenizer.json "
+            f"(found: {', '.join(sorted(files)) or 'nothing'})"
+        )
+    path = files["tokenizer.json"]
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
         model = data["model"]

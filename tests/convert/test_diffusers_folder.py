@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from diffusion_convert import networks
 from diffusion_convert.checkpoint import Checkpoint, open_checkpoint
 from diffusion_convert.checkpoint.diffusers_folder import weight_files
+from diffusion_convert.components import Shape, table
 from diffusion_convert.options import ConvertOptions
 from diffusion_convert.plan import make_plan
 from diffusion_runtime.errors import CheckpointError
@@ -94,9 +95,58 @@ def test_licence_is_the_model_cards(folder: Path) -> None:
     assert open_checkpoint(str(folder)).source.licence == "creativeml-openrail-m"
 
 
+def test_parts_that_are_optional_may_lack(folder: Path) -> None:
+    shutil.rmtree(folder / "safety_checker")
+    checkpoint = open_checkpoint(str(folder))
+    assert "safety_checker" not in checkpoint.models
+    assert checkpoint.notes == (
+        "model_index.json names a safety_checker, but there is no such folder: made without it",
+    )
+
+
+def test_what_training_left_beside_the_weights_is_left_out(folder: Path) -> None:
+    """Averages in a UNet's file; a whole CLIP, and its class, where a text encoder should be. A stranger within the
+    network is an error (`DAMAGES`)."""
+    weights = load_file(folder / UNET)
+    save_file({**weights, **{f"ema.{name}": value + 1 for name, value in weights.items()}}, folder / UNET)
+    text = folder / "text_encoder" / "model.safetensors"
+    save_file({**load_file(text), "vision_model.x": torch.ones(2), "text_projection.weight": torch.ones(2)}, text)
+    checkpoint = open_checkpoint(str(folder))
+    make_plan(checkpoint, ConvertOptions())
+    built = networks.build(checkpoint, "unet").state_dict()
+    assert all(torch.equal(built[name], weights[name]) for name in weights)
+
+
+def test_a_text_encoder_that_projects_is_one(folder: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
+    index, text = folder / "model_index.json", folder / "text_encoder" / "model.safetensors"
+    index.write_text(index.read_text().replace('"CLIPTextModel"', '"CLIPTextModelWithProjection"'))
+    save_file({**load_file(text), "text_projection.weight": torch.randn(32, 32)}, text)
+    shape, ids = Shape(64, 64, 2), torch.arange(77)[None]
+    plain, projecting = (
+        table()["text_encoder"].build(open_checkpoint(str(place)), None, shape).module.float()(ids)
+        for place in (tiny_checkpoint("sd1"), folder)
+    )
+    assert all(torch.equal(one, two) for one, two in zip(plain, projecting, strict=True))
+
+
 def _truncate(folder: Path) -> None:
     data = (folder / UNET).read_bytes()
     (folder / UNET).write_bytes(data[: len(data) // 2])
+
+
+def _leave_the_folder(folder: Path) -> None:
+    (folder / UNET).rename(folder / "elsewhere.safetensors")
+    index = {"weight_map": {"conv_in.bias": "../elsewhere.safetensors"}}
+    (folder / f"{UNET}.index.json").write_text(json.dumps(index))
+
+
+def _drop_vocabulary(folder: Path) -> None:
+    (folder / "tokenizer" / "vocab.json").unlink()
+
+
+def _add_layer(folder: Path) -> None:
+    weights = load_file(folder / UNET)
+    save_file({**weights, "class_embedding.weight": torch.ones(2), "loss.x": torch.ones(1)}, folder / UNET)
 
 
 def _garble(folder: Path) -> None:
@@ -129,6 +179,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "wrong names": (_rename_weight, r"missing: conv_in.bias; unknown: conv_in.offset"),
     "wrong shape": (_reshape_weight, r"conv_in.bias \(7,\), expected \(32,\)"),
     "unknown block": (_change_config, "does not describe"),
+    "more layers": (_add_layer, "unknown: class_embedding.weight$"),
+    "shards outside": (_leave_the_folder, "names a file '../elsewhere.safetensors' outside of its folder"),
+    "index of nothing": (
+        lambda folder: (folder / UNET).rename(folder / f"{UNET}.index.json").write_text("{}"),
+        "expected a weight_map",
+    ),
+    "no vocabulary": (_drop_vocabulary, "the tokenizer has neither vocab.json and merges.txt nor tokenizer.json"),
+    "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), r"lacks tokenizer \(it has"),
+    "a note of Git LFS": (
+        lambda folder: (folder / UNET).write_text("version https://git-lfs.github.com/spec/v1\nsize 3438167540\n"),
+        "git lfs pull",
+    ),
 }
 
 

@@ -27,8 +27,8 @@ def test_every_family_has_a_tiny_checkpoint() -> None:
     ("unet", "expected"),
     [
         ({"in_channels": 8}, "8 input channels"),
-        ({"in_channels": 4, "addition_embed_type": "text_time"}, "Stable Diffusion XL"),
         ({"in_channels": 4, "num_class_embeds": 1000}, "class embeddings"),
+        ({"in_channels": 4, "class_embed_type": "projection"}, "class embeddings"),
     ],
 )
 def test_unknown_ones_are_refused_with_what_was_seen(unet: dict[str, Any], expected: str) -> None:
@@ -37,10 +37,27 @@ def test_unknown_ones_are_refused_with_what_was_seen(unet: dict[str, Any], expec
     assert all(name in str(raised.value) for name in families.FAMILIES)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("addition_embed_type", "text_time", "Stable Diffusion XL"),
+        ("time_cond_proj_dim", 256, "latent consistency"),
+        ("encoder_hid_dim_type", "ip_image_proj", "other encoders"),
+    ],
+)
+def test_inputs_that_no_family_has_are_refused(key: str, value: object, expected: str) -> None:
+    families.refuse_other_kinds({"in_channels": 4, key: None}, "somewhere")
+    with pytest.raises(CheckpointError, match=expected) as raised:
+        families.refuse_other_kinds({"in_channels": 4, key: value}, "somewhere")
+    assert all(name in str(raised.value) for name in families.FAMILIES)
+
+
 def test_family_can_be_named(tiny_checkpoint: Callable[[str], Path]) -> None:
     assert open_checkpoint(str(tiny_checkpoint("sd2-base")), family="sd2-v").family == "sd2-v"
     with pytest.raises(InputError, match="sd1-inpainting"):
         open_checkpoint(str(tiny_checkpoint("sd1")), family="sd9")
+    with pytest.raises(InputError, match=r"'sd2-depth' does not fit .* 4 input channels: expected sd1 or sd2-base"):
+        open_checkpoint(str(tiny_checkpoint("sd1")), family="sd2-depth")
 
 
 @pytest.mark.parametrize(

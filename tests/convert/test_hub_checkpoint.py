@@ -59,13 +59,18 @@ def test_one_commit_and_only_what_is_needed(hub: Hub, tiny_checkpoint: Callable[
     assert "unet/diffusion_pytorch_model.safetensors" in files
 
 
-def test_without_a_connection_the_cache_is_used(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    online = open_checkpoint(REPO)
+@pytest.mark.parametrize("revision", [None, "fp16", "refs/pr/1"])
+def test_without_a_connection_the_cache_is_used(
+    revision: str | None, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online = open_checkpoint(REPO, revision=revision)
+    by_name = [path for path in hub.requests if hub.commit not in path]
+    assert len(by_name) == 1, f"the name was resolved more than once: {by_name}"
     monkeypatch.setattr(client, "open_api", lambda *_: HfApi(endpoint="http://127.0.0.1:9"))
-    offline = open_checkpoint(REPO)
+    offline = open_checkpoint(REPO, revision=revision)
     assert offline.source == online.source
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert open_checkpoint(REPO).source == online.source
+    assert open_checkpoint(REPO, revision=revision).source == online.source
 
 
 def test_without_a_connection_and_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 
 import compvis_layout
 from diffusion_convert import families, networks
-from diffusion_convert.checkpoint import Checkpoint, Submodel, ldm_configs, ldm_names, ldm_shapes
+from diffusion_convert.checkpoint import (
+    Checkpoint,
+    Submodel,
+    ldm_configs,
+    ldm_names,
+    ldm_shapes,
+    open_checkpoint,
+    single_file,
+)
 from diffusion_convert.checkpoint.single_file import CLIP_VOCABULARY_SIZE, FAMILIES, open_single_file
 from diffusion_runtime.errors import CheckpointError, InputError
 
@@ -128,8 +136,55 @@ def test_what_was_assumed_is_said(write: Callable[..., Path]) -> None:
     checkpoint = open_single_file(write("sd2-v"))
     assert checkpoint.family == "sd2-v"
     (note,) = checkpoint.notes
-    assert "assumed sd2-v; --family sd2-base" in note
+    assert "judged by its weights to be sd2-v; --family sd2-base" in note
     assert open_single_file(write("sd2-v"), "sd2-v").notes == ()
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(0.3, True), (0.03, False)])
+def test_a_wide_bias_tells_that_v_is_predicted(spread: float, expected: bool) -> None:
+    bias = spread * torch.tensor([-1.0, 1.0, -1.0, 1.0])
+    assert single_file.predicts_v({single_file.TELLING_BIAS: bias.half()}) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "mark", "expected"),
+    [
+        ("sd2-base", {"v_pred": torch.zeros(1)}, ("sd2-v", "v_prediction")),
+        ("sd1", {"v_pred": torch.zeros(1)}, ("sd1", "v_prediction")),
+        ("sd2-v", {"modelspec.prediction_type": "epsilon"}, ("sd2-base", "epsilon")),
+        ("sd2-base", {"modelspec.prediction_type": "v"}, ("sd2-v", "v_prediction")),
+    ],
+)
+def test_what_a_file_says_of_its_prediction(
+    family: str, mark: dict[str, Any], expected: tuple[str, str], write: Callable[..., Path]
+) -> None:
+    path = write(family)
+    tensors = load_file(path)
+    texts = {name: value for name, value in mark.items() if isinstance(value, str)}
+    save_file(tensors | {n: v for n, v in mark.items() if n not in texts}, path, metadata=texts)
+    checkpoint = open_single_file(path)
+    assert (checkpoint.family, checkpoint.schedulers["scheduler"]["prediction_type"]) == expected
+    assert checkpoint.notes == ()
+
+
+def test_what_files_are_is_seen_in_them(write: Callable[..., Path], tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Names mislead: a .safetensors file called .ckpt; and a text encoder that has the rest of its CLIP with it."""
+    path = edit(write("sd1"), cond_stage_model__transformer__text_projection__weight=torch.ones(32, 32))
+    renamed = path.rename(path.with_suffix(".ckpt"))
+    found = networks.build(open_single_file(renamed), "text_encoder").state_dict()
+    expected = compvis_layout.read_weights(tiny_checkpoint("sd1"), "text_encoder")
+    assert len(found) == len(expected)
+
+
+def test_a_file_without_a_vae(write: Callable[..., Path], tiny_checkpoint: Callable[[str], Path]) -> None:
+    path = write("sd1")
+    save_file({n: v for n, v in load_file(path).items() if not n.startswith("first_stage_model.")}, path)
+    with pytest.raises(CheckpointError, match="has no vae: give one with --vae"):
+        open_checkpoint(str(path))
+    found = open_checkpoint(str(path), vae=str(tiny_checkpoint("sd1") / "vae"))
+    assert_same(found, tiny_checkpoint("sd1"))
+    with pytest.raises(InputError, match="pixels per latent 4, expected 8"):
+        open_checkpoint(str(path), vae=str(tiny_checkpoint("x4-upscaler")))
 
 
 @pytest.mark.parametrize(("parameterization", "family"), [("v", "sd2-v"), ("eps", "sd2-base")])

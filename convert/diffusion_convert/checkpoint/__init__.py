@@ -73,7 +73,7 @@ def open_checkpoint(
         origin = Source(name=path.resolve().name, licence=diffusers_folder.read_licence(path))
         checkpoint = diffusers_folder.open_folder(path, origin, family)
     elif path.is_file():
-        checkpoint = single_file.open_single_file(path, family)
+        checkpoint = single_file.open_single_file(path, family, without_vae=vae is not None)
     elif is_repository_id(source):
         checkpoint = hub.open_repository(source, revision, family)
     else:

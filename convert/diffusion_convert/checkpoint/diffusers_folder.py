@@ -44,22 +44,30 @@ def open_folder(folder: Path, source: Source, family: str | None = None) -> Chec
             "of a repository on the Hugging Face Hub, or a single .safetensors or .ckpt file"
         )
     index = read_json(folder / INDEX)
-    parts = {name: value for name, value in index.items() if _is_part(value)}
-    missing = [name for name in REQUIRED if name not in parts or not (folder / name).is_dir()]
+    named = {name: value for name, value in index.items() if _is_part(value)}
+    parts = {name: value for name, value in named.items() if (folder / name).is_dir()}
+    missing = [name for name in REQUIRED if name not in parts]
     if missing:
         raise CheckpointError(f"{folder}: it lacks {', '.join(missing)} (it has {', '.join(sorted(parts))})")
+    absent = [name for name in NETWORKS if name in named and name not in parts]
     models = {name: read_submodel(folder / name, str(parts[name][1])) for name in NETWORKS if name in parts}
     schedulers = {name: read_json(folder / name / "scheduler_config.json") for name in SCHEDULERS if name in parts}
-    detected = family or families.detect(models["unet"].config, schedulers["scheduler"], str(folder))
+    unet = models["unet"].config
+    families.refuse_other_kinds(unet, str(folder))
+    if family is not None:
+        found = families.check_family(family, unet, str(folder))
+    else:
+        found = families.detect(unet, schedulers["scheduler"], str(folder))
     return Checkpoint(
         name=source.name,
-        family=families.check_name(detected),
+        family=found,
         source=source,
         models=models,
         schedulers=schedulers,
         tokenizer={name: path for name in TOKENIZER_FILES if (path := folder / "tokenizer" / name).is_file()},
         pipeline_class=str(index.get("_class_name", "StableDiffusionPipeline")),
         pipeline_config={name: value for name, value in index.items() if not _is_part(value)},
+        notes=tuple(f"{INDEX} names a {name}, but there is no such folder: made without it" for name in absent),
     )
 
 
@@ -109,8 +117,18 @@ def weight_files(names: Callable[[str], bool], read_index: Callable[[str], Mappi
                 return (f"{stem}{suffix}",)
             for index in _index_names(stem, suffix):
                 if names(index):
-                    return tuple(sorted(set(read_index(index).get("weight_map", {}).values())))
+                    return _shards(index, read_index(index))
     return ()
+
+
+def _shards(name: str, index: Mapping[str, Any]) -> tuple[str, ...]:
+    places = index.get("weight_map")
+    if not isinstance(places, Mapping) or not all(isinstance(file, str) for file in places.values()):
+        raise CheckpointError(f"{name}: expected a weight_map of tensors to files")
+    files = tuple(sorted(set(places.values())))
+    if outside := [file for file in files if Path(file).name != file]:
+        raise CheckpointError(f"{name}: names a file {outside[0]!r} outside of its folder; refused")
+    return files
 
 
 def _index_names(stem: str, suffix: str) -> tuple[str, ...]:

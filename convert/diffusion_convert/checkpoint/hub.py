@@ -44,6 +44,8 @@ def fetch_vae(repo_id: str) -> Path:
     return _fetch(repo_id, None, vae_files)
 
 
+MAIN_REVISION = "main"
+"""What the Hub calls the branch that is meant where none is named."""
 ReadJson = Callable[[str], Mapping[str, Any]]
 """One of the repository's JSON files, by its name."""
 Needed = Callable[[frozenset[str], ReadJson], tuple[str, ...]]
@@ -124,9 +126,20 @@ def _download(api: HfApi, repo_id: str, revision: str | None, info: Any, needed:
             f"{', '.join(sorted(names)[:5]) or 'no files'}); download a single .safetensors file and name that"
         )
     folder = Path(api.snapshot_download(repo_id, revision=commit, allow_patterns=list(files)))
-    # All is there. Asked for by the revision's name, the cache notes what that stands for, to be found offline.
-    api.snapshot_download(repo_id, revision=revision, allow_patterns=[INDEX])
+    _note_revision(folder, revision or MAIN_REVISION)
     return folder
+
+
+def _note_revision(snapshot: Path, name: str) -> None:
+    """Note in the cache what the revision's name stands for, to be found by it offline, as huggingface_hub does:
+    refs/NAME beside snapshots/COMMIT. Asked to, it would resolve the name once more, perhaps to another commit."""
+    if name == snapshot.name or ".." in Path(name).parts or Path(name).is_absolute():
+        return
+    note = snapshot.parent.parent / "refs" / name
+    note.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = note.with_name(f".{note.name}.unfinished")
+    unfinished.write_text(snapshot.name, encoding="utf-8")
+    unfinished.replace(note)
 
 
 def _cached(repo_id: str, revision: str | None) -> Path:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 CLIP_VOCABULARY_SIZE = 49408
+TELLING_BIAS, MIN_V_SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
+PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
+"""How ModelSpec's ``modelspec.prediction_type`` is spelt -> diffusers' name."""
 BASE_GLOBAL_STEP = 875_000
 """``global_step`` of the official 512-base-ema.ckpt, by which diffusers, too, knows the epsilon model of SD 2."""
 
@@ -68,17 +71,18 @@ OTHER_LAYOUTS: Mapping[str, str] = {
 }
 
 
-def open_single_file(path: Path, family: str | None = None) -> Checkpoint:
+def open_single_file(path: Path, family: str | None = None, without_vae: bool = False) -> Checkpoint:
     """The checkpoint in a file. Weights stay in the file: each call of a submodel's ``tensors`` maps it anew.
 
-    ``family`` decides what the file does not. Raises CheckpointError for a file that is damaged, incomplete or of
-    another kind, InputError for a family that contradicts the file.
+    ``family`` decides what the file does not. ``without_vae``: the file needs none, as another is put in. Raises
+    CheckpointError for a file that is damaged, incomplete or of another kind, InputError for a family that
+    contradicts the file.
     """
     file = tensor_file.read(path)
     parts = split(file.tensors)
-    layout = _layout(path, file.tensors, parts)
-    beside = ldm_configs.read_beside(path)
-    found, notes = _family(path, layout, family, file.scalars, beside)
+    layout = _layout(path, file.tensors, parts, without_vae)
+    beside = ldm_configs.merge(_declared(file), ldm_configs.read_beside(path))
+    found, notes = _family(path, layout, family, parts["unet"], file.scalars, beside)
     data = ldm_configs.family_data(found)
     models = {
         network.subfolder: submodel(path, network, parts[network.kind], data, beside)
@@ -110,8 +114,8 @@ def split(tensors: ldm_shapes.Tensors) -> dict[str, dict[str, torch.Tensor]]:
         part = {
             n.removeprefix(network.prefix): value for n, value in tensors.items() if n.startswith(network.prefix)
         }
-        if network.kind == "clip":  # newer writers leave the outer module out
-            part = {n if n.startswith("text_model.") else f"text_model.{n}": value for n, value in part.items()}
+        if network.kind == "clip" and not any(n.startswith("text_model.") for n in part):
+            part = {f"text_model.{n}": value for n, value in part.items()}  # newer writers leave that out
         if part:
             parts[network.kind] = part
     return parts
@@ -155,14 +159,19 @@ def _check_all_used(part: ldm_shapes.Tensors, mapped: ldm_shapes.Tensors) -> Non
         raise CheckpointError(f"its UNet has parts that no covered family has: {networks.listed(left)}")
 
 
-def _layout(path: Path, tensors: ldm_shapes.Tensors, parts: Mapping[str, ldm_shapes.Tensors]) -> tuple[str, int]:
+def _layout(
+    path: Path, tensors: ldm_shapes.Tensors, parts: Mapping[str, ldm_shapes.Tensors], without_vae: bool
+) -> tuple[str, int]:
+    """The kind of the text encoder, and the UNet's input channels."""
     text = next((kind for kind in ("clip", "open_clip") if kind in parts), None)
-    if text is None or "unet" not in parts or "vae" not in parts:
+    needed = ("unet",) if without_vae else ("unet", "vae")
+    if text is None or any(kind not in parts for kind in needed):
         for prefix, what in OTHER_LAYOUTS.items():
             if any(name.startswith(prefix) for name in tensors):
                 raise CheckpointError(f"{path}: this is {what}")
-        missing = [kind for kind in ("unet", "vae") if kind not in parts] + ["text encoder"] * (text is None)
-        raise CheckpointError(f"{path}: has no {' and no '.join(missing)}: expected a checkpoint in CompVis layout")
+        missing = [kind for kind in needed if kind not in parts] + ["text encoder"] * (text is None)
+        what = "give one with --vae" if missing == ["vae"] else "expected a checkpoint in CompVis layout"
+        raise CheckpointError(f"{path}: has no {' and no '.join(missing)}: {what}")
     first = "input_blocks.0.0.weight"
     channels = parts["unet"][first].shape[1] if first in parts["unet"] and parts["unet"][first].ndim == 4 else 0
     if (text, channels) not in FAMILIES:
@@ -173,10 +182,19 @@ def _layout(path: Path, tensors: ldm_shapes.Tensors, parts: Mapping[str, ldm_sha
     return text, channels
 
 
+def _declared(file: tensor_file.TensorFile) -> dict[str, dict[str, Any]]:
+    """What a file says of itself: by a tensor named ``v_pred``, as trainers mark models of that kind, or in the
+    metadata of the ModelSpec standard."""
+    spec = str(file.scalars.get("modelspec.prediction_type", "")).lower()
+    found = PREDICTIONS.get(spec) if "v_pred" not in file.tensors else "v_prediction"
+    return {"scheduler": {"prediction_type": found}} if found else {}
+
+
 def _family(
     path: Path,
     layout: tuple[str, int],
     asked: str | None,
+    unet: ldm_shapes.Tensors,
     scalars: Mapping[str, int | float | str],
     beside: ldm_configs.Sections,
 ) -> tuple[str, tuple[str, ...]]:
@@ -194,11 +212,19 @@ def _family(
         return ("sd2-v" if prediction == "v_prediction" else "sd2-base"), ()
     if scalars.get("global_step") == BASE_GLOBAL_STEP:
         return "sd2-base", ()
+    likely, other = families if predicts_v(unet) else families[::-1]
     note = (
-        f"{path.name} does not say whether it predicts v (768 pixels) or the noise (512 pixels): assumed "
-        f"{families[0]}; --family {families[1]} chooses the other"
+        f"{path.name} does not say whether it predicts v (768 pixels) or the noise (512 pixels): judged by its "
+        f"weights to be {likely}; --family {other} chooses the other"
     )
-    return families[0], (note,)
+    return likely, (note,)
+
+
+def predicts_v(unet: ldm_shapes.Tensors) -> bool:
+    """Whether SD 2 weights are of a model that predicts v: those have learnt a wide bias before the last attention,
+    as ComfyUI judges them, too. Where the UNet is another than SD 2's, v is assumed."""
+    bias = unet.get(TELLING_BIAS)
+    return bias is None or float(bias.float().std(correction=0)) > MIN_V_SPREAD
 
 
 def _tokenizer(path: Path, settings: str, vocabulary_size: int) -> dict[str, Path]:

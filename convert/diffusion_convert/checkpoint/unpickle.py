@@ -191,8 +191,8 @@ def _open_sequence(path: Path, head: bytes) -> tuple[bytes, Mapping[str, tuple[i
     try:
         for _ in range(5):
             ((_, _, stop),) = deque(pickletools.genops(head[end:]), maxlen=1)
-            programs.append(head[end : end + stop + 1])
-            end += stop + 1
+            begin, end = end, end + (stop or 0) + 1
+            programs.append(head[begin:end])
     except _MALFORMED as error:
         raise CheckpointError(f"{path}: not a checkpoint in one of torch's formats: {error}") from error
     magic, _, machine, keys = (_run(path, programs[index], {})[0] for index in (0, 1, 2, 4))

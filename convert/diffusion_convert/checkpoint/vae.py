@@ -95,10 +95,20 @@ def _part(tensors: ldm_shapes.Tensors) -> dict[str, torch.Tensor]:
 
 
 def _check_fits(source: str, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    own, new = _interface(checkpoint.models["vae"].config), _interface(config)
+    own, new = _expected(checkpoint), _interface(config)
     wrong = [f"{what} {new[what]}, expected {own[what]}" for what in own if new[what] != own[what]]
     if wrong:
         raise InputError(f"--vae {source}: does not fit this {checkpoint.family} checkpoint: {'; '.join(wrong)}")
+
+
+def _expected(checkpoint: Checkpoint) -> dict[str, int]:
+    """`_interface` of the checkpoint's own VAE; for a file that came without one, of its family's."""
+    if "vae" in checkpoint.models:
+        return _interface(checkpoint.models["vae"].config)
+    return {
+        **_interface({"latent_channels": checkpoint.models["unet"].config["out_channels"]}),
+        "pixels per latent": families.FAMILIES[checkpoint.family].latent_factor,
+    }
 
 
 def _interface(config: Mapping[str, Any]) -> dict[str, int]:
