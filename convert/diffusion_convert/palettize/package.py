@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion_convert.palettize.palette import Palette, decode, energies, palettize, palettize_groups, snr_db
+from diffusion_convert.palettize.palette import Palette, palettize, palettize_groups, snr_db, stored_energies
 from diffusion_convert.palettize.plan import (
     PER_GROUPED_CHANNEL,
     Plan,
@@ -254,7 +254,7 @@ def _checked(package: Package, path: Path, written: _Written) -> WeightReport:
         indices = (unpack(indices, written.bits, weight.size) if written.bits < 8 else indices).reshape(
             weight.shape
         )
-    signal, noise = energies(stored_array(package, weight.value), decode(lut.astype(np.float32), indices))
+    signal, noise = stored_energies(stored_array(package, weight.value), lut.astype(np.float32), indices)
     if not math.isclose(noise, written.squared_error, rel_tol=_ERROR_TOLERANCE, abs_tol=1e-9 * signal):
         raise VerificationError(
             f"{package.path}: {weight.name} at {written.bits} bits decompresses with a squared error of {noise:g}, "

@@ -128,6 +128,15 @@ def energies(original: np.ndarray, decoded: np.ndarray) -> tuple[float, float]:
     return signal, noise
 
 
+def stored_energies(original: np.ndarray, lut: np.ndarray, indices: np.ndarray) -> tuple[float, float]:
+    """`energies` of what ``indices`` into ``lut`` stand for; of one table, decoded a little at a time."""
+    if lut.ndim > 1:
+        return energies(original, decode(lut, indices))
+    chunks = zip(_chunks(original, _CACHED), _chunks(indices, _CACHED), strict=True)
+    signals, noises = zip(*(energies(one, lut[other]) for one, other in chunks), strict=True)
+    return sum(signals), sum(noises)
+
+
 def snr_db(signal: float, noise: float) -> float:
     """Signal-to-noise ratio of two energies in decibels; inf without noise."""
     if noise == 0:
@@ -176,8 +185,8 @@ def _histogram(patterns: np.ndarray, counts: np.ndarray, values: np.ndarray, nam
     finite = used[np.isfinite(patterns[used])]
     distinct, inverse = np.unique(values[finite], return_inverse=True)
     weights = np.bincount(inverse, weights=counts[finite], minlength=len(distinct))
-    infinities = sorted({float(patterns[pattern]) for pattern in used if np.isinf(patterns[pattern])})
-    return _Histogram(distinct, weights, tuple(infinities))
+    infinities = np.unique(patterns[used[np.isinf(patterns[used])]])
+    return _Histogram(distinct, weights, tuple(infinities.tolist()))
 
 
 def _entries(histogram: _Histogram, room: int, dtype: np.dtype) -> np.ndarray:
@@ -229,7 +238,8 @@ def _nearest(weight: np.ndarray, lut: np.ndarray) -> np.ndarray:
     if weight.dtype == np.float16:
         patterns = np.arange(_PATTERNS, dtype=np.uint16).view(np.float16).astype(np.float64)
         table = _index(entries, patterns).astype(np.uint8)
-        np.take(table, weight.view(np.uint16).reshape(-1), out=indices)
+        for source, target in zip(_chunks(weight.view(np.uint16), _CACHED), _chunks(indices, _CACHED), strict=True):
+            np.take(table, source, out=target, mode="clip")  # no pattern is out of range; "raise" copies first
     else:
         for start in range(0, weight.size, _CHUNK):
             chunk = weight.reshape(-1)[start : start + _CHUNK]
