@@ -54,9 +54,12 @@ def load_pipeline(
     name = resolve(backend)
     units = bundle.parse_units(compute_units) if isinstance(compute_units, str) else compute_units
     chosen = None if scheduler is None else canonical(scheduler)
-    found = bundle.find(
-        Path(path), backend=name, compute_units=units, assumed=Assumed(prediction_type, latent_scale)
-    )
+    try:
+        found = bundle.find(
+            Path(path), backend=name, compute_units=units, assumed=Assumed(prediction_type, latent_scale)
+        )
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise InputError(f"{path}: the folder of models cannot be read: {error.strerror or error}") from error
     if (found.folder / manifest.FILE_NAME).is_file():
         _check_told(found, prediction_type, latent_scale)
     place = Path(tokenizer) if tokenizer is not None else found.tokenizer
@@ -75,7 +78,7 @@ def load_pipeline(
         and check_safety
         and "safety_checker" not in found.manifest.components
     ):
-        notes.append("the checkpoint asks for a safety checker, but none was converted: pictures are not checked")
+        notes.append("the checkpoint asks for a safety checker, but there is none: pictures are not checked")
     models = bundle.open_models(found, load_backend(name, dtype=dtype, device=device), units, not reduce_memory)
     clip = tokenizers.load(place, length, pad)
     return Pipeline(found.manifest, models, clip, chosen, check_safety, tuple(notes))

@@ -19,6 +19,7 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
 )
 
+INTERRUPTED = 130  # what shells call a program that was stopped by Ctrl-C
 GENERATE_HELP = """
 Make pictures with converted models.
 
@@ -159,7 +160,12 @@ def generate(
         output=output,
         preview=preview,
     )
-    _make(order)
+    done: list[Made] = []
+    try:
+        _make(order, done)
+    except KeyboardInterrupt:
+        _say(_console(), f"interrupted: {len(done)} of {len(order.planned)} pictures are finished")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command()
@@ -178,7 +184,8 @@ def doctor() -> None:
         raise typer.Exit(2)
 
 
-def _make(order: Order) -> None:
+def _make(order: Order, done: list[Made]) -> None:
+    """Make the pictures; ``done`` is told of each."""
     from diffusion_runtime import generation, load_pipeline
 
     console = _console()
@@ -195,6 +202,7 @@ def _make(order: Order) -> None:
                     _say(console, note)
             told.update(made.notes)
             _report(console, made)
+            done.append(made)
     for name, timing in pipeline.models.timings.items():
         console.print(
             f"{name:<16} loaded in {timing.load_seconds:.2f} s, first call {timing.first_call_seconds:.2f} s, "

@@ -113,6 +113,7 @@ def describe(folder: Path, assumed: Assumed) -> Described:
             **_SCHEDULE,
             "prediction_type": prediction,
         },
+        requires_safety_checker=family.startswith("sd1"),
         noise_scheduler=dict(_LOW_RES) if family == "x4-upscaler" else None,
         tokenizer=None,
     )
@@ -208,7 +209,9 @@ def _has_einsum(models: list[Model]) -> bool:
 
 
 def _tokenizer_places(folder: Path) -> tuple[Path, ...]:
-    return (folder, folder / "tokenizer", folder / "Resources", folder.parent, folder.parent / "tokenizer")
+    """Beside the models; or where the Hub's folders keep it: with the compiled variant of the same models."""
+    beside = (folder, folder / "tokenizer", folder / "Resources", folder.parent, folder.parent / "tokenizer")
+    return (*beside, folder.parent / "compiled", folder.parent / "Resources")
 
 
 def _name(folder: Path) -> str:

@@ -131,7 +131,7 @@ def test_a_truncated_package_is_refused_by_name(toy_folder: Path, tmp_path: Path
 
 
 def picture(pipeline: Pipeline) -> np.ndarray:
-    return np.asarray(pipeline("a red circle", "white", num_inference_steps=4, seed=5).images[0])
+    return np.asarray(pipeline("a red circle", negative_prompt="white", num_inference_steps=4, seed=5).images[0])
 
 
 def without_manifest(toy_folder: Path, folder: Path) -> Path:
@@ -166,8 +166,9 @@ def test_folders_of_others_make_the_same_picture(
     others = load_pipeline(made_by(toy_folder, tmp_path / "others"), "torch")
     assert np.array_equal(picture(others), picture(load_pipeline(toy_folder, "torch")))
     assert {part.compute_units for part in others.manifest.components.values()} == {"cpu-and-gpu"}
-    (note,) = others.notes
+    note, unchecked = others.notes
     assert "has no manifest.json: taken for sd1, 64x64, epsilon prediction, latent scale 0.18215" in note
+    assert "pictures are not checked" in unchecked
 
 
 def test_chunks_win_over_the_whole_unet_and_compute_the_same(toy_folder: Path, tmp_path: Path) -> None:
@@ -192,6 +193,24 @@ def test_a_tokenizer_elsewhere_can_be_named(toy_folder: Path, tmp_path: Path) ->
     assert np.array_equal(
         picture(load_pipeline(folder, "torch", tokenizer=toy_folder)), picture(load_pipeline(toy_folder, "torch"))
     )
+
+
+def test_the_tokenizer_of_the_compiled_variant_serves_the_packages(toy_folder: Path, tmp_path: Path) -> None:
+    folder = without_manifest(toy_folder, tmp_path / "original" / "packages")
+    (tmp_path / "original" / "compiled").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).rename(tmp_path / "original" / "compiled" / name)
+    assert np.array_equal(picture(load_pipeline(folder, "torch")), picture(load_pipeline(toy_folder, "torch")))
+
+
+def test_a_name_that_is_no_folder_is_one_clear_line() -> None:
+    with pytest.raises(InputError, match=r"the folder of models cannot be read|no such folder"):
+        load_pipeline("a prompt in the wrong place " * 20, "torch")
+
+
+def test_compute_units_mean_nothing_to_torch_and_that_is_said(toy_folder: Path) -> None:
+    notes = load_pipeline(toy_folder, "torch", "cpu-and-ne").notes
+    assert notes == ("compute units cpu-and-ne are Core ML's: the torch backend takes no notice of them",)
 
 
 def test_what_a_folder_cannot_say_can_be_given(toy_folder: Path, tmp_path: Path) -> None:

@@ -64,16 +64,21 @@ class CoreMLBackend:
     def _open(self, coremltools: Any, path: Path, units: Any) -> Any:
         if path.suffix == ".mlmodelc":
             return coremltools.models.CompiledMLModel(str(path), compute_units=units)
-        compiled = self._compiled(coremltools, path)
+        target = self.cache / f"{content_key(path)}.mlmodelc"
+        if target.is_dir():
+            try:
+                return coremltools.models.CompiledMLModel(str(target), compute_units=units)
+            except (
+                Exception
+            ):  # of another system's version, or damaged: compile it anew, and let that say what is wrong
+                shutil.rmtree(target, ignore_errors=True)
+        compiled = self._compiled(coremltools, path, target)
         if compiled is None:
             return coremltools.models.MLModel(str(path), compute_units=units)
         return coremltools.models.CompiledMLModel(str(compiled), compute_units=units)
 
-    def _compiled(self, coremltools: Any, path: Path) -> Path | None:
-        """The package compiled, from the cache or into it; None where nothing can be written there."""
-        target = self.cache / f"{content_key(path)}.mlmodelc"
-        if target.is_dir():
-            return target
+    def _compiled(self, coremltools: Any, path: Path, target: Path) -> Path | None:
+        """The package compiled into the cache; None where nothing can be written there."""
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(prefix=".compiling-", dir=self.cache))

@@ -99,6 +99,39 @@ def test_where_nothing_can_be_cached_the_package_itself_is_loaded(
     assert stand_in.opened == [("package", str(small_package), "CPU_ONLY")]
 
 
+def test_a_damaged_compiled_model_is_made_anew(
+    stand_in: Any, small_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / f"{content_key(small_package)}.mlmodelc"
+    cached.mkdir()
+    whole = stand_in.raise_if
+
+    def refuse_empty(call: str) -> None:
+        if call == "load" and not list(cached.iterdir()):
+            raise RuntimeError("not a compiled model")
+        whole(call)
+
+    monkeypatch.setattr(stand_in, "raise_if", refuse_empty)
+    CoreMLBackend(tmp_path).load(small_package, ComputeUnits.ALL)
+    assert stand_in.compiled == [str(small_package)] and stand_in.opened == [("compiled", str(cached), "ALL")]
+
+
+def test_another_process_may_compile_the_same_package_first(
+    stand_in: Any, small_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / f"{content_key(small_package)}.mlmodelc"
+    whole = stand_in.raise_if
+
+    def overtake(call: str) -> None:
+        if call == "compile":
+            shutil.copytree(small_package, cached)
+        whole(call)
+
+    monkeypatch.setattr(stand_in, "raise_if", overtake)
+    CoreMLBackend(tmp_path).load(small_package, ComputeUnits.ALL)
+    assert stand_in.opened == [("compiled", str(cached), "ALL")] and list(tmp_path.iterdir()) == [cached]
+
+
 @pytest.mark.parametrize("call", ["load", "compile"])
 def test_what_core_ml_refuses_is_one_line_and_leaves_nothing(
     stand_in: Any, small_package: Path, tmp_path: Path, call: str
