@@ -21,6 +21,7 @@ from diffusion_runtime.errors import InputError, UnsupportedError
 from diffusion_runtime.manifest import Source
 from diffusion_runtime.mil.package import open_package, write_package
 from diffusion_runtime.mil.program import DType, Metadata, Model, TensorType, Variable
+from read_back import check_read_back
 
 # Bits are equal up to the cut; after it, torch sums in another order where a value's layout in memory is another.
 SAME_DB = 110.0
@@ -65,6 +66,11 @@ def draw(model: TorchModel) -> dict[str, np.ndarray]:
 def psnr_db(wanted: np.ndarray, got: np.ndarray) -> float:
     error = np.sqrt(np.mean((wanted - got) ** 2, dtype=np.float64))
     return float("inf") if error == 0 else float(20 * np.log10(np.abs(wanted).max() / error))
+
+
+def test_compiled_halves_read_back_equal(chunked: Chunked, tmp_path: Path) -> None:
+    for number, half in enumerate(chunked[1:3], 1):
+        check_read_back(half, tmp_path, f"UnetChunk{number}")
 
 
 def test_halves_run_one_after_the_other_equal_the_whole(chunked: Chunked) -> None:

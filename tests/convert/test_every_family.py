@@ -16,6 +16,7 @@ from diffusion_convert.options import AttentionKind, ConvertOptions
 from diffusion_runtime.manifest import Component
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import operations
+from read_back import check_read_back
 
 pytestmark = pytest.mark.slow
 
@@ -123,6 +124,17 @@ def test_interfaces_are_those_that_apps_know(made: Conversion, family: str) -> N
             assert all(
                 item.description for item in (*package.model.interface.inputs, *package.model.interface.outputs)
             )
+
+
+def test_compiled_models_read_back_equal(made: Conversion, tmp_path: Path) -> None:
+    """Those that the variants share are one file: once."""
+    packages = {
+        (path / "Manifest.json").stat().st_ino: path
+        for variant in made.variants
+        for path in (made.output / variant / "packages").glob("*.mlpackage")
+    }
+    for number, path in packages.items():
+        check_read_back(path, tmp_path, str(number))
 
 
 def test_split_attention_shows_einsum(made: Conversion) -> None:
