@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -21,8 +24,9 @@ from diffusion_convert.bundle import (
     zip_name,
     zip_variants,
 )
+from diffusion_convert.cli import app
 from diffusion_convert.components import table
-from diffusion_convert.model_card import put_picture, write_model_card
+from diffusion_convert.model_card import model_card, put_picture, write_model_card
 from diffusion_convert.vocabulary import write_vocabulary
 from diffusion_runtime import manifest, zips
 from diffusion_runtime.bundle import find
@@ -196,6 +200,8 @@ def test_an_unpacked_zip_is_a_bundle(bundle: Path, tmp_path: Path) -> None:
     folder = zips.unpack(zipped, tmp_path / "unpacked")
     assert folder == tmp_path / "unpacked" / zipped.stem
     assert find(tmp_path / "unpacked").folder == folder
+    with pytest.raises(InputError, match=rf"is a zip: unpack it \(`unzip {re.escape(zipped.name)} -d"):
+        find(zipped)
     check_files(manifest.read(folder), folder)
 
 
@@ -294,3 +300,41 @@ def test_model_card_has_the_hubs_header_and_what_a_user_needs(bundle: Path, tmp_
         assert expected in text
     (bundle / "sample.png").unlink()
     (bundle / "README.md").unlink()
+
+
+def test_the_cards_commands_are_those_that_the_program_has(bundle: Path) -> None:
+    made = manifest.read(bundle / "original" / "compiled")
+    lines = model_card({"original": made}, {}).replace("\\\n", " ").splitlines()
+    ours = [shlex.split(line) for line in lines if line.startswith("coreml-diffusion ")]
+    assert [words[1] for words in ours] == ["download", "generate"]
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for _, name, *arguments in ours:
+        commands[name].make_context(name, arguments)
+    swift = next(line for line in lines if line.startswith("swift run"))
+    assert shlex.split(swift)[3] == "a photograph of an astronaut riding a horse"
+    assert swift.endswith("--resource-path models/original/compiled --compute-units cpuAndGPU")
+
+
+@pytest.mark.parametrize(
+    ("licence", "header"),
+    [
+        ("creativeml-openrail-m", {"license": "creativeml-openrail-m", "license_name": None}),
+        ("My Own Licence: v2!", {"license": "other", "license_name": "my-own-licence-v2"}),
+        (None, {"license": "unknown", "license_name": None}),
+    ],
+)
+def test_the_licence_is_carried_over(bundle: Path, licence: str | None, header: dict[str, str | None]) -> None:
+    made = manifest.read(bundle / "original" / "compiled")
+    made = made.model_copy(update={"source": made.source.model_copy(update={"licence": licence})})
+    text = model_card({"original": made}, {})
+    data = vars(ModelCard(text).data)
+    assert {key: data.get(key) for key in header} == header
+    assert (licence or "names no licence") in text
+
+
+def test_what_is_no_picture_is_not_put_on_the_card(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("no picture")
+    for name, expected in (("a.png", "not a picture"), ("a.txt", "expected a picture"), ("b.png", "no such file")):
+        with pytest.raises(InputError, match=expected):
+            put_picture(tmp_path / name, bundle)
+    assert not list(bundle.glob("sample*"))
