@@ -195,6 +195,8 @@ def _show(made: Conversion) -> None:
     for variant, manifest in made.variants.items():
         for name, component in manifest.components.items():
             quality = f"{min(component.psnr_db.values()):.1f} dB" if component.psnr_db else "not verified"
+            if component.psnr_db and component.palettization:
+                quality += " against 16-bit weights"
             wide = f" ({len(component.float32_ops)} operations float32)" if component.float32_ops else ""
             size = f"{component.size_bytes / 1e6:.1f} MB"
             bits = f"{component.palettization.nbits:g} bits" if component.palettization else component.precision

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,13 +18,17 @@ import numpy as np
 import pytest
 
 from diffusion_convert import conversion, convert
+from diffusion_convert.checkpoint import open_checkpoint
+from diffusion_convert.compile import coverage
 from diffusion_convert.conversion import Event
-from diffusion_convert.options import AttentionKind, ConvertOptions
+from diffusion_convert.options import TARGETS, AttentionKind, ConvertOptions
+from diffusion_convert.plan import make_plan
 from diffusion_convert.workspace import FOLDER, kept
 from diffusion_runtime import manifest
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.mil.program import DType
 from diffusion_runtime.mil.weights import WeightWriter
+from diffusion_runtime.quiet import import_coremltools
 
 PARTS = ("text_encoder", "vae_encoder")
 OPTIONS = ConvertOptions(attention=(AttentionKind.ORIGINAL,), components=PARTS, compiled=False)
@@ -151,6 +156,47 @@ def test_a_damaged_result_is_made_again(undisturbed: Path, tiny_checkpoint: Sour
     next(output.rglob("weight.bin")).unlink()
     assert not convert(tiny_checkpoint("sd1"), output, OPTIONS).unchanged
     assert contents(output) == contents(undisturbed)
+
+
+TEXT = ConvertOptions(attention=(AttentionKind.SPLIT_EINSUM_V2,), components=("text_encoder",), verify=False)
+ZIPS = tuple(f"coreml-mine_split_einsum{version}_compiled.zip" for version in ("_v2", ""))
+
+
+def test_the_output_may_be_the_checkpoints_own_folder(tiny_checkpoint: Source, tmp_path: Path) -> None:
+    """Its files stay as they are, the card too, and what a conversion adds makes it no other checkpoint."""
+    folder = shutil.copytree(tiny_checkpoint("sd1"), tmp_path / "mine")
+    (folder / "README.md").write_text("mine")
+    before = contents(folder)
+    convert(folder, folder, TEXT)
+    assert {path.name for path in folder.iterdir()} - {Path(name).parts[0] for name in before} == {
+        "split_einsum_v2",
+        *ZIPS,
+    }
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert convert(folder, folder, TEXT).unchanged
+    for lost in (folder / ZIPS[0], folder / "split_einsum_v2" / "compiled" / "manifest.json"):
+        lost.unlink()
+        assert not convert(folder, folder, TEXT).unchanged
+        assert lost.exists()
+    convert(folder, folder, replace(TEXT, compiled=False))
+    assert not [name for name in ZIPS if (folder / name).exists()], "zips of models that are not there any more"
+
+
+def test_nobody_elses_folder_is_replaced(tiny_checkpoint: Source, tmp_path: Path) -> None:
+    photo = tmp_path / "original" / "photo.jpg"
+    photo.parent.mkdir()
+    photo.write_text("mine")
+    with pytest.raises(InputError, match="original: is there, and no conversion made it"):
+        convert(tiny_checkpoint("sd1"), tmp_path, TEXT)
+    assert contents(tmp_path) == {"original/photo.jpg": b"mine"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_cannot_be_compiled_is_said_before_work(target: str, tiny_checkpoint: Source) -> None:
+    plan = make_plan(open_checkpoint(str(tiny_checkpoint("sd1"))), replace(TEXT, target=target))
+    known = import_coremltools().target[target] in coverage.SPECIFICATIONS
+    assert plan.compiled == known
+    assert [note for note in plan.notes if "packages only" in note] == [*plan.notes][: 0 if known else 1]
 
 
 @pytest.mark.parametrize("finished", [0, 1])

@@ -12,6 +12,7 @@ from diffusion_convert import convert
 from diffusion_convert.components import table
 from diffusion_convert.options import (
     PALETTE_BITS,
+    SPECIFICATIONS,
     TARGETS,
     AttentionKind,
     ConvertOptions,
@@ -23,6 +24,7 @@ from diffusion_convert.options import (
 )
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.mil.package import open_package
+from diffusion_runtime.quiet import import_coremltools
 
 Source = Callable[[str], Path]
 
@@ -56,6 +58,11 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
         ({"components": ("depth_estimator",)}, "sd1 has no depth_estimator; it has text_encoder, unet"),
         ({"family": "sd7"}, "unknown family 'sd7': expected one of sd1, "),
         ({"revision": "main"}, "--revision main"),
+        ({"nbits_for": {"unett": 6}}, "--nbits-for: unett is not converted; what is: text_encoder, unet"),
+        (
+            {"components": ("text_encoder",), "chunk_unet": True},
+            "--chunk-unet: unet is not converted; what is: text_encoder",
+        ),
     ],
 )
 def test_options_that_do_not_fit_the_checkpoint(
@@ -108,6 +115,11 @@ def test_palettized_and_cut_in_two(tiny_checkpoint: Source, tmp_path: Path) -> N
     assert encoder.palettization is not None
     assert encoder.palettization.nbits == 8
     assert [tensor.name for tensor in unet.inputs] == ["sample", "timestep", "encoder_hidden_states"]
+
+
+def test_specifications_are_coremltools_own() -> None:
+    targets = import_coremltools().target
+    assert {name: int(targets[name].value) for name in TARGETS} == dict(SPECIFICATIONS)
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from diffusion_convert import verify
+from diffusion_convert import convert, verify
+from diffusion_convert import export as export_module
+from diffusion_convert.attention import ATTENTION, original
 from diffusion_convert.checkpoint import Checkpoint, open_checkpoint
 from diffusion_convert.components import Shape, table
+from diffusion_convert.components.unet import UNet
 from diffusion_convert.export import Exported, Recipe, export
 from diffusion_convert.networks import build
-from diffusion_convert.options import AttentionKind
+from diffusion_convert.options import AttentionKind, ConvertOptions
 from diffusion_runtime.errors import VerificationError
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import Metadata
@@ -66,6 +71,43 @@ def test_first_divergence_is_named(checkpoint: Checkpoint, package: tuple[Path, 
         verify.check(ENCODER, path, verdict, explain)
     assert "latent" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def other_states(unet: UNet, sample: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Each row with the prompt of the other; the network that it is compared with takes its own."""
+    found: torch.Tensor = FORWARD(unet, sample, timestep, states.flip(0) if unet.channels_first else states)
+    return found
+
+
+def without_mask(*arguments: Any) -> torch.Tensor:
+    return original.attend(*arguments[:5])
+
+
+def other_bias(array: np.ndarray, placeholders: Any) -> np.ndarray:
+    stored: np.ndarray = STORED(array, placeholders)
+    wrong: np.ndarray = stored + np.ones_like(stored) * (stored.shape == (64,))  # fc1's
+    return wrong
+
+
+FORWARD, STORED = UNet.forward, export_module._stored
+MISTAKES: dict[str, tuple[str, Any]] = {
+    "an input that is swapped": ("unet", mock.patch.object(UNet, "forward", other_states)),
+    "an attention without its mask": (
+        "text_encoder",
+        mock.patch.dict(ATTENTION, {AttentionKind.ORIGINAL: without_mask}),
+    ),
+    "a wrong weight": ("text_encoder", mock.patch.object(export_module, "_stored", other_bias)),
+}
+
+
+@pytest.mark.parametrize(("component", "mistake"), MISTAKES.values(), ids=MISTAKES)
+def test_no_mistake_is_published(
+    component: str, mistake: Any, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = ConvertOptions(attention=(AttentionKind.ORIGINAL,), components=(component,), compiled=False)
+    with mistake, pytest.raises(VerificationError, match="the first operation that differs is"):
+        convert(tiny_checkpoint("sd1"), tmp_path / "models", options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_reference_survives_the_disk(checkpoint: Checkpoint, tmp_path: Path) -> None:

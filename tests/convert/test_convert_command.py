@@ -1,0 +1,83 @@
+"""`coreml-diffusion convert` as a process: exit codes, what it says, what it leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from diffusion_convert import cli, convert
+from diffusion_convert.options import AttentionKind, ConvertOptions
+from diffusion_convert.workspace import FOLDER
+
+MAIN = "from diffusion_convert.cli import main; main()"
+PARTS = ("text_encoder", "vae_encoder")
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", MAIN, "convert", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "macOS12"], "error: unknown target 'macOS12': expected one of macOS13"),
+        (["--vae", "nowhere"], "error: --vae nowhere: no such file or folder"),
+        (["--bogus"], "No such option: --bogus"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    process = start(tiny_checkpoint("sd1"), "-o", tmp_path / "models", *arguments)
+    shown, said = process.communicate(timeout=120)
+    assert process.returncode == cli.BAD_INPUT
+    assert message in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert shown == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """What is finished is kept and named; nothing can be seen of the rest; the same conversion goes on."""
+    output = tmp_path / "models"
+    options = ["--components", ",".join(PARTS), "--attention", "original", "--no-compiled"]
+    process = start(tiny_checkpoint("sd1"), "-o", output, *options)
+    deadline = time.monotonic() + 120
+    while not list(output.glob(f"{FOLDER}/*/units/{PARTS[0]}/record.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    shown, said = process.communicate(timeout=120)
+    assert process.returncode == cli.INTERRUPTED
+    assert (
+        said.splitlines()[-1] == f"interrupted: {PARTS[0]} finished and kept; run the same command again to go on"
+    )
+    assert "Traceback" not in said
+    assert shown == ""
+    assert [path.name for path in output.iterdir()] == [FOLDER]
+
+    units = []
+    again = ConvertOptions(attention=(AttentionKind.ORIGINAL,), components=PARTS, compiled=False)
+    made = convert(tiny_checkpoint("sd1"), output, again, lambda event: units.append(event.unit))
+    assert PARTS[0] not in units
+    assert PARTS[1] in units
+    assert tuple(made.variants["original"].components) == PARTS
+
+
+def test_help_swallows_nothing() -> None:
+    """Square brackets are markup to the library that prints the help: what is in them does not appear."""
+    commands = typer.main.get_group(cli.app).commands
+    for name, command in commands.items():
+        for parameter in command.params:
+            assert "[" not in (getattr(parameter, "help", None) or ""), f"{name} {parameter.name}"
