@@ -79,6 +79,13 @@ def test_text_to_image_shows_what_the_prompt_says(pipeline: Pipeline) -> None:
     assert right(made, CAPTIONS) == len(CAPTIONS)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_show_what_the_prompt_says(models: Path, dtype: str) -> None:
+    narrow = load_pipeline(models, "torch", dtype=dtype)
+    made = [narrow(caption.text, num_inference_steps=STEPS, seed=1).images[0] for caption in CAPTIONS[:2]]
+    assert right(made, CAPTIONS[:2]) == 2
+
+
 def test_image_to_image_changes_what_the_prompt_says(pipeline: Pipeline) -> None:
     start = pipeline(CAPTIONS[0].text, num_inference_steps=STEPS, seed=1).images[0]
     wanted = tuple(

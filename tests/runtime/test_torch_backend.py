@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,25 @@ def block(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Block]:
     path = tmp_path_factory.mktemp("block") / "block.mlpackage"
     model.save(str(path))
     return path, network
+
+
+@pytest.fixture(scope="module")
+def toy_timestep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sine of 0.9 times a timestep, taken in float32 between float16 values, as a UNet's embedding does."""
+    ct, builder = import_coremltools(), import_coremltools("converters.mil").Builder
+    types = import_coremltools("converters.mil.mil.types")
+
+    @builder.program(  # type: ignore[untyped-decorator]
+        input_specs=[builder.TensorSpec((2,), dtype=types.fp16)], opset_version=ct.target.iOS16
+    )
+    def program(timestep: Any) -> Any:
+        phase = builder.mul(x=builder.cast(x=timestep, dtype="fp32"), y=np.float32(0.9))
+        return builder.cast(x=builder.sin(x=phase), dtype="fp16", name="phase")
+
+    path = tmp_path_factory.mktemp("timestep") / "timestep.mlpackage"
+    options = {"compute_precision": ct.precision.FLOAT32, "skip_model_load": True}
+    ct.convert(program, minimum_deployment_target=ct.target.iOS16, **options).save(str(path))
+    return path
 
 
 def arrays() -> dict[str, np.ndarray]:
@@ -88,6 +108,13 @@ def test_other_float_types_compute_nearly_the_same(dtype: str, bound: float, blo
     outputs = TorchBackend(dtype=dtype).load(path)(**arrays())
     assert outputs["y"].dtype == np.float32
     np.testing.assert_allclose(outputs["y"], expected(network), atol=bound)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_timestep_keeps_its_phase_in_every_type(dtype: str, toy_timestep: Path) -> None:
+    timesteps = np.array([981, 999], np.float16)
+    outputs = TorchBackend(dtype=dtype).load(toy_timestep)(timestep=timesteps)
+    np.testing.assert_allclose(outputs["phase"], np.sin(timesteps.astype(np.float32) * 0.9), atol=1e-2)
 
 
 def test_the_model_leaves_its_inputs_alone_and_takes_any_layout(block: tuple[Path, Block]) -> None:

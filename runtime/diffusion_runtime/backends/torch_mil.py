@@ -13,7 +13,6 @@ from torch import Tensor, fx
 from diffusion_runtime.backends import ComputeUnits, TensorSpec, check_arrays
 from diffusion_runtime.backends.interface import specs
 from diffusion_runtime.errors import InputError, PackageError, UnsupportedError
-from diffusion_runtime.mil.constants import torch_dtype
 from diffusion_runtime.mil.fuse import fuse
 from diffusion_runtime.mil.lower import REFUSALS, lower, refusal
 from diffusion_runtime.mil.observe import explain, intermediates, observe
@@ -26,7 +25,8 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 @dataclass(frozen=True, slots=True)
 class TorchBackend:
-    """``dtype`` is the type of all float arithmetic, whatever the program declares: float32, bfloat16 or float16.
+    """``dtype`` is the type of float arithmetic: float32 for everything, or bfloat16 or float16 for all but what a
+    program of mixed precision keeps in float32.
 
     ``stream_weights`` leaves large weights in their file and widens each only while it is used: little memory, more
     time. ``fuse`` puts together what a converter took apart; without it every MIL value exists and can be watched.
@@ -56,7 +56,7 @@ class TorchBackend:
             outputs=specs(interface.outputs, path),
             module=module,
             device=self.device,
-            order=_order(package, interface, DTYPES[self.dtype]),
+            order=_order(package, interface, module),
         )
 
 
@@ -114,10 +114,10 @@ def _to_numpy(value: Tensor) -> np.ndarray:
     return array
 
 
-def _order(package: Package, interface: FunctionInterface, dtype: torch.dtype) -> list[tuple[str, torch.dtype]]:
+def _order(package: Package, interface: FunctionInterface, module: fx.GraphModule) -> list[tuple[str, torch.dtype]]:
     name = interface.name if interface.name in package.model.program.functions else "main"
-    function = package.model.program.functions[name]
-    return [(variable.name, torch_dtype(variable.type, dtype)) for variable in function.inputs]
+    names = [variable.name for variable in package.model.program.functions[name].inputs]
+    return list(zip(names, module.meta["input_dtypes"], strict=True))
 
 
 def _check_device(device: str) -> None:

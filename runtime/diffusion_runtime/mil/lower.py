@@ -23,7 +23,16 @@ from diffusion_runtime.mil.check import CONST, check_package, operands, output_n
 from diffusion_runtime.mil.constants import Constant, literal, torch_dtype
 from diffusion_runtime.mil.ops import OPS, Kind, Op, Parameter
 from diffusion_runtime.mil.package import Package
-from diffusion_runtime.mil.program import Function, Operation, TensorType, Value, ValueType, Variable
+from diffusion_runtime.mil.program import (
+    DType,
+    Function,
+    Operation,
+    TensorType,
+    Value,
+    ValueType,
+    Variable,
+    operations,
+)
 
 REFUSALS = (RuntimeError, ValueError, IndexError, TypeError)
 """What torch raises for operands that do not fit."""
@@ -62,9 +71,11 @@ def lower(
     """The program of ``function`` (default: the model's default) as a module: input tensors in the order of the
     function's inputs -> dict of output tensors by name.
 
-    Float arithmetic is in ``dtype``. With ``stream_weights`` large weights stay in their file and are widened only
-    while they are used. ``module.meta["constants"]`` holds every constant by MIL name. Raises PackageError or
-    UnsupportedError, with all that is missing, before any weight is read.
+    Float arithmetic is in ``dtype``; with one of 16 bits, what a program of mixed precision declares float32 stays
+    float32, as do inputs that it widens at once (a timestep's phases need that). With ``stream_weights`` large
+    weights stay in their file and are widened only while they are used. ``module.meta`` holds every constant by MIL
+    name ("constants") and the inputs' element types ("input_dtypes"). Raises PackageError or UnsupportedError, with
+    all that is missing, before any weight is read.
     """
     check_package(package)
     name = function or package.model.default_function or "main"
@@ -90,10 +101,20 @@ class _Lowering:
     nodes: dict[str, fx.Node] = field(default_factory=dict)
     constants: dict[str, Constant] = field(default_factory=dict)
     buffers: dict[str, Constant] = field(default_factory=dict)
+    mixed: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """A program with float16 values is of mixed precision; one without is narrowed as a whole."""
+        kinds = [variable.type for op in operations(self.function.block) for variable in op.outputs]
+        self.mixed = any(isinstance(kind, TensorType) and kind.dtype is DType.FLOAT16 for kind in kinds)
 
     def run(self) -> fx.GraphModule:
+        widened = _widened_at_once(self.function) if self.dtype != torch.float32 else frozenset()
+        dtypes = []
         for variable in self.function.inputs:
             self._name(self.graph.placeholder(_identifier(variable.name)), variable, "input")
+            kept = torch_dtype(variable.type, torch.float32)
+            dtypes.append(kept if variable.name in widened else self._dtype(variable.type))
         for operation in self.function.block.operations:
             try:
                 self._operation(operation)
@@ -104,7 +125,7 @@ class _Lowering:
         self.graph.output({name: self._tensor(name, name) for name in self.function.block.outputs})
         self._fill_buffers()
         module = fx.GraphModule(self.root, self.graph, "Lowered")
-        module.meta["constants"] = self.constants
+        module.meta.update(constants=self.constants, input_dtypes=tuple(dtypes))
         return module.eval()
 
     def _operation(self, operation: Operation) -> None:
@@ -152,9 +173,9 @@ class _Lowering:
             kind = op.parameters[name].kind
             constants = [self._constant(binding) for binding in bindings]
             if kind is Kind.TENSORS:
-                arguments[name] = [constant.as_tensor(self.dtype) for constant in constants]
+                arguments[name] = [self._dense(constant) for constant in constants]
             elif kind is Kind.TENSOR:
-                arguments[name] = constants[0].as_tensor(self.dtype)
+                arguments[name] = self._dense(constants[0])
             else:
                 arguments[name] = constants[0].python()
         result = _apply(op, {**arguments, **self._filled_in(op, operation)})
@@ -207,7 +228,9 @@ class _Lowering:
         while hasattr(self.root, target) or target in self.buffers:
             target += "_"
         if self.stream and constant.tensor is None and _elements(constant.type) > STREAMED_ELEMENTS:
-            self.root.add_module(target, Stored(constant, self.dtype, self.device, self.package.release))
+            self.root.add_module(
+                target, Stored(constant, self._float(constant.type), self.device, self.package.release)
+            )
             node = self.graph.create_node("call_module", target, name=target)
         else:
             self.buffers[target] = constant
@@ -229,7 +252,15 @@ class _Lowering:
         return {name: dtype for name, parameter in op.parameters.items() if parameter.is_filled_in}
 
     def _dtype(self, kind: ValueType) -> torch.dtype:
-        return torch_dtype(kind, self.dtype)
+        return torch_dtype(kind, self._float(kind))
+
+    def _dense(self, constant: Constant) -> Tensor:
+        return constant.as_tensor(self._float(constant.type))
+
+    def _float(self, kind: ValueType) -> torch.dtype:
+        """The type of float arithmetic on values of this kind."""
+        declared = kind.dtype if isinstance(kind, TensorType) else None
+        return torch.float32 if self.mixed and declared is not DType.FLOAT16 else self.dtype
 
     def _name(self, node: fx.Node, variable: Variable, op: str) -> None:
         node.meta.update(mil=variable.name, type=variable.type, op=op)
@@ -239,7 +270,7 @@ class _Lowering:
         """Read, decompress and widen the weights that nodes refer to, several at a time."""
 
         def fill(item: tuple[str, Constant]) -> tuple[str, Tensor]:
-            return item[0], item[1].as_tensor(self.dtype).to(self.device)
+            return item[0], self._dense(item[1]).to(self.device)
 
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
             for count, (target, tensor) in enumerate(pool.map(fill, self.buffers.items())):
@@ -247,6 +278,19 @@ class _Lowering:
                 if count % RELEASE_EVERY == 0:
                     self.package.release()
         self.package.release()
+
+
+def _widened_at_once(function: Function) -> frozenset[str]:
+    """Inputs that nothing but casts uses: one in float16 holds a timestep of 981 exactly, bfloat16 does not."""
+    elsewhere = {
+        binding
+        for operation in operations(function.block)
+        if operation.type != "cast"
+        for bindings in operands(operation).values()
+        for binding in bindings
+        if isinstance(binding, str)
+    }
+    return frozenset(variable.name for variable in function.inputs) - elsewhere - set(function.block.outputs)
 
 
 def _pick(load: Callable[[], Any], index: int) -> Any:
