@@ -23,6 +23,7 @@ from diffusion_convert.checkpoint import (
     ldm_shapes,
     open_checkpoint,
     single_file,
+    tensor_file,
 )
 from diffusion_convert.checkpoint.single_file import CLIP_VOCABULARY_SIZE, FAMILIES, open_single_file
 from diffusion_runtime.errors import CheckpointError, InputError
@@ -174,6 +175,18 @@ def test_what_files_are_is_seen_in_them(write: Callable[..., Path], tiny_checkpo
     found = networks.build(open_single_file(renamed), "text_encoder").state_dict()
     expected = compvis_layout.read_weights(tiny_checkpoint("sd1"), "text_encoder")
     assert len(found) == len(expected)
+
+
+@pytest.mark.parametrize("begin", [b"\x80", b"PK", b"\x00"])
+def test_the_length_of_a_header_may_look_like_another_format(begin: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    wanted, texts = int.from_bytes(begin, "little"), {"pad": ""}
+    for _ in range(3):
+        save_file({"x": torch.ones(2)}, path, metadata=texts)
+        length = int.from_bytes(path.read_bytes()[:8], "little")
+        texts["pad"] += " " * ((wanted - length) % 256 ** len(begin))
+    assert path.read_bytes().startswith(begin)
+    assert torch.equal(tensor_file.read(path).tensors["x"], torch.ones(2))
 
 
 def test_a_file_without_a_vae(write: Callable[..., Path], tiny_checkpoint: Callable[[str], Path]) -> None:

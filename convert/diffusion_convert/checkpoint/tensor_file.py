@@ -12,8 +12,8 @@ from diffusion_runtime.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-_ZIP_MAGIC = b"PK"
-_PICKLE_MAGIC = b"\x80"
+_TORCH_MAGICS = (b"PK", b"\x80")
+"""What zips and pickles begin with."""
 _LFS_MAGIC = b"version https://git-lfs"
 
 
@@ -37,9 +37,9 @@ def read(path: Path) -> TensorFile:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     if magic == _LFS_MAGIC:
         raise CheckpointError(f"{path}: is Git LFS's note of a file, not the file: fetch it with `git lfs pull`")
-    pickled = magic.startswith((_ZIP_MAGIC, _PICKLE_MAGIC))
-    safetensors = magic[8:9] == b"{" or path.suffix.lower() == ".safetensors"
-    if pickled or (path.suffix in (".ckpt", ".pt", ".bin", ".pth") and not safetensors):
+    safetensors = magic[8:9] == b"{"  # after the header's length, which may begin like anything
+    pickled = magic.startswith(_TORCH_MAGICS) or path.suffix in (".ckpt", ".pt", ".bin", ".pth")
+    if pickled and not safetensors:
         found = unpickle.load(path)
         return TensorFile(found.tensors, found.scalars)
     return _read_safetensors(path)
