@@ -15,6 +15,7 @@ from diffusion_runtime.backends.interface import specs
 from diffusion_runtime.errors import InputError, PackageError, UnsupportedError
 from diffusion_runtime.mil.fuse import fuse
 from diffusion_runtime.mil.lower import REFUSALS, lower, refusal
+from diffusion_runtime.mil.memory_format import CHANNELS_LAST_DEVICES
 from diffusion_runtime.mil.observe import explain, intermediates, observe
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import FunctionInterface
@@ -47,7 +48,13 @@ class TorchBackend:
         _check_device(self.device)
         package = open_package(path)
         interface = package.model.interface
-        module = lower(package, dtype=DTYPES[self.dtype], device=self.device, stream_weights=self.stream_weights)
+        module = lower(
+            package,
+            dtype=DTYPES[self.dtype],
+            device=self.device,
+            stream_weights=self.stream_weights,
+            channels_last=self.fuse and torch.device(self.device).type in CHANNELS_LAST_DEVICES,
+        )
         if self.fuse:
             fuse(module)
         return TorchModel(

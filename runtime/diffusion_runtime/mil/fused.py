@@ -62,23 +62,6 @@ def conv2d(
     return F.conv2d(last, weight, bias, strides, padding, dilations, groups)
 
 
-def packed_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    strides: Sequence[int],
-    padding: Sequence[int],
-    dilations: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """As ``conv2d``, with a weight that ``prepack`` has put into oneDNN's own layout."""
-    last = x.contiguous(memory_format=torch.channels_last)
-    result: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        last, weight, bias, padding, strides, dilations, groups, "none", [], ""
-    )
-    return result
-
-
 def add_into(x: Tensor, y: Tensor) -> Tensor:
     """x + y in the memory of ``x``."""
     return x.add_(y)

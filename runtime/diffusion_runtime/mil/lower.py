@@ -67,15 +67,17 @@ def lower(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     stream_weights: bool = False,
+    channels_last: bool = False,
 ) -> fx.GraphModule:
     """The program of ``function`` (default: the model's default) as a module: input tensors in the order of the
     function's inputs -> dict of output tensors by name.
 
     Float arithmetic is in ``dtype``; with one of 16 bits, what a program of mixed precision declares float32 stays
     float32, as do inputs that it widens at once (a timestep's phases need that). With ``stream_weights`` large
-    weights stay in their file and are widened only while they are used. ``module.meta`` holds every constant by MIL
-    name ("constants") and the inputs' element types ("input_dtypes"). Raises PackageError or UnsupportedError, with
-    all that is missing, before any weight is read.
+    weights stay in their file and are widened only while they are used. With ``channels_last`` the kernels of
+    two-dimensional convolutions lie so in memory. ``module.meta`` holds every constant by MIL name ("constants")
+    and the inputs' element types ("input_dtypes"). Raises PackageError or UnsupportedError, with all that is
+    missing, before any weight is read.
     """
     check_package(package)
     name = function or package.model.default_function or "main"
@@ -83,7 +85,7 @@ def lower(
         known = ", ".join(package.model.program.functions)
         raise PackageError(f"{package.path}: no function {name!r}; it has {known}")
     lowering = _Lowering(
-        package, package.model.program.functions[name], dtype, torch.device(device), stream_weights
+        package, package.model.program.functions[name], dtype, torch.device(device), stream_weights, channels_last
     )
     with torch.no_grad():
         return lowering.run()
@@ -96,6 +98,7 @@ class _Lowering:
     dtype: torch.dtype
     device: torch.device
     stream: bool
+    channels_last: bool
     graph: fx.Graph = field(default_factory=fx.Graph)
     root: torch.nn.Module = field(default_factory=torch.nn.Module)
     nodes: dict[str, fx.Node] = field(default_factory=dict)
@@ -269,8 +272,13 @@ class _Lowering:
     def _fill_buffers(self) -> None:
         """Read, decompress and widen the weights that nodes refer to, several at a time."""
 
+        kernels = _kernels(self.graph) if self.channels_last else frozenset()
+
         def fill(item: tuple[str, Constant]) -> tuple[str, Tensor]:
-            return item[0], self._dense(item[1]).to(self.device)
+            target, tensor = item[0], self._dense(item[1])
+            if target in kernels and tensor.ndim == 4:
+                tensor = tensor.contiguous(memory_format=torch.channels_last)
+            return target, tensor.to(self.device)
 
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
             for count, (target, tensor) in enumerate(pool.map(fill, self.buffers.items())):
@@ -291,6 +299,17 @@ def _widened_at_once(function: Function) -> frozenset[str]:
         if isinstance(binding, str)
     }
     return frozenset(variable.name for variable in function.inputs) - elsewhere - set(function.block.outputs)
+
+
+def _kernels(graph: fx.Graph) -> frozenset[str]:
+    """Constants that are kernels of convolutions and nothing else."""
+    return frozenset(
+        node.target
+        for node in graph.nodes
+        if node.op == "get_attr"
+        and isinstance(node.target, str)
+        and all(user.meta.get("op") == "conv" and user.kwargs.get("weight") is node for user in node.users)
+    )
 
 
 def _pick(load: Callable[[], Any], index: int) -> Any:

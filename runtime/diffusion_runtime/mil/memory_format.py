@@ -1,4 +1,4 @@
-"""Where tensors lie: convolutions in channels-last memory, weights in oneDNN's own layout, results in place.
+"""Where tensors lie: convolutions in channels-last memory, results in place.
 
 In channels-last memory a 1x1 convolution over (batch, channels, 1, length) is a plain matrix product, and attention
 and layer norms over channels find the channels of one position side by side: nothing is copied between them.
@@ -7,17 +7,15 @@ and layer norms over channels find the channels of one position side by side: no
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from diffusion_runtime.mil import fused
 from diffusion_runtime.mil.match import operand, operation, others, put, shape_of, value_of
 from diffusion_runtime.mil.ops.convolution import paddings
 
-DEVICES = ("cpu", "cuda")
+CHANNELS_LAST_DEVICES = ("cpu", "cuda")
 """Where channels-last memory was tried and found fast."""
 
 _FRESH = frozenset(
@@ -27,26 +25,17 @@ _FRESH = frozenset(
 
 
 def use_channels_last(module: fx.GraphModule) -> None:
-    """Two-dimensional convolutions run in channels-last memory; where oneDNN runs them, their weights are laid out
-    for it once instead of at each call."""
+    """Two-dimensional convolutions run in channels-last memory."""
     for node in list(module.graph.nodes):
         arguments = _convolution(module, node) if operation(node) == "conv" else None
-        if arguments is None:
-            continue
-        name = arguments["weight"].target
-        weight = getattr(module, name)
-        packed = _packed(weight, arguments)
-        if packed is None:
-            setattr(module, name, weight.contiguous(memory_format=torch.channels_last))
-        else:
-            setattr(module, name, packed)
-        put(module, node, fused.conv2d if packed is None else fused.packed_conv2d, arguments, "conv")
+        if arguments is not None:
+            put(module, node, fused.conv2d, arguments, "conv")
 
 
 def _convolution(module: fx.GraphModule, node: fx.Node) -> dict[str, Any] | None:
     """Arguments of ``fused.conv2d``; None where it is none with constant weights and even padding."""
     shape, kernel = shape_of(operand(node, "x")), value_of(module, operand(node, "weight"))
-    if shape is None or len(shape) != 4 or kernel is None or kernel.device.type not in DEVICES:
+    if shape is None or len(shape) != 4 or kernel is None or kernel.device.type not in CHANNELS_LAST_DEVICES:
         return None
     strides, dilations = operand(node, "strides") or [1, 1], operand(node, "dilations") or [1, 1]
     reach = [(size - 1) * dilation + 1 for size, dilation in zip(kernel.shape[2:], dilations, strict=True)]
@@ -62,17 +51,6 @@ def _convolution(module: fx.GraphModule, node: fx.Node) -> dict[str, Any] | None
         "dilations": dilations,
         "groups": operand(node, "groups", 1),
     }
-
-
-def _packed(weight: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
-    """The weight in oneDNN's layout; None where that is of no use or not there."""
-    usable = weight.device.type == "cpu" and weight.dtype == torch.float32 and arguments["groups"] == 1
-    shared = len(arguments["weight"].users) > 1
-    if not usable or shared or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return None
-    reorder: Callable[..., Tensor] = torch._C._nn.mkldnn_reorder_conv2d_weight
-    padding, strides, dilations = arguments["padding"], arguments["strides"], arguments["dilations"]
-    return reorder(weight.to_mkldnn(), padding, strides, dilations, 1, list(shape_of(arguments["x"]) or ()))
 
 
 def reuse_memory(module: fx.GraphModule) -> None:
