@@ -285,5 +285,7 @@ def _metadata(plan: Plan) -> Metadata:
             "coreml_diffusion.version": versions["coreml-diffusion"],
             "coreml_diffusion.family": checkpoint.family,
             "coreml_diffusion.source": checkpoint.source.name,
+            # Where Guernika's apps look for it; they take "epsilon" where it is missing.
+            "prediction_type": str(checkpoint.schedulers["scheduler"].get("prediction_type", "epsilon")),
         },
     )
