@@ -1,6 +1,7 @@
 """`make bench`: every measurement at full size, one after the other, each in a process of its own.
 
-    python tests/bench/run.py [NAME ...]      all, or only those named: loop, convert, compile, palettize, torch
+    python tests/bench/run.py [NAME ...]      all, or only those named: loop, convert, compile, palettize, quality,
+                                              torch
 
 Needs about 10 GB of disk (bench-out/, removed by `make clean`) and 16 GB of memory, most of it coremltools'
 and diffusers' own, against which we are measured. Ends with status 1 if a measurement failed.
@@ -18,9 +19,13 @@ OUTPUT = HERE.parent.parent / "bench-out"
 PACKAGE = OUTPUT / "unet.mlpackage"
 BENCHES: dict[str, tuple[tuple[str, ...], ...]] = {
     "loop": (("bench_loop.py",),),
-    "convert": (("bench_convert.py", "--folder", str(OUTPUT)),),
+    "convert": (
+        ("bench_convert.py", "--folder", str(OUTPUT)),
+        ("bench_convert.py", "--folder", str(OUTPUT), "--whole"),
+    ),
     "compile": (("bench_compile.py", str(OUTPUT)),),
     "palettize": (("bench_palettize.py", "--package", str(PACKAGE), "--folder", str(OUTPUT)),),
+    "quality": (("bench_palettized_quality.py", "--folder", str(OUTPUT / "quality")),),
     "torch": (("bench_torch.py", str(OUTPUT)),),
 }
 NEED_PACKAGE = ("compile", "palettize", "torch")
