@@ -135,11 +135,15 @@ def convert(
 
 
 def main() -> None:
-    """The entry point: errors of ours in one line and exit code 2, Ctrl-C exit code 130."""
+    """The entry point: errors of ours and of the system in one line and exit code 2, Ctrl-C exit code 130."""
     try:
         code = app(standalone_mode=False)
     except DiffusionError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(BAD_INPUT)
+    except OSError as error:  # names that are too long, folders that may not be read, a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"error: {where}{error.strerror or error}", err=True)
         sys.exit(BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)

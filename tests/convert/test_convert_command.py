@@ -33,6 +33,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     [
         (["--target", "macOS12"], "error: unknown target 'macOS12': expected one of macOS13"),
         (["--vae", "nowhere"], "error: --vae nowhere: no such file or folder"),
+        (["--vae", "a" * 300], "File name too long"),
         (["--bogus"], "No such option: --bogus"),
     ],
 )
