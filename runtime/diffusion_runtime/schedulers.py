@@ -111,6 +111,9 @@ def set_steps(scheduler: Any, steps: int) -> None:
         scheduler.set_timesteps(steps, device="cpu")
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise InputError(f"scheduler {name_of(scheduler)} with {steps} steps: {error}") from error
+    stands_still = "solver_order" in scheduler.config and bool((scheduler.sigmas.diff() == 0).any())
+    if stands_still or float(scheduler.timesteps.max()) > most - 1:
+        raise InputError(f"scheduler {name_of(scheduler)} cannot take as many as {steps} steps: use fewer")
 
 
 def last_part(scheduler: Any, steps: int, strength: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -342,6 +343,12 @@ def test_bad_arguments_are_one_clear_line(reference: Load, arguments: dict[str, 
     with pytest.raises(InputError, match=message) as caught:
         made(reference("sd1").pipeline(), **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheduler", ["pndm", "ddim", "dpm++ 2m", "unipc"])
+def test_more_steps_than_there_are_timesteps_for_are_refused(reference: Load, scheduler: str) -> None:
+    with pytest.raises(InputError, match=rf"scheduler {re.escape(scheduler)} cannot take as many as 1000 steps"):
+        made(reference("sd1").pipeline(scheduler=scheduler), num_inference_steps=1000)
 
 
 def test_lcm_with_more_steps_than_it_knows_is_refused(reference: Load) -> None:
