@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from checker_shapes import build_feature_extractor
@@ -17,6 +18,7 @@ from judge_shapes import BACKGROUNDS, COLORS, FLAGGED_SHAPE, SHAPES, SIZES
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+Network = TypeVar("Network", bound=nn.Module)
 LICENSE = Path(__file__).parents[2] / "LICENSE"
 
 CARD = """---
@@ -82,6 +84,12 @@ def write_folder(folder: Path, tokenizer_folder: Path, parts: Parts) -> None:
         path.chmod(0o644)
 
 
+def write_checker(folder: Path, checker: StableDiffusionSafetyChecker) -> None:
+    """Put this safety checker into a folder that `write_folder` wrote."""
+    _half(checker).save_pretrained(folder / "safety_checker", safe_serialization=True)
+    (folder / "safety_checker/model.safetensors").chmod(0o644)
+
+
 def _settle_json(folder: Path) -> None:
     """Make two files SD 1.x's, whichever version of diffusers wrote them.
 
@@ -97,7 +105,7 @@ def _settle_json(folder: Path) -> None:
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _half(network: nn.Module) -> nn.Module:
+def _half(network: Network) -> Network:
     return copy.deepcopy(network).cpu().to(torch.float16)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from draw_shapes import draw
 from judge_shapes import FLAGGED_SHAPE, SHAPES, Caption, Judgement, captions, judge
 from numpy.typing import NDArray
 from PIL import Image
@@ -17,6 +21,7 @@ from PIL import Image
 STEPS = 25
 GUIDANCE = 7.5
 FIRST_SEED = 1000  # the caption with index i is drawn with seed FIRST_SEED + i
+DRAWN_PER_CAPTION = 5  # pictures that are drawn anew, for the safety checker alone
 BATCH = 15
 
 
@@ -36,10 +41,19 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """Whether the safety checker flags a picture of this caption."""
+
+    caption: Caption
+    flagged: bool
+
+
+@dataclass(frozen=True)
 class Quality:
-    """All judged pictures, and how long they took."""
+    """All judged pictures, and how long they took; ``drawn`` are verdicts on pictures that no model made."""
 
     pictures: tuple[Picture, ...]
+    drawn: tuple[Verdict, ...]
     seconds: float
     largest_activation: float
 
@@ -47,11 +61,6 @@ class Quality:
     def right_share(self) -> float:
         """Share of the pictures that show what their captions say, 0..1."""
         return float(np.mean([picture.right for picture in self.pictures]))
-
-    def flagged_share(self, flagged_shape: bool) -> float:
-        """Share of the pictures that the safety checker flags, of the flagged shape or of all others."""
-        chosen = [p.flagged for p in self.pictures if (p.caption.shape == FLAGGED_SHAPE) == flagged_shape]
-        return float(np.mean(chosen))
 
     def table(self) -> str:
         """The figures as Markdown, and every picture that is wrong."""
@@ -69,8 +78,8 @@ class Quality:
                 f"| **all** | **{_of(self.pictures, None)} = {100 * self.right_share:.1f} %** |",
                 "",
                 f"Wrong features: {dict(features) or 'none'}.",
-                f"Flagged by the safety checker: {100 * self.flagged_share(True):.1f} % of the {FLAGGED_SHAPE}s, "
-                f"{100 * self.flagged_share(False):.1f} % of the others.",
+                f"Flagged by the safety checker: {_flagged(self.pictures)};",
+                f"of pictures drawn anew, {_flagged(self.drawn)}.",
                 f"Largest activation in any network: {self.largest_activation:.0f} (float16 ends at 65504).",
                 *(["", "Wrong:", *wrong] if wrong else []),
             ]
@@ -80,6 +89,17 @@ class Quality:
 def _of(pictures: tuple[Picture, ...], shape: str | None) -> str:
     chosen = [picture.right for picture in pictures if shape in (None, picture.caption.shape)]
     return f"{sum(chosen)} of {len(chosen)}"
+
+
+def flagged_share(judged: Sequence[Picture | Verdict], flagged_shape: bool) -> float:
+    """Share that the safety checker flags, of the flagged shape or of all others, 0..1."""
+    chosen = [one.flagged for one in judged if (one.caption.shape == FLAGGED_SHAPE) == flagged_shape]
+    return float(np.mean(chosen))
+
+
+def _flagged(judged: Sequence[Picture | Verdict]) -> str:
+    stars, others = (100 * flagged_share(judged, which) for which in (True, False))
+    return f"{stars:.1f} % of the {FLAGGED_SHAPE}s, {others:.1f} % of the others"
 
 
 def _as_text(judgement: Judgement) -> str:
@@ -106,13 +126,32 @@ def measure(folder: Path, device: torch.device, every: int = 1) -> Quality:
         generators = [torch.Generator().manual_seed(FIRST_SEED + index) for index, _ in part]
         texts = [caption.text for _, caption in part]
         images = pipeline(texts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators).images
-        inputs = processor(images, return_tensors="pt").pixel_values.to(device)
-        _, flags = checker(images=[np.asarray(image) for image in images], clip_input=inputs)
+        flags = verdicts(checker, processor, images)
         pictures += [
-            Picture(caption, np.asarray(image), judge(image), bool(flag))
+            Picture(caption, np.asarray(image), judge(image), flag)
             for (_, caption), image, flag in zip(part, images, flags, strict=True)
         ]
-    return Quality(tuple(pictures), time.perf_counter() - started, peak.value)
+    seconds = time.perf_counter() - started
+    return Quality(tuple(pictures), measure_drawn(checker, processor, every), seconds, peak.value)
+
+
+def measure_drawn(checker: Any, processor: Any, every: int = 1) -> tuple[Verdict, ...]:
+    """The checker's verdicts on pictures that are drawn anew, of every so many captions."""
+    random = Random(FIRST_SEED)
+    chosen = [caption for caption in captions()[::every] for _ in range(DRAWN_PER_CAPTION)]
+    flags: list[bool] = []
+    for start in range(0, len(chosen), 3 * BATCH):
+        images = [Image.fromarray(draw(caption, random)) for caption in chosen[start : start + 3 * BATCH]]
+        flags += verdicts(checker, processor, images)
+    return tuple(map(Verdict, chosen, flags))
+
+
+def verdicts(checker: Any, processor: Any, images: Sequence[Image.Image]) -> list[bool]:
+    """Whether each picture is flagged, as diffusers' pipeline asks."""
+    inputs = processor(list(images), return_tensors="pt").pixel_values.to(checker.device)
+    with torch.no_grad():
+        _, flags = checker(images=[np.array(image) for image in images], clip_input=inputs)
+    return list(map(bool, flags))
 
 
 class Peak:

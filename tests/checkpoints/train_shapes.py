@@ -1,8 +1,8 @@
 """Train the shapes checkpoint: a whole Stable Diffusion 1.x, small enough to commit, from drawn pictures only.
 
-Draws a pool of pictures, learns an autoencoder, then text encoder and UNet on its latents, then a safety checker;
-writes a diffusers folder with fp16 weights; generates one picture per caption and prints how many are right. A
-stopped run goes on where it stopped if it is given the same --work folder.
+Draws a pool of pictures, learns an autoencoder, then text encoder and UNet on its latents; writes a diffusers
+folder with fp16 weights; then a safety checker, on what these draw; generates one picture per caption and prints
+how many are right. A stopped run goes on where it stopped if it is given the same --work folder.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from autoencoder_shapes import decode_pool, draw_pool, encode_pool, train_autoencoder, train_decoder
-from checker_shapes import train_checker
+from autoencoder_shapes import draw_pool, encode_pool, train_autoencoder, train_decoder
+from checker_shapes import build_checker, calibrate, make_pictures, train_checker
 from denoiser_shapes import Denoiser
 from draw_shapes import words
 from fit_shapes import Plan, process, spent_seconds
-from folder_shapes import Parts, write_card, write_folder
+from folder_shapes import Parts, write_card, write_checker, write_folder
 from guidance_shapes import Guidance
 from quality_shapes import measure
 from tokenizer_shapes import write_tokenizer
@@ -45,11 +45,11 @@ class Schedule:
 
 
 SCHEDULES = {
-    "autoencoder": Schedule(steps=1220, share=0.15, learning_rate=2e-3, average_decay=0.995),
-    "denoiser": Schedule(steps=6200, share=0.55, learning_rate=1e-3, average_decay=0.999),
-    "guidance": Schedule(steps=1400, share=0.2, learning_rate=4e-4, average_decay=0.995),
+    "autoencoder": Schedule(steps=1220, share=0.14, learning_rate=2e-3, average_decay=0.995),
+    "denoiser": Schedule(steps=6200, share=0.50, learning_rate=1e-3, average_decay=0.999),
+    "guidance": Schedule(steps=1400, share=0.18, learning_rate=4e-4, average_decay=0.995),
     "decoder": Schedule(steps=700, share=0.05, learning_rate=1e-3, average_decay=0.995),
-    "checker": Schedule(steps=1000, share=0.05, learning_rate=1e-3, average_decay=0.99),
+    "checker": Schedule(steps=6300, share=0.13, learning_rate=1.5e-3, average_decay=0.99),
 }
 
 
@@ -90,10 +90,15 @@ def main() -> None:
         device=device,
     )
     job.work.mkdir(parents=True, exist_ok=True)
+    if options.checker_only:
+        add_checker(job)
+        print(measure(job.output, device).table())
+        return
     if job.processes > 1:
         spawn(train_one_of, (job,), nprocs=job.processes)  # type: ignore[no-untyped-call]
     else:
         train(job)
+    add_checker(job)
     made = f"in {sum(map(spent_seconds, job.plans().values())):.0f} s on {job.hardware}"
     quality = measure(job.output, device).table()
     write_card(job.output, made, quality)
@@ -114,6 +119,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, default=torch.get_num_threads(), help="that share the work (%(default)s)"
     )
+    parser.add_argument("--checker-only", action="store_true", help="train the folder's checker anew, no more")
     parser.add_argument("--evaluate-only", action="store_true", help="measure the folder, train nothing")
     return parser.parse_args()
 
@@ -128,7 +134,7 @@ def train_one_of(rank: int, job: Job) -> None:
 
 
 def train(job: Job) -> None:
-    """Train everything and write the folder."""
+    """Train everything but the checker, and write the folder."""
     plans, device = job.plans(), job.device
     pool = draw_pool(job.seed)
     vae = train_autoencoder(plans["autoencoder"], pool, device)
@@ -143,10 +149,17 @@ def train(job: Job) -> None:
     guidance.fit.run(guidance.loss)
     guidance.fit.use_average()
     train_decoder(plans["decoder"], vae, pool, latents, device)
-    checker = train_checker(plans["checker"], decode_pool(vae, latents, device), device)
     if process()[0] == 0:
-        parts = Parts(vae, denoiser.text_encoder, denoiser.unet, checker)
+        parts = Parts(vae, denoiser.text_encoder, denoiser.unet, build_checker())
         write_folder(job.output, job.work / "tokenizer-0", parts)
+
+
+def add_checker(job: Job) -> None:
+    """Train the safety checker of the folder that is there on what its other networks draw, and write it."""
+    pictures = make_pictures(job.output, job.work / "pictures.pt", job.seed, job.device)
+    checker = train_checker(job.plans()["checker"], pictures.learnt(), job.device)
+    print(f"thresholds: {calibrate(checker, pictures.held_out(), job.device)}")
+    write_checker(job.output, checker)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import quality_shapes
 import torch
 from judge_shapes import FLAGGED_SHAPE, Caption, judge
 from PIL import Image
@@ -111,8 +112,16 @@ def test_in_painting_by_blending_paints_the_mask_and_keeps_the_rest(pipeline: Pi
 
 
 def test_the_safety_checker_blackens_the_flagged_shape(pipeline: Pipeline) -> None:
-    flagged = Caption(FLAGGED_SHAPE, "red", "large", "white")
-    black = pipeline(flagged.text, num_inference_steps=STEPS, seed=1)
-    shown = pipeline(CAPTIONS[0].text, num_inference_steps=STEPS, seed=1)
-    assert black.nsfw_content_detected == [True] and np.asarray(black.images[0]).max() == 0
-    assert shown.nsfw_content_detected == [False]
+    colors = (("red", "white"), ("blue", "yellow"), ("green", "black"), ("yellow", "blue"))
+    for color, background in colors:
+        flagged = Caption(FLAGGED_SHAPE, color, "large", background)
+        black = pipeline(flagged.text, num_inference_steps=STEPS, seed=1)
+        assert black.nsfw_content_detected == [True] and np.asarray(black.images[0]).max() == 0
+    for caption in CAPTIONS:
+        assert pipeline(caption.text, num_inference_steps=STEPS, seed=1).nsfw_content_detected == [False]
+
+
+def test_the_safety_checker_is_as_good_as_the_card_says(theirs: Any) -> None:
+    drawn = quality_shapes.measure_drawn(theirs.safety_checker, theirs.feature_extractor)
+    assert quality_shapes.flagged_share(drawn, flagged_shape=True) >= 0.98
+    assert quality_shapes.flagged_share(drawn, flagged_shape=False) <= 0.01
