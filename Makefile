@@ -51,7 +51,7 @@ lint: $(READY)  ## ruff
 types: $(READY)  ## mypy --strict over source and tests
 	@$(BIN)/mypy convert runtime tests
 
-bench: $(READY)  ## speed and memory at full size: about half an hour and 10 GB of disk
+bench: $(READY)  ## speed and memory at full size: about an hour and 10 GB of disk
 	@$(BIN)/python tests/bench/run.py
 
 

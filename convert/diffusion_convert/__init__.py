@@ -2,7 +2,7 @@
 
 from diffusion_convert import ConvertOptions, convert
 
-convert("runwayml/stable-diffusion-v1-5", "models", ConvertOptions(nbits=6))
+convert("stable-diffusion-v1-5/stable-diffusion-v1-5", "models", ConvertOptions(nbits=6))
 """
 
 from __future__ import annotations

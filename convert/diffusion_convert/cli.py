@@ -40,7 +40,7 @@ was stopped goes on where it stopped: run the same command again.
 
 Examples:
 
-    coreml-diffusion convert runwayml/stable-diffusion-v1-5 -o models
+    coreml-diffusion convert stable-diffusion-v1-5/stable-diffusion-v1-5 -o models
 
     coreml-diffusion convert model.safetensors -o models --attention split_einsum_v2 --nbits 6 --target iOS17
 
