@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,20 +108,19 @@ def measure(path: Path, expected: Reference, progress: Progress) -> Verdict:
     model = TorchBackend(stream_weights=True, fuse=False).load(path)
     count = sum(node.op == "call_function" for node in model.module.graph.nodes) * len(expected.inputs)
     largest: dict[str, float] = {}
-    seen = 0
+    seen: set[tuple[int, str]] = set()  # some values come in parts
 
-    def watch(name: str, _: str, value: torch.Tensor) -> None:
-        nonlocal seen
-        seen += 1
-        if seen % 50 == 0:
-            progress(min(seen / count, 1.0))
+    def watch(run: int, name: str, _: str, value: torch.Tensor) -> None:
+        seen.add((run, name))
+        if len(seen) % 50 == 0:
+            progress(min(len(seen) / count, 1.0))
         if value.is_floating_point() and value.numel():
             low, high = torch.aminmax(value)
             largest[name] = max(largest.get(name, 0.0), -float(low), float(high))
 
     worst: dict[str, float] = {}
-    for inputs, outputs in zip(expected.inputs, expected.outputs, strict=True):
-        found = model.observe(watch, **inputs)
+    for run, (inputs, outputs) in enumerate(zip(expected.inputs, expected.outputs, strict=True)):
+        found = model.observe(partial(watch, run), **inputs)
         for name, array in outputs.items():
             worst[name] = min(worst.get(name, math.inf), psnr_db(array, found[name]))
     progress(1.0)

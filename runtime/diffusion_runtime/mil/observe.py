@@ -10,17 +10,22 @@ import torch
 from torch import Tensor, fx
 
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError
+from diffusion_runtime.mil.by_rows import Rows, defer, large_scores, product
 from diffusion_runtime.mil.constants import torch_dtype
 from diffusion_runtime.mil.lower import REFUSALS, check_value, refusal
 
 Observe = Callable[[str, str, Tensor], None]
-"""Called with the MIL name of each computed value, the op that computed it, and the value."""
+"""Called with the MIL name of each computed value, the op that computed it, and the value. The scores of a large
+attention (`by_rows.HELD_ELEMENTS`) come in parts, one call for each."""
 
 
-def observe(module: fx.GraphModule, inputs: Sequence[Tensor], watch: Observe) -> dict[str, Tensor]:
-    """Run ``module`` and show each computed value to ``watch`` before the next op runs. Values are freed."""
+def observe(
+    module: fx.GraphModule, inputs: Sequence[Tensor], watch: Observe, whole: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Run ``module`` and show each computed value to ``watch`` before it is freed. Where names of values that are
+    wanted ``whole`` are given, nothing comes in parts."""
     with torch.no_grad():
-        outputs: dict[str, Tensor] = _Watched(module, watch).run(*inputs)
+        outputs: dict[str, Tensor] = _Watched(module, watch, whole).run(*inputs)
     return outputs
 
 
@@ -47,7 +52,7 @@ def intermediates(module: fx.GraphModule, inputs: Sequence[Tensor], names: Seque
         if name in names:
             found[name] = value.clone()
 
-    observe(module, inputs, keep)
+    observe(module, inputs, keep, names)
     return {name: found[name] for name in names}
 
 
@@ -58,15 +63,16 @@ def _ignore(*_: object) -> None:
 class _Watched(fx.Interpreter):
     """Checks each value against its declared type, and says which op an error comes from."""
 
-    def __init__(self, module: fx.GraphModule, watch: Observe) -> None:
+    def __init__(self, module: fx.GraphModule, watch: Observe, whole: Sequence[str]) -> None:
         super().__init__(module)
         self.extra_traceback = False  # errors keep their one line
         self._watch = watch
+        self._in_parts = frozenset() if whole else large_scores(module)
 
     def run_node(self, n: fx.Node) -> Any:
         where = f"{n.meta.get('op', n.op)} {n.meta.get('mil', n.name)}"
         try:
-            value = super().run_node(n)
+            value = self._value(n)
             if isinstance(value, Tensor) and n.op == "call_function" and "mil" in n.meta:
                 dtype = value.dtype if value.is_floating_point() else torch_dtype(n.meta["type"], torch.float32)
                 check_value(n.meta["type"], value, dtype)
@@ -75,5 +81,17 @@ class _Watched(fx.Interpreter):
         except REFUSALS as error:
             raise PackageError(f"{where}: {refusal(error)}") from error
         if isinstance(value, Tensor) and "mil" in n.meta and n.op in ("call_function", "placeholder"):
-            self._watch(n.meta["mil"], n.meta["op"], value)
+            self._show(n, value)
         return value
+
+    def _value(self, n: fx.Node) -> Any:
+        if n.op == "call_function" and self._in_parts:
+            _, arguments = self.fetch_args_kwargs_from_env(n)
+            if n in self._in_parts:
+                return defer(n, arguments, self._show)
+            if any(isinstance(value, Rows) for value in arguments.values()):
+                return product(n, arguments)
+        return super().run_node(n)
+
+    def _show(self, n: fx.Node, value: Tensor) -> None:
+        self._watch(n.meta["mil"], n.meta["op"], value)

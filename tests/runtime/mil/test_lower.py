@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusion_runtime.errors import InputError, PackageError, UnsupportedError
+from diffusion_runtime.mil import by_rows
 from diffusion_runtime.mil.check import check_package
 from diffusion_runtime.mil.lower import Stored, lower
 from diffusion_runtime.mil.observe import explain, intermediates, observe
@@ -76,6 +77,35 @@ def test_every_value_is_shown_in_order_with_its_op(network: Path) -> None:
     assert seen[0] == ("x", "input")
     assert seen[1:] == [("features", "conv"), ("positive", "relu"), ("shifted", "add"), ("pooled", "reduce_mean")]
     torch.testing.assert_close(outputs["pooled"], values(package)["pooled"])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_large_scores_are_shown_in_parts_and_never_held(
+    turned: bool, shared: bool, save_program: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {"query": (2, 3, 4, 10), "key": (2, 3, 4, 7), "mask": (2, 1, 10, 7)}
+    shapes["value"] = (2, 3, 4, 7) if turned else (2, 3, 7, 4)
+
+    def body(mb: Any, query: Any, key: Any, mask: Any, value: Any) -> Any:
+        scores = mb.matmul(x=query, y=key, transpose_x=True, name="scores")
+        masked = mb.add(x=mask, y=mb.mul(x=scores, y=np.float32(0.5), name="scaled"), name="masked")
+        weights = mb.softmax(x=masked, axis=-1, name="weights")
+        operands = {"x": value, "y": weights, "transpose_y": True} if turned else {"x": weights, "y": value}
+        mixed = mb.matmul(**operands, name="mixed")
+        return (mixed, mb.relu(x=scores, name="needed")) if shared else mixed
+
+    module = lower(open_package(save_program(body, **shapes)))
+    inputs = [torch.randn(shape) for shape in shapes.values()]
+    names = ["scores", "scaled", "masked", "weights", "mixed"]
+    monkeypatch.setattr(by_rows, "HELD_ELEMENTS", 2 * 3 * 7 * 4)  # four rows of each head
+    expected = intermediates(module, inputs, names)  # a value by its name is whole, however large
+    shown: dict[str, list[torch.Tensor]] = {}
+    outputs = observe(module, inputs, lambda name, _, value: shown.setdefault(name, []).append(value))
+    assert [len(shown[name]) for name in names] == ([1] * 5 if shared else [3, 3, 3, 3, 1])
+    torch.testing.assert_close(outputs, module(*inputs))
+    for name in names:
+        torch.testing.assert_close(torch.cat(shown[name], dim=-2), expected[name])
 
 
 def test_streamed_weights_stay_in_the_file(save_program: Callable[..., Path]) -> None:
