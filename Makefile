@@ -60,4 +60,4 @@ lock: $(READY)  ## rewrite requirements.lock from what is installed in .venv
 	@mv requirements.lock.new requirements.lock && touch $(READY)
 
 clean:  ## remove everything that the other words made
-	rm -rf .venv demo bench-out .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv demo shapes-* bench-out .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
