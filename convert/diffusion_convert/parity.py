@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 from diffusion_convert import adopt, verify
 from diffusion_convert.checkpoint import Checkpoint
 from diffusion_convert.components import Shape, table
+from diffusion_convert.inspect import main_function, palettized_weights
 from diffusion_convert.palettize.bounds import bound_db
 from diffusion_convert.verify import Reference
 from diffusion_runtime import foreign, manifest
@@ -18,9 +20,10 @@ from diffusion_runtime.bundle import ATTENTIONS, KINDS
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.integrity import check_files
 from diffusion_runtime.manifest import FILE_NAME, Manifest
+from diffusion_runtime.mil.package import open_package
 
 _SLACK_DB = 1.0
-"""By how much a figure may be below the one that was recorded at conversion: other processors round otherwise."""
+"""By how much a figure may be below what the record of the conversion leads to: other processors round otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,8 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
             shown = folder.relative_to(models).as_posix() if folder != models else folder.name
             report(f"running {shown}: {name}")
             paths = [folder / file for file in component.files]
-            yield Parity(shown, name, _measure(paths, references[name, shape]), _bound(name, component))
+            bound = _bound(name, component, _palette_widths(paths) if component.palettization else ())
+            yield Parity(shown, name, _measure(paths, references[name, shape]), bound)
 
 
 def _folders(models: Path) -> list[Path]:
@@ -104,15 +108,26 @@ def _check_source(described: Manifest, checkpoint: Checkpoint, folder: Path, gue
         )
 
 
-def _bound(name: str, component: manifest.Component) -> float:
-    """The component's own bound, or what was recorded where palettization has cost more than that; where nothing
-    was recorded, what its bits may cost."""
-    owner = table()[name]
-    bound, palettized = owner.min_psnr_db, component.palettization
-    if component.psnr_db:
-        recorded = min(component.psnr_db.values())
-        return recorded - _SLACK_DB if recorded < bound else bound
-    return bound if palettized is None else bound_db(palettized.nbits, owner.min_palettized_psnr_db)
+def _bound(name: str, component: manifest.Component, bits: Iterable[int]) -> float:
+    """What the component owns for the width of its weights: never less, whatever its manifest says.
+
+    ``bits`` are the widths of the palettized weights that its files hold. A palettized component's record, which is
+    against its 16-bit form, can only raise the bound: to the record and the 16-bit form's own noise together.
+    """
+    owner, palettized, found = table()[name], component.palettization, tuple(bits)
+    if palettized is None or not found:
+        return owner.min_psnr_db
+    bound = bound_db(max(palettized.nbits, min(found)), owner.min_palettized_psnr_db)
+    if not component.psnr_db:
+        return bound
+    noise = 10 ** (-min(component.psnr_db.values()) / 10) + 10 ** (-owner.min_psnr_db / 10)
+    return max(bound, -10 * math.log10(noise) - _SLACK_DB)
+
+
+def _palette_widths(paths: Iterable[Path]) -> set[int]:
+    """Bits of the palettized weights in the models at ``paths``; none where all weights are whole."""
+    functions = (main_function(open_package(path).model) for path in paths)
+    return {bits for function in functions for bits in palettized_weights(function)}
 
 
 def _measure(paths: list[Path], expected: Reference) -> dict[str, float]:

@@ -206,10 +206,15 @@ def test_verify_refuses_changed_weights_and_another_source(
         run(app, "verify", tmp_path / "out", "--against", tiny_checkpoint("sd1"))
     described = manifest.read(packages)
     part = described.components["text_encoder"]
-    part = part.model_copy(update={"sha256": integrity.hashes(packages, part.files)})
-    manifest.write(described.model_copy(update={"components": {"text_encoder": part}}), packages)
-    result = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), "--against", str(tiny_checkpoint("sd1"))])
-    assert result.exit_code == 1
+    sha256 = integrity.hashes(packages, part.files)
+    one_bit = manifest.Palettization(nbits=1, granularity="per_tensor")
+    for claimed in ({}, {"psnr_db": {"last_hidden_state": 3.0}}, {"palettization": one_bit}):
+        part = part.model_copy(update={"sha256": sha256, **claimed})
+        manifest.write(described.model_copy(update={"components": {"text_encoder": part}}), packages)
+        result = CliRunner().invoke(
+            app, ["verify", str(tmp_path / "out"), "--against", str(tiny_checkpoint("sd1"))]
+        )
+        assert result.exit_code == 1, f"{claimed} in the manifest does not lower what is asked for"
     assert "FAILED" in result.stdout
     assert "differs from" in result.stderr
     assert "original/packages text_encoder; convert it again" in result.stderr
