@@ -46,7 +46,10 @@ class Models:
     def __getitem__(self, name: str) -> Timed:
         """The model, loaded now if it was not. Raises InputError where there is no such model."""
         if name not in self.loads:
-            raise InputError(f"these models have no {name} (they have: {', '.join(self.loads)}): convert it too")
+            raise InputError(
+                f"these models have no {name} (they have: {', '.join(self.loads)}): convert again with "
+                f"--components {','.join([name, *self.loads])}"
+            )
         if name not in self._loaded:
             timing = self.timings.setdefault(name, Timing())
             start = time.perf_counter()

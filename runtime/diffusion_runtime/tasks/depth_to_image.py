@@ -17,7 +17,8 @@ def check(job: Job) -> None:
     image_to_image.check(job)
     if job.request.depth is None and "depth_estimator" not in job.models:
         raise InputError(
-            "these models have no depth_estimator: give the depth with --depth-image, or convert it too"
+            "these models have no depth_estimator: give the depth with --depth-image, or convert again with "
+            f"--components {','.join(['depth_estimator', *job.models.loads])}"
         )
 
 
