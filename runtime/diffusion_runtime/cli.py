@@ -175,10 +175,11 @@ def doctor() -> None:
 
     findings = diagnosis.examine()
     console = _console()
+    width = max(len(finding.name) for finding in findings)
     for finding in findings:
-        typer.echo(f"{finding.state.value:<8} {finding.name:<14} {finding.text}")
+        typer.echo(f"{finding.state.value:<8} {finding.name:<{width}}  {finding.text}")
         if finding.remedy:
-            typer.echo(f"{'':<23} -> {finding.remedy}")
+            typer.echo(f"{'':<8} {'':<{width}}  -> {finding.remedy}")
     if any(finding.state is diagnosis.State.BROKEN for finding in findings):
         console.print("something is broken: see above")
         raise typer.Exit(2)

@@ -240,14 +240,16 @@ def test_a_damaged_record_is_refused(tmp_path: Path, damage: dict[str, Any]) -> 
         generation.recorded(tmp_path / "p.png")
 
 
+@pytest.mark.parametrize("where", ["diffusion_runtime.guidance.predictor", "PIL.Image.Image.save"])
 def test_nothing_is_left_of_an_interrupted_picture(
-    run: Run, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, toy_folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    def stop(*_: Any) -> None:
+    """While it is denoised, and while it is written."""
+
+    def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffusion_runtime.safety.is_flagged", stop)
-    monkeypatch.setattr("diffusion_runtime.images.to_pil", stop)
+    monkeypatch.setattr(where, stop)
     result = run("generate", toy_folder, *WANTED, *FAST)
     assert result.exit_code == 130 and "note: interrupted: 0 of 1 pictures are finished" in result.output
     assert not Path("out").exists() or list(Path("out").iterdir()) == []
@@ -284,6 +286,15 @@ def test_doctor_says_what_is_there_and_what_to_do(run: Run) -> None:
     assert result.exit_code == 0, result.output
     for name in ("python", "torch", "coremltools", "torch backend", "coreml backend", "compute units", "memory"):
         assert name in result.output
+
+
+def test_doctors_columns_stand_under_each_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("x", "an uncommonly long name")
+    found = tuple(diagnosis.Finding(name, diagnosis.State.NOTE, "TEXT", "REMEDY") for name in names)
+    monkeypatch.setattr(diagnosis, "examine", lambda: found)
+    lines = run("doctor").output.splitlines()
+    assert [line.index("TEXT") for line in lines[::2]] == [line.index("->") for line in lines[1::2]]
+    assert len({line.index("TEXT") for line in lines[::2]}) == 1
 
 
 @pytest.mark.parametrize(
