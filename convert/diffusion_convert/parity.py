@@ -23,7 +23,7 @@ from diffusion_runtime.manifest import FILE_NAME, Manifest
 from diffusion_runtime.mil.package import open_package
 
 _SLACK_DB = 1.0
-"""By how much a figure may be below what the record of the conversion leads to: other processors round otherwise."""
+"""By how much a figure may be below what its record leads to: other processors round otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
