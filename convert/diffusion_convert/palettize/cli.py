@@ -55,9 +55,10 @@ def palettize(
 
     if sum(value is not None for value in (nbits, target_bits, recipe)) > 1:
         raise InputError("--nbits, --target-bits and --recipe exclude each other: give one")
+    _check_output(package, output)
     if plot is not None and target_bits is None:
         raise InputError("--plot shows the recipes that --target-bits chooses from: give both")
-    plan = Plan(nbits or _DEFAULT_BITS, None, granularity.value, group_size, embeddings)
+    plan = Plan(_DEFAULT_BITS if nbits is None else nbits, None, granularity.value, group_size, embeddings)
     mixed = None
     if recipe is not None:
         plan = _recipe_plan(package, recipe)
@@ -71,6 +72,20 @@ def palettize(
     if save_recipe is not None:
         _save(package, checked, save_recipe)
     _print(checked, output)
+
+
+def _check_output(package: Path, output: Path) -> None:
+    if output.suffix != ".mlpackage":
+        raise InputError(f"--output {output}: expected a name that ends in .mlpackage")
+    where, source = output.resolve(), package.resolve()
+    if (
+        where.is_relative_to(source)
+        or source.is_relative_to(where)
+        or (output.exists() and output.samefile(package))
+    ):
+        raise InputError(f"--output {output}: is the input {package} or lies in it; give another name")
+    if output.exists() and not (output / "Manifest.json").is_file():
+        raise InputError(f"--output {output}: exists and is no package; remove it or give another name")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def test_groups(command: Callable[..., Result], tiny_package: Callable[..., Path
         (("--nbits", 6, "--target-bits", 4.5), "exclude each other"),
         (("--plot", "plot.png"), "--target-bits"),
         (("--nbits", 5), "5 bits"),
+        (("--nbits", 0), "0 bits"),
+        (("-o", "u.txt"), "expected a name that ends in .mlpackage"),
         (("--target-bits", 0.5), "expected 1 to 8"),
     ],
 )
@@ -81,3 +84,19 @@ def test_options_that_contradict_are_refused(
     assert result.exit_code != 0
     assert message in str(result.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_neither_the_input_nor_what_is_no_package_is_replaced(
+    command: Callable[..., Result], tiny_package: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, other = tmp_path / "in.mlpackage", tmp_path / "other.mlpackage"
+    shutil.copytree(tiny_package("iOS16"), source)
+    other.mkdir()
+    (other / "kept").touch()
+    before = folder_bytes(tmp_path)
+    same = tmp_path / "folder" / ".." / source.name
+    for output, message in ((source, "is the input"), (same, "is the input"), (other, "is no package")):
+        result = command(source, "-o", output)
+        assert message in str(result.exception)
+    assert folder_bytes(tmp_path) == before
+    assert {path.name for path in tmp_path.iterdir()} == {source.name, other.name}
