@@ -240,6 +240,9 @@ def test_damaged_weights_are_seen(bundle: Path, tmp_path: Path, damage: str) -> 
 def test_what_cannot_be_inspected_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         inspect(tmp_path / "nothing")
+    (tmp_path / "README.md").write_text("text")
+    with pytest.raises(InputError, match=r"README\.md: is a file; expected \.mlpackage"):
+        inspect(tmp_path / "README.md")
     with pytest.raises(InputError, match="holds no models"):
         inspect(tmp_path)
     (tmp_path / "page.zip").write_text("<html>")

@@ -87,6 +87,8 @@ def inspect(path: Path) -> tuple[FolderReport, ...]:
         return _inspect_zip(path)
     if path.suffix in _MODELS or (path / "model.mil").is_file() or (path / "Manifest.json").is_file():
         return (FolderReport(path.name, (_report(path, path.name, _sizes(path)),)),)
+    if not path.is_dir():
+        raise InputError(f"{path}: is a file; expected {', '.join(_MODELS)}, a folder of them or a zip")
     return _inspect_folder(path, path.name, _sizes(path))
 
 
