@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from diffusion_runtime.errors import InputError
 
@@ -34,13 +35,19 @@ SPECIFICATIONS = dict(zip((f"macOS{n}" for n in (13, 14, 15, 26)), (7, 8, 9, 10)
 TARGETS = tuple(SPECIFICATIONS)
 PALETTE_BITS = (1, 2, 3, 4, 6, 8)
 
+E = TypeVar("E", bound=enum.Enum)
+
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """A LoRA file or folder and the weight at which it is fused."""
+    """A LoRA file or folder and the weight at which it is fused. A path's text is taken for the path."""
 
     path: Path
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(_typed("LoRA path", self.path, (str, os.PathLike), "a path")))
+        _typed("LoRA weight", self.weight, (int, float), "a number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,9 @@ class ConvertOptions:
     """Options of `convert`, with the command line's names and defaults.
 
     ``components`` empty: all that the checkpoint has. ``height`` and ``width`` in pixels, None: the checkpoint's
-    own sample size. Raises InputError for a value that cannot be used.
+    own sample size. Texts as the command line takes them ("float32", "unet,vae_decoder", "style.safetensors:0.8")
+    become what the fields are declared as, and one value stands for a tuple of one. Raises InputError for a value
+    that cannot be used.
     """
 
     attention: tuple[AttentionKind, ...] = (AttentionKind.ORIGINAL, AttentionKind.SPLIT_EINSUM_V2)
@@ -70,6 +79,8 @@ class ConvertOptions:
     verify: bool = True
 
     def __post_init__(self) -> None:
+        for name, value in _settled(self).items():
+            object.__setattr__(self, name, value)
         if self.target not in TARGETS:
             raise InputError(f"unknown target {self.target!r}: expected one of {', '.join(TARGETS)}")
         for name, bits in {"nbits": self.nbits, **self.nbits_for}.items():
@@ -85,12 +96,61 @@ class ConvertOptions:
             raise InputError("an attention kind is given twice")
 
 
+def _settled(options: ConvertOptions) -> dict[str, Any]:
+    """The fields whose values may be given in other forms than they are declared, as declared. Raises InputError
+    for a value of a wrong type in any field."""
+    for name in ("nbits", "height", "width", "batch_size"):
+        if name == "batch_size" or getattr(options, name) is not None:
+            _typed(name, getattr(options, name), (int,), "a whole number")
+    for name in ("chunk_unet", "compiled", "zip", "verify"):
+        _typed(name, getattr(options, name), (bool,), "True or False")
+    for name in ("target", "revision", "family"):
+        if name == "target" or getattr(options, name) is not None:
+            _typed(name, getattr(options, name), (str,), "a text")
+    for name, bits in _typed("nbits_for", options.nbits_for, (Mapping,), 'a mapping as {"unet": 6}').items():
+        _typed(f"nbits_for {name}", bits, (int,), "a whole number")
+    vae = options.vae
+    return {
+        "attention": tuple(
+            _member(AttentionKind, "attention", value) for value in _several("attention", options.attention)
+        ),
+        "precision": _member(Precision, "precision", options.precision),
+        "components": parse_list(
+            _typed("components", value, (str,), "names of components")
+            for value in _several("components", options.components)
+        ),
+        "loras": tuple(_lora(value) for value in _several("loras", options.loras)),
+        "vae": None if vae is None else os.fspath(_typed("vae", vae, (str, os.PathLike), "a path or Hub id")),
+    }
+
+
+def _typed(name: str, value: Any, types: tuple[type, ...], expected: str) -> Any:
+    """``value``, if it is of one of the types; True is no number. Raises InputError otherwise."""
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise InputError(f"{name} {value!r}: expected {expected}")
+    return value
+
+
+def _several(name: str, value: Any) -> tuple[Any, ...]:
+    """``value`` as a tuple: one text, path, kind or LoRA stands for a tuple of one."""
+    if isinstance(value, (str, os.PathLike, enum.Enum, Lora)):
+        return (value,)
+    return tuple(_typed(name, value, (Iterable,), "one value or several"))
+
+
+def _member(kind: type[E], name: str, value: Any) -> E:
+    return value if isinstance(value, kind) else parse_choice(kind, name, value)
+
+
+def _lora(value: Any) -> Lora:
+    if isinstance(value, Lora):
+        return value
+    return parse_lora(value) if isinstance(value, str) else Lora(value)
+
+
 def kinds() -> str:
     """The attention kinds as a list for messages."""
     return ", ".join(kind.value for kind in AttentionKind)
-
-
-E = TypeVar("E", bound=enum.Enum)
 
 
 def parse_choice(kind: type[E], name: str, text: str) -> E:

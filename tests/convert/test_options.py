@@ -38,12 +38,47 @@ Source = Callable[[str], Path]
         ({"height": 512}, "--height and --width belong together"),
         ({"attention": ()}, "no attention kind given"),
         ({"attention": (AttentionKind.ORIGINAL,) * 2}, "given twice"),
+        ({"attention": "fast"}, "unknown attention 'fast': expected one of original, split_einsum"),
+        ({"attention": 1}, "attention 1: expected one value or several"),
+        ({"precision": "half"}, "unknown precision 'half': expected one of auto, float16, float32"),
+        ({"nbits": "6"}, "nbits '6': expected a whole number"),
+        ({"nbits": True}, "nbits True: expected a whole number"),
+        ({"nbits_for": "unet=6"}, "nbits_for 'unet=6': expected a mapping"),
+        ({"nbits_for": {"unet": 6.0}}, "nbits_for unet 6.0: expected a whole number"),
+        ({"components": (1,)}, "components 1: expected names of components"),
+        ({"loras": (1,)}, "LoRA path 1: expected a path"),
+        ({"vae": 1}, "vae 1: expected a path or Hub id"),
+        ({"height": "512", "width": 512}, "height '512': expected a whole number"),
+        ({"batch_size": None}, "batch_size None: expected a whole number"),
+        ({"target": 15}, "target 15: expected a text"),
+        ({"zip": "no"}, "zip 'no': expected True or False"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as raised:
         ConvertOptions(**options)
     assert message in str(raised.value)
+
+
+def test_texts_and_single_values_become_what_the_fields_are() -> None:
+    """A text compared with an enum's member would be another precision, silently."""
+    given: dict[str, Any] = {
+        "attention": "original",
+        "precision": "float32",
+        "components": "unet, vae_decoder",
+        "loras": ("style.safetensors:0.8", Path("other.safetensors")),
+        "vae": Path("vae"),
+    }
+    assert ConvertOptions(**given) == ConvertOptions(
+        attention=(AttentionKind.ORIGINAL,),
+        precision=Precision.FLOAT32,
+        components=("unet", "vae_decoder"),
+        loras=(Lora(Path("style.safetensors"), 0.8), Lora(Path("other.safetensors"))),
+        vae="vae",
+    )
+    several: dict[str, Any] = {"attention": ["original", AttentionKind.SPLIT_EINSUM], "loras": Path("a")}
+    assert ConvertOptions(**several).attention == (AttentionKind.ORIGINAL, AttentionKind.SPLIT_EINSUM)
+    assert ConvertOptions(**several).loras == (Lora(Path("a")),)
 
 
 @pytest.mark.parametrize(
