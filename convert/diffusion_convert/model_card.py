@@ -70,16 +70,22 @@ def put_picture(picture: Path, folder: Path) -> Path:
 
 def write_model_card(folder: Path) -> Path:
     """Write README.md for the variants in ``folder``, with the zips and the sample picture that lie in it."""
+    path = folder / CARD_NAME
+    text = card_of(folder)
+    with unfinished_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    return path
+
+
+def card_of(folder: Path) -> str:
+    """What ``write_model_card`` would write. Raises InputError where ``folder`` holds no variant."""
     found = {
         attention: manifest.read(next(p for kind in ("compiled", "packages") if (p := variant / kind).is_dir()))
         for attention, variant in variants(folder).items()
     }
     zips = {path.name: path.stat().st_size for path in sorted(folder.glob("*.zip"))}
     picture = next((name for suffix in PICTURES if (folder / (name := f"{_SAMPLE}{suffix}")).is_file()), None)
-    path = folder / CARD_NAME
-    with unfinished_file(path) as unfinished:
-        unfinished.write_text(model_card(found, zips, picture), encoding="utf-8")
-    return path
+    return model_card(found, zips, picture)
 
 
 def model_card(variants: Mapping[str, Manifest], zips: Mapping[str, int], picture: str | None = None) -> str:

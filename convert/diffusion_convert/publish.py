@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from diffusion_convert.bundle import variants
 from diffusion_convert.hub import check_repo_id, hub_errors, open_api, remote_files
-from diffusion_convert.model_card import CARD_NAME, PICTURES, REPOSITORY, write_model_card
+from diffusion_convert.model_card import CARD_NAME, PICTURES, REPOSITORY, card_of
 from diffusion_runtime import manifest
-from diffusion_runtime.bundle import ATTENTIONS
+from diffusion_runtime.bundle import ATTENTIONS, KINDS
+from diffusion_runtime.errors import InputError
 from diffusion_runtime.folders import unfinished_file
 from diffusion_runtime.integrity import check_files
 
@@ -25,30 +26,44 @@ _ZIP = re.compile(rf"(.+)_(?:{'|'.join(ATTENTIONS)})_compiled\.zip")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What would be uploaded: paths relative to the folder, and bytes in all. ``notes`` are for the user."""
+    """What would be uploaded: paths relative to the folder, and bytes in all. ``card`` is the model card that names
+    the repository; ``notes`` are for the user."""
 
     repo_id: str
     private: bool
     files: tuple[str, ...]
     size_bytes: int
+    card: bytes
     notes: tuple[str, ...] = ()
 
 
-def plan(folder: Path, repo_id: str, private: bool = True) -> Plan:
-    """Check the folder against its manifests and list its files; the model card is written where there is none.
+def plan(folder: Path, repo_id: str, private: bool = True, unverified: bool = False) -> Plan:
+    """Check the folder against its manifests and list its files; nothing is written.
 
-    Raises InputError for no such folder, PackageError where files are missing or changed.
+    Raises InputError for no such folder and, unless ``unverified``, for components that nothing was compared with
+    (models of other tools among them); PackageError where files are missing or changed.
     """
     check_repo_id(repo_id)
+    unmeasured: list[str] = []
     for variant in variants(folder).values():
-        for kind in ("packages", "compiled"):
+        for kind in KINDS:
             if (variant / kind / manifest.FILE_NAME).is_file():
-                check_files(manifest.read(variant / kind), variant / kind)
-    if not (folder / CARD_NAME).is_file():
-        write_model_card(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and _published(path.relative_to(folder)))
-    names = tuple(path.relative_to(folder).as_posix() for path in files)
-    return Plan(repo_id, private, names, sum(path.stat().st_size for path in files), _notes(repo_id, names))
+                made = manifest.read(variant / kind)
+                check_files(made, variant / kind)
+                unmeasured += [
+                    f"{variant.name}/{kind} {name}" for name, part in made.components.items() if not part.psnr_db
+                ]
+    if unmeasured and not unverified:
+        raise InputError(
+            f"{folder}: not verified: {', '.join(unmeasured)}; convert without --no-verify, or publish with "
+            "--unverified (models of other tools: after `verify --against SOURCE`)"
+        )
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    sizes = {name: path.stat().st_size for name, path in found.items() if _published(path.relative_to(folder))}
+    written = found[CARD_NAME].read_bytes() if CARD_NAME in found else card_of(folder).encode()
+    card = _naming(written, repo_id)
+    sizes[CARD_NAME] = len(card)
+    return Plan(repo_id, private, tuple(sorted(sizes)), sum(sizes.values()), card, _notes(repo_id, sizes))
 
 
 def publish(
@@ -56,16 +71,18 @@ def publish(
     repo_id: str,
     *,
     private: bool = True,
+    unverified: bool = False,
     endpoint: str | None = None,
     token: str | None = None,
     report: Report = lambda _: None,
 ) -> str:
     """Upload the folder to the model repository ``repo_id``, made if it is not there; return its address.
 
-    One commit for each variant's packages and compiled models, the zips, and last the model card.
+    Raises as ``plan`` does. The model card is written where there is none, and names the repository. One commit for
+    each variant's packages and compiled models, the zips, and last the model card.
     """
-    planned = plan(folder, repo_id, private)
-    _name_repository(folder, repo_id)
+    planned = plan(folder, repo_id, private, unverified)
+    _write_card(folder / CARD_NAME, planned.card)
     for note in planned.notes:
         report(f"note: {note}")
     api = open_api(endpoint, token)
@@ -90,14 +107,16 @@ def _notes(repo_id: str, names: Iterable[str]) -> tuple[str, ...]:
     return (f"Hugging Face's app finds the zips only in a repository that is named like them: {fitting}",)
 
 
-def _name_repository(folder: Path, repo_id: str) -> None:
-    """Put the repository's id into the model card's commands."""
-    card = folder / CARD_NAME
-    text = card.read_text(encoding="utf-8")
-    named = re.sub(rf"(?<=download ){REPOSITORY}\b|(?<=modelId: \"){REPOSITORY}\b", repo_id, text)
-    if named != text:
-        with unfinished_file(card) as unfinished:
-            unfinished.write_text(named, encoding="utf-8")
+def _naming(card: bytes, repo_id: str) -> bytes:
+    """The model card with the repository's id in its commands."""
+    stands_for = REPOSITORY.encode()
+    return re.sub(rb"(?<=download )%b\b|(?<=modelId: \")%b\b" % (stands_for, stands_for), repo_id.encode(), card)
+
+
+def _write_card(path: Path, card: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != card:
+        with unfinished_file(path) as unfinished:
+            unfinished.write_bytes(card)
 
 
 def _commit(api: HfApi, folder: Path, repo_id: str, group: str, names: list[str]) -> None:

@@ -79,12 +79,28 @@ def test_what_is_there_is_not_sent_again(hub: Hub, bundle: Path) -> None:
     assert len(hub.commits) == commits
 
 
-def test_dry_run_lists_files_and_says_nothing_to_a_server(bundle: Path) -> None:
-    planned = plan(bundle, REPO)
+def test_dry_run_lists_files_and_neither_writes_nor_asks_a_server(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("README.md"))
+    before = contents(folder)
+    planned = plan(folder, REPO)
     assert planned.private
     assert "original/compiled/Unet.mlmodelc/model.mil" in planned.files
     assert "README.md" in planned.files
-    assert planned.size_bytes == sum(len(data) for data in contents(bundle).values())
+    assert planned.size_bytes == sum(len(data) for data in before.values()) + len(planned.card)
+    assert contents(folder) == before
+
+
+def test_models_that_were_never_verified_are_published_only_on_demand(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(bundle, folder)
+    compiled = folder / "original" / "compiled"
+    made = manifest.read(compiled)
+    unet = made.components["unet"].model_copy(update={"psnr_db": {}})
+    manifest.write(made.model_copy(update={"components": {**made.components, "unet": unet}}), compiled)
+    with pytest.raises(InputError, match=r"not verified: original/compiled unet; .* --unverified"):
+        plan(folder, REPO)
+    assert "original/compiled/manifest.json" in plan(folder, REPO, unverified=True).files
 
 
 def test_a_changed_file_is_not_published(hub: Hub, bundle: Path, tmp_path: Path) -> None:

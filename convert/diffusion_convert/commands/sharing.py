@@ -15,14 +15,24 @@ def publish(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be uploaded, and upload nothing.")
     ] = False,
+    unverified: Annotated[
+        bool,
+        typer.Option(
+            "--unverified",
+            help="Also models that were never compared with their source: of --no-verify or other tools.",
+        ),
+    ] = False,
     endpoint: Annotated[str | None, typer.Option(envvar="HF_ENDPOINT", help="Another server than the Hub.")] = None,
 ) -> None:
-    """Upload models, zips and model card to the Hugging Face Hub; what is there already is not sent again."""
+    """Upload models, zips and model card to the Hugging Face Hub; what is there already is not sent again.
+
+    Models that were never verified, those of other tools among them, are refused without --unverified.
+    """
     from diffusion_convert.publish import plan
     from diffusion_convert.publish import publish as upload
 
     if dry_run:
-        planned = plan(folder, repo_id, not public)
+        planned = plan(folder, repo_id, not public, unverified)
         for name in planned.files:
             typer.echo(name)
         for note in planned.notes:
@@ -30,7 +40,8 @@ def publish(
         kind = "private" if planned.private else "public"
         typer.echo(f"{len(planned.files)} files, {planned.size_bytes / 1e6:.1f} MB, to {repo_id} ({kind} if new)")
         return
-    typer.echo(upload(folder, repo_id, private=not public, endpoint=endpoint, report=typer.echo))
+    url = upload(folder, repo_id, private=not public, unverified=unverified, endpoint=endpoint, report=typer.echo)
+    typer.echo(url)
 
 
 def download(
