@@ -183,7 +183,7 @@ def parse_nbits(texts: Iterable[str]) -> dict[str, int]:
     found = {}
     for text in parse_list(texts):
         name, _, bits = text.partition("=")
-        if not name or not bits.isdigit():
+        if not name or not (bits.isascii() and bits.isdecimal()):
             raise InputError(f"--nbits-for {text!r}: expected COMPONENT=BITS, as in unet=6")
         found[name] = int(bits)
     return found

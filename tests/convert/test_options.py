@@ -172,8 +172,9 @@ def test_lora(text: str, expected: Lora) -> None:
 def test_texts_that_mean_nothing() -> None:
     with pytest.raises(InputError, match="PATH:WEIGHT"):
         parse_lora("style:much")
-    with pytest.raises(InputError, match="COMPONENT=BITS"):
-        parse_nbits(["unet"])
+    for text in ("unet", "=6", "unet=", "unet=six", "unet=-6", "unet=\N{SUPERSCRIPT TWO}"):
+        with pytest.raises(InputError, match="COMPONENT=BITS"):
+            parse_nbits([text])
     assert parse_nbits(["unet=6", "text_encoder=8"]) == {"unet": 6, "text_encoder": 8}
     with pytest.raises(InputError, match="expected one of auto, float16, float32"):
         parse_choice(Precision, "precision", "half")
