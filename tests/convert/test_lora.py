@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import compvis_layout
-from diffusion_convert.checkpoint import Checkpoint, lora_file
+from diffusion_convert.checkpoint import Checkpoint, lora_file, open_checkpoint
 from diffusion_convert.checkpoint.lora import fuse
 from diffusion_convert.checkpoint.single_file import open_single_file
 from diffusion_convert.options import Lora
@@ -415,3 +415,16 @@ def test_weights_and_folders_that_cannot_be(sd1: Checkpoint, tmp_path: Path) -> 
         fuse(sd1, [Lora(tmp_path / "empty")])
     with pytest.raises(CheckpointError, match="cannot be read"):
         fuse(sd1, [Lora(tmp_path / "absent.safetensors")])
+
+
+@pytest.mark.parametrize("option", ["--lora", "--vae"])
+def test_what_is_no_file_of_tensors_is_named_with_its_option(
+    option: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "page.html"
+    path.write_text("<!DOCTYPE html>")
+    vae, loras = (str(path), []) if option == "--vae" else (None, [Lora(path)])
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(tiny_checkpoint("sd1")), vae=vae, loras=loras)
+    assert str(caught.value).startswith(f"{option} {path}: damaged, or no file of tensors: expected a whole")
+    assert "deserializ" not in str(caught.value), "the library's words"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.errors import CheckpointError, DiffusionError, InputError
 from diffusion_runtime.manifest import Source
 
 if TYPE_CHECKING:
@@ -79,8 +80,21 @@ def open_checkpoint(
     else:
         raise CheckpointError(f"{source}: no such file or folder")
     if vae is not None:
-        checkpoint = vaes.with_vae(checkpoint, vae, hub.fetch_vae if is_repository_id(vae) else None)
-    return lora.fuse(checkpoint, loras) if loras else checkpoint
+        with _given_as("--vae"):
+            checkpoint = vaes.with_vae(checkpoint, vae, hub.fetch_vae if is_repository_id(vae) else None)
+    with _given_as("--lora"):
+        return lora.fuse(checkpoint, loras) if loras else checkpoint
+
+
+@contextmanager
+def _given_as(option: str) -> Iterator[None]:
+    """Errors name the option by which the file was given."""
+    try:
+        yield
+    except DiffusionError as error:
+        if str(error).startswith(option):
+            raise
+        raise type(error)(f"{option} {error}") from error
 
 
 def is_repository_id(source: str) -> bool:

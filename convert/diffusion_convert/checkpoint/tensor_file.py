@@ -53,4 +53,6 @@ def _read_safetensors(path: Path) -> TensorFile:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             return TensorFile(tensors, dict(file.metadata() or {}))
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged, or not a .safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path}: damaged, or no file of tensors: expected a whole .safetensors or .ckpt file"
+        ) from error

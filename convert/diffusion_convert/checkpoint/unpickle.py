@@ -194,7 +194,7 @@ def _open_sequence(path: Path, head: bytes) -> tuple[bytes, Mapping[str, tuple[i
             begin, end = end, end + (stop or 0) + 1
             programs.append(head[begin:end])
     except _MALFORMED as error:
-        raise CheckpointError(f"{path}: not a checkpoint in one of torch's formats: {error}") from error
+        raise CheckpointError(f"{path}: cut short, or not a checkpoint in one of torch's formats") from error
     magic, _, machine, keys = (_run(path, programs[index], {})[0] for index in (0, 1, 2, 4))
     if magic != SEQUENCE_MAGIC or not isinstance(keys, list) or not isinstance(machine, dict):
         raise CheckpointError(f"{path}: a pickle, but not a checkpoint in one of torch's formats")
