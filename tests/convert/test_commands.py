@@ -9,16 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import small_bundle
-from diffusion_convert.checkpoint import open_checkpoint
+from diffusion_convert.checkpoint import Checkpoint, open_checkpoint
 from diffusion_convert.commands import bundling, inspecting, sharing, verifying
 from diffusion_convert.compile import compile_package
 from diffusion_convert.components import Shape, table
 from diffusion_convert.export import Recipe, export
-from diffusion_convert.options import AttentionKind
+from diffusion_convert.options import AttentionKind, Lora
 from diffusion_convert.palettize.package import palettize_package
 from diffusion_convert.palettize.plan import Plan
 from diffusion_runtime import integrity, manifest
@@ -136,13 +138,16 @@ def test_download_refuses_a_name_that_is_none(app: typer.Typer, tmp_path: Path) 
 @pytest.fixture(scope="module")
 def converted(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The text encoder of a tiny checkpoint as a bundle of packages."""
-    folder = tmp_path_factory.mktemp("verify") / "out"
+    checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
+    return write_text_encoder(tmp_path_factory.mktemp("verify") / "out", checkpoint)
+
+
+def write_text_encoder(folder: Path, checkpoint: Checkpoint) -> Path:
     packages = folder / "original" / "packages"
     packages.mkdir(parents=True)
     component = table()["text_encoder"]
     file = f"{small_bundle.NAME}_text_encoder.mlpackage"
     recipe = Recipe(AttentionKind.ORIGINAL, Shape(64, 64, 2), "macOS13")
-    checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
     export(component, checkpoint, recipe, packages / file, Metadata())
     small = manifest.read(small_bundle.write_bundle(folder / "small", ("original",)) / "original" / "packages")
     shutil.move(folder / "small" / "original" / "packages" / "vocab.json", packages)
@@ -188,6 +193,21 @@ def test_verify_takes_models_of_other_tools(
     ]
     assert {line[1]: line[-1] for line in shown[1:]} == {"text_encoder": "ok", "unet": "ok", "vae_decoder": "ok"}
     assert next(line[-3] for line in shown if line[1] == "unet") == "24.0", "what 6 bits may cost"
+
+
+def test_verify_compares_with_the_loras_that_were_fused(
+    app: typer.Typer, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, lora = tiny_checkpoint("sd1"), tmp_path / "style.safetensors"
+    width = int(open_checkpoint(str(source)).models["text_encoder"].config["hidden_size"])
+    layer = "lora_te_text_model_encoder_layers_0_self_attn_v_proj"
+    parts = {f"{layer}.lora_down.weight": torch.ones(1, width), f"{layer}.lora_up.weight": torch.ones(width, 1)}
+    save_file({**parts, f"{layer}.alpha": torch.tensor(1.0)}, lora)
+    folder = write_text_encoder(tmp_path / "out", open_checkpoint(str(source), loras=[Lora(lora, 0.5)]))
+    result = CliRunner().invoke(app, ["verify", str(folder), "--against", str(source)])
+    assert result.exit_code == 1
+    assert "converted with --vae or --lora?" in result.stderr
+    assert run(app, "verify", folder, "--against", source, "--lora", f"{lora}:0.5").endswith("ok\n")
 
 
 def test_verify_refuses_changed_weights_and_another_source(
