@@ -88,7 +88,7 @@ def from_seeds(seeds: Sequence[int], rng: str = "torch") -> Noise:
         raise InputError("an empty list of seeds: give one, or one for each picture")
     for seed in seeds:
         if not isinstance(seed, (int, np.integer)) or not 0 <= seed <= MAX_SEED:
-            raise InputError(f"seed {seed}: expected 0 to {MAX_SEED}")
+            raise InputError(f"seed {seed!r}: expected a whole number, 0 to {MAX_SEED}")
     if rng == "torch":
         return from_generators([torch.Generator().manual_seed(seed) for seed in map(int, seeds)])
     return Noise(tuple(RNGS[rng](seed) for seed in map(int, seeds)))

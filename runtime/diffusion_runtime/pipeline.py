@@ -173,7 +173,7 @@ class Pipeline:
         self._check_size(request)
         config = {**self.manifest.scheduler, "prediction_type": self.manifest.prediction_type}
         scheduler = schedulers.build(config, self.scheduler_name)
-        schedulers.set_steps(scheduler, request.steps)
+        schedulers.set_steps(scheduler, int(request.steps))  # diffusers' loops want Python's own
         height, width = unet["sample"][2:]
         job = tasks.Job(request, self.manifest, self.models, (height, width), scheduler, noise)
         task.check(job)
@@ -261,13 +261,16 @@ def _noise(
         return noises.from_generators(generator)
     if seed is None:
         return noises.from_seeds([noises.fresh_seed()], rng)
+    given: object = seed
+    if isinstance(given, str):  # a sequence too, of digits
+        raise InputError(f"seed {seed!r}: expected a whole number, or one for each picture")
     return noises.from_seeds(list(seed) if isinstance(seed, Sequence) else [seed], rng)
 
 
 def _texts(prompt: Texts, negative: Texts | None, count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """One prompt and one negative prompt per picture."""
     if not isinstance(count, int) or count < 1:
-        raise InputError(f"{count} pictures per prompt: expected at least 1")
+        raise InputError(f"{count!r} pictures per prompt: expected a whole number, at least 1")
     for name, texts in (("prompt", prompt), ("negative prompt", negative or "")):
         if not isinstance(texts, (str, list, tuple)):
             raise InputError(f"{name} is a {type(texts).__name__}: expected a text or a list of texts")

@@ -73,7 +73,7 @@ def test_schedulers_that_draw_noise_draw_it_from_the_chosen_source(rng: str) -> 
 
 @pytest.mark.parametrize("seed", [-1, noise.MAX_SEED + 1])
 def test_seeds_that_no_source_takes_are_refused(seed: int) -> None:
-    with pytest.raises(InputError, match=f"seed {seed}: expected 0 to {noise.MAX_SEED}"):
+    with pytest.raises(InputError, match=f"seed {seed}: expected a whole number, 0 to {noise.MAX_SEED}"):
         noise.from_seeds([seed])
 
 

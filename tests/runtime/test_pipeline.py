@@ -304,7 +304,7 @@ def test_odd_prompts_make_diffusers_picture(reference: Load, psnr_db: Psnr, prom
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_inference_steps": 0}, "0 steps: expected 1 to 1000"),
+        ({"num_inference_steps": 0}, "0 steps: expected a whole number, at least 1"),
         ({"num_inference_steps": 1001}, "1001 steps: expected 1 to 1000"),
         ({"guidance_scale": float("nan")}, "guidance scale nan"),
         ({"guidance_scale": float("inf")}, "guidance scale inf"),
@@ -314,17 +314,28 @@ def test_odd_prompts_make_diffusers_picture(reference: Load, psnr_db: Psnr, prom
         ({"prompt": "a \ud800 cat"}, "not valid Unicode at character 3"),
         ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "1 negative prompts for 2 prompts"),
         ({"seed": 1}, "generator and seed are both given"),
-        ({"generator": None, "seed": -1}, "seed -1: expected 0 to"),
+        ({"generator": None, "seed": -1}, "seed -1: expected a whole number, 0 to"),
         ({"generator": None, "seed": 1, "rng": "dice"}, "unknown random number generator 'dice'"),
         ({"generator": []}, "an empty list of generators"),
         ({"generator": [torch.Generator(), torch.Generator()]}, "2 generators or seeds for 1 pictures"),
         ({"generator": 5}, "generator is a int: expected torch.Generator; numbers go into seed="),
-        ({"generator": None, "seed": 1.5}, "seed 1.5: expected 0 to"),
+        ({"generator": None, "seed": 1.5}, "seed 1.5: expected a whole number"),
         ({"generator": None, "seed": []}, "an empty list of seeds"),
         ({"output_type": "jpeg"}, "output type 'jpeg': expected one of pil, np, pt, latent"),
-        ({"num_inference_steps": 2.5}, "2.5 steps: expected 1 to 1000"),
+        ({"num_inference_steps": 2.5}, "2.5 steps: expected a whole number"),
+        ({"num_inference_steps": "2"}, "'2' steps: expected a whole number"),
+        ({"num_images_per_prompt": "2"}, "'2' pictures per prompt: expected a whole number"),
+        ({"guidance_scale": "7"}, "guidance scale '7': expected a number"),
+        ({"guidance_scale": True}, "guidance scale True: expected a number"),
+        ({"eta": "0.5"}, "eta '0.5': expected a number"),
+        ({"strength": "0.5"}, "strength '0.5': expected a number"),
+        ({"noise_level": "20"}, "noise level '20': expected a whole number"),
+        ({"height": "64"}, "height '64': expected a whole number of pixels"),
+        ({"depth_map": "depth.png"}, "depth is a str: expected a PIL picture or a tensor"),
+        ({"long_prompt": "no"}, "long_prompt 'no': expected True or False"),
+        ({"generator": None, "seed": "1"}, "seed '1': expected a whole number"),
         ({"guidance_scale": 1e300}, "guidance scale 1e[+]300"),
-        ({"eta": 1.1}, "eta 1.1: expected 0 to 1"),
+        ({"eta": 1.1}, "eta 1.1: expected a number, 0 to 1"),
         ({"height": 128}, r"64x128 pixels: these models make 64x64"),
         ({"prompt": None}, "prompt is a NoneType: expected a text or a list of texts"),
         ({"image": np.zeros((64, 64, 3))}, "image is a ndarray: expected one PIL picture"),
@@ -343,6 +354,12 @@ def test_bad_arguments_are_one_clear_line(reference: Load, arguments: dict[str, 
     with pytest.raises(InputError, match=message) as caught:
         made(reference("sd1").pipeline(), **arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_numpys_numbers_are_numbers(reference: Load) -> None:
+    pipeline = reference("sd1").pipeline(check_safety=False)
+    asked: dict[str, Any] = {"num_inference_steps": np.int64(2), "guidance_scale": np.float32(7.5)}
+    assert np.array_equal(made(pipeline, **asked)[0], made(pipeline, num_inference_steps=2)[0])
 
 
 @pytest.mark.parametrize("scheduler", ["pndm", "ddim", "dpm++ 2m", "unipc"])

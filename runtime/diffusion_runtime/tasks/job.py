@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime.errors import InputError
@@ -30,6 +31,15 @@ GIVEN: Mapping[str, str] = {
     "latents": "latents",
 }
 """What a request may hold that not every task can use, in words."""
+
+
+def _is_number(value: object) -> bool:
+    """A finite number, Python's or numpy's; True and False are none."""
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +75,28 @@ class Request:
                 f"{len(self.negative_prompts)} negative prompts for {len(self.prompts)} prompts: give one, or one "
                 "for each"
             )
-        if not math.isfinite(self.guidance_scale) or abs(self.guidance_scale) > MAX_GUIDANCE:
-            raise InputError(f"guidance scale {self.guidance_scale}: expected a number, usually 1 to 15")
-        if not math.isfinite(self.eta) or not 0 <= self.eta <= 1:
-            raise InputError(f"eta {self.eta}: expected 0 to 1")
-        if self.strength is not None and not 0 < self.strength <= 1:
-            raise InputError(
-                f"strength {self.strength}: expected more than 0 (no change) and at most 1 (a new picture)"
-            )
+        self._check_numbers()
+        if not isinstance(self.long_prompt, bool):
+            raise InputError(f"long_prompt {self.long_prompt!r}: expected True or False")
         self._check_pictures()
+
+    def _check_numbers(self) -> None:
+        if not _is_whole(self.steps) or self.steps < 1:
+            raise InputError(f"{self.steps!r} steps: expected a whole number, at least 1")
+        if not _is_number(self.guidance_scale) or abs(self.guidance_scale) > MAX_GUIDANCE:
+            raise InputError(f"guidance scale {self.guidance_scale!r}: expected a number, usually 1 to 15")
+        if not _is_number(self.eta) or not 0 <= self.eta <= 1:
+            raise InputError(f"eta {self.eta!r}: expected a number, 0 to 1")
+        if self.strength is not None and (not _is_number(self.strength) or not 0 < self.strength <= 1):
+            raise InputError(
+                f"strength {self.strength!r}: expected a number, more than 0 (no change) and at most 1 (a new "
+                "picture)"
+            )
+        if self.noise_level is not None and not _is_whole(self.noise_level):
+            raise InputError(f"noise level {self.noise_level!r}: expected a whole number")
+        for name, value in (("height", self.height), ("width", self.width)):
+            if value is not None and not _is_whole(value):
+                raise InputError(f"{name} {value!r}: expected a whole number of pixels")
 
     def _check_pictures(self) -> None:
         import torch
@@ -84,6 +107,8 @@ class Request:
                 raise InputError(f"{name} is a {type(value).__name__}: expected one PIL picture")
         if self.latents is not None and not isinstance(self.latents, torch.Tensor):
             raise InputError(f"latents are a {type(self.latents).__name__}: expected a tensor")
+        if self.depth is not None and not isinstance(self.depth, (torch.Tensor, Image.Image)):
+            raise InputError(f"depth is a {type(self.depth).__name__}: expected a PIL picture or a tensor")
 
     @property
     def pictures(self) -> int:
