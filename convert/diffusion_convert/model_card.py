@@ -208,24 +208,30 @@ def _camel(units: str) -> str:
 
 
 def _parity_note(variants: Mapping[str, Manifest]) -> str:
-    text = (
-        "Models were run and compared with the source's own networks in float32 on the same inputs (PSNR of the "
-        "worst output; above about 35 dB no difference can be seen)."
-    )
     components = [component for made in variants.values() for component in made.components.values()]
-    if any(component.palettization and component.psnr_db for component in components):
+    measured = [component for component in components if component.psnr_db]
+    if not measured:
+        return "These models were not compared with their source."
+    subject = "These models" if len(measured) == len(components) else "The models that have a figure here"
+    text = (
+        f"{subject} were run and compared with the source's own networks in float32 on the same inputs: PSNR of the "
+        "worst output of a single call, not of pictures."
+    )
+    if any(component.palettization for component in measured):
         text += " Palettized ones are compared with their own 16-bit form, which was compared with the source."
     return text
 
 
 def _parity_table(variants: Mapping[str, Manifest]) -> Iterator[str]:
-    yield "| variant | component | precision | size | PSNR |"
+    yield "| variant | component | weights | size | PSNR |"
     yield "|---|---|---|---|---|"
     for attention, made in variants.items():
         for name, component in made.components.items():
             worst = min(component.psnr_db.values(), default=None)
             shown = "not measured" if worst is None else f"{worst:.1f} dB"
-            yield f"| `{attention}` | {name} | {component.precision} | {_size(component.size_bytes)} | {shown} |"
+            palettes = component.palettization
+            weights = component.precision if palettes is None else f"{palettes.nbits:g} bits"
+            yield f"| `{attention}` | {name} | {weights} | {_size(component.size_bytes)} | {shown} |"
 
 
 def _palettization(variants: Mapping[str, Manifest]) -> Iterator[str]:

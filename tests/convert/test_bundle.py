@@ -302,6 +302,19 @@ def test_model_card_has_the_hubs_header_and_what_a_user_needs(bundle: Path, tmp_
     (bundle / "README.md").unlink()
 
 
+def test_the_card_claims_no_more_than_was_measured(bundle: Path) -> None:
+    made = manifest.read(bundle / "original" / "compiled")
+    unmeasured = {name: part.model_copy(update={"psnr_db": {}}) for name, part in made.components.items()}
+    text = model_card({"original": made.model_copy(update={"components": unmeasured})}, {})
+    assert "These models were not compared with their source." in text
+    assert "were run and compared" not in text
+    six_bits = made.components["unet"].model_copy(update={"palettization": manifest.Palettization(nbits=6)})
+    text = model_card({"original": made.model_copy(update={"components": {**unmeasured, "unet": six_bits}})}, {})
+    assert "The models that have a figure here were run and compared" in text
+    assert "| `original` | unet | 6 bits |" in text
+    assert "compared with their own 16-bit form" in text
+
+
 def test_the_cards_commands_are_those_that_the_program_has(bundle: Path) -> None:
     made = manifest.read(bundle / "original" / "compiled")
     lines = model_card({"original": made}, {}).replace("\\\n", " ").splitlines()
