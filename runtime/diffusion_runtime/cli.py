@@ -102,7 +102,9 @@ def generate(
     long_prompt: Annotated[
         bool, _option("Encode long prompts in pieces, where the UNet has room.", "--long-prompt")
     ] = False,
-    preview: Annotated[bool, _option("Keep NAME-preview.png up to date while working.", "--preview")] = False,
+    preview: Annotated[
+        bool, _option("Keep NAME-preview.png up to date while working, checked as pictures are.", "--preview")
+    ] = False,
     from_picture: Annotated[
         Path | None, _option("Repeat a picture that was made here; other options override.", "--from")
     ] = None,

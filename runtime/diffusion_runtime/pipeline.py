@@ -202,13 +202,7 @@ class Pipeline:
         """Decode and check what the last step gave. A flagged picture is wholly black."""
         if output_type == "latent":
             return Result(latents, None, run.notes)
-        arrays = images.to_arrays(self.decode(latents))
-        self.models.release("vae_decoder")
-        flags = None
-        if self.check_safety and "safety_checker" in self.models:
-            flags = [is_flagged(self.models["safety_checker"], picture) for picture in arrays]
-            arrays[np.array(flags)] = 0.0
-            self.models.release("safety_checker")
+        arrays, flags = self._decoded(latents)
         return Result(_of_type(arrays, output_type), flags, run.notes)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -220,8 +214,21 @@ class Pipeline:
         return torch.from_numpy(np.concatenate(pictures)).float()
 
     def preview(self, step: Step, index: int = 0) -> Image.Image:
-        """The picture as it will be, judged from this step (one call of the decoder)."""
-        return images.to_pil(images.to_arrays(self.decode(step.preview()[index : index + 1])))[0]
+        """The picture as it will be, judged from this step: one call of the decoder, and one of the safety checker
+        where it is used. A flagged one is black, as the picture would be."""
+        arrays, _ = self._decoded(step.preview()[index : index + 1])
+        return images.to_pil(arrays)[0]
+
+    def _decoded(self, latents: torch.Tensor) -> tuple[np.ndarray, list[bool] | None]:
+        """Pictures (n, height, width, 3) in 0..1, flagged ones black, and the flags; None where nothing checks."""
+        arrays = images.to_arrays(self.decode(latents))
+        self.models.release("vae_decoder")
+        if not self.check_safety or "safety_checker" not in self.models:
+            return arrays, None
+        flags = [is_flagged(self.models["safety_checker"], picture) for picture in arrays]
+        arrays[np.array(flags)] = 0.0
+        self.models.release("safety_checker")
+        return arrays, flags
 
     def _unet_shapes(self) -> dict[str, tuple[int, ...]]:
         """The UNet's inputs, from the manifest where it lists them: a UNet need not be loaded for that."""

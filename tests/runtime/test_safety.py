@@ -13,8 +13,10 @@ from PIL import Image
 
 from diffusion_runtime.backends import TensorSpec
 from diffusion_runtime.models import Models
+from diffusion_runtime.noise import from_seeds
 from diffusion_runtime.pipeline import Pipeline
 from diffusion_runtime.safety import clip_input
+from diffusion_runtime.tasks import Request
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,14 @@ def test_flagged_pictures_are_wholly_black_and_reported(reference: Callable[[str
     assert np.asarray(result.images[1]).max() == 0
     assert np.array_equal(np.asarray(result.images[0]), np.asarray(plain.images[0]))
     assert plain.nsfw_content_detected is None and np.asarray(plain.images[1]).max() > 0
+
+
+@pytest.mark.parametrize("check_safety", [True, False])
+def test_previews_are_checked_as_pictures_are(reference: Callable[[str], Any], check_safety: bool) -> None:
+    pipeline = checked(reference("sd1").pipeline(), Checker((True,), 64), check_safety)
+    run = pipeline.prepare(Request(("a cat",), steps=2), from_seeds([1]))
+    shown = pipeline.preview(next(pipeline.denoise(run)))
+    assert (np.asarray(shown).max() == 0) == check_safety
 
 
 @pytest.mark.parametrize(("size", "is_shown"), [(64, True), (512, False)])
