@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_runtime import images, noise
+from diffusion_runtime import images, noise, records
 from diffusion_runtime.backends import resolve
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.records import Settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,43 +20,8 @@ if TYPE_CHECKING:
     from diffusion_runtime.denoising import Step
     from diffusion_runtime.pipeline import Pipeline, Run
 
-LOADING: Mapping[str, type | tuple[type, ...]] = {
-    "dtype": str,
-    "tokenizer": str,
-    "prediction_type": str,
-    "latent_scale": (float, int),
-}
-"""Ways to load models that change pictures: recorded where they were chosen, and the types of their values."""
 EMPTY: Mapping[str, Any] = {}
 PREVIEW_EVERY = 5  # steps; each preview costs a call of the decoder
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Everything that decides what a picture looks like; what a PNG records of itself and `--from` reads."""
-
-    prompt: str
-    negative_prompt: str = ""
-    seed: int = 0
-    rng: str = "torch"
-    scheduler: str | None = None
-    steps: int = 50
-    guidance_scale: float = 7.5
-    image: str | None = None
-    mask: str | None = None
-    depth_image: str | None = None
-    strength: float | None = None
-    noise_level: int | None = None
-    long_prompt: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Past:
-    """What a picture says of its making: the models' folder as it was named, and what is known of `LOADING`."""
-
-    settings: Settings
-    models: str | None
-    loading: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +72,7 @@ def order(
     picture's record, else defaults, say the rest. How a picture's models were loaded counts for them alone.
 
     Raises InputError for what is missing, contradictory or cannot be written."""
-    past = None if from_picture is None else recorded(from_picture, overridden=frozenset(options))
+    past = None if from_picture is None else records.read(from_picture, overridden=options.keys())
     settings = Settings(**{"prompt": "", "seed": noise.fresh_seed(), **options})
     settings = settings if past is None else replace(past.settings, **options)
     folder = str(models) if models is not None else past.models if past is not None else None
@@ -166,25 +131,6 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def recorded(path: Path, overridden: frozenset[str] = frozenset()) -> Past:
-    """How a picture was made. Raises InputError where it does not say, or where an input file is gone or changed
-    that is not ``overridden`` anyway."""
-    data = images.read_metadata(path)
-    known = {field.name: data[field.name] for field in fields(Settings) if field.name in data}
-    try:
-        settings = Settings(**known)
-    except TypeError:
-        raise InputError(f"picture {path}: its record lacks the prompt") from None
-    for name, kind in (("prompt", str), ("negative_prompt", str), ("seed", int), ("steps", int), ("rng", str)):
-        if not isinstance(getattr(settings, name), kind):
-            raise InputError(f"picture {path}: its record is damaged at {name}: {getattr(settings, name)!r}")
-    for name in sorted({"image", "mask", "depth_image"} - overridden):
-        _check_same(path, name, getattr(settings, name), data.get(f"{name}_sha256"))
-    models = data.get("models")
-    loading = {name: data[name] for name, kind in LOADING.items() if isinstance(data.get(name), kind)}
-    return Past(settings, models if isinstance(models, str) else None, loading)
-
-
 def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
     """Make and write pictures, yielding each as soon as it lies there. Input files are read once, before any model
     runs; nothing is written for a picture that fails."""
@@ -193,8 +139,8 @@ def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
     planned, preview = order.planned, order.preview
     first = planned[0].settings
     inputs = _inputs(first)
-    chosen_loading = {name: order.loading[name] for name in LOADING if order.loading.get(name) is not None}
-    record = {"models": order.models, **chosen_loading, **_record(pipeline), **_hashes(first)}
+    chosen_loading = {name: order.loading[name] for name in records.LOADING if order.loading.get(name) is not None}
+    record = {"models": order.models, **chosen_loading, **_record(pipeline), **records.hashes(first)}
     group = 1 if guidance.is_guided(first.guidance_scale) else pipeline.batch_size
     try:
         for start in range(0, len(planned), group):
@@ -275,22 +221,3 @@ def _record(pipeline: Pipeline) -> dict[str, Any]:
         "safety_checker": pipeline.check_safety and "safety_checker" in pipeline.models,
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in libraries}},
     }
-
-
-def _hashes(settings: Settings) -> dict[str, str]:
-    named = {name: getattr(settings, name) for name in ("image", "mask", "depth_image")}
-    return {f"{name}_sha256": _sha256(Path(path)) for name, path in named.items() if path is not None}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _check_same(picture: Path, name: str, path: Any, expected: Any) -> None:
-    if path is None:
-        return
-    option = f"--{name.replace('_', '-')}"
-    if not Path(str(path)).is_file():
-        raise InputError(f"picture {picture}: was made from {path}, which is not there: name it with {option}")
-    if expected is not None and _sha256(Path(str(path))) != expected:
-        raise InputError(f"picture {picture}: {path} has changed since: name the file that was used with {option}")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import toy_models
-from diffusion_runtime import diagnosis, generation, images
+from diffusion_runtime import diagnosis, images, records
 from diffusion_runtime.cli import app
 from diffusion_runtime.errors import DiffusionError, InputError
 
@@ -232,12 +233,23 @@ def test_a_record_holds_how_the_models_were_loaded(run: Run, toy_folder: Path) -
     assert other.exit_code == 0 and "dtype" not in images.read_metadata(Path("other.png"))
 
 
-@pytest.mark.parametrize("damage", [{"steps": "many"}, {"prompt": None}, {"seed": 1.5}])
+NO_VALUE = ["a"]  # of no field's type
+DAMAGES: list[dict[str, Any]] = [{field.name: NO_VALUE} for field in fields(records.Settings)]
+DAMAGES += [{name: NO_VALUE} for name in (*records.LOADING, "models", "image_sha256")]
+DAMAGES += [{"prompt": None}, {"seed": 1.5}, {"steps": True}, {"guidance_scale": "seven"}, {"long_prompt": "no"}]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=str)
 def test_a_damaged_record_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
-    record = {"prompt": "a cat", "steps": 3, "seed": 1, **damage}
+    record = {"prompt": "a cat", "steps": 3, "seed": 1, "guidance_scale": 7, **damage}
     images.write_png(Image.new("RGB", (8, 8)), tmp_path / "p.png", record)
-    with pytest.raises(InputError, match="record is damaged at"):
-        generation.recorded(tmp_path / "p.png")
+    with pytest.raises(InputError, match=f"record is damaged at {next(iter(damage))}: "):
+        records.read(tmp_path / "p.png")
+
+
+def test_whole_numbers_in_a_record_are_numbers(tmp_path: Path) -> None:
+    images.write_png(Image.new("RGB", (8, 8)), tmp_path / "p.png", {"prompt": "", "guidance_scale": 7})
+    assert records.read(tmp_path / "p.png").settings == records.Settings("", guidance_scale=7)
 
 
 @pytest.mark.parametrize("where", ["diffusion_runtime.guidance.predictor", "PIL.Image.Image.save"])
