@@ -110,6 +110,8 @@ def _copy_tokenizer(source: Manifest, packages: Path, target: Path) -> str | Non
 
 def variants(folder: Path) -> Mapping[str, Path]:
     """Attention -> folder of the variant, of what ``convert`` wrote. Raises InputError where there is none."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {'is a file; expected a folder' if folder.exists() else 'no such folder'}")
     found = {
         name: folder / name
         for name in ATTENTIONS

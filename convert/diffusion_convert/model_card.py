@@ -214,8 +214,8 @@ def _parity_note(variants: Mapping[str, Manifest]) -> str:
         return "These models were not compared with their source."
     subject = "These models" if len(measured) == len(components) else "The models that have a figure here"
     text = (
-        f"{subject} were run and compared with the source's own networks in float32 on the same inputs: PSNR of the "
-        "worst output of a single call, not of pictures."
+        f"{subject} were run and compared with the source's own networks in float32 on the same inputs: PSNR of "
+        "the worst output of a single call, not of pictures."
     )
     if any(component.palettization for component in measured):
         text += " Palettized ones are compared with their own 16-bit form, which was compared with the source."

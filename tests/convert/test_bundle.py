@@ -258,6 +258,8 @@ def test_a_manifest_that_names_files_outside_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_variants_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=re.escape(str(tmp_path)) + ": holds no variant"):
         variants(tmp_path)
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        variants(tmp_path / "nowhere")
 
 
 def test_vocabulary_comes_from_slow_and_fast_tokenizers_alike(tmp_path: Path) -> None:

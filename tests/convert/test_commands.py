@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -87,6 +88,13 @@ def test_bundle_compiles_zips_and_describes_an_existing_folder(
         "VAEDecoder.mlmodelc",
         "VAEEncoder.mlmodelc",
     }
+
+
+def test_bundle_of_no_folder_makes_none(app: typer.Typer, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "drawn.png")
+    with pytest.raises(InputError, match="nosuch: no such folder"):
+        run(app, "bundle", tmp_path / "nosuch", "--picture", tmp_path / "drawn.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["drawn.png"]
 
 
 FOREIGN = "Stable_Diffusion_version_maker_tiny"

@@ -65,9 +65,10 @@ def bundle(
 
     chosen = _compiler(compiler)
     adopt(folder, Assumed(prediction_type, latent_scale), name, lambda note: typer.echo(f"note: {note}", err=True))
+    found = variants(folder)
     if picture is not None:
         put_picture(picture, folder)
-    for variant in variants(folder).values():
+    for variant in found.values():
         if not is_current(variant / "packages", variant / "compiled"):
             typer.echo(f"compiling {variant / 'packages'}")
             compile_variant(variant / "packages", variant / "compiled", chosen, typer.echo)

@@ -84,7 +84,10 @@ def compile_package(
 
 
 def _check_place(target: Path, package: Path) -> None:
-    """Raise InputError where the compiled model would lie in its package, or replace what is no compiled model."""
+    """Raise InputError where the compiled model would lie in a file or its package, or replace what is none."""
+    above = next((place for place in (target.parent, *target.parent.parents) if place.exists()), target.parent)
+    if above.exists() and not above.is_dir():
+        raise InputError(f"{above}: is a file; expected a folder for the compiled model")
     where, source = target.resolve(), package.resolve()
     if where.is_relative_to(source) or source.is_relative_to(where):
         raise InputError(f"{target}: the compiled model and {package} would lie in each other; name another folder")

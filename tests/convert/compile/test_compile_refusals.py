@@ -143,7 +143,8 @@ def test_places_that_would_do_harm_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.mlmodelc").touch()
     before = sorted(tmp_path.rglob("*"))
     for folder, name, expected in (
-        (tmp_path / "file", None, "Not a directory"),
+        (tmp_path / "file", None, "file: is a file; expected a folder"),
+        (tmp_path / "file" / "inside", None, "file: is a file; expected a folder"),
         (package / "Data", None, "would lie in each other"),
         (tmp_path, "kept", "is no compiled model"),
         (tmp_path, None, "is a file"),
