@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 SERVER_ERRORS = range(500, 600)
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_UNREACHED = ("ConnectError", "ConnectTimeout")
+"""httpx's names, of whichever generation of it the client uses, for a server with which nothing began."""
 
 
 class Interrupted(InputError):
@@ -97,6 +99,12 @@ def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
         kind = Interrupted if status in SERVER_ERRORS else InputError
         raise kind(f"{repo_id}: {doing} failed: HTTP {status}: {_one_line(error)}") from error
     except (transport, OSError, RuntimeError) as error:  # RuntimeError: an upload that broke off
+        reason = next((cause for cause in _causes(error) if type(cause).__name__ in _UNREACHED), None)
+        if reason is not None:
+            raise Interrupted(
+                f"{repo_id}: {doing} failed: cannot reach the Hub ({_one_line(reason)}); check the connection, "
+                "--endpoint and HF_ENDPOINT"
+            ) from error
         raise Interrupted(
             f"{repo_id}: {doing} failed: {_one_line(error)}; try again, it goes on where it stopped"
         ) from error
@@ -107,6 +115,14 @@ def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
         ) from error
 
 
-def _one_line(error: Exception) -> str:
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """``error`` and what it was raised from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text[:200] or type(error).__name__

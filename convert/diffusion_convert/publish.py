@@ -102,8 +102,8 @@ def _notes(repo_id: str, names: Iterable[str]) -> tuple[str, ...]:
     stems = {found.group(1) for name in names if (found := _ZIP.fullmatch(name))}
     if not stems or repo_id.rpartition("/")[2] in stems:
         return ()
-    owner, slash, _ = repo_id.rpartition("/")
-    fitting = " or ".join(f"{owner}{slash}{stem}" for stem in sorted(stems))
+    owner = repo_id.rpartition("/")[0]
+    fitting = " or ".join(f"{owner}/{stem}" for stem in sorted(stems))
     return (f"Hugging Face's app finds the zips only in a repository that is named like them: {fitting}",)
 
 

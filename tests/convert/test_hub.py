@@ -243,6 +243,8 @@ def test_a_name_that_leads_outside_is_refused(published: Hub, tmp_path: Path, na
         ),
         ("maker/model", {"kind": "zips"}, "--kind 'zips'"),
         ("not a name", {}, "expected OWNER/NAME"),
+        ("model", {}, "expected OWNER/NAME"),
+        ("maker/modèle", {}, "expected OWNER/NAME"),
         ("../evil", {}, "expected OWNER/NAME"),
     ],
 )
@@ -256,8 +258,9 @@ def test_what_cannot_be_asked_for_is_named(
 def test_no_repository_and_no_server_are_one_line(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such repository, or it is private"):
         download(REPO, tmp_path, endpoint=hub.endpoint)
-    with pytest.raises(InputError, match="download failed") as caught:
+    with pytest.raises(InputError, match="download failed: cannot reach the Hub") as caught:
         download(REPO, tmp_path, endpoint="http://127.0.0.1:9")
+    assert "where it stopped" not in str(caught.value), "nothing began"
     assert "\n" not in str(caught.value)
 
 
