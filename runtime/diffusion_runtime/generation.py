@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_runtime import images, noise, records
 from diffusion_runtime.backends import resolve
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.records import Settings
+from diffusion_runtime.records import Past, Settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -69,15 +69,14 @@ def order(
     preview: bool = False,
 ) -> Order:
     """``options`` are the fields of `Settings` and ``loading`` the arguments of `load_pipeline` that were given; a
-    picture's record, else defaults, say the rest. How a picture's models were loaded counts for them alone.
+    picture's record, else defaults, say the rest. How a picture's models were loaded counts for models of their
+    name alone.
 
     Raises InputError for what is missing, contradictory or cannot be written."""
     past = None if from_picture is None else records.read(from_picture, overridden=options.keys())
     settings = Settings(**{"prompt": "", "seed": noise.fresh_seed(), **options})
     settings = settings if past is None else replace(past.settings, **options)
-    folder = str(models) if models is not None else past.models if past is not None else None
-    if folder is None:
-        raise InputError("no models named: `coreml-diffusion generate MODELS --prompt … -o FILE.png`")
+    folder, kept = _models(models, past, loading)
     if prompts_file is not None and "prompt" in options:
         raise InputError("--prompt and --prompts-file are both given: give one")
     if prompts_file is None and "prompt" not in options and from_picture is None:
@@ -90,7 +89,6 @@ def order(
     planned = plan(settings, prompts, count, output)
     for item in planned:
         images.check_writable(item.path)
-    kept = _still_usable(past.loading, loading) if past is not None and models is None else EMPTY
     shown = output.with_name(f"{output.stem}-preview.png") if preview else None
     return Order(folder, planned, {**kept, **loading, "scheduler": settings.scheduler}, shown)
 
@@ -111,6 +109,25 @@ def plan(settings: Settings, prompts: tuple[str, ...], count: int, output: Path)
         Planned(one, output.with_name(f"{output.stem}-{number}{output.suffix}"))
         for number, one in enumerate(wanted, 1)
     )
+
+
+def _models(models: Path | None, past: Past | None, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The folder of models, and what a picture's record says of loading them."""
+    if past is None or past.models is None:
+        if models is None:
+            raise InputError("no models named: `coreml-diffusion generate MODELS --prompt … -o FILE.png`")
+        return str(models), EMPTY
+    if models is None:
+        remedy = f"name the models, `coreml-diffusion generate MODELS --from {past.picture}`"
+        folder = records.find(past.picture, past.models, remedy)
+    elif models.absolute().name != Path(past.models).name:
+        return str(models), EMPTY
+    else:
+        folder = str(models)
+    kept = {name: value for name, value in _still_usable(past.loading, given).items() if name not in given}
+    if "tokenizer" in kept:
+        kept["tokenizer"] = records.find(past.picture, kept["tokenizer"], "name it with --tokenizer")
+    return folder, kept
 
 
 def _still_usable(recorded_loading: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,8 +156,7 @@ def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
     planned, preview = order.planned, order.preview
     first = planned[0].settings
     inputs = _inputs(first)
-    chosen_loading = {name: order.loading[name] for name in records.LOADING if order.loading.get(name) is not None}
-    record = {"models": order.models, **chosen_loading, **_record(pipeline), **records.hashes(first)}
+    record = {**_named(order), **_record(pipeline), **records.hashes(first)}
     group = 1 if guidance.is_guided(first.guidance_scale) else pipeline.batch_size
     try:
         for start in range(0, len(planned), group):
@@ -188,7 +204,8 @@ def _written(
     used = schedulers.name_of(run.job.scheduler)
     for item, image, flagged in zip(planned, result.images, flags, strict=True):
         settings = replace(item.settings, scheduler=used, **_filled_in(run))
-        images.write_png(image, item.path, {**asdict(settings), "task": run.task.name, **record})
+        inputs = records.named_inputs(settings, item.path)
+        images.write_png(image, item.path, {**asdict(settings), **inputs, "task": run.task.name, **record})
         yield Made(item.path, settings, flagged, result.notes)
 
 
@@ -207,6 +224,13 @@ def _inputs(settings: Settings) -> dict[str, Image.Image]:
         for name, path in named.items()
         if path is not None
     }
+
+
+def _named(order: Order) -> dict[str, Any]:
+    """What the pictures, which lie in one folder, say of the models' own and of how they were loaded."""
+    chosen = {name: order.loading[name] for name in records.LOADING if order.loading.get(name) is not None}
+    paths = {"models": order.models, **({"tokenizer": chosen["tokenizer"]} if "tokenizer" in chosen else {})}
+    return chosen | {name: records.named(path, order.planned[0].path) for name, path in paths.items()}
 
 
 def _record(pipeline: Pipeline) -> dict[str, Any]:

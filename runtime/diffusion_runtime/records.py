@@ -1,10 +1,15 @@
-"""What a picture says of its making, and whether it can be believed."""
+"""What a picture says of its making, and whether it can be believed.
+
+A record names files and folders from the picture's folder or the current one where they lie below it, else by their
+last name alone: a whole path would tell whoever gets the picture how its maker's computer is laid out.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -43,8 +48,10 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """What a picture says of its making: the models' folder as it was named, and what is known of `LOADING`."""
+    """What a picture says of its making: the models' folder as it was named, and what is known of `LOADING`. The
+    settings' files are where they were found."""
 
+    picture: Path
     settings: Settings
     models: str | None
     loading: Mapping[str, Any]
@@ -65,9 +72,36 @@ def read(path: Path, overridden: Set[str] = frozenset()) -> Past:
     _check_types(path, loading, LOADING)
     _check_types(path, {"models": models, **hashes}, dict.fromkeys(("models", *hashes), str | None))
     settings = Settings(**known)
-    for name in sorted(set(FILES) - overridden):
-        _check_same(path, name, getattr(settings, name), hashes[f"{name}_sha256"])
-    return Past(settings, models, loading)
+    wanted = [name for name in FILES if name not in overridden and getattr(settings, name) is not None]
+    inputs: dict[str, Any] = {
+        name: _input(path, name, getattr(settings, name), hashes[f"{name}_sha256"]) for name in wanted
+    }
+    return Past(path, replace(settings, **inputs), models, loading)
+
+
+def named(path: str, picture: Path) -> str:
+    """How the record of ``picture`` names a file or folder."""
+    target, *folders = (Path(os.path.abspath(one)) for one in (path, picture.parent, "."))  # noqa: PTH100 keeps links
+    below = [folder for folder in folders if target.is_relative_to(folder)]
+    return target.relative_to(below[0]).as_posix() if below else target.name
+
+
+def named_inputs(settings: Settings, picture: Path) -> dict[str, str]:
+    """The settings that name files, as the record of ``picture`` names them."""
+    given = {name: getattr(settings, name) for name in FILES}
+    return {name: named(path, picture) for name, path in given.items() if path is not None}
+
+
+def find(picture: Path, name: str, remedy: str) -> str:
+    """Where that lies what a picture's record calls ``name``: beside the picture, or in the current folder. Raises
+    InputError that ends in ``remedy`` where it is not there."""
+    for place in _places(picture, name):
+        if place.exists():
+            return str(place)
+    raise InputError(
+        f"picture {picture}: its record names {name}, which is neither beside the picture nor in the current "
+        f"folder: {remedy}"
+    )
 
 
 def hashes(settings: Settings) -> dict[str, str]:
@@ -94,11 +128,18 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _check_same(picture: Path, name: str, path: str | None, expected: str | None) -> None:
-    if path is None:
-        return
-    option = f"--{name.replace('_', '-')}"
-    if not Path(path).is_file():
-        raise InputError(f"picture {picture}: was made from {path}, which is not there: name it with {option}")
-    if expected is not None and _sha256(Path(path)) != expected:
-        raise InputError(f"picture {picture}: {path} has changed since: name the file that was used with {option}")
+def _places(picture: Path, name: str) -> tuple[Path, ...]:
+    return picture.parent / name, Path(name)
+
+
+def _input(picture: Path, setting: str, name: str, expected: str | None) -> str:
+    """The file that went into a picture. Raises InputError where it is gone or has changed."""
+    option = f"--{setting.replace('_', '-')}"
+    found = find(picture, name, f"name it with {option}")
+    for place in _places(picture, name):
+        if place.is_file() and expected in (None, _sha256(place)):
+            return str(place)
+    raise InputError(
+        f"picture {picture}: its record names {name}, but {found} has changed since: name the file that was used "
+        f"with {option}"
+    )

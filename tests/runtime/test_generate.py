@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import toy_models
-from diffusion_runtime import diagnosis, images, records
+from diffusion_runtime import diagnosis, generation, images, records
 from diffusion_runtime.cli import app
 from diffusion_runtime.errors import DiffusionError, InputError
 
@@ -65,7 +65,8 @@ def test_a_picture_can_be_repeated_from_itself(run: Run, toy_folder: Path, rng: 
     picture_file(Path("start.png"))
     asked = ["--prompt", "a (red:1.2) cat", "--negative-prompt", "dog", "--guidance-scale", "3", "--rng", rng]
     asked += ["--image", "start.png", "--strength", "0.7", "--scheduler", "euler-ancestral", "--steps", "5"]
-    run("generate", toy_folder, *asked, "-o", "one.png")
+    shutil.copytree(toy_folder, "models")
+    run("generate", "models", *asked, "-o", "one.png")
     assert run("generate", "--from", "one.png").exit_code == 0
     assert np.array_equal(pixels("one.png"), pixels("one-again.png"))
     assert images.read_metadata(Path("one.png")) == images.read_metadata(Path("one-again.png"))
@@ -73,7 +74,7 @@ def test_a_picture_can_be_repeated_from_itself(run: Run, toy_folder: Path, rng: 
 
 def test_other_options_override_the_record(run: Run, toy_folder: Path) -> None:
     run("generate", toy_folder, "--prompt", "a cat", "-o", "one.png", "--seed", "4", *FAST)
-    run("generate", "--from", "one.png", "--prompt", "a horse", "-o", "two.png")
+    run("generate", toy_folder, "--from", "one.png", "--prompt", "a horse", "-o", "two.png")
     one, two = (images.read_metadata(Path(name)) for name in ("one.png", "two.png"))
     assert {**one, "prompt": "a horse"} == two
     assert not np.array_equal(pixels("one.png"), pixels("two.png"))
@@ -218,7 +219,53 @@ def test_a_record_whose_input_changed_is_not_repeated(run: Run, toy_folder: Path
     changed = run("generate", "--from", "out/p.png").exception
     assert isinstance(changed, InputError) and "start.png has changed since: name the file" in str(changed)
     Path("start.png").unlink()
-    assert "start.png, which is not there" in str(run("generate", "--from", "out/p.png").exception)
+    gone = str(run("generate", "--from", "out/p.png").exception)
+    assert gone.startswith("picture out/p.png: its record names start.png, which is neither beside the picture nor")
+    assert gone.endswith("name it with --image")
+
+
+def test_a_record_tells_nothing_of_where_its_maker_keeps_things(
+    run: Run, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = picture_file(tmp_path / "start.png")
+    shutil.copytree(toy_folder, tmp_path / "home" / "ann" / "models")
+    (tmp_path / "work" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    picture_file(Path("mine/mask.png"), mode="L")
+    inputs = ("--image", start, "--mask", "mine/mask.png", "--tokenizer", toy_folder)
+    made = run("generate", tmp_path / "home" / "ann" / "models", *WANTED, *inputs, *FAST)
+    assert made.exit_code == 0, made.output
+    record = images.read_metadata(Path("out/p.png"))
+    assert (record["models"], record["tokenizer"]) == ("models", toy_folder.name)
+    assert (record["image"], record["mask"]) == ("start.png", "mine/mask.png")
+    assert str(tmp_path) not in str(record) and "ann" not in str(record)
+
+
+def test_what_a_record_names_is_looked_for_beside_the_picture_too(
+    run: Run, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(toy_folder, "there/models")
+    picture_file(Path("there/start.png"))
+    run("generate", "there/models", "--prompt", "", "-o", "there/p.png", "--image", "there/start.png", *FAST)
+    (tmp_path / "else").mkdir()
+    picture_file(tmp_path / "else" / "start.png", 32)
+    monkeypatch.chdir(tmp_path / "else")
+    again = run("generate", "--from", "../there/p.png", "-o", "p.png")
+    assert again.exit_code == 0 and np.array_equal(pixels("../there/p.png"), pixels("p.png"))
+    shutil.rmtree("../there/models")
+    gone = str(run("generate", "--from", "../there/p.png").exception)
+    assert "its record names models, which is neither beside the picture nor in the current folder" in gone
+    assert gone.endswith("name the models, `coreml-diffusion generate MODELS --from ../there/p.png`")
+
+
+def test_records_of_whole_paths_are_understood(tmp_path: Path) -> None:
+    start = str(picture_file(tmp_path / "start.png"))
+    record = {"prompt": "", "models": str(tmp_path), "image": start, "tokenizer": str(tmp_path)}
+    (tmp_path / "moved").mkdir()
+    images.write_png(Image.new("RGB", (8, 8)), tmp_path / "moved" / "p.png", record)
+    order = generation.order(None, {}, from_picture=tmp_path / "moved" / "p.png")
+    assert (order.models, order.planned[0].settings.image) == (str(tmp_path), start)
+    assert order.loading["tokenizer"] == str(tmp_path)
 
 
 def test_a_record_holds_how_the_models_were_loaded(run: Run, toy_folder: Path) -> None:
