@@ -130,6 +130,10 @@ def test_bundle_takes_over_what_other_tools_made(
     with zipfile.ZipFile(path) as archive:
         assert {f"{path.stem}/{name}" for name in ("vocab.json", "merges.txt")} < set(archive.namelist())
     assert "by another tool" in (out / "README.md").read_text()
+    dry_run = ("publish", out, "--repo-id", "maker/tiny", "--dry-run")
+    with pytest.raises(InputError, match="not verified: split_einsum/"):
+        run(app, *dry_run)
+    assert "split_einsum/compiled/manifest.json" in run(app, *dry_run, "--unverified")
 
 
 def test_publish_says_in_a_dry_run_what_it_would_do(app: typer.Typer, bundle: Path) -> None:
