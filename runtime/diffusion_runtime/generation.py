@@ -89,7 +89,7 @@ def order(
     planned = plan(settings, prompts, count, output)
     for item in planned:
         images.check_writable(item.path)
-    shown = output.with_name(f"{output.stem}-preview.png") if preview else None
+    shown = _preview(output) if preview else None
     return Order(folder, planned, {**kept, **loading, "scheduler": settings.scheduler}, shown)
 
 
@@ -109,6 +109,17 @@ def plan(settings: Settings, prompts: tuple[str, ...], count: int, output: Path)
         Planned(one, output.with_name(f"{output.stem}-{number}{output.suffix}"))
         for number, one in enumerate(wanted, 1)
     )
+
+
+def _preview(output: Path) -> Path:
+    """Where previews go; no file of the user's, as it is deleted in the end."""
+    path = output.with_name(f"{output.stem}-preview.png")
+    images.check_writable(path)
+    if path.exists() or path.is_symlink():
+        raise InputError(
+            f"{path}: is there already, and --preview would overwrite it: move it, or leave --preview out"
+        )
+    return path
 
 
 def _models(models: Path | None, past: Past | None, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

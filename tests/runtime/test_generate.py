@@ -120,6 +120,13 @@ def test_previews_are_there_while_it_works_and_gone_after(
     assert [path.name for path in Path().iterdir()] == ["p.png"]
 
 
+def test_a_picture_that_is_called_as_a_preview_is_kept(run: Run, toy_folder: Path) -> None:
+    before = picture_file(Path("p-preview.png")).read_bytes()
+    result = run("generate", toy_folder, "--prompt", "a cat", "-o", "p.png", "--preview", *FAST)
+    assert "p-preview.png: is there already, and --preview would overwrite it" in str(result.exception)
+    assert Path("p-preview.png").read_bytes() == before and not Path("p.png").exists()
+
+
 def test_inputs_of_another_size_are_noted(run: Run, toy_folder: Path) -> None:
     picture_file(Path("large.png"), 100)
     picture_file(Path("mask.png"), 32, "L")
@@ -173,6 +180,7 @@ WANTED = ("--prompt", "a cat", "-o", "out/p.png")
         ((*WANTED, "--strength", "0.5"), "given a strength, but these models do text to image"),
         ((*WANTED, "--noise-level", "5"), "given a noise level, but these models do text to image"),
         (("--prompt", "a cat", "-o", f"{'p' * 252}.png"), "expected a file name of at most 255 bytes"),
+        (("--prompt", "", "-o", f"{'p' * 248}.png", "--preview"), "expected a file name of at most 255 bytes"),
         ((*WANTED, "--steps", "0"), "0 steps: expected a whole number, at least 1"),
         ((*WANTED, "--guidance-scale", "nan"), "guidance scale nan"),
         ((*WANTED, "--count", "0"), "--count 0: expected at least 1"),
