@@ -23,6 +23,8 @@ from diffusion_runtime.errors import CheckpointError, InputError
 
 SOURCE_SUFFIXES = (".json", ".safetensors", ".bin")
 TOOLS = ("coreml-diffusion", "coremltools", "torch", "diffusers", "transformers")
+CHOICES = ("attention", "components", "compiled", "zip")
+"""Options that say which units there are and what is put together of them, but not what is in a unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,8 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``fingerprint`` is the same for the same source, options and versions. ``compiled``: whether compiled models
-    are made; ``notes`` are sentences for the user."""
+    """``fingerprint`` is the same for the same source and versions and the options that units follow from.
+    ``compiled``: whether compiled models are made; ``notes`` are sentences for the user."""
 
     checkpoint: Checkpoint
     options: ConvertOptions
@@ -55,6 +57,12 @@ class Plan:
     def variant(self, attention: AttentionKind) -> tuple[Unit, ...]:
         """The units that a variant consists of."""
         return tuple(unit for unit in self.units if unit.shared or unit.attention is attention)
+
+    @property
+    def result(self) -> str:
+        """The same for the same result put together of units of the same fingerprint."""
+        told = [sorted(unit.name for unit in self.units), [kind.value for kind in self.options.attention]]
+        return _digest([self.fingerprint, told, self.compiled, self.options.zip])
 
 
 def make_plan(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[Path] = ()) -> Plan:
@@ -78,11 +86,11 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[
         for component in chosen
         for attention in (options.attention if component.uses_attention else (AttentionKind.ORIGINAL,))
     )
-    fingerprint = _fingerprint(checkpoint, options, places)
+    stamp = fingerprint(checkpoint, options, places)
     compiled = options.compiled and SPECIFICATIONS[options.target] in COMPILED_SPECIFICATIONS
     notes = (*checkpoint.notes, *((_not_compiled(options.target),) if options.compiled and not compiled else ()))
     size = _size(weights, units, options, compiled)
-    return Plan(checkpoint, options, shape, units, fingerprint, size, compiled, notes)
+    return Plan(checkpoint, options, shape, units, stamp, size, compiled, notes)
 
 
 def tool_versions() -> dict[str, str]:
@@ -136,9 +144,10 @@ def _size(weights: Mapping[str, int], units: Sequence[Unit], options: ConvertOpt
     return packages * (1 + int(compiled) + int(compiled and options.zip))
 
 
-def _fingerprint(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[Path]) -> str:
+def fingerprint(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[Path] = ()) -> str:
+    """See `Plan`; known without looking at weights."""
     told = {
-        "options": asdict(options),
+        "options": {name: value for name, value in asdict(options).items() if name not in CHOICES},
         "source": checkpoint.source.model_dump(),
         "family": checkpoint.family,
         "configs": {name: dict(model.config) for name, model in checkpoint.models.items()},
@@ -146,6 +155,10 @@ def _fingerprint(checkpoint: Checkpoint, options: ConvertOptions, places: Sequen
         "files": [stamp for place in places for stamp in _stamps(place)],
         "tools": tool_versions(),
     }
+    return _digest(told)
+
+
+def _digest(told: Any) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=_plain).encode()).hexdigest()
 
 

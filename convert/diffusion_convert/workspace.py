@@ -4,7 +4,7 @@ OUTPUT/.coreml-diffusion/lock            held while a conversion runs
 OUTPUT/.coreml-diffusion/{fingerprint}/  units/{name}/…      finished components
                                          references/*.npz    what the checkpoint's own networks computed
                                          staged/…            the result, being put together
-                                         ready/…             the result, whole; only renames are left to do
+                                         ready-{result}/…    the result, whole; only renames are left to do
 
 A conversion that was stopped, in whatever way, leaves whole units, and goes on with them. From the moment when
 ``ready`` is there, the result is complete: whoever comes next finishes the renames.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from pathlib import Path
 from diffusion_runtime.errors import DiffusionError, InputError
 
 FOLDER = ".coreml-diffusion"
+_READY = "ready-"
 _RESERVE_BYTES = 64 << 20
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -31,6 +32,7 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EN
 class Workspace:
     output: Path
     root: Path
+    result: str
 
     @property
     def units(self) -> Path:
@@ -46,12 +48,13 @@ class Workspace:
 
     @property
     def ready(self) -> Path:
-        return self.root / "ready"
+        return self.root / f"{_READY}{self.result[:16]}"
 
 
 @contextmanager
-def workspace(output: Path, fingerprint: str) -> Iterator[Workspace]:
-    """The work folder of a conversion with that fingerprint; leftovers of others are removed.
+def workspace(output: Path, fingerprint: str, result: str) -> Iterator[Workspace]:
+    """The work folder of a conversion with that fingerprint (of its units) and result; leftovers of others are
+    removed.
 
     Where an error or Ctrl-C ends the block, finished units stay; if there is none, no trace is left. Full disks and
     what must not be written to become InputErrors.
@@ -60,10 +63,11 @@ def workspace(output: Path, fingerprint: str) -> Iterator[Workspace]:
     with _disk_errors(output):
         made = _make(output)
         hidden = output / FOLDER
-        place = Workspace(output, hidden / fingerprint[:16])
+        place = Workspace(output, hidden / fingerprint[:16], result)
         with _locked(hidden):
             try:
-                _remove_others(hidden, place.root)
+                _remove_others(hidden.iterdir(), place.root)
+                _remove_others(ready_folders(output, fingerprint), place.ready)
                 for folder in (place.units, place.references):
                     folder.mkdir(parents=True, exist_ok=True)
                 yield place
@@ -78,6 +82,11 @@ def workspace(output: Path, fingerprint: str) -> Iterator[Workspace]:
 def kept(output: Path) -> tuple[str, ...]:
     """The finished units that a stopped conversion has left in ``output``, by name."""
     return tuple(sorted(path.parent.name for path in (output / FOLDER).glob("*/units/[!.]*/record.json")))
+
+
+def ready_folders(output: Path, fingerprint: str) -> tuple[Path, ...]:
+    """Results that a stopped conversion with that fingerprint had begun to rename into place."""
+    return tuple((output / FOLDER / fingerprint[:16]).glob(f"{_READY}*"))
 
 
 def check_space(output: Path, needed_bytes: int) -> None:
@@ -147,9 +156,9 @@ def _remove_empty(folders: tuple[Path, ...]) -> None:
             return
 
 
-def _remove_others(hidden: Path, root: Path) -> None:
-    for path in hidden.iterdir():
-        if path.is_dir() and path != root:
+def _remove_others(folders: Iterable[Path], kept: Path) -> None:
+    for path in folders:
+        if path.is_dir() and path != kept:
             shutil.rmtree(path)
 
 

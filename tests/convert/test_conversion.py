@@ -146,15 +146,80 @@ def test_another_conversion_takes_the_place_of_an_older_one(
     other = ConvertOptions(
         attention=(AttentionKind.SPLIT_EINSUM,), components=("text_encoder",), compiled=False, target="iOS17"
     )
-    convert(tiny_checkpoint("sd1"), output, other)
+    notes = convert(tiny_checkpoint("sd1"), output, other).notes
+    assert any(note.startswith(f"replaces what is in {output}") for note in notes)
+    assert any(note.endswith(f": original ({', '.join(PARTS)})") for note in notes), "what goes is named"
     assert {path.name for path in output.iterdir()} == {"split_einsum", "notes.txt"}
     assert manifest.read(output / "split_einsum" / "packages").target == "iOS17"
 
 
-def test_a_damaged_result_is_made_again(undisturbed: Path, tiny_checkpoint: Source, tmp_path: Path) -> None:
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+def _cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_remove, _cut_short, _flip])
+def test_what_is_damaged_is_made_again_and_no_more(
+    damage: Callable[[Path], None], undisturbed: Path, tiny_checkpoint: Source, tmp_path: Path
+) -> None:
     output = shutil.copytree(undisturbed, tmp_path / "models")
-    next(output.rglob("weight.bin")).unlink()
-    assert not convert(tiny_checkpoint("sd1"), output, OPTIONS).unchanged
+    damage(
+        next((output / "original/packages/Stable_Diffusion_version_sd1_vae_encoder.mlpackage").rglob("weight.bin"))
+    )
+    events = StopAt("", "never")
+    assert not convert(tiny_checkpoint("sd1"), output, OPTIONS, events).unchanged
+    assert {unit for unit, _ in events.seen} == {"", "vae_encoder"}
+    assert contents(output) == contents(undisturbed)
+
+
+def test_components_and_variants_are_added_to_those_of_the_same_options(
+    undisturbed: Path, tiny_checkpoint: Source, tmp_path: Path
+) -> None:
+    """One by one, they become what one conversion would have made of all, and nothing is made twice."""
+    output, events = tmp_path / "models", StopAt("", "never")
+    for part in PARTS:
+        made = convert(tiny_checkpoint("sd1"), output, replace(OPTIONS, components=(part,)), events)
+    assert made.variants["original"].components.keys() == set(PARTS)
+    assert contents(output) == contents(undisturbed)
+    again = StopAt("", "never")
+    assert convert(tiny_checkpoint("sd1"), output, replace(OPTIONS, components=PARTS[:1]), again).unchanged
+    both = replace(OPTIONS, attention=(AttentionKind.SPLIT_EINSUM,), compiled=True)
+    assert convert(tiny_checkpoint("sd1"), output, both, again).variants.keys() == {"original", "split_einsum"}
+    for zipped in (False, True):
+        assert not convert(tiny_checkpoint("sd1"), output, replace(both, zip=zipped), again).unchanged
+    assert not any(unit for unit, _ in again.seen), "these components use no attention: there is nothing to convert"
+    assert len(list(output.glob("*.zip"))) == 2
+    next(output.glob("*.zip")).write_bytes(b"PK")
+    assert not convert(tiny_checkpoint("sd1"), output, both).unchanged
+
+
+def test_stopped_between_two_renames_nothing_kept_is_lost(
+    undisturbed: Path, tiny_checkpoint: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The older variant is out of its place and the newer one not yet in it: what was kept comes back."""
+    output = tmp_path / "models"
+    convert(tiny_checkpoint("sd1"), output, replace(OPTIONS, components=PARTS[:1]))
+    rename = Path.rename
+
+    def stop(self: Path, target: Path) -> Path:
+        if Path(target) == output / "original":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", stop)
+        convert(tiny_checkpoint("sd1"), output, replace(OPTIONS, components=PARTS[1:]))
+    assert not (output / "original").exists()
+    convert(tiny_checkpoint("sd1"), output, replace(OPTIONS, components=PARTS[1:]))
     assert contents(output) == contents(undisturbed)
 
 
