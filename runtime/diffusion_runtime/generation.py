@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from diffusion_runtime.denoising import Step
     from diffusion_runtime.pipeline import Pipeline, Run
+    from diffusion_runtime.tasks import Request
 
 EMPTY: Mapping[str, Any] = {}
 PREVIEW_EVERY = 5  # steps; each preview costs a call of the decoder
@@ -49,11 +50,12 @@ OnStep = Callable[[int, "Step", "Run"], None]
 @dataclass(frozen=True, slots=True)
 class Order:
     """What a command line asks for: pictures of the models in a folder, how to load them (`load_pipeline`'s
-    arguments by name), and where previews go."""
+    arguments by name), the pictures to start from ("image", "mask", "depth_image"), and where previews go."""
 
     models: str
     planned: tuple[Planned, ...]
     loading: Mapping[str, Any]
+    inputs: Mapping[str, Image.Image]
     preview: Path | None = None
 
 
@@ -72,7 +74,8 @@ def order(
     picture's record, else defaults, say the rest. How a picture's models were loaded counts for models of their
     name alone.
 
-    Raises InputError for what is missing, contradictory or cannot be written."""
+    Raises InputError for what is missing, contradictory or cannot be written, and for what no models could do: it
+    is said before any are loaded."""
     past = None if from_picture is None else records.read(from_picture, overridden=options.keys())
     settings = Settings(**{"prompt": "", "seed": noise.fresh_seed(), **options})
     settings = settings if past is None else replace(past.settings, **options)
@@ -90,7 +93,9 @@ def order(
     for item in planned:
         images.check_writable(item.path)
     shown = _preview(output) if preview else None
-    return Order(folder, planned, {**kept, **loading, "scheduler": settings.scheduler}, shown)
+    inputs = _inputs(settings)
+    _check(planned, inputs)
+    return Order(folder, planned, {**kept, **loading, "scheduler": settings.scheduler}, inputs, shown)
 
 
 def plan(settings: Settings, prompts: tuple[str, ...], count: int, output: Path) -> tuple[Planned, ...]:
@@ -109,6 +114,17 @@ def plan(settings: Settings, prompts: tuple[str, ...], count: int, output: Path)
         Planned(one, output.with_name(f"{output.stem}-{number}{output.suffix}"))
         for number, one in enumerate(wanted, 1)
     )
+
+
+def _check(planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) -> None:
+    """Raise InputError for settings that no models could use."""
+    from diffusion_runtime import schedulers
+
+    one = planned[0].settings
+    _request(planned, inputs)
+    noise.from_seeds([one.seed], one.rng)
+    if one.scheduler is not None:
+        schedulers.canonical(one.scheduler)
 
 
 def _preview(output: Path) -> Path:
@@ -160,19 +176,18 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
-    """Make and write pictures, yielding each as soon as it lies there. Input files are read once, before any model
-    runs; nothing is written for a picture that fails."""
+    """Make and write pictures, yielding each as soon as it lies there; nothing is written for a picture that
+    fails."""
     from diffusion_runtime import guidance
 
     planned, preview = order.planned, order.preview
     first = planned[0].settings
-    inputs = _inputs(first)
     record = {**_named(order), **_record(pipeline), **records.hashes(first)}
     group = 1 if guidance.is_guided(first.guidance_scale) else pipeline.batch_size
     try:
         for start in range(0, len(planned), group):
             chosen = planned[start : start + group]
-            run = prepare(pipeline, chosen, inputs)
+            run = prepare(pipeline, chosen, order.inputs)
             latents = run.start.latents
             for step in pipeline.denoise(run):
                 latents = step.latents
@@ -187,10 +202,15 @@ def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
 
 def prepare(pipeline: Pipeline, planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) -> Run:
     """A run of several pictures that differ in prompt and seed alone."""
+    drawn = noise.from_seeds([item.settings.seed for item in planned], planned[0].settings.rng)
+    return pipeline.prepare(_request(planned, inputs), drawn)
+
+
+def _request(planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) -> Request:
     from diffusion_runtime.tasks import Request
 
     one = planned[0].settings
-    request = Request(
+    return Request(
         prompts=tuple(item.settings.prompt for item in planned),
         negative_prompts=tuple(item.settings.negative_prompt for item in planned),
         steps=one.steps,
@@ -202,7 +222,6 @@ def prepare(pipeline: Pipeline, planned: tuple[Planned, ...], inputs: Mapping[st
         noise_level=one.noise_level,
         long_prompt=one.long_prompt,
     )
-    return pipeline.prepare(request, noise.from_seeds([item.settings.seed for item in planned], one.rng))
 
 
 def _written(

@@ -215,6 +215,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert sorted(Path().rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--steps", "0"),
+        ("--guidance-scale", "nan"),
+        ("--strength", "2"),
+        ("--seed", "-1"),
+        ("--rng", "dice"),
+        ("--scheduler", "plms9"),
+        ("--image", "none.png"),
+    ],
+)
+def test_what_no_models_could_do_is_said_before_any_are_loaded(run: Run, option: str, value: str) -> None:
+    said = str(run("generate", "nowhere", *WANTED, option, value).exception)
+    assert value in said and "no such folder" not in said
+
+
 def test_no_models_named(run: Run) -> None:
     assert "no models named" in str(run("generate", *WANTED).exception)
     assert "nowhere: no such folder" in str(run("generate", "nowhere", *WANTED).exception)
@@ -272,6 +289,7 @@ def test_records_of_whole_paths_are_understood(tmp_path: Path) -> None:
     (tmp_path / "moved").mkdir()
     images.write_png(Image.new("RGB", (8, 8)), tmp_path / "moved" / "p.png", record)
     order = generation.order(None, {}, from_picture=tmp_path / "moved" / "p.png")
+    assert order.inputs["image"].size == (64, 64)
     assert (order.models, order.planned[0].settings.image) == (str(tmp_path), start)
     assert order.loading["tokenizer"] == str(tmp_path)
 
