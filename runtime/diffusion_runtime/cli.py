@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130  # what shells call a program that was stopped by Ctrl-C
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 GENERATE_HELP = """
 Make pictures with converted models.
 
@@ -230,15 +232,21 @@ def _report(console: Console, made: Made) -> None:
 
 
 def _reporter(progress: Progress, pictures: int) -> OnStep:
+    """Shows each step; where no terminal can, as in a log, a line now and then."""
     task = progress.add_task("denoising", total=None)
+    console, said = progress.console, time.monotonic()
 
     def on_step(first: int, step: Step, run: Run) -> None:
         last = first + run.job.request.pictures
+        nonlocal said
         which = f"{first + 1}" if last == first + 1 else f"{first + 1}-{last}"
         label = "denoising" if pictures == 1 else f"picture {which} of {pictures}"
         if step.index == 0:
             progress.reset(task, total=step.total, description=label)
         progress.update(task, completed=step.index + 1, description=label)
+        if not console.is_terminal and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            console.print(f"{label}: step {step.index + 1} of {step.total}", highlight=False, soft_wrap=True)
 
     return on_step
 

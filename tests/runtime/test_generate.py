@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import toy_models
-from diffusion_runtime import diagnosis, generation, images, records
+from diffusion_runtime import cli, diagnosis, generation, images, records
 from diffusion_runtime.cli import app
 from diffusion_runtime.errors import DiffusionError, InputError
 
@@ -58,6 +58,16 @@ def test_a_picture_and_its_seed(run: Run, toy_folder: Path) -> None:
 def test_times_of_loading_first_and_later_calls_are_reported(run: Run, toy_folder: Path) -> None:
     result = run("generate", toy_folder, "--prompt", "a cat", "-o", "cat.png", *FAST)
     assert "unet" in result.output and "loaded in" in result.output and "first call" in result.output
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(0.0, 3), (1000.0, 0)])
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    run: Run, toy_folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, lines: int
+) -> None:
+    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", seconds)
+    result = run("generate", toy_folder, *WANTED, "--scheduler", "ddim", *FAST)
+    said = [line for line in result.stderr.splitlines() if line.startswith("denoising: step")]
+    assert said == [f"denoising: step {number} of 3" for number in range(1, lines + 1)]
 
 
 @pytest.mark.parametrize("rng", ["torch", "numpy", "nvidia"])
