@@ -14,7 +14,7 @@ from pathlib import Path
 
 from diffusion_convert.making import RECORD, Record, read_record
 from diffusion_convert.options import AttentionKind, ConvertOptions
-from diffusion_convert.plan import Plan, Unit
+from diffusion_convert.plan import Plan, Unit, zip_attentions
 from diffusion_convert.workspace import Workspace, link_tree, ready_folders
 from diffusion_runtime import manifest
 from diffusion_runtime.bundle import ATTENTIONS
@@ -104,12 +104,10 @@ def _checked(plan: Plan, attention: AttentionKind, folder: Path) -> Manifest:
     return made
 
 
-def _zips(plan: Plan, attention: AttentionKind, made: Manifest, output: Path) -> Iterator[Path]:
+def _zips(plan: Plan, attention: AttentionKind, made: Manifest, output: Path) -> tuple[Path, ...]:
     from diffusion_convert.bundle import zip_name
 
-    yield output / zip_name(made, attention.value)
-    if attention is AttentionKind.SPLIT_EINSUM_V2 and AttentionKind.SPLIT_EINSUM not in plan.options.attention:
-        yield output / zip_name(made, AttentionKind.SPLIT_EINSUM.value)
+    return tuple(output / zip_name(made, kind.value) for kind in zip_attentions(plan.options, attention))
 
 
 def keep_finished(plan: Plan, place: Workspace) -> None:

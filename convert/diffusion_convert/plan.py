@@ -137,11 +137,28 @@ def _shape(checkpoint: Checkpoint, options: ConvertOptions) -> Shape:
 
 
 def _size(weights: Mapping[str, int], units: Sequence[Unit], options: ConvertOptions, compiled: bool) -> int:
-    """About how many bytes the result has: weights of two bytes, once more where compiled, once more where zipped.
-    The whole conversion needs no more than that."""
-    wide = 2 if options.precision is Precision.FLOAT32 else 1
-    packages = sum(2 * wide * weights[unit.component.subfolder] for unit in units)
-    return packages * (1 + int(compiled) + int(compiled and options.zip))
+    """About how many bytes the result has, and no fewer than the conversion needs on its way: weights of two bytes,
+    once more where compiled (where no hard links are), once more, in as many bits as they have, in every zip."""
+    width = 32 if options.precision is Precision.FLOAT32 else 16
+
+    def stored(unit: Unit, bits: int) -> int:
+        return weights[unit.component.subfolder] * bits // 8
+
+    packages = sum(stored(unit, width) for unit in units)
+    zipped = sum(
+        stored(unit, unit.component.bits(options) or width) * len(zip_attentions(options, attention))
+        for attention in options.attention
+        for unit in units
+        if unit.shared or unit.attention is attention
+    )
+    return packages * (1 + int(compiled)) + zipped * int(compiled and options.zip)
+
+
+def zip_attentions(options: ConvertOptions, attention: AttentionKind) -> tuple[AttentionKind, ...]:
+    """The attentions in the names of a variant's zips: split_einsum_v2's are split_einsum's, too, where there is no
+    such variant (`bundle.zip_variants`)."""
+    alone = attention is AttentionKind.SPLIT_EINSUM_V2 and AttentionKind.SPLIT_EINSUM not in options.attention
+    return (attention, AttentionKind.SPLIT_EINSUM) if alone else (attention,)
 
 
 def fingerprint(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[Path] = ()) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -293,6 +294,24 @@ def test_too_little_room_is_said_before_work(
     with pytest.raises(InputError, match=r"are needed, but its disk has 1 MB free"):
         convert(tiny_checkpoint("sd1"), tmp_path / "models", OPTIONS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_size_counts_every_zip(tiny_checkpoint: Source) -> None:
+    """split_einsum_v2 without split_einsum is zipped under both names; palettized weights are as small in zips."""
+    checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
+
+    def size(**changes: Any) -> int:
+        return make_plan(
+            checkpoint, ConvertOptions(**{"components": ("unet",), "compiled": False, **changes})
+        ).size_bytes
+
+    one = size(attention="original")
+    assert size() == 2 * one
+    assert size(attention="original", compiled=True) == 3 * one
+    assert size(compiled=True, zip=False) == 4 * one
+    assert size(compiled=True) == 7 * one
+    assert size(attention=("split_einsum", "split_einsum_v2"), compiled=True) == 6 * one
+    assert size(attention="original", compiled=True, nbits=4) == 2 * one + one // 4
 
 
 def test_output_that_is_a_file(tiny_checkpoint: Source, tmp_path: Path) -> None:
