@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import toy_models
-from diffusion_runtime import cli, diagnosis, generation, images, records
+from diffusion_runtime import cli, diagnosis, images
 from diffusion_runtime.cli import app
 from diffusion_runtime.errors import DiffusionError, InputError
 
@@ -293,17 +292,6 @@ def test_what_a_record_names_is_looked_for_beside_the_picture_too(
     assert gone.endswith("name the models, `coreml-diffusion generate MODELS --from ../there/p.png`")
 
 
-def test_records_of_whole_paths_are_understood(tmp_path: Path) -> None:
-    start = str(picture_file(tmp_path / "start.png"))
-    record = {"prompt": "", "models": str(tmp_path), "image": start, "tokenizer": str(tmp_path)}
-    (tmp_path / "moved").mkdir()
-    images.write_png(Image.new("RGB", (8, 8)), tmp_path / "moved" / "p.png", record)
-    order = generation.order(None, {}, from_picture=tmp_path / "moved" / "p.png")
-    assert order.inputs["image"].size == (64, 64)
-    assert (order.models, order.planned[0].settings.image) == (str(tmp_path), start)
-    assert order.loading["tokenizer"] == str(tmp_path)
-
-
 def test_a_record_holds_how_the_models_were_loaded(run: Run, toy_folder: Path) -> None:
     foreign = shutil.copytree(toy_folder, "foreign", ignore=shutil.ignore_patterns("manifest.json", "*.json.txt"))
     told = ["--prediction-type", "sample", "--latent-scale", "0.5", "--dtype", "bfloat16", "--scheduler", "ddim"]
@@ -314,25 +302,6 @@ def test_a_record_holds_how_the_models_were_loaded(run: Run, toy_folder: Path) -
     assert images.read_metadata(Path("one.png")) == images.read_metadata(Path("one-again.png"))
     other = run("generate", toy_folder, "--from", "one.png", "-o", "other.png")
     assert other.exit_code == 0 and "dtype" not in images.read_metadata(Path("other.png"))
-
-
-NO_VALUE = ["a"]  # of no field's type
-DAMAGES: list[dict[str, Any]] = [{field.name: NO_VALUE} for field in fields(records.Settings)]
-DAMAGES += [{name: NO_VALUE} for name in (*records.LOADING, "models", "image_sha256")]
-DAMAGES += [{"prompt": None}, {"seed": 1.5}, {"steps": True}, {"guidance_scale": "seven"}, {"long_prompt": "no"}]
-
-
-@pytest.mark.parametrize("damage", DAMAGES, ids=str)
-def test_a_damaged_record_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
-    record = {"prompt": "a cat", "steps": 3, "seed": 1, "guidance_scale": 7, **damage}
-    images.write_png(Image.new("RGB", (8, 8)), tmp_path / "p.png", record)
-    with pytest.raises(InputError, match=f"record is damaged at {next(iter(damage))}: "):
-        records.read(tmp_path / "p.png")
-
-
-def test_whole_numbers_in_a_record_are_numbers(tmp_path: Path) -> None:
-    images.write_png(Image.new("RGB", (8, 8)), tmp_path / "p.png", {"prompt": "", "guidance_scale": 7})
-    assert records.read(tmp_path / "p.png").settings == records.Settings("", guidance_scale=7)
 
 
 @pytest.mark.parametrize("where", ["diffusion_runtime.guidance.predictor", "PIL.Image.Image.save"])
