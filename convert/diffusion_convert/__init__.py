@@ -28,7 +28,8 @@ def convert(
     """Convert the checkpoint ``source``, a folder, a file or a Hub id, to Core ML models in the folder ``output``.
 
     Every model is verified against the checkpoint's own network before it appears; the result appears whole or not
-    at all, and takes the place of an older one. A conversion that was stopped goes on where it stopped.
+    at all. It is added to what was made there of the same source with the same options, and takes the place of
+    anything else that a conversion made there. A conversion that was stopped goes on where it stopped.
     ``progress`` is told of everything that is done.
 
     Raises InputError (options and paths that cannot be used), CheckpointError (a source that is missing, damaged or

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -34,18 +35,29 @@ BAD_INPUT, INTERRUPTED = 2, 130
 CONVERT_HELP = """
 Convert a Stable Diffusion checkpoint to Core ML models, on any machine.
 
-SOURCE is a folder in diffusers' layout, a single .safetensors or .ckpt file, or the id of a repository on the
-Hugging Face Hub. Every model is verified against the checkpoint's own network before it appears. A conversion that
-was stopped goes on where it stopped: run the same command again.
+SOURCE is a folder in diffusers' layout, a single .safetensors or .ckpt file,
+or the id of a repository on the Hugging Face Hub. Every model is verified
+against the checkpoint's own network before it appears.
+
+A conversion that was stopped goes on where it stopped: run the same command
+again. Components and variants are added to what the same source and options
+have left in the folder; what others have left there is replaced.
 
 Examples:
 
-    coreml-diffusion convert stable-diffusion-v1-5/stable-diffusion-v1-5 -o models
+    coreml-diffusion convert stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        -o models
 
-    coreml-diffusion convert model.safetensors -o models --attention split_einsum_v2 --nbits 6 --target iOS17
+    coreml-diffusion convert model.safetensors -o models --target iOS17 \\
+        --attention split_einsum_v2 --nbits 6
 
-    coreml-diffusion convert my-checkpoint -o models --height 768 --width 512 --lora style.safetensors:0.8
+    coreml-diffusion convert my-checkpoint -o models --height 768 \\
+        --width 512 --lora style.safetensors:0.8
 """
+PHASES = {"compile": "compiling", "zip": "zipping"}
+"""What is done with all components together, and takes long enough to be said."""
+PICTURES = {5: " --image photo.png", 7: " --image small.png", 9: " --image photo.png --mask mask.png"}
+"""What `generate` needs beside a prompt, by the UNet's input channels."""
 
 T = TypeVar("T")
 
@@ -62,9 +74,29 @@ def _option(help_text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=help_text, show_default=False, **more)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"coreml-diffusion {version('coreml-diffusion')}")
+        raise typer.Exit
+
+
+@app.callback()
+def command(
+    version: Annotated[
+        bool, _option("Show the version and exit.", "--version", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
+
 @app.command(help=CONVERT_HELP)
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder, file or Hub id of the checkpoint.", show_default=False)],
+    source: Annotated[
+        str,
+        typer.Argument(help="Folder, file or Hub id of the checkpoint.", metavar="SOURCE", show_default=False),
+    ],
     output: Annotated[Path, _option("Folder for the result.", "--output", "-o")],
     attention: Annotated[
         list[str] | None,
@@ -82,8 +114,10 @@ def convert(
     ] = None,
     height: Annotated[int | None, _option("Height of the picture in pixels. Default: the checkpoint's.")] = None,
     width: Annotated[int | None, _option("Width of the picture in pixels. Default: the checkpoint's.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Of the UNet: 2 for guidance in one call, or 1.")] = 2,
-    target: Annotated[str, typer.Option(help="Oldest system: macOS13, 14, 15, 26, iOS16, 17, 18, 26.")] = "macOS13",
+    batch_size: Annotated[int, _option("Of the UNet: 2 for guidance in one call, or 1. Default: 2.")] = 2,
+    target: Annotated[
+        str, _option("Oldest system: macOS13, 14, 15, 26, iOS16, 17, 18, 26. Default: macOS13.")
+    ] = "macOS13",
     chunk_unet: Annotated[bool, _option("Cut the UNet into two packages, for iOS.", "--chunk-unet")] = False,
     vae: Annotated[str | None, _option("Another VAE, for encoder and decoder: folder, file or Hub id.")] = None,
     lora: Annotated[
@@ -92,13 +126,15 @@ def convert(
     revision: Annotated[str | None, _option("Branch, tag or commit of a Hub repository.")] = None,
     family: Annotated[str | None, _option("sd1, sd2-base, …; an unknown one lists all. Default: detected.")] = None,
     precision: Annotated[
-        str, typer.Option(help="auto (float32 where float16 would overflow), float16 or float32.")
+        str, _option("auto (float32 where float16 would overflow), float16 or float32. Default: auto.")
     ] = "auto",
     compile_: Annotated[
-        bool, typer.Option("--compiled/--no-compiled", help="Compile the packages, for apps.")
+        bool, _option("Compile the packages, for apps. Default: yes.", "--compiled/--no-compiled")
     ] = True,
-    zip_: Annotated[bool, typer.Option("--zip/--no-zip", help="Zip the compiled models, for publishing.")] = True,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify every model.")] = True,
+    zip_: Annotated[
+        bool, _option("Zip the compiled models, for publishing. Default: yes.", "--zip/--no-zip")
+    ] = True,
+    verify: Annotated[bool, _option("Verify every model. Default: yes.", "--verify/--no-verify")] = True,
 ) -> None:
     from diffusion_convert import convert as run
 
@@ -182,7 +218,10 @@ def _progress(console: Console) -> Iterator[Progress]:
                     console.print(f"{unit}: done in {time.perf_counter() - since:.0f} s", highlight=False)
                 unit, since = event.unit, time.perf_counter()
             if event.fraction == 0.0 and event.phase.startswith(("family ", "note: ")):
-                console.print(event.phase, highlight=False)
+                console.print(event.phase, highlight=False, markup=False)
+            what, _, which = event.phase.partition(" ")
+            if not event.unit and what in PHASES:
+                console.print(f"{PHASES[what]} {which}".strip(), highlight=False)
             bars.update(bar, description=f"{event.unit} {event.phase}".strip(), completed=event.fraction)
 
         yield report
@@ -210,6 +249,25 @@ def _show(made: Conversion) -> None:
         typer.echo(f"note: {note}")
     if made.unchanged:
         typer.echo(f"{made.output}: was complete already; nothing was done")
+    for line in _what_next(made):
+        typer.echo(line)
+
+
+def _what_next(made: Conversion) -> Iterator[str]:
+    """Where the result is, by kind, and the command that makes a picture of it, if it can."""
+    from diffusion_convert.families import FAMILIES
+
+    folders = [made.output / name for name in made.variants]
+    for kind in ("packages", "compiled"):
+        if there := [str(folder / kind) for folder in folders if (folder / kind).is_dir()]:
+            yield f"{kind}: {', '.join(there)}"
+    if zips := sorted(str(path) for path in made.output.glob("coreml-*_compiled.zip")):
+        yield f"zips: {', '.join(zips)}"
+    parts = {name for variant in made.variants.values() for name in variant.components}
+    if parts >= {"text_encoder", "unet", "vae_decoder"}:
+        pictures = PICTURES.get(FAMILIES[made.family].in_channels, "")
+        models = shlex.quote(str(made.output))
+        yield f'next: coreml-diffusion generate {models} --prompt "..."{pictures} -o picture.png'
 
 
 def _say_kept(output: Path) -> None:

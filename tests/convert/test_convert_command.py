@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import typer.main
 
 from diffusion_convert import cli, convert
+from diffusion_convert.conversion import Conversion
 from diffusion_convert.options import AttentionKind, ConvertOptions
 from diffusion_convert.workspace import FOLDER
+from diffusion_runtime import manifest
 
 MAIN = "from diffusion_convert.cli import main; main()"
 PARTS = ("text_encoder", "vae_encoder")
@@ -74,6 +77,41 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tiny_checkpoint: Callable[[str], P
     assert PARTS[0] not in units
     assert PARTS[1] in units
     assert tuple(made.variants["original"].components) == PARTS
+
+
+def test_it_says_what_takes_long_where_the_result_is_and_what_comes_next(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a terminal, too."""
+    output = tmp_path / "my models"
+    options = ["--components", "text_encoder", "--attention", "split_einsum_v2", "--no-verify"]
+    cli.app(["convert", str(tiny_checkpoint("sd2-depth")), "-o", str(output), *options], standalone_mode=False)
+    shown, said = capsys.readouterr()
+    assert "compiling split_einsum_v2\nzipping\n" in said
+    places = [output / "split_einsum_v2" / kind for kind in ("packages", "compiled")]
+    zips = sorted(str(path) for path in output.glob("*.zip"))
+    assert len(zips) == 2
+    assert shown.splitlines()[-3:] == [
+        f"packages: {places[0]}",
+        f"compiled: {places[1]}",
+        f"zips: {', '.join(zips)}",
+    ], "a text encoder alone makes no picture"
+
+    made = manifest.read(places[0])
+    needed = dict.fromkeys(("text_encoder", "unet", "vae_decoder"), made.components["text_encoder"])
+    whole = made.model_copy(update={"components": needed})
+    *_, last = cli._what_next(Conversion(output, made.family, {"split_einsum_v2": whole}, {}))
+    assert last == (f"next: coreml-diffusion generate '{output}' --prompt \"...\" --image photo.png -o picture.png")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.app(["--version"], standalone_mode=False)
+    assert capsys.readouterr().out == f"coreml-diffusion {version('coreml-diffusion')}\n"
+
+
+def test_help_fits_80_columns_as_it_is_written() -> None:
+    """Paragraphs are printed with their own line breaks: longer lines would be broken once more, in examples too."""
+    assert max(map(len, cli.CONVERT_HELP.splitlines())) <= 78
 
 
 def test_help_swallows_nothing() -> None:
