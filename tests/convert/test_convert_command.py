@@ -110,7 +110,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_fits_80_columns_as_it_is_written() -> None:
-    """Paragraphs are printed with their own line breaks: longer lines would be broken once more, in examples too."""
+    """Paragraphs are printed with their own line breaks: longer lines would be broken again, in examples too."""
     assert max(map(len, cli.CONVERT_HELP.splitlines())) <= 78
 
 
