@@ -80,10 +80,14 @@ def read(path: Path, overridden: Set[str] = frozenset()) -> Past:
 
 
 def named(path: str, picture: Path) -> str:
-    """How the record of ``picture`` names a file or folder."""
+    """How the record of ``picture`` names a file or folder: from the picture's folder, else from the current one,
+    else from the home folder ("~/…", which does not tell whose), else in full."""
     target, *folders = (Path(os.path.abspath(one)) for one in (path, picture.parent, "."))  # noqa: PTH100 keeps links
-    below = [folder for folder in folders if target.is_relative_to(folder)]
-    return target.relative_to(below[0]).as_posix() if below else target.name
+    for folder in folders:
+        if target.is_relative_to(folder):
+            return target.relative_to(folder).as_posix()
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 never fails
+    return f"~/{target.relative_to(home).as_posix()}" if target.is_relative_to(home) else target.as_posix()
 
 
 def named_inputs(settings: Settings, picture: Path) -> dict[str, str]:
@@ -129,7 +133,7 @@ def _sha256(path: Path) -> str:
 
 
 def _places(picture: Path, name: str) -> tuple[Path, ...]:
-    return picture.parent / name, Path(name)
+    return picture.parent / name, Path(os.path.expanduser(name))  # noqa: PTH111
 
 
 def _input(picture: Path, setting: str, name: str, expected: str | None) -> str:
