@@ -30,9 +30,9 @@ from diffusion_runtime.mil.ops import activation, normalization
 Pass = Callable[[fx.GraphModule], None]
 
 
-def fuse(module: fx.GraphModule) -> fx.GraphModule:
-    """Apply every pass in place and return the module."""
-    for rewrite in PASSES:
+def fuse(module: fx.GraphModule, passes: Sequence[Pass] | None = None) -> fx.GraphModule:
+    """Apply ``passes`` (None: all) in place and return the module."""
+    for rewrite in PASSES if passes is None else passes:
         rewrite(module)
         drop_unused(module)
     module.graph.lint()
@@ -177,4 +177,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-PASSES: tuple[Pass, ...] = (fuse_norms, fuse_silu, fuse_attention, use_channels_last, reuse_memory)
+DIFFERENTIABLE: tuple[Pass, ...] = (fuse_norms, fuse_silu, fuse_attention)
+"""Passes after which gradients can be taken: nothing writes into what a backward pass needs."""
+
+PASSES: tuple[Pass, ...] = (*DIFFERENTIABLE, use_channels_last, reuse_memory)
