@@ -22,8 +22,7 @@ from diffusion_runtime.integrity import hashes, size_bytes
 from diffusion_runtime.manifest import Manifest, Palettization
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import Model
-
-_VOCABULARY = ("vocab.json", "merges.txt")
+from diffusion_runtime.tokenizer import FILES as VOCABULARY
 
 
 def adopt(folder: Path, assumed: foreign.Assumed, name: str | None, report: Callable[[str], None]) -> None:
@@ -44,7 +43,7 @@ def adopt(folder: Path, assumed: foreign.Assumed, name: str | None, report: Call
             )
         if target != place:
             _link(described.manifest, place, target)
-        for file in _VOCABULARY:
+        for file in VOCABULARY:
             if not (target / file).exists():
                 shutil.copyfile(tokenizer / file, target / file)
         made = _adopted(described.manifest, target, chosen, kind)
@@ -105,7 +104,7 @@ def _attention(place: Path, made: Manifest) -> str:
 def _beside(folder: Path, target: Path) -> Path | None:
     """The tokenizer's files beside another kind of the same variant, or in the whole folder."""
     places = (*(target.parent / kind for kind in KINDS), folder, folder / "Resources", folder / "tokenizer")
-    return next((place for place in places if all((place / file).is_file() for file in _VOCABULARY)), None)
+    return next((place for place in places if all((place / file).is_file() for file in VOCABULARY)), None)
 
 
 def _link(made: Manifest, place: Path, target: Path) -> None:

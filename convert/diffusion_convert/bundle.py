@@ -21,9 +21,9 @@ from diffusion_runtime.folders import unfinished_folder
 from diffusion_runtime.foreign import COMPILED_NAMES
 from diffusion_runtime.integrity import check_files, hashes, size_bytes
 from diffusion_runtime.manifest import Component, Manifest
+from diffusion_runtime.tokenizer import FILES as VOCABULARY
 
 Report = Callable[[str], None]
-_VOCABULARY = ("vocab.json", "merges.txt")
 
 
 def _silent(_: str) -> None:
@@ -102,7 +102,7 @@ def _copy_tokenizer(source: Manifest, packages: Path, target: Path) -> str | Non
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name != manifest.FILE_NAME and file.suffix in (".json", ".txt"):
             shutil.copyfile(file, target / file.name)
-    missing = [name for name in _VOCABULARY if not (target / name).is_file()]
+    missing = [name for name in VOCABULARY if not (target / name).is_file()]
     if missing:
         raise InputError(f"{folder}: no {' and no '.join(missing)}: apps need them beside the compiled models")
     return "."

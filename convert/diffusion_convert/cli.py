@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     from diffusion_convert.conversion import Conversion, Progress
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT = 2
+INTERRUPTED = runtime.INTERRUPTED
 CONVERT_HELP = """
 Convert a Stable Diffusion checkpoint to Core ML models, on any machine.
 

@@ -22,9 +22,9 @@ from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.folders import unfinished_folder
 from diffusion_runtime.integrity import check_files
 from diffusion_runtime.manifest import Manifest
+from diffusion_runtime.tokenizer import FILES as VOCABULARY
 
 KINDS = ("packages", "compiled")
-_VOCABULARY = ("vocab.json", "merges.txt")
 
 
 def check_variants(output: Path) -> None:
@@ -98,7 +98,7 @@ def _checked(plan: Plan, attention: AttentionKind, folder: Path) -> Manifest:
     wanted = {unit.component.name for unit in plan.variant(attention)}
     if made.tools.get("conversion") != plan.fingerprint or made.components.keys() != wanted:
         raise PackageError(f"{folder}: made with other options")
-    if not all((folder / name).is_file() for name in _VOCABULARY):
+    if not all((folder / name).is_file() for name in VOCABULARY):
         raise PackageError(f"{folder}: without its vocabulary")
     check_files(made, folder)
     return made

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_runtime.errors import CheckpointError
+from diffusion_runtime.tokenizer import FILES as VOCABULARY
 
 _HEADER = "#version: 0.2"
 
 
 def check_vocabulary(files: Mapping[str, Path]) -> None:
     """Raises CheckpointError where `write_vocabulary` would."""
-    if "vocab.json" not in files or "merges.txt" not in files:
+    if not files.keys() >= set(VOCABULARY):
         _from_fast(files)
 
 
@@ -25,8 +26,8 @@ def write_vocabulary(files: Mapping[str, Path], target: Path) -> None:
     ``files`` maps a tokenizer's file names to where they are: vocab.json and merges.txt are copied as they are,
     else both are taken from tokenizer.json. Raises CheckpointError where neither is there or of another kind.
     """
-    if "vocab.json" in files and "merges.txt" in files:
-        for name in ("vocab.json", "merges.txt"):
+    if files.keys() >= set(VOCABULARY):
+        for name in VOCABULARY:
             shutil.copyfile(files[name], target / name)
         return
     vocabulary, merges = _from_fast(files)
