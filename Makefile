@@ -49,10 +49,10 @@ lint: $(READY)  ## ruff
 	@$(BIN)/ruff check .
 
 types: $(READY)  ## mypy --strict over source and tests
-	@$(BIN)/mypy convert runtime tests
+	@$(BIN)/mypy convert runtime tests tools benchmarks
 
 bench: $(READY)  ## speed and memory at full size: about an hour and 10 GB of disk
-	@$(BIN)/python tests/bench/run.py
+	@$(BIN)/python benchmarks/run.py
 
 
 lock: $(READY)  ## rewrite requirements.lock from what is installed in .venv

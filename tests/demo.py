@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "checkpoints"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from judge_shapes import judge
 
 ROOT = Path(__file__).resolve().parent.parent

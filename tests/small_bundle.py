@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion_runtime import integrity, manifest
-from diffusion_runtime.manifest import Component, Latents, Manifest, Palettization, Source, Tensor
+from diffusion_runtime.bundle import integrity, manifest
+from diffusion_runtime.bundle.manifest import Component, Latents, Manifest, Palettization, Source, Tensor
 from diffusion_runtime.mil.package import write_package
 from diffusion_runtime.mil.program import (
     Blob,

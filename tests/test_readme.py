@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from diffusion_convert.cli import app
+from diffusion_convert.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_runtime import manifest
-from diffusion_runtime.quiet import import_coremltools
+from diffusion_runtime.bundle import manifest
+from diffusion_runtime.coremltools_import import import_coremltools
 
 WIDTH, LATENT, SIZE = 8, 8, 64
 APPLE = "Stable_Diffusion_version_toy_"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from diffusion_convert.options import AttentionKind, ConvertOptions, Lora, Precision
 
 if TYPE_CHECKING:
-    from diffusion_convert.conversion import Conversion, Progress
+    from diffusion_convert.conversion.convert import Conversion, Progress
 
 __all__ = ["AttentionKind", "ConvertOptions", "Lora", "Precision", "convert"]
 
@@ -36,6 +36,6 @@ def convert(
     of an unknown kind), UnsupportedError (a network that is not covered), VerificationError (a model that does not
     compute what its source computes): messages of one line.
     """
-    from diffusion_convert import conversion
+    from diffusion_convert.conversion import convert as conversion
 
     return conversion.convert(str(source), Path(output), options or ConvertOptions(), progress or (lambda _: None))

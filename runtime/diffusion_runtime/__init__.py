@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from diffusion_runtime.backends import ComputeUnits
-    from diffusion_runtime.bundle import Bundle
+    from diffusion_runtime.bundle.find import Bundle
     from diffusion_runtime.pipeline import Pipeline
 
 __all__ = ["load_pipeline"]
@@ -43,12 +43,13 @@ def load_pipeline(
     "float16") and ``device`` for the torch backend.
     ``pipeline.notes`` says what was chosen and assumed.
     Raises InputError for what cannot be used, PackageError for models that are damaged."""
-    from diffusion_runtime import bundle, manifest
-    from diffusion_runtime import tokenizer as tokenizers
     from diffusion_runtime.backends import load_backend, resolve
+    from diffusion_runtime.bundle import find as bundle
+    from diffusion_runtime.bundle import manifest
+    from diffusion_runtime.bundle.foreign import Assumed
     from diffusion_runtime.errors import InputError
-    from diffusion_runtime.foreign import Assumed
     from diffusion_runtime.pipeline import Pipeline
+    from diffusion_runtime.prompt import tokenizer as tokenizers
     from diffusion_runtime.schedulers import canonical
 
     name = resolve(backend)

@@ -86,7 +86,7 @@ def _library(name: str) -> Finding:
 
 def _writing() -> Finding:
     """coremltools imports anywhere, but writes weights only where its native library is there."""
-    from diffusion_runtime.quiet import import_coremltools
+    from diffusion_runtime.coremltools_import import import_coremltools
 
     try:
         import_coremltools()
@@ -123,7 +123,7 @@ def _coreml_backend() -> Finding:
 def _compute_units() -> Finding:
     if platform.system() != "Darwin":
         return Finding("compute units", State.NOTE, "cpu-only (the torch backend takes no notice of others)")
-    from diffusion_runtime.quiet import import_coremltools
+    from diffusion_runtime.coremltools_import import import_coremltools
 
     try:
         devices = import_coremltools("models.compute_device").MLComputeDevice.get_all_compute_devices()

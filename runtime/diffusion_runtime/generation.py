@@ -9,10 +9,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_runtime import images, noise, records
+from diffusion_runtime import images, noise
+from diffusion_runtime import png_record as records
 from diffusion_runtime.backends import resolve
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.records import Past, Settings
+from diffusion_runtime.png_record import Past, Settings
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -20,18 +20,18 @@ import torch
 
 from diffusion_runtime import callbacks, denoising, guidance, images, schedulers, tasks
 from diffusion_runtime import noise as noises
+from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.manifest import Manifest
 from diffusion_runtime.models import Models
+from diffusion_runtime.prompt.text import TextStates
 from diffusion_runtime.safety import is_flagged
 from diffusion_runtime.tasks import Request
-from diffusion_runtime.text import TextStates
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from diffusion_runtime.tokenizer import Tokenizer
+    from diffusion_runtime.prompt.tokenizer import Tokenizer
 
 Texts = str | Sequence[str]
 STATES = "encoder_hidden_states"

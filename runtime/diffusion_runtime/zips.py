@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from diffusion_runtime.atomic import unfinished_file, unfinished_folder
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.folders import unfinished_file, unfinished_folder
 
 _CHUNK = 1 << 20
 _NAME_BYTES = 255  # what file systems take

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_convert.attention import ATTENTION
-from diffusion_convert.attention.split_einsum_v2 import QUERY_CHUNK, chunk_sizes
+from diffusion_convert.networks.attention import ATTENTION
+from diffusion_convert.networks.attention.split_einsum_v2 import QUERY_CHUNK, chunk_sizes
 from diffusion_convert.options import AttentionKind
 from diffusion_runtime.backends.torch_mil import TorchBackend
-from diffusion_runtime.quiet import import_coremltools
+from diffusion_runtime.coremltools_import import import_coremltools
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the tracer's, about sizes that are meant to be fixed
 

@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import small_bundle
-from diffusion_convert.bundle import (
+from diffusion_convert.bundle.model_card import model_card, put_picture, write_model_card
+from diffusion_convert.bundle.variants import (
     compile_variant,
     compiled_names,
     is_current,
@@ -24,15 +25,15 @@ from diffusion_convert.bundle import (
     zip_name,
     zip_variants,
 )
-from diffusion_convert.cli import app
+from diffusion_convert.checkpoint.vocabulary import write_vocabulary
+from diffusion_convert.cli.main import app
 from diffusion_convert.components import table
-from diffusion_convert.model_card import model_card, put_picture, write_model_card
-from diffusion_convert.vocabulary import write_vocabulary
-from diffusion_runtime import manifest, zips
-from diffusion_runtime.bundle import find
+from diffusion_runtime import zips
+from diffusion_runtime.bundle import manifest
+from diffusion_runtime.bundle.find import find
+from diffusion_runtime.bundle.foreign import COMPILED_NAMES
+from diffusion_runtime.bundle.integrity import check_files
 from diffusion_runtime.errors import CheckpointError, InputError, PackageError
-from diffusion_runtime.foreign import COMPILED_NAMES
-from diffusion_runtime.integrity import check_files
 from diffusion_runtime.mil.package import open_package
 
 ATTENTIONS = ("original", "split_einsum_v2")

@@ -17,17 +17,20 @@ from typer.testing import CliRunner
 
 import small_bundle
 from diffusion_convert.checkpoint import Checkpoint, open_checkpoint
-from diffusion_convert.commands import bundling, inspecting, sharing, verifying
+from diffusion_convert.cli import bundle as bundling
+from diffusion_convert.cli import inspect as inspecting
+from diffusion_convert.cli import share as sharing
+from diffusion_convert.cli import verify as verifying
 from diffusion_convert.compile import compile_package
 from diffusion_convert.components import Shape, table
-from diffusion_convert.export import Recipe, export
+from diffusion_convert.export.export import Recipe, export
 from diffusion_convert.options import AttentionKind, Lora
 from diffusion_convert.palettize.package import palettize_package
 from diffusion_convert.palettize.plan import Plan
-from diffusion_runtime import integrity, manifest
-from diffusion_runtime.bundle import find
+from diffusion_runtime.bundle import integrity, manifest
+from diffusion_runtime.bundle.find import find
+from diffusion_runtime.bundle.foreign import COMPILED_NAMES
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError
-from diffusion_runtime.foreign import COMPILED_NAMES
 from diffusion_runtime.mil.program import Metadata
 
 

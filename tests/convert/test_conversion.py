@@ -18,18 +18,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffusion_convert import conversion, convert
+from diffusion_convert import convert
 from diffusion_convert.checkpoint import open_checkpoint
 from diffusion_convert.compile import coverage
-from diffusion_convert.conversion import Event
+from diffusion_convert.conversion import convert as conversion
+from diffusion_convert.conversion.convert import Event
+from diffusion_convert.conversion.plan import make_plan
+from diffusion_convert.conversion.workspace import FOLDER, kept
 from diffusion_convert.options import TARGETS, AttentionKind, ConvertOptions
-from diffusion_convert.plan import make_plan
-from diffusion_convert.workspace import FOLDER, kept
-from diffusion_runtime import manifest
+from diffusion_runtime.bundle import manifest
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.mil.program import DType
 from diffusion_runtime.mil.weights import WeightWriter
-from diffusion_runtime.quiet import import_coremltools
 
 PARTS = ("text_encoder", "vae_encoder")
 OPTIONS = ConvertOptions(attention=(AttentionKind.ORIGINAL,), components=PARTS, compiled=False)

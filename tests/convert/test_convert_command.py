@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from diffusion_convert import cli, convert
-from diffusion_convert.conversion import Conversion
+from diffusion_convert import convert
+from diffusion_convert.cli import main as cli
+from diffusion_convert.conversion.convert import Conversion
+from diffusion_convert.conversion.workspace import FOLDER
 from diffusion_convert.options import AttentionKind, ConvertOptions
-from diffusion_convert.workspace import FOLDER
-from diffusion_runtime import manifest
+from diffusion_runtime.bundle import manifest
 
-MAIN = "from diffusion_convert.cli import main; main()"
+MAIN = "from diffusion_convert.cli.main import main; main()"
 PARTS = ("text_encoder", "vae_encoder")
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 import tiny_checkpoints
-from diffusion_convert import convert, placeholders
+from diffusion_convert import convert
 from diffusion_convert.components import table
-from diffusion_convert.conversion import Conversion
+from diffusion_convert.conversion.convert import Conversion
+from diffusion_convert.export import placeholders
 from diffusion_convert.families import latent_factor
 from diffusion_convert.options import AttentionKind, ConvertOptions
-from diffusion_runtime.manifest import Component
+from diffusion_runtime.bundle.manifest import Component
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import operations
 from read_back import check_read_back

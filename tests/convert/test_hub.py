@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import small_bundle
-from diffusion_convert.bundle import compile_variant, variants, zip_variants
-from diffusion_convert.download import download
-from diffusion_convert.publish import plan, publish
-from diffusion_runtime import manifest
+from diffusion_convert.bundle.variants import compile_variant, variants, zip_variants
+from diffusion_convert.hub.download import download
+from diffusion_convert.hub.publish import plan, publish
+from diffusion_runtime.bundle import manifest
+from diffusion_runtime.bundle.integrity import check_files
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.integrity import check_files
 from hub_server import Hub, serving
 
 REPO = "maker/model"

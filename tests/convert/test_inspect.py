@@ -11,21 +11,13 @@ import numpy as np
 import pytest
 
 import small_bundle
-from diffusion_convert.bundle import compile_variant, variants, zip_variants
+from diffusion_convert.bundle.variants import compile_variant, variants, zip_variants
 from diffusion_convert.inspect import attention_kind, inspect
 from diffusion_convert.inspect.obstacles import obstacles
 from diffusion_convert.inspect.show import as_json, as_text
 from diffusion_convert.inspect.work import floating_point_work
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.mil.program import (
-    Block,
-    DType,
-    Function,
-    Operation,
-    TensorType,
-    Value,
-    Variable,
-)
+from diffusion_runtime.mil.program import Block, DType, Function, Operation, TensorType, Value, Variable
 
 PAIRS = Path(__file__).parents[3] / "shared" / "data" / "mlmodelc-pairs"
 NAMES = sorted(path.name for path in PAIRS.iterdir()) if PAIRS.is_dir() else []

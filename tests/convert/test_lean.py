@@ -10,17 +10,18 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from diffusion_convert import lean, networks
 from diffusion_convert.checkpoint import open_checkpoint
+from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.components import Shape, table
-from diffusion_convert.export import Recipe, export
-from diffusion_convert.nets import teach_coremltools
+from diffusion_convert.export import coremltools_patches as lean
+from diffusion_convert.export.export import Recipe, export
+from diffusion_convert.export.placeholders import Placeholders
+from diffusion_convert.export.trace import trace
+from diffusion_convert.networks import teach_coremltools
 from diffusion_convert.options import AttentionKind
-from diffusion_convert.placeholders import Placeholders
-from diffusion_convert.tracing import trace
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import Blob, Metadata, Value, operations
-from diffusion_runtime.quiet import import_coremltools
 
 RECIPE = Recipe(AttentionKind.SPLIT_EINSUM, Shape(64, 64, 2), "macOS13")
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import tiny_checkpoints
-from diffusion_convert import nets
+from diffusion_convert import networks as nets
 from diffusion_convert.options import AttentionKind
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import CheckpointError, UnsupportedError
-from diffusion_runtime.quiet import import_coremltools
 
 AGREEMENT_DB = 60.0
 TEXT_LENGTH = 77

@@ -22,9 +22,9 @@ from diffusion_convert.options import (
     parse_lora,
     parse_nbits,
 )
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.mil.package import open_package
-from diffusion_runtime.quiet import import_coremltools
 
 Source = Callable[[str], Path]
 

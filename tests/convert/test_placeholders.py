@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_convert.derived import Derivations
-from diffusion_convert.placeholders import MIN_SIZE, Misplaced, Placeholders, thin
+from diffusion_convert.export.derivations import Derivations
+from diffusion_convert.export.placeholders import MIN_SIZE, Misplaced, Placeholders, thin
 
 
 def weights() -> dict[str, torch.Tensor]:

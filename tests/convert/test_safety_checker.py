@@ -11,17 +11,17 @@ import pytest
 import torch
 
 import tiny_checkpoints
-from diffusion_convert import nets
+from diffusion_convert import networks as nets
 from diffusion_convert.checkpoint import Checkpoint
 from diffusion_convert.checkpoint.diffusers_folder import open_folder
 from diffusion_convert.components import Shape
 from diffusion_convert.components.safety_checker import SAFETY_CHECKER
-from diffusion_convert.export import Recipe, export
-from diffusion_convert.nets.safety import ROUNDS_TO_POSITIVE, SPECIAL_CARE_ADJUSTMENT
+from diffusion_convert.export.export import Recipe, export
+from diffusion_convert.networks.safety import ROUNDS_TO_POSITIVE, SPECIAL_CARE_ADJUSTMENT
 from diffusion_convert.options import AttentionKind
-from diffusion_convert.verify import widened
+from diffusion_convert.verification.package import widened
 from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
-from diffusion_runtime.manifest import Source
+from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.mil.program import Metadata
 
 SHAPE = Shape(height=48, width=72, batch_size=2)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compvis_layout
-from diffusion_convert import families, networks
+from diffusion_convert import families
 from diffusion_convert.checkpoint import (
     Checkpoint,
     Submodel,
@@ -25,6 +25,7 @@ from diffusion_convert.checkpoint import (
     single_file,
     tensor_file,
 )
+from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.single_file import CLIP_VOCABULARY_SIZE, FAMILIES, open_single_file
 from diffusion_runtime.errors import CheckpointError, InputError
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion_convert import networks
 from diffusion_convert.checkpoint import open_checkpoint
+from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.components import Shape, table
+from diffusion_convert.export.trace import trace
 from diffusion_convert.options import AttentionKind
-from diffusion_convert.tracing import trace
-from diffusion_convert.verify import widened
+from diffusion_convert.verification.package import widened
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_encoder"])

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_convert import convert, verify
-from diffusion_convert import export as export_module
-from diffusion_convert.attention import ATTENTION, original
+from diffusion_convert import convert
 from diffusion_convert.checkpoint import Checkpoint, open_checkpoint
+from diffusion_convert.checkpoint.torch_networks import build
 from diffusion_convert.components import Shape, table
 from diffusion_convert.components.unet import UNet
-from diffusion_convert.export import Exported, Recipe, export
-from diffusion_convert.networks import build
+from diffusion_convert.export import export as export_module
+from diffusion_convert.export.export import Exported, Recipe, export
+from diffusion_convert.networks.attention import ATTENTION, original
 from diffusion_convert.options import AttentionKind, ConvertOptions
+from diffusion_convert.verification import package as verify
 from diffusion_runtime.errors import VerificationError
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import Metadata

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_runtime import tokenizer
 from diffusion_runtime.backends import TensorSpec, check_arrays
-from diffusion_runtime.manifest import Component, Latents, Manifest, Source, Tensor
+from diffusion_runtime.bundle.manifest import Component, Latents, Manifest, Source, Tensor
 from diffusion_runtime.models import Models
 from diffusion_runtime.pipeline import Pipeline
+from diffusion_runtime.prompt import tokenizer
 
 Arrays = Mapping[str, torch.Tensor]
 

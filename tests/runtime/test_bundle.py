@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import toy_models
-from diffusion_runtime import bundle, foreign, load_pipeline
+from diffusion_runtime import load_pipeline
 from diffusion_runtime.backends import ComputeUnits
+from diffusion_runtime.bundle import find as bundle
+from diffusion_runtime.bundle import foreign
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.pipeline import Pipeline
 

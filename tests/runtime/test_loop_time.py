@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
-import bench_loop
 import pytest
+
+import bench_loop
 
 MAX_MS = 0.5  # per step at 512x512; the reference's client takes 0.47 to 0.63
 

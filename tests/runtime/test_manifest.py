@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from diffusion_runtime import manifest
+from diffusion_runtime.bundle import manifest
 from diffusion_runtime.errors import PackageError
 
 MADE: dict[str, Any] = {

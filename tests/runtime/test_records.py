@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffusion_runtime import generation, images, records
+from diffusion_runtime import generation, images
+from diffusion_runtime import png_record as records
 from diffusion_runtime.errors import InputError
 
 NO_VALUE = ["a"]  # of no field's type

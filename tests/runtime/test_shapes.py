@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import quality_shapes
 import torch
-from judge_shapes import FLAGGED_SHAPE, Caption, judge
 from PIL import Image
 
+import quality_shapes
 from diffusion_convert import convert
 from diffusion_convert.options import AttentionKind, ConvertOptions
 from diffusion_runtime import load_pipeline, schedulers
 from diffusion_runtime.pipeline import Pipeline
+from judge_shapes import FLAGGED_SHAPE, Caption, judge
 
 SHAPES = Path(__file__).resolve().parents[1] / "checkpoints" / "shapes"
 PARITY_DB = 40.0

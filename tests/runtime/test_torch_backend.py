@@ -13,8 +13,8 @@ import torch
 
 from diffusion_runtime.backends import load_backend
 from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.quiet import import_coremltools
 
 PAIRS = sorted(Path("/work/shared/data/mlmodelc-pairs").glob("*"))
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, DiffusionError, InputError
-from diffusion_runtime.manifest import Source
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,8 @@ def open_checkpoint(
 
     No weight is read. Raises CheckpointError or InputError, in one line, for what cannot be used.
     """
-    from diffusion_convert.checkpoint import diffusers_folder, hub, lora, single_file
+    from diffusion_convert.checkpoint import diffusers_folder, lora, single_file
+    from diffusion_convert.checkpoint import repository as hub
     from diffusion_convert.checkpoint import vae as vaes
 
     path = Path(source).expanduser()

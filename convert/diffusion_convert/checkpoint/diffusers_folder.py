@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_convert import families
 from diffusion_convert.checkpoint import Checkpoint, Submodel, tensor_file
+from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError
-from diffusion_runtime.manifest import Source
 
 if TYPE_CHECKING:
     import torch

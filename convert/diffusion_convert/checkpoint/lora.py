@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from diffusion_convert.checkpoint import Checkpoint, lora_file
-from diffusion_convert.networks import listed
+from diffusion_convert.checkpoint.torch_networks import listed
 from diffusion_convert.options import Lora
 from diffusion_runtime.errors import InputError
 

@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_convert import networks
 from diffusion_convert.checkpoint import Checkpoint, Submodel, ldm_configs, ldm_names, ldm_shapes, tensor_file
+from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_runtime.bundle.integrity import sha256
+from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, InputError
-from diffusion_runtime.integrity import sha256
-from diffusion_runtime.manifest import Source
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_convert import families, networks
+from diffusion_convert import families
 from diffusion_convert.checkpoint import (
     Checkpoint,
     Submodel,
@@ -18,6 +18,7 @@ from diffusion_convert.checkpoint import (
     ldm_shapes,
     tensor_file,
 )
+from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_runtime.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffusion_convert.palettize.bounds import MIN_PSNR_DB
+from diffusion_convert.verification.bounds import MIN_PSNR_DB
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class Graph:
 
 Build = Callable[["Checkpoint", "AttentionKind | None", Shape], Graph]
 """Builds a component on the tensors that the checkpoint gives, whatever they are: real ones as stored, or
-placeholders (`diffusion_convert.placeholders`), which must reach the traced module as they are or reshaped, never
+placeholders (`export.placeholders`), which must reach the traced module as they are or reshaped, never
 transposed, concatenated or computed with. For None, the module is as its library built it: what the others are
 verified against."""
 

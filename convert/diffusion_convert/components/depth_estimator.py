@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion_convert import networks
 from diffusion_convert.checkpoint import Checkpoint
+from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.components import Component, Graph, Port, Shape
-from diffusion_convert.nets import depth_estimator
+from diffusion_convert.networks import depth_estimator
 from diffusion_convert.options import AttentionKind
 
 PLAIN_SIZE = 16

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion_convert import networks
 from diffusion_convert.checkpoint import Checkpoint
+from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.components import Component, Graph, Port, Shape
 from diffusion_convert.components.text_encoder import Reference, prompt_ids
 from diffusion_convert.families import latent_factor
-from diffusion_convert.nets import put_attention
+from diffusion_convert.networks import put_attention
 from diffusion_convert.options import AttentionKind
-from diffusion_convert.verify import widened
+from diffusion_convert.verification.package import widened
 
 TOKENS = 77
 TIMESTEPS = (999, 1, 801, 201, 601, 401)

@@ -15,7 +15,8 @@ from diffusion_convert.compile.coverage import inferred_versions
 from diffusion_convert.compile.metadata_json import compute_precision, histogram, palette_bits, storage_precision
 from diffusion_convert.inspect.obstacles import Obstacle, obstacles
 from diffusion_convert.inspect.work import Work, floating_point_work
-from diffusion_runtime import manifest, zips
+from diffusion_runtime import zips
+from diffusion_runtime.bundle import manifest
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import Feature, Function, Model, TensorType, operations

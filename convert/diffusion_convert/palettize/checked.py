@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_convert.palettize.bounds import MIN_PSNR_DB
 from diffusion_convert.palettize.outputs import Samples, compare_outputs, require_outputs
 from diffusion_convert.palettize.package import Progress, palettize_package
 from diffusion_convert.palettize.plan import Plan, Report
+from diffusion_convert.verification.bounds import MIN_PSNR_DB
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,15 +25,7 @@ from diffusion_convert.palettize.select import Weight
 from diffusion_runtime.errors import InputError, PackageError, VerificationError
 from diffusion_runtime.mil.package import MODEL_PATH, Package, open_package, resolve, write_package
 from diffusion_runtime.mil.packing import pack, unpack
-from diffusion_runtime.mil.program import (
-    Blob,
-    Block,
-    DType,
-    Operation,
-    Program,
-    TensorType,
-    Value,
-)
+from diffusion_runtime.mil.program import Blob, Block, DType, Operation, Program, TensorType, Value
 from diffusion_runtime.mil.weights import WeightFile, WeightWriter
 
 _WEIGHT_PATH = f"{MODEL_PATH}/weights/weight.bin"

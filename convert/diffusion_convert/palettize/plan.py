@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from diffusion_convert.palettize.select import Weight, palettizable
+from diffusion_runtime.bundle.manifest import Palettization
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.manifest import Palettization
 from diffusion_runtime.mil.package import Package
 
 BITS = (1, 2, 3, 4, 6, 8)

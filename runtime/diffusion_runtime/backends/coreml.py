@@ -20,9 +20,9 @@ import numpy as np
 
 from diffusion_runtime.backends import ComputeUnits, TensorSpec, check_arrays
 from diffusion_runtime.backends.interface import specs
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import DiffusionError, InstallationError, PackageError
 from diffusion_runtime.mil.package import open_package
-from diffusion_runtime.quiet import import_coremltools
 
 CACHE_VARIABLE = "COREML_DIFFUSION_CACHE"
 UNIT_NAMES: Mapping[ComputeUnits, str] = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusion_runtime.coremltools_import import import_messages
 from diffusion_runtime.errors import PackageError
 from diffusion_runtime.mil import wire
 from diffusion_runtime.mil.program import Feature, FunctionInterface, Metadata, Model
-from diffusion_runtime.quiet import import_messages
 
 _ELEMENTS = {65568: "Float32", 65600: "Double", 131104: "Int32", 65552: "Float16", 131080: "Int8"}
 _ELEMENT_CODES = {name: code for code, name in _ELEMENTS.items()}

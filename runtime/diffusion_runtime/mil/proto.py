@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_runtime.coremltools_import import import_messages
 from diffusion_runtime.errors import PackageError, UnsupportedError
 from diffusion_runtime.mil import description, wire
 from diffusion_runtime.mil.packing import pack, packed_size, unpack
@@ -35,7 +36,6 @@ from diffusion_runtime.mil.program import (
     numpy_dtype,
     packed_bits,
 )
-from diffusion_runtime.quiet import import_messages
 
 _CODES = {
     DType.BOOL: 1,

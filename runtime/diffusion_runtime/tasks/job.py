@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from diffusion_runtime.bundle.manifest import Manifest
     from diffusion_runtime.denoising import Start
-    from diffusion_runtime.manifest import Manifest
     from diffusion_runtime.models import Models
     from diffusion_runtime.noise import Noise
 

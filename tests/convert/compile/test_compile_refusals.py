@@ -185,7 +185,7 @@ def test_weights_are_copied_so_that_changing_the_package_changes_no_compiled_mod
 
 @pytest.mark.parametrize("opset", [15, 16, 17, 18])
 def test_every_operation_of_coremltools_has_a_key(opset: int) -> None:
-    from diffusion_runtime.quiet import import_coremltools
+    from diffusion_runtime.coremltools_import import import_coremltools
 
     import_coremltools("converters.mil.mil.ops.defs")
     registry = import_coremltools("converters.mil.mil.ops.registry").SSAOpRegistry.core_ops

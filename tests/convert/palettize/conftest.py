@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffusion_runtime.quiet import import_coremltools
+from diffusion_runtime.coremltools_import import import_coremltools
 
 
 @pytest.fixture(scope="session")
@@ -69,9 +69,9 @@ def tiny_unet(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.T
     from diffusion_convert.checkpoint.diffusers_folder import open_folder
     from diffusion_convert.components import Shape
     from diffusion_convert.components.unet import UNET
-    from diffusion_convert.export import Recipe, export
+    from diffusion_convert.export.export import Recipe, export
     from diffusion_convert.options import AttentionKind
-    from diffusion_runtime.manifest import Source
+    from diffusion_runtime.bundle.manifest import Source
     from diffusion_runtime.mil.program import Metadata
 
     path = tmp_path_factory.mktemp("unet") / "unet.mlpackage"

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_convert.palettize.bounds import MIN_PSNR_DB, bound_db
 from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.damage import Damage, measure_damage
 from diffusion_convert.palettize.outputs import require_outputs, seeded_inputs
@@ -30,6 +29,7 @@ from diffusion_convert.palettize.recipe import (
     save_recipe,
 )
 from diffusion_convert.palettize.select import palettizable
+from diffusion_convert.verification.bounds import MIN_PSNR_DB, bound_db
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.errors import InputError, VerificationError
 from diffusion_runtime.mil.package import open_package

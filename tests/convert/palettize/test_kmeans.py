@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_convert.palettize import kmeans
-from diffusion_runtime.quiet import import_coremltools
+from diffusion_runtime.coremltools_import import import_coremltools
 
 
 def squared_error(values: np.ndarray, counts: np.ndarray, boundaries: np.ndarray) -> float:

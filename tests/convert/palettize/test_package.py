@@ -16,10 +16,10 @@ from diffusion_convert.palettize.outputs import seeded_inputs
 from diffusion_convert.palettize.package import palettize_package
 from diffusion_convert.palettize.plan import PER_GROUPED_CHANNEL, Plan
 from diffusion_runtime.backends.torch_mil import TorchBackend
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError, UnsupportedError, VerificationError
 from diffusion_runtime.mil.package import open_package, write_package
 from diffusion_runtime.mil.program import Block, Operation, operations
-from diffusion_runtime.quiet import import_coremltools
 
 Package = Callable[..., Path]
 WEIGHTS = {"wide", "up", "rows", "mixed"}

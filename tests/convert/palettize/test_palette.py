@@ -12,9 +12,9 @@ from hypothesis.extra import numpy as arrays
 
 from diffusion_convert.palettize.palette import decode, energies, palettize, palettize_groups, snr_db
 from diffusion_convert.palettize.plan import BITS
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.mil.packing import pack, packed_size, unpack
-from diffusion_runtime.quiet import import_coremltools
 
 finite_halves = arrays.arrays(
     np.float16,

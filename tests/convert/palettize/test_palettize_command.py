@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from diffusion_convert.palettize.cli import register
+from diffusion_convert.cli.palettize import register
 from diffusion_convert.palettize.package import folder_bytes
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffusion_runtime.quiet import import_coremltools
+from diffusion_runtime.coremltools_import import import_coremltools
 
 
 class ComputeUnit(enum.Enum):

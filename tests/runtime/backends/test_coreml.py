@@ -15,8 +15,8 @@ import pytest
 
 from diffusion_runtime.backends import ComputeUnits, load_backend, resolve
 from diffusion_runtime.backends.coreml import CACHE_VARIABLE, CoreMLBackend, content_key, default_cache
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import DiffusionError, InputError, InstallationError, PackageError
-from diffusion_runtime.quiet import import_coremltools
 
 X = np.ones((2, 64), np.float16)
 CALLS = (

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.mil.ops import OPS, Kind, Op
-from diffusion_runtime.quiet import import_coremltools
 
 RANDOM = np.random.default_rng(0)
 A = RANDOM.standard_normal((2, 3, 4, 5)).astype(np.float32)

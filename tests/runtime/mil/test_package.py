@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError, UnsupportedError
 from diffusion_runtime.mil import proto, wire
 from diffusion_runtime.mil.package import open_package, resolve, specification_path, write_package
@@ -38,7 +39,6 @@ from diffusion_runtime.mil.program import (
     numpy_dtype,
     operations,
 )
-from diffusion_runtime.quiet import import_coremltools
 
 PAIRS = sorted(Path("/work/shared/data/mlmodelc-pairs").glob("*/*.mlpackage"))
 MODEL = Path("Data/com.apple.CoreML/model.mlmodel")

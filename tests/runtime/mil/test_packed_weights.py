@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from diffusion_runtime.backends.torch_mil import TorchBackend
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import PackageError, UnsupportedError
 from diffusion_runtime.mil.ops import OPS
 from diffusion_runtime.mil.ops.packed import constexpr_lut_to_dense, constexpr_sparse_to_dense
 from diffusion_runtime.mil.packing import pack
-from diffusion_runtime.quiet import import_coremltools
 
 RANDOM = np.random.default_rng(0)
 BYTES = RANDOM.integers(0, 255, (4, 6)).astype(np.uint8)

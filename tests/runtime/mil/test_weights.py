@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import PackageError
 from diffusion_runtime.mil.packing import pack, packed_size, unpack
 from diffusion_runtime.mil.program import DType, numpy_dtype
 from diffusion_runtime.mil.weights import STORABLE, WeightFile, WeightWriter
-from diffusion_runtime.quiet import import_coremltools
 
 WRITE = {  # the method of coremltools' writer
     DType.FLOAT16: "write_fp16_data",

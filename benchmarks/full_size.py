@@ -1,0 +1,95 @@
+"""A full-size SD 1.5 UNet package with random weights, spread as trained ones are, to measure speed and memory
+where no checkpoint may be downloaded.
+
+    python benchmarks/full_size.py FOLDER        writes FOLDER/unet.mlpackage (1.7 GB, about two minutes)
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_convert.options import AttentionKind
+
+CONFIG: Mapping[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+VAE: Mapping[str, Any] = {"block_out_channels": [128, 256, 512, 512], "scaling_factor": 0.18215}
+
+
+def random_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """float16 weights of the network: normal with variance 1 / (3 fan-in), norms at 1 and biases at 0."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config(dict(config))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, value in network.state_dict().items():
+        if value.ndim == 1:
+            fill = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            tensors[name] = torch.full(value.shape, fill, dtype=torch.float16)
+        else:
+            deviation = 1 / math.sqrt(3 * math.prod(value.shape[1:]))
+            tensors[name] = (torch.randn(value.shape, generator=generator) * deviation).half()
+    return tensors
+
+
+def full_size_unet(folder: Path, attention: AttentionKind = AttentionKind.ORIGINAL) -> Path:
+    """``folder/unet.mlpackage`` (of another attention: ``unet_split_einsum….mlpackage``), made once: 512x512,
+    batch 2, macOS 13."""
+    from diffusion_convert.checkpoint import Checkpoint, Submodel
+    from diffusion_convert.components import Shape
+    from diffusion_convert.components.unet import UNET
+    from diffusion_convert.export.export import Recipe, export
+    from diffusion_runtime.bundle.manifest import Source
+    from diffusion_runtime.mil.program import Metadata
+
+    suffix = "" if attention is AttentionKind.ORIGINAL else f"_{attention.value}"
+    path = folder / f"unet{suffix}.mlpackage"
+    if path.exists():
+        return path
+    tensors = random_tensors(CONFIG)
+    checkpoint = Checkpoint(
+        name="random-sd-1.5",
+        family="sd1",
+        source=Source(name="random"),
+        models={
+            "unet": Submodel("UNet2DConditionModel", CONFIG, lambda: tensors),
+            "vae": Submodel("AutoencoderKL", VAE, dict),
+        },
+        schedulers={},
+        tokenizer={},
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe(attention, Shape(512, 512, 2), "macOS13")
+    export(UNET, checkpoint, recipe, path, Metadata())
+    return path
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    print(full_size_unet(parser.parse_args().folder))

@@ -1,0 +1,56 @@
+"""`make bench`: every measurement at full size, one after the other, each in a process of its own.
+
+    python benchmarks/run.py [NAME ...]      all, or only those named: loop, convert, compile, palettize, quality,
+                                              torch
+
+Needs about 10 GB of disk (bench-out/, removed by `make clean`) and 16 GB of memory, most of it coremltools'
+and diffusers' own, against which we are measured. Ends with status 1 if a measurement failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+OUTPUT = HERE.parent.parent / "bench-out"
+PACKAGE = OUTPUT / "unet.mlpackage"
+BENCHES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "loop": (("bench_loop.py",),),
+    "convert": (
+        ("bench_convert.py", "--folder", str(OUTPUT)),
+        ("bench_convert.py", "--folder", str(OUTPUT), "--whole"),
+    ),
+    "compile": (("bench_compile.py", str(OUTPUT)),),
+    "palettize": (("bench_palettize.py", "--package", str(PACKAGE), "--folder", str(OUTPUT)),),
+    "quality": (("bench_palettized_quality.py", "--folder", str(OUTPUT / "quality")),),
+    "torch": (("bench_torch.py", str(OUTPUT)),),
+}
+NEED_PACKAGE = ("compile", "palettize", "torch")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)} (default: all)")
+    chosen = parser.parse_args().names or list(BENCHES)
+    unknown = [name for name in chosen if name not in BENCHES]
+    if unknown:
+        parser.error(f"unknown measurement {unknown[0]!r}: expected one of {', '.join(BENCHES)}")
+    OUTPUT.mkdir(exist_ok=True)
+    commands = [command for name in chosen for command in BENCHES[name]]
+    if any(name in NEED_PACKAGE for name in chosen) and not PACKAGE.exists():
+        commands.insert(0, ("full_size.py", str(OUTPUT)))
+    failed = []
+    for script, *arguments in commands:
+        print(f"\n== {script} {' '.join(arguments)}", flush=True)
+        if subprocess.run([sys.executable, str(HERE / script), *arguments], check=False).returncode:
+            failed.append(script)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

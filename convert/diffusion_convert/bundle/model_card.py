@@ -1,0 +1,259 @@
+"""README.md of a published folder: the Hub's header, where the models come from, what to pick, how to run them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from diffusion_convert.bundle.variants import variants, zip_name
+from diffusion_runtime.atomic import unfinished_file
+from diffusion_runtime.bundle import manifest
+from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.images import load
+
+CARD_NAME = "README.md"
+REPOSITORY = "REPOSITORY"
+"""Stands in the card for the repository's id until it is published."""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_SAMPLE = "sample"
+_HUB_LICENCES = frozenset(
+    {
+        "afl-3.0",
+        "agpl-3.0",
+        "apache-2.0",
+        "bigscience-openrail-m",
+        "bsd-3-clause",
+        "cc-by-4.0",
+        "cc-by-nc-4.0",
+        "cc-by-nc-sa-4.0",
+        "cc-by-sa-4.0",
+        "cc0-1.0",
+        "creativeml-openrail-m",
+        "gpl-3.0",
+        "mit",
+        "openrail",
+        "openrail++",
+        "other",
+        "unknown",
+    }
+)
+_TASKS = {"inpainting": "image-to-image", "depth": "image-to-image", "upscaler": "image-to-image"}
+_DEVICES = {
+    "original": ("CPU and GPU", "Macs with a strong GPU (M1 Pro, Max, Ultra and later)", "CPU_AND_GPU"),
+    "split_einsum": ("CPU and Neural Engine", "iPhone, iPad, and Macs for low power", "CPU_AND_NE"),
+    "split_einsum_v2": ("CPU and Neural Engine", "iPhone, iPad and Macs with iOS 17 / macOS 14", "CPU_AND_NE"),
+}
+_OPENRAIL = (
+    "The licence of the source restricts use, and these restrictions go with the converted models: nothing illegal "
+    "or harmful, no deceiving or harassing of people, no medical or legal advice, no exploitation of the "
+    "vulnerable. You must pass the same restrictions on. Read the licence's attachment A before you use or share "
+    "the models."
+)
+
+
+def put_picture(picture: Path, folder: Path) -> Path:
+    """Copy a sample picture to ``folder``, where the model card shows it. Raises InputError for what is none."""
+    suffix = picture.suffix.lower()
+    if suffix not in PICTURES:
+        raise InputError(f"{picture}: expected a picture ({', '.join(PICTURES)})")
+    load(picture, "sample picture")
+    target = folder / f"{_SAMPLE}{suffix}"
+    if not (target.exists() and target.samefile(picture)):
+        with unfinished_file(target) as unfinished:
+            shutil.copyfile(picture, unfinished)
+    return target
+
+
+def write_model_card(folder: Path) -> Path:
+    """Write README.md for the variants in ``folder``, with the zips and the sample picture that lie in it."""
+    path = folder / CARD_NAME
+    text = card_of(folder)
+    with unfinished_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    return path
+
+
+def card_of(folder: Path) -> str:
+    """What ``write_model_card`` would write. Raises InputError where ``folder`` holds no variant."""
+    found = {
+        attention: manifest.read(next(p for kind in ("compiled", "packages") if (p := variant / kind).is_dir()))
+        for attention, variant in variants(folder).items()
+    }
+    zips = {path.name: path.stat().st_size for path in sorted(folder.glob("*.zip"))}
+    picture = next((name for suffix in PICTURES if (folder / (name := f"{_SAMPLE}{suffix}")).is_file()), None)
+    return model_card(found, zips, picture)
+
+
+def model_card(variants: Mapping[str, Manifest], zips: Mapping[str, int], picture: str | None = None) -> str:
+    """The card's text for manifests by attention and zips' sizes in bytes by name."""
+    first = next(iter(variants.values()))
+    sections = [
+        "\n".join(_header(first)),
+        f"# {_title(first)} for Core ML",
+        _origin(first),
+        *([f"![A picture made with these models]({picture})"] if picture else []),
+        "## Which variant",
+        "\n".join(_variant_table(variants, zips)),
+        "## How to run",
+        _running(variants, first),
+        "## How close to the source",
+        _parity_note(variants),
+        "\n".join(_parity_table(variants)),
+        *_palettization(variants),
+        "## Licence and restrictions",
+        _licence(first),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _header(made: Manifest) -> Iterator[str]:
+    licence = _hub_licence(made)
+    task = next((task for word, task in _TASKS.items() if word in made.family), "text-to-image")
+    yield "---"
+    yield f"license: {licence}"
+    if licence == "other":
+        yield f"license_name: {re.sub(r'[^a-z0-9.]+', '-', (made.source.licence or '').lower()).strip('-')}"
+    if _is_hub_id(made.source.name):
+        yield f"base_model: {json.dumps(made.source.name)}"
+    yield f"pipeline_tag: {task}"
+    yield "tags:"
+    yield from (f"- {tag}" for tag in ("core-ml", "coreml", "stable-diffusion", task))
+    yield "---"
+
+
+def _title(made: Manifest) -> str:
+    return made.name.rstrip("/").rpartition("/")[2]
+
+
+def _is_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith(".")
+
+
+def _hub_licence(made: Manifest) -> str:
+    licence = (made.source.licence or "unknown").lower()
+    return licence if licence in _HUB_LICENCES else "other"
+
+
+def _origin(made: Manifest) -> str:
+    source = made.source
+    name = (
+        f"[{source.name}](https://huggingface.co/{source.name})" if _is_hub_id(source.name) else f"`{source.name}`"
+    )
+    revision = f" at revision `{source.revision}`" if source.revision else ""
+    digest = f" (SHA-256 `{source.sha256}`)" if source.sha256 else ""
+    text = (
+        f"Stable Diffusion models ({made.family}) for pictures of {made.width}x{made.height} pixels, converted "
+        f"from {name}{revision}{digest} for {made.target} and later"
+    )
+    if "coremltools" not in made.tools:
+        return f"{text} by another tool."
+    tools = {tool: version for tool, version in sorted(made.tools.items()) if tool != "conversion"}
+    return f"{text} with {', '.join(f'{tool} {version}' for tool, version in tools.items())}."
+
+
+def _variant_table(variants: Mapping[str, Manifest], zips: Mapping[str, int]) -> Iterator[str]:
+    yield "| variant | runs on | for | models | zip for apps |"
+    yield "|---|---|---|---|---|"
+    for attention, made in variants.items():
+        units, devices, _ = _DEVICES[attention]
+        size = sum(component.size_bytes for component in made.components.values())
+        names = [zip_name(made, attention)]
+        if attention == "split_einsum_v2" and "split_einsum" not in variants:
+            names.append(zip_name(made, "split_einsum"))  # the same models, under the name that apps ask for
+        packed = "; ".join(f"[{name}]({name}), {_size(zips[name])}" for name in names if name in zips) or "none"
+        yield f"| `{attention}` | {units} | {devices} | {_size(size)} | {packed} |"
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
+
+
+def _running(variants: Mapping[str, Manifest], made: Manifest) -> str:
+    attention = next(iter(variants))
+    units = _DEVICES[attention][2].lower().replace("_", "-")
+    return f"""**Python** (any machine; on a Mac with Core ML): download a variant and generate.
+
+```
+pip install coreml-diffusion
+coreml-diffusion download {REPOSITORY} --variant {attention} -o models
+coreml-diffusion generate models --prompt "a photograph of an astronaut riding a horse" \\
+    --compute-units {units} -o astronaut.png
+```
+
+**Swift**: [apple/ml-stable-diffusion](https://github.com/apple/ml-stable-diffusion) takes the folder of compiled
+models that was downloaded as its resources: `StableDiffusionPipeline(resourcesAt:controlNet:configuration:)` or, in
+a copy of that repository, on the command line
+
+```
+swift run StableDiffusionSample "a photograph of an astronaut riding a horse" \\
+    --resource-path models/{attention}/compiled --compute-units {_camel(units)}
+```
+
+**Mochi Diffusion**: unpack a zip of the table above into the app's folder of models (`~/MochiDiffusion/models`) and
+choose `{_title(made)}` there; take `original` for the GPU, a `split_einsum` for the Neural Engine.
+
+**Hugging Face's Diffusers app** downloads the zips itself, from the repositories listed in its `ModelInfo.swift`:
+add `ModelInfo(modelId: "{REPOSITORY}", modelVersion: "{_title(made)}")`. It asks for zips that are named like the
+repository."""
+
+
+def _camel(units: str) -> str:
+    first, *rest = units.split("-")
+    return first + "".join({"ne": "NeuralEngine", "gpu": "GPU"}.get(part, part.capitalize()) for part in rest)
+
+
+def _parity_note(variants: Mapping[str, Manifest]) -> str:
+    components = [component for made in variants.values() for component in made.components.values()]
+    measured = [component for component in components if component.psnr_db]
+    if not measured:
+        return "These models were not compared with their source."
+    subject = "These models" if len(measured) == len(components) else "The models that have a figure here"
+    text = (
+        f"{subject} were run and compared with the source's own networks in float32 on the same inputs: PSNR of "
+        "the worst output of a single call, not of pictures."
+    )
+    if any(component.palettization for component in measured):
+        text += " Palettized ones are compared with their own 16-bit form, which was compared with the source."
+    return text
+
+
+def _parity_table(variants: Mapping[str, Manifest]) -> Iterator[str]:
+    yield "| variant | component | weights | size | PSNR |"
+    yield "|---|---|---|---|---|"
+    for attention, made in variants.items():
+        for name, component in made.components.items():
+            worst = min(component.psnr_db.values(), default=None)
+            shown = "not measured" if worst is None else f"{worst:.1f} dB"
+            palettes = component.palettization
+            weights = component.precision if palettes is None else f"{palettes.nbits:g} bits"
+            yield f"| `{attention}` | {name} | {weights} | {_size(component.size_bytes)} | {shown} |"
+
+
+def _palettization(variants: Mapping[str, Manifest]) -> Iterator[str]:
+    rows = [
+        f"| `{attention}` | {name} | {found.nbits:g} | {found.granularity} | {snr} |"
+        for attention, made in variants.items()
+        for name, component in made.components.items()
+        if (found := component.palettization) is not None
+        for snr in ("" if found.worst_snr_db is None else f"{found.worst_snr_db:.1f} dB",)
+    ]
+    if rows:
+        yield "## Palettization"
+        head = [
+            "| variant | component | bits per weight | granularity | worst weight's SNR |",
+            "|---|---|---|---|---|",
+        ]
+        yield "\n".join([*head, *rows])
+
+
+def _licence(made: Manifest) -> str:
+    licence = made.source.licence
+    if licence is None:
+        return "The source names no licence. Ask its authors before you use or share these models."
+    text = f"The source's licence, `{licence}`, holds for these models as well."
+    return f"{text}\n\n{_OPENRAIL}" if "openrail" in licence.lower() else text

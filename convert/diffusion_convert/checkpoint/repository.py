@@ -1,0 +1,156 @@
+"""A checkpoint on the Hugging Face Hub: what is needed of one commit, through huggingface_hub's cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_convert.checkpoint import Checkpoint
+from diffusion_convert.checkpoint.diffusers_folder import (
+    CARD,
+    INDEX,
+    NETWORKS,
+    SCHEDULERS,
+    TOKENIZER_FILES,
+    open_folder,
+    part_names,
+    read_licence,
+    weight_files,
+)
+from diffusion_convert.hub import client as hub
+from diffusion_runtime.bundle.manifest import Source
+from diffusion_runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+def open_repository(repo_id: str, revision: str | None = None, family: str | None = None) -> Checkpoint:
+    """The checkpoint in a repository of the Hub, downloaded where it is not in the cache.
+
+    ``revision`` (branch, tag or commit; None: the main branch) is resolved to a commit once, which is used for
+    all files. Tokens are taken from HF_TOKEN and the login. Where the Hub cannot be reached, or HF_HUB_OFFLINE is
+    set, what the cache has of that revision is used. Raises CheckpointError or InputError, in one line.
+    """
+    folder = _fetch(repo_id, revision, checkpoint_files)
+    source = Source(name=repo_id, revision=folder.name, licence=read_licence(folder))
+    return open_folder(folder, source, family)
+
+
+def fetch_vae(repo_id: str) -> Path:
+    """The folder of a VAE: of a repository that holds nothing else, or of a checkpoint's."""
+    return _fetch(repo_id, None, vae_files)
+
+
+MAIN_REVISION = "main"
+"""What the Hub calls the branch that is meant where none is named."""
+ReadJson = Callable[[str], Mapping[str, Any]]
+"""One of the repository's JSON files, by its name."""
+Needed = Callable[[frozenset[str], ReadJson], tuple[str, ...]]
+"""What is read of a repository's files, given their names."""
+
+
+def checkpoint_files(names: frozenset[str], read_json: ReadJson) -> tuple[str, ...]:
+    """The files of a checkpoint: model_index.json says which parts there are. Empty where there is none."""
+    if INDEX not in names:
+        return ()
+    needed = {INDEX, CARD} & names
+    for part in part_names(read_json(INDEX)):
+        inside = _inside(names, part)
+        wanted: set[str] = set()
+        if part in NETWORKS:
+            wanted = {"config.json", *_weights(part, inside, read_json)}
+        elif part in SCHEDULERS:
+            wanted = {"scheduler_config.json"}
+        elif part == "tokenizer":
+            wanted = set(TOKENIZER_FILES)
+        needed |= {f"{part}/{name}" for name in wanted & inside}
+    return tuple(sorted(needed))
+
+
+def vae_files(names: frozenset[str], read_json: ReadJson) -> tuple[str, ...]:
+    """The files of a VAE, in the folder ``vae`` or at the top."""
+    part = "vae/" if "vae/config.json" in names else ""
+    inside = _inside(names, "vae") if part else set(names)
+    if "config.json" not in inside:
+        return ()
+    return tuple(
+        sorted(f"{part}{name}" for name in {"config.json", *_weights(part.rstrip("/"), inside, read_json)})
+    )
+
+
+def _inside(names: frozenset[str], part: str) -> set[str]:
+    return {name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")}
+
+
+def _weights(part: str, inside: set[str], read_json: ReadJson) -> set[str]:
+    prefix = f"{part}/" if part else ""
+    files = weight_files(inside.__contains__, lambda name: read_json(prefix + name))
+    indices = {name for name in inside if name.endswith(".json") and ".index." in name} if len(files) > 1 else set()
+    return {*files, *indices}
+
+
+def _fetch(repo_id: str, revision: str | None, needed: Needed) -> Path:
+    from huggingface_hub import constants, errors
+
+    hub.check_repo_id(repo_id)
+    if constants.HF_HUB_OFFLINE:
+        return _cached(repo_id, revision)
+    api = hub.open_api(None, None)
+    transport: type[Exception] = getattr(errors, "HTTPError", OSError)  # httpx's, for lost connections
+    with hub.hub_errors(repo_id, "downloading"):
+        try:
+            info = api.model_info(repo_id, revision=revision)
+        except errors.HfHubHTTPError:
+            raise
+        except (transport, OSError):
+            return _cached(repo_id, revision)
+        return _download(api, repo_id, revision, info, needed)
+
+
+def _download(api: HfApi, repo_id: str, revision: str | None, info: Any, needed: Needed) -> Path:
+    commit = str(info.sha)
+    names = frozenset(sibling.rfilename for sibling in info.siblings or ())
+
+    def read_json(name: str) -> Mapping[str, Any]:
+        path = api.hf_hub_download(repo_id, name, revision=commit)
+        data: Mapping[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        return data
+
+    files = needed(names, read_json)
+    if not files:
+        raise CheckpointError(
+            f"{repo_id}: nothing that can be converted: the repository has no {INDEX} (it has "
+            f"{', '.join(sorted(names)[:5]) or 'no files'}); download a single .safetensors file and name that"
+        )
+    folder = Path(api.snapshot_download(repo_id, revision=commit, allow_patterns=list(files)))
+    _note_revision(folder, revision or MAIN_REVISION)
+    return folder
+
+
+def _note_revision(snapshot: Path, name: str) -> None:
+    """Note in the cache what the revision's name stands for, to be found by it offline, as huggingface_hub does:
+    refs/NAME beside snapshots/COMMIT. Asked to, it would resolve the name once more, perhaps to another commit."""
+    if name == snapshot.name or ".." in Path(name).parts or Path(name).is_absolute():
+        return
+    note = snapshot.parent.parent / "refs" / name
+    note.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = note.with_name(f".{note.name}.unfinished")
+    unfinished.write_text(snapshot.name, encoding="utf-8")
+    unfinished.replace(note)
+
+
+def _cached(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        # Asked for everything, it would miss what was not needed. Whether the needed is there, is seen later.
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[INDEX]))
+    except (errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{repo_id}: there is no such folder here, the Hugging Face Hub cannot be reached, and its cache does "
+            f"not hold {'the main revision' if revision is None else f'revision {revision}'} of such a repository; "
+            "check the spelling and the connection (HF_HUB_OFFLINE must not be set to download)"
+        ) from error

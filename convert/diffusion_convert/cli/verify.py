@@ -1,0 +1,57 @@
+"""``coreml-diffusion verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from diffusion_convert.options import Lora
+
+
+def verify(
+    models: Annotated[
+        Path, typer.Argument(help="A folder that `convert` wrote, or one of the folders of models in it.")
+    ],
+    against: Annotated[str, typer.Option(help="The checkpoint that they were converted from.", metavar="SOURCE")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
+    family: Annotated[str | None, typer.Option(help="The checkpoint's family, where it cannot be told.")] = None,
+    vae: Annotated[str | None, typer.Option(help="The VAE that was put in at conversion.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="A LoRA that was fused, PATH or PATH:WEIGHT; may be given several times."),
+    ] = None,
+) -> None:
+    """Compare every component, packages and compiled, with the source's own networks. Exit code 1: one differs."""
+    from diffusion_convert.checkpoint import open_checkpoint
+    from diffusion_convert.options import parse_lora
+    from diffusion_convert.verification.folder import verify_models
+
+    loras = tuple(parse_lora(text) for text in lora or ())
+    checkpoint = open_checkpoint(against, revision=revision, family=family, vae=vae, loras=loras)
+    rows = [("models", "component", "worst output", "PSNR", "at least", "")]
+    for parity in verify_models(models, checkpoint, lambda text: typer.echo(text, err=True)):
+        output, value = min(parity.psnr_db.items(), key=lambda item: item[1])
+        verdict = "ok" if parity.holds else "FAILED"
+        figures = (f"{value:.1f} dB", f"{parity.bound_db:.1f} dB")
+        rows.append((parity.folder, parity.component, output, *figures, verdict))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    failed = [f"{folder} {component}" for folder, component, *_, verdict in rows if verdict == "FAILED"]
+    if failed:
+        typer.echo(f"error: {models}: differs from {against}: {', '.join(failed)}; {_advice(vae, loras)}", err=True)
+        raise typer.Exit(1)
+
+
+def _advice(vae: str | None, loras: tuple[Lora, ...]) -> str:
+    missing = [option for option, given in (("--vae", vae), ("--lora", loras)) if not given]
+    given = f" (was it converted with {' or '.join(missing)}? then name it here too)" if missing else ""
+    return f"convert it again{given}"
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``verify``."""
+    app.command()(verify)

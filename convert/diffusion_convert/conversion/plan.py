@@ -1,0 +1,195 @@
+"""What a conversion is going to make, settled and checked before any work: components, sizes, disk, identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from diffusion_convert import components, families
+from diffusion_convert.checkpoint import Checkpoint
+from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.diffusers_folder import NETWORKS, SCHEDULERS
+from diffusion_convert.checkpoint.vocabulary import check_vocabulary
+from diffusion_convert.compile.coverage import SPECIFICATIONS as COMPILED_SPECIFICATIONS
+from diffusion_convert.components import Component, Shape
+from diffusion_convert.options import SPECIFICATIONS, AttentionKind, ConvertOptions, Precision
+from diffusion_runtime.errors import CheckpointError, InputError
+
+SOURCE_SUFFIXES = (".json", ".safetensors", ".bin")
+TOOLS = ("coreml-diffusion", "coremltools", "torch", "diffusers", "transformers")
+CHOICES = ("attention", "components", "compiled", "zip")
+"""Options that say which units there are and what is put together of them, but not what is in a unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One component for one attention, or for all of them (``shared``): converted, verified and kept as a whole."""
+
+    component: Component
+    attention: AttentionKind
+    shared: bool
+
+    @property
+    def name(self) -> str:
+        return self.component.name if self.shared else f"{self.component.name}-{self.attention.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """``fingerprint`` is the same for the same source and versions and the options that units follow from.
+    ``compiled``: whether compiled models are made; ``notes`` are sentences for the user."""
+
+    checkpoint: Checkpoint
+    options: ConvertOptions
+    shape: Shape
+    units: tuple[Unit, ...]
+    fingerprint: str
+    size_bytes: int
+    compiled: bool
+    notes: tuple[str, ...] = ()
+
+    def variant(self, attention: AttentionKind) -> tuple[Unit, ...]:
+        """The units that a variant consists of."""
+        return tuple(unit for unit in self.units if unit.shared or unit.attention is attention)
+
+    @property
+    def result(self) -> str:
+        """The same for the same result put together of units of the same fingerprint."""
+        told = [sorted(unit.name for unit in self.units), [kind.value for kind in self.options.attention]]
+        return _digest([self.fingerprint, told, self.compiled, self.options.zip])
+
+
+def make_plan(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[Path] = ()) -> Plan:
+    """``places`` are the files and folders that the checkpoint was read from.
+
+    Raises InputError or CheckpointError for what cannot be converted so: every component's weights are compared
+    with their network's, sizes with what the networks can do."""
+    shape = _shape(checkpoint, options)
+    chosen = _components(checkpoint, options)
+    try:
+        check_vocabulary(checkpoint.tokenizer)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.name}: {error}") from error
+    weights = {}
+    for subfolder in dict.fromkeys(component.subfolder for component in chosen):
+        submodel = checkpoint.models[subfolder]
+        network = networks.check(submodel, submodel.tensors(), f"{checkpoint.name}: {subfolder}")
+        weights[subfolder] = sum(parameter.numel() for parameter in network.parameters())
+    units = tuple(
+        Unit(component, attention, shared=not component.uses_attention)
+        for component in chosen
+        for attention in (options.attention if component.uses_attention else (AttentionKind.ORIGINAL,))
+    )
+    stamp = fingerprint(checkpoint, options, places)
+    compiled = options.compiled and SPECIFICATIONS[options.target] in COMPILED_SPECIFICATIONS
+    notes = (*checkpoint.notes, *((_not_compiled(options.target),) if options.compiled and not compiled else ()))
+    size = _size(weights, units, options, compiled)
+    return Plan(checkpoint, options, shape, units, stamp, size, compiled, notes)
+
+
+def tool_versions() -> dict[str, str]:
+    """What makes the packages, with versions."""
+    return {"python": platform.python_version()} | {name: version(name) for name in TOOLS}
+
+
+def _components(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Component, ...]:
+    table = components.table()
+    there = {name: component for name, component in table.items() if component.subfolder in checkpoint.models}
+    unknown = [name for name in options.components if name not in table]
+    if unknown:
+        raise InputError(f"unknown component {unknown[0]!r}: expected one of {', '.join(table)}")
+    missing = [name for name in options.components if name not in there]
+    if missing:
+        raise InputError(f"{checkpoint.name} has no {missing[0]}; it has {', '.join(there)}")
+    chosen = {name: there[name] for name in there if not options.components or name in options.components}
+    for option, names in (("--nbits-for", options.nbits_for), ("--chunk-unet", ["unet"] * options.chunk_unet)):
+        if idle := [name for name in names if name not in chosen]:
+            raise InputError(f"{option}: {idle[0]} is not converted; what is: {', '.join(chosen)}")
+    return tuple(chosen.values())
+
+
+def _not_compiled(target: str) -> str:
+    return (
+        f"target {target}: packages only, no compiled models, whose form for that system is not known here; an "
+        "older target gives them, or on a Mac `coreml-diffusion bundle OUTPUT --compiler xcrun`"
+    )
+
+
+def _shape(checkpoint: Checkpoint, options: ConvertOptions) -> Shape:
+    unet, vae = (checkpoint.models[name].config for name in ("unet", "vae"))
+    default = families.default_size(unet, vae)
+    factor = families.latent_factor(vae)
+    sizes = (options.height or default[0], options.width or default[1])
+    for name, size in zip(("height", "width"), sizes, strict=True):
+        if size < 8 * factor or size % factor:
+            near = sorted({max(8, size // factor) * factor, max(8, size // factor + 1) * factor})
+            raise InputError(
+                f"--{name} {size}: expected a multiple of {factor} of at least {8 * factor}; "
+                f"near it {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}"
+            )
+    return Shape(*sizes, options.batch_size)
+
+
+def _size(weights: Mapping[str, int], units: Sequence[Unit], options: ConvertOptions, compiled: bool) -> int:
+    """About how many bytes the result has, and no fewer than the conversion needs on its way: weights of two bytes,
+    once more where compiled (where no hard links are), once more, in as many bits as they have, in every zip."""
+    width = 32 if options.precision is Precision.FLOAT32 else 16
+
+    def stored(unit: Unit, bits: int) -> int:
+        return weights[unit.component.subfolder] * bits // 8
+
+    packages = sum(stored(unit, width) for unit in units)
+    zipped = sum(
+        stored(unit, unit.component.bits(options) or width) * len(zip_attentions(options, attention))
+        for attention in options.attention
+        for unit in units
+        if unit.shared or unit.attention is attention
+    )
+    return packages * (1 + int(compiled)) + zipped * int(compiled and options.zip)
+
+
+def zip_attentions(options: ConvertOptions, attention: AttentionKind) -> tuple[AttentionKind, ...]:
+    """The attentions in the names of a variant's zips: split_einsum_v2's are split_einsum's, too, where there is no
+    such variant (`bundle.zip_variants`)."""
+    alone = attention is AttentionKind.SPLIT_EINSUM_V2 and AttentionKind.SPLIT_EINSUM not in options.attention
+    return (attention, AttentionKind.SPLIT_EINSUM) if alone else (attention,)
+
+
+def fingerprint(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[Path] = ()) -> str:
+    """See `Plan`; known without looking at weights."""
+    told = {
+        "options": {name: value for name, value in asdict(options).items() if name not in CHOICES},
+        "source": checkpoint.source.model_dump(),
+        "family": checkpoint.family,
+        "configs": {name: dict(model.config) for name, model in checkpoint.models.items()},
+        "schedulers": {name: dict(config) for name, config in checkpoint.schedulers.items()},
+        "files": [stamp for place in places for stamp in _stamps(place)],
+        "tools": tool_versions(),
+    }
+    return _digest(told)
+
+
+def _digest(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _stamps(place: Path) -> Iterator[tuple[str, int, int]]:
+    """Path, size and time of change of a file, or of a folder's files that a checkpoint may be read from: what else
+    lies there, perhaps this conversion's own output, makes no difference."""
+    parts = (*NETWORKS, *SCHEDULERS, "tokenizer")
+    files = [path for path in place.glob("*") if path.suffix in SOURCE_SUFFIXES]
+    inside = [path for part in parts for path in (place / part).glob("*")]
+    for path in [place] if place.is_file() else sorted(path for path in (*files, *inside) if path.is_file()):
+        status = path.stat()
+        yield (str(path.resolve()), status.st_size, status.st_mtime_ns)
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else str(value)

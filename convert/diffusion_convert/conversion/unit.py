@@ -1,0 +1,293 @@
+"""One component, from the checkpoint to finished packages: converted, measured, palettized, cut in two."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.conversion.plan import Plan, Unit, tool_versions
+from diffusion_convert.export import export
+from diffusion_convert.export.placeholders import FLOAT16_MAX
+from diffusion_convert.options import Precision
+from diffusion_convert.verification import package as verify
+from diffusion_runtime.atomic import unfinished_folder
+from diffusion_runtime.bundle import manifest
+from diffusion_runtime.bundle.integrity import hashes, size_bytes
+from diffusion_runtime.errors import VerificationError
+from diffusion_runtime.mil.program import Metadata
+
+RECORD = "record.json"
+MAX_ATTEMPTS = 5
+"""How often a component is converted anew with more operations in float32, until none overflows."""
+MIN_CHAIN_PSNR_DB = 80.0
+"""Two halves against the whole: the same operations, so all that may differ is how torch sums."""
+
+
+class Record(BaseModel):
+    """What is known of a finished unit: its entry in the manifest, seconds by phase, notes for the user."""
+
+    model_config = ConfigDict(frozen=True)
+    component: manifest.Component
+    seconds: dict[str, float] = {}
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """``folder`` is where the packages go; ``expected`` is None where nothing is to be verified."""
+
+    unit: Unit
+    plan: Plan
+    folder: Path
+    expected: verify.Reference | None
+    report: export.Progress
+
+    @property
+    def package(self) -> Path:
+        prefix = f"Stable_Diffusion_version_{self.plan.checkpoint.name.replace('/', '_')}"
+        return self.folder / f"{prefix}_{self.unit.component.suffix}.mlpackage"
+
+
+def make(unit: Unit, plan: Plan, units: Path, references: Path, report: export.Progress) -> None:
+    """Make ``units/{unit.name}``, unless it is there. It appears whole or not at all.
+
+    Raises VerificationError where the package does not compute what the checkpoint's own network computes."""
+    if read_record(units / unit.name) is not None:
+        return
+    expected = _reference(unit, plan, references, report) if plan.options.verify else None
+    with unfinished_folder(units / unit.name) as folder:
+        job = Job(unit, plan, folder, expected, report)
+        record = _convert(job)
+        for stage in (_palettize, _cut):
+            record = stage(job, record)
+        record = _hashed(job, record)
+        (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of a finished unit; None where there is none."""
+    try:
+        return Record.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        return None
+
+
+def _reference(unit: Unit, plan: Plan, references: Path, report: export.Progress) -> verify.Reference:
+    """What the checkpoint's own network computes, from disk if another variant has asked."""
+    path = references / f"{unit.component.name}.npz"
+    if not path.is_file():
+        report("reference", 0.0)
+        verify.reference(unit.component, plan.checkpoint, plan.shape, partial(report, "reference")).save(path)
+        gc.collect()  # networks are cycles, and hold files mapped
+    return verify.Reference.load(path)
+
+
+def _convert(job: Job) -> Record:
+    """Write the package. Where float16 has no room for an operation's values, it is converted anew with that
+    operation in float32."""
+    unit, options = job.unit, job.plan.options
+    recipe = export.Recipe(unit.attention, job.plan.shape, options.target, options.precision)
+    seconds: dict[str, float] = {}
+    for _ in range(MAX_ATTEMPTS):
+        made = export.export(
+            unit.component, job.plan.checkpoint, recipe, job.package, _metadata(job.plan), job.report
+        )
+        gc.collect()  # so are coremltools' programs
+        _add(seconds, made.seconds)
+        _refuse_wide_weights(job, made)
+        if job.expected is None:
+            return _record(job, made, recipe, {}, seconds)
+        started = time.perf_counter()
+        verdict = verify.measure(job.package, job.expected, partial(job.report, "verify"))
+        verify.check(unit.component, job.package, verdict, partial(_explain, job, made, job.expected))
+        _add(seconds, {"verify": time.perf_counter() - started})
+        limit = FLOAT16_MAX if options.precision is Precision.FLOAT16 else verify.NEAR_LIMIT
+        hot = verify.overflowing(job.package, verdict.largest, limit)
+        if not hot:
+            return _record(job, made, recipe, verdict.psnr_db, seconds)
+        if options.precision is Precision.FLOAT16:
+            raise VerificationError(
+                f"{unit.component.name}: float16 overflows at {_listed(hot, made.modules)}; use --precision auto"
+            )
+        recipe = _widened(recipe, hot, made.modules)
+    raise VerificationError(
+        f"{unit.component.name}: float16 still overflows at {_listed(hot, made.modules)} after {MAX_ATTEMPTS} "
+        "attempts to keep that in float32; use --precision float32"
+    )
+
+
+def _widened(recipe: export.Recipe, hot: Mapping[str, float], modules: Mapping[str, str]) -> export.Recipe:
+    """The recipe with those operations in float32; what was in float32 already and yet comes out as float16, with
+    its whole torch module."""
+    names = {name: export.mil_name(name) for name in hot}
+    again = {modules.get(name, "") for name in hot if names[name] in recipe.float32_ops} - {""}
+    return replace(
+        recipe,
+        float32_ops=recipe.float32_ops | set(names.values()),
+        float32_modules=recipe.float32_modules | again,
+    )
+
+
+def _refuse_wide_weights(job: Job, made: export.Exported) -> None:
+    if made.float32_weights and job.plan.options.precision is Precision.FLOAT16:
+        raise VerificationError(
+            f"{job.unit.component.name}: weights are beyond float16: "
+            f"{networks.listed(list(made.float32_weights))}; use --precision auto"
+        )
+
+
+def _listed(hot: Mapping[str, float], modules: Mapping[str, str]) -> str:
+    return networks.listed(
+        [f"{name} ({size:.3g}, torch module {modules.get(name) or 'the whole'})" for name, size in hot.items()]
+    )
+
+
+def _explain(job: Job, made: export.Exported, expected: verify.Reference) -> str:
+    graph = job.unit.component.build(job.plan.checkpoint, job.unit.attention, job.plan.shape)
+    return verify.first_divergence(job.package, graph.module, made.modules, expected.inputs[0])
+
+
+def _record(
+    job: Job,
+    made: export.Exported,
+    recipe: export.Recipe,
+    psnr_db: Mapping[str, float],
+    seconds: Mapping[str, float],
+) -> Record:
+    kept = [name for name in made.modules if export.mil_name(name) in recipe.float32_ops]
+    units = job.unit.component.compute_units
+    return Record(
+        component=manifest.Component(
+            files=(job.package.name,),
+            inputs=tuple(manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape) for p in made.inputs),
+            outputs=tuple(manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape) for p in made.outputs),
+            compute_units=units.get(job.unit.attention.value, units.get("default", "all")),
+            precision="float32" if recipe.precision is Precision.FLOAT32 else "float16",
+            float32_ops=tuple(kept),
+            psnr_db=dict(psnr_db),
+        ),
+        seconds=dict(seconds),
+        notes=_notes(job, made, kept),
+    )
+
+
+def _notes(job: Job, made: export.Exported, kept: list[str]) -> tuple[str, ...]:
+    notes = []
+    if kept:
+        modules = networks.listed(list(dict.fromkeys(made.modules[name] or "the whole" for name in kept)))
+        notes.append(
+            f"{job.unit.name}: {len(kept)} operations stay in float32, as their values come near float16's limit: "
+            f"{networks.listed(kept)} (torch modules {modules})"
+        )
+    if made.float32_weights:
+        wide = networks.listed(list(made.float32_weights))
+        notes.append(f"{job.unit.name}: weights beyond float16 stay in float32: {wide}")
+    return tuple(notes)
+
+
+def _palettize(job: Job, record: Record) -> Record:
+    """The package with palettized weights in place of the package. Its PSNR is against the 16-bit package."""
+    nbits = job.unit.component.bits(job.plan.options)
+    if nbits is None:
+        return record
+    from diffusion_convert.palettize.checked import palettize_checked
+    from diffusion_convert.palettize.plan import Plan as Palettes
+
+    started = time.perf_counter()
+    checked = palettize_checked(
+        job.package,
+        job.package,
+        Palettes(bits=nbits),
+        samples=job.expected.inputs if job.expected else None,
+        bounds=job.unit.component.min_palettized_psnr_db,
+        compare=job.expected is not None,
+        progress=lambda _, done, total: job.report("palettize", done / total),
+    )
+    component = record.component.model_copy(
+        update={
+            "palettization": checked.report.palettization,
+            "psnr_db": {name: min(verify.BEST_PSNR_DB, value) for name, value in checked.psnr_db.items()},
+        }
+    )
+    seconds = {**record.seconds, "palettize": time.perf_counter() - started}
+    return record.model_copy(update={"component": component, "seconds": seconds})
+
+
+def _cut(job: Job, record: Record) -> Record:
+    """Two packages in place of a UNet, checked to compute the same one after the other."""
+    if not (job.plan.options.chunk_unet and job.unit.component.name == "unet"):
+        return record
+    from diffusion_convert.chunk import chunk
+
+    job.report("cut", 0.0)
+    started = time.perf_counter()
+    whole = job.package
+    halves = tuple(whole.with_name(f"{whole.stem}_chunk{number}.mlpackage") for number in (1, 2))
+    chunk(whole, *halves)
+    if job.expected is not None:
+        _check_chain(whole, halves, job.expected.inputs[0])
+    shutil.rmtree(whole)
+    return record.model_copy(
+        update={
+            "component": record.component.model_copy(update={"files": tuple(path.name for path in halves)}),
+            "seconds": {**record.seconds, "cut": time.perf_counter() - started},
+        }
+    )
+
+
+def _check_chain(whole: Path, halves: tuple[Path, ...], inputs: Mapping[str, np.ndarray]) -> None:
+    from diffusion_runtime.backends.torch_mil import TorchBackend
+
+    backend = TorchBackend(stream_weights=True)
+    expected = backend.load(whole)(**inputs)
+    arrays = dict(inputs)
+    for path in halves:
+        model = backend.load(path)
+        arrays |= model(**{name: arrays[name] for name in model.inputs})
+    quality = {name: verify.psnr_db(array, arrays[name]) for name, array in expected.items()}
+    low = {name: value for name, value in quality.items() if not value >= MIN_CHAIN_PSNR_DB}
+    if low:
+        raise VerificationError(
+            f"{whole.name}: its halves, run one after the other, differ from the whole: "
+            + ", ".join(f"{name} {value:.1f} dB" for name, value in low.items())
+        )
+
+
+def _hashed(job: Job, record: Record) -> Record:
+    files = record.component.files
+    component = record.component.model_copy(
+        update={"sha256": hashes(job.folder, files), "size_bytes": size_bytes(job.folder, files)}
+    )
+    return record.model_copy(update={"component": component})
+
+
+def _add(total: dict[str, float], seconds: Mapping[str, float]) -> None:
+    for phase, value in seconds.items():
+        total[phase] = total.get(phase, 0.0) + value
+
+
+def _metadata(plan: Plan) -> Metadata:
+    checkpoint, versions = plan.checkpoint, tool_versions()
+    return Metadata(
+        version=checkpoint.source.revision or checkpoint.name,
+        author=f"See the model card of {checkpoint.name}; converted with coreml-diffusion",
+        license=checkpoint.source.licence or "see the checkpoint's own",
+        user_defined={
+            "com.github.apple.coremltools.version": versions["coremltools"],
+            "com.github.apple.coremltools.source": f"torch=={versions['torch']}",
+            "coreml_diffusion.version": versions["coreml-diffusion"],
+            "coreml_diffusion.family": checkpoint.family,
+            "coreml_diffusion.source": checkpoint.source.name,
+            # Where Guernika's apps look for it; they take "epsilon" where it is missing.
+            "prediction_type": str(checkpoint.schedulers["scheduler"].get("prediction_type", "epsilon")),
+        },
+    )

@@ -1,0 +1,152 @@
+"""coremltools 9.0 without what it does in vain when it converts a placeholder network (`placeholders`).
+
+Of the minute that a full-size UNet takes in ``ct.convert``, most went into looking at, copying and comparing
+constants whose values mean nothing, and into validating all blocks after each of a hundred passes. `lean` replaces
+those functions for the length of one call, puts them back whatever happens, and sends each weight to a writer of
+ours as the program is serialised. What it replaces is private to coremltools, hence the exact version in
+pyproject.toml, and a test that each replacement is called.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from diffusion_convert.export.placeholders import FLOAT16_MAX, Placeholders, thin
+from diffusion_runtime.coremltools_import import import_coremltools
+
+Write = Callable[[np.ndarray], int]
+"""Stores a constant in the weight file and returns its offset."""
+Progress = Callable[[float], None]
+
+
+@contextmanager
+def lean(placeholders: Placeholders, write: Write, progress: Progress = lambda _: None) -> Iterator[None]:
+    """In this context, one ``ct.convert`` is fast, and its large constants go to ``write`` one by one: a
+    placeholder as itself, for the caller to look up."""
+    passes = import_coremltools("converters.mil.mil.passes.pass_pipeline")
+    block = import_coremltools("converters.mil.mil.block")
+    quantization = import_coremltools("converters.mil.mil.passes.defs.quantization")
+    deduplication = import_coremltools("converters.mil.mil.passes.defs.cleanup.const_deduplication")
+    unary = import_coremltools("converters.mil.mil.ops.defs.iOS15.elementwise_unary")
+    helper = import_coremltools("converters.mil.backend.mil.load").helper
+    frontend = import_coremltools("converters.mil.frontend.torch.ops")
+    done = _counter(progress)
+    with ExitStack() as replaced:
+
+        def replace(owner: Any, name: str, value: Any) -> None:
+            replaced.enter_context(mock.patch.object(owner, name, value))
+
+        replace(passes.PassPipelineManager, "apply_pipeline", staticmethod(_passes(passes.PASS_REGISTRY, done)))
+        replace(quantization.FP16ComputePrecision, "fp16_overflow", staticmethod(_overflow(placeholders)))
+        replace(block.Block, "_propagate_nonreplaceable_vars", lambda _: None)  # of compressed weights: none here
+        cast = quantization.FP16ComputePrecision
+        replace(cast, "_check_underflow_to_zero", _underflow(cast._check_underflow_to_zero))
+        duplicates = deduplication.const_deduplication
+        replace(duplicates, "should_be_deduplicated", staticmethod(_small(duplicates.should_be_deduplicated)))
+        replace(unary.cast, "get_cast_value", classmethod(_cast(unary.cast.get_cast_value.__func__)))
+        replace(helper, "_get_offset_by_writing_data", lambda var, _: write(var.val))
+        node = import_coremltools("converters.mil.frontend.torch.internal_graph").InternalTorchIRNode
+        replace(node, "from_torchscript_node", classmethod(_placed(node.from_torchscript_node.__func__)))
+        logger = logging.getLogger("coremltools")
+        replaced.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
+        replace(frontend, "_tqdm", lambda nodes, **_: nodes)
+        yield
+
+
+def _counter(progress: Progress) -> Callable[[], None]:
+    """Each call reports another of the passes that ``ct.convert`` makes in all."""
+    total, done = 100, 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(min(done / total, 1.0))
+
+    return step
+
+
+def _passes(registry: Any, done: Callable[[], None]) -> Callable[[Any, Any], None]:
+    """All passes of a pipeline, and the program validated once, after the last."""
+
+    def apply_pipeline(program: Any, pipeline: Any) -> None:
+        pipeline.validate()
+        for name in pipeline.passes:
+            graph_pass = registry[name]
+            graph_pass.set_options(pipeline.get_options(name))
+            graph_pass(program)
+            done()
+        program.validate(check_essential_scope=True)
+
+    return apply_pipeline
+
+
+def _overflow(placeholders: Placeholders) -> Callable[[Any], bool]:
+    """Whether an operation has a finite constant operand beyond float16; of a placeholder, its weight counts."""
+
+    def fp16_overflow(operation: Any) -> bool:
+        for operands in operation.inputs.values():
+            for var in operands if isinstance(operands, (list, tuple)) else [operands]:
+                constant = var.op is not None and var.op.op_type == "const"
+                if constant and var.is_tensor_or_scalar_of(dtype="fp32") and exceeds(var.op.val.val):
+                    return True
+        return False
+
+    def exceeds(value: Any) -> bool:
+        array = np.asarray(value)
+        found = placeholders.find(array)
+        if found is not None:
+            return placeholders.exceeds_float16(found)
+        size = np.abs(thin(array))
+        return bool(((size > FLOAT16_MAX) & (size < 1e38)).any())
+
+    return fp16_overflow
+
+
+def _underflow(original: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
+    def check_underflow_to_zero(self: Any, new_var: Any, var: Any) -> None:
+        if np.size(var.val) < 400:  # as the original does, which copies the constant to find its size
+            original(self, new_var, var)
+
+    return check_underflow_to_zero
+
+
+def _small(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def should_be_deduplicated(value: Any) -> bool:
+        return bool(original(value)) and not _repeats(value)
+
+    return should_be_deduplicated
+
+
+def _cast(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Casting a placeholder casts what it stores and repeats that."""
+
+    def get_cast_value(cls: Any, var: Any, dtype: str) -> Any:
+        if not _repeats(var.val):
+            return original(cls, var, dtype)
+        types = import_coremltools("converters.mil.mil.types.type_mapping")
+        return np.broadcast_to(thin(var.val).astype(types.string_to_nptype(dtype)), var.val.shape)
+
+    return get_cast_value
+
+
+def _placed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Nodes with the whole path of their torch module: coremltools leaves out the names of lists of modules."""
+
+    def from_torchscript_node(cls: Any, node: Any, parent: Any) -> Any:
+        made = original(cls, node, parent)
+        path = node.scopeName().rpartition("/")[2].removeprefix("__module").removeprefix(".")
+        made.model_hierarchy = ".".join(f"{name}(Module)" for name in path.split(".")) if path else ""
+        return made
+
+    return from_torchscript_node
+
+
+def _repeats(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and 0 in value.strides

@@ -1,0 +1,265 @@
+"""The one path that every component takes to a package: build, trace, convert, write."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffusion_convert.checkpoint import Checkpoint, Submodel
+from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.components import Component, Graph, Port, Shape
+from diffusion_convert.export.coremltools_patches import lean
+from diffusion_convert.export.placeholders import Misplaced, Placeholders
+from diffusion_convert.export.trace import trace
+from diffusion_convert.options import AttentionKind, Precision
+from diffusion_runtime.coremltools_import import import_coremltools
+from diffusion_runtime.errors import CheckpointError
+from diffusion_runtime.mil import proto
+from diffusion_runtime.mil.package import write_package
+from diffusion_runtime.mil.program import DType, FunctionInterface, Metadata, Model
+from diffusion_runtime.mil.weights import WeightWriter
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str, float], None]
+"""Told what is being done ("load", "trace", "convert", "save") and how much of it is done, from 0 to 1."""
+
+TRIES_WITH_PLACEHOLDERS = 3
+"""What networks do to their weights is found when they are built, then in the converter: each may take a try."""
+
+DTYPES = {np.dtype(dtype.value.replace("fp", "float")): dtype for dtype in (DType.FLOAT16, DType.FLOAT32)} | {
+    np.dtype(dtype.value): dtype
+    for dtype in (DType.INT8, DType.UINT8, DType.INT16, DType.UINT16, DType.INT32, DType.UINT32)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a component is converted. ``float32_ops`` and ``float32_modules`` are MIL operations (`mil_name`) and
+    torch modules that stay in float32."""
+
+    attention: AttentionKind
+    shape: Shape
+    target: str
+    precision: Precision = Precision.AUTO
+    float32_ops: frozenset[str] = frozenset()
+    float32_modules: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What came out beside the package: ``modules`` maps MIL operations to the torch modules that they are from;
+    ``float32_weights`` are weights that float16 cannot hold. The network is not kept: it holds its file mapped."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    modules: Mapping[str, str]
+    float32_weights: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+def export(
+    component: Component,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    path: Path,
+    metadata: Metadata,
+    progress: Progress = lambda *_: None,
+) -> Exported:
+    """Write ``component`` to the package ``path``, which appears whole or not at all.
+
+    Weights are read one by one, as they are written. Where a network does something with a weight that a
+    placeholder does not survive, that weight is in memory from the start; where this does not do, all are.
+    """
+
+    def attempt(placeholders: Placeholders) -> Exported:
+        return _export(component, checkpoint, recipe, path, metadata, progress, placeholders)
+
+    by_value: frozenset[str] = frozenset()
+    for _ in range(TRIES_WITH_PLACEHOLDERS):
+        try:
+            return attempt(Placeholders(by_value=by_value))
+        except Misplaced as misplaced:
+            by_value |= misplaced.names
+    return attempt(Placeholders(enabled=False))
+
+
+def _export(
+    component: Component,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    path: Path,
+    metadata: Metadata,
+    progress: Progress,
+    placeholders: Placeholders,
+) -> Exported:
+    from diffusion_convert.export.derivations import Derivations
+
+    clock = _Clock(progress)
+    clock.start("load")
+    stand_ins = placeholders.view(checkpoint.models[component.subfolder].tensors())
+    with Derivations(stand_ins) as derived:
+        graph = component.build(_on(stand_ins, checkpoint, component), recipe.attention, recipe.shape)
+    placeholders.check_unused(derived.used)
+    placeholders.keep(graph.module.state_dict().values())
+    clock.start("trace")
+    with networks.silent():
+        traced = trace(graph)
+    clock.start("convert")
+    weights = path.with_name(f".{path.name}.weights")
+    try:
+        with WeightWriter(weights) as writer:
+            model, modules = _convert(graph, traced, recipe, placeholders, writer, clock)
+        placeholders.check_all_taken()
+        clock.start("save")
+        write_package(_described(model, graph, metadata), path, weights)
+    finally:
+        weights.unlink(missing_ok=True)
+    return Exported(graph.inputs, graph.outputs, modules, placeholders.exceeding(), clock.finish())
+
+
+def _on(tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint, component: Component) -> Checkpoint:
+    """``checkpoint`` with ``tensors`` for the component's own."""
+    submodel = checkpoint.models[component.subfolder]
+    stand_in = Submodel(submodel.class_name, submodel.config, lambda: tensors)
+    return replace(checkpoint, models={**checkpoint.models, component.subfolder: stand_in})
+
+
+def _convert(
+    graph: Graph,
+    traced: torch.jit.ScriptModule,
+    recipe: Recipe,
+    placeholders: Placeholders,
+    writer: WeightWriter,
+    clock: _Clock,
+) -> tuple[Model, dict[str, str]]:
+    from diffusion_convert.networks import teach_coremltools
+
+    ct = import_coremltools()
+    teach_coremltools()
+
+    def write(array: np.ndarray) -> int:
+        return writer.add(_stored(array, placeholders), DTYPES[array.dtype])
+
+    with networks.silent(), lean(placeholders, write, clock.progress):
+        converted = ct.convert(
+            traced,
+            convert_to="mlprogram",
+            minimum_deployment_target=getattr(ct.target, recipe.target),
+            compute_precision=_precision(ct, graph, recipe),
+            inputs=[ct.TensorType(port.name, port.shape, np.dtype(port.dtype)) for port in graph.inputs],
+            outputs=[ct.TensorType(port.name, dtype=np.dtype(port.dtype)) for port in graph.outputs],
+            skip_model_load=True,
+        )
+    model = proto.model_from_bytes(converted.get_spec().SerializeToString())
+    return model, _modules(converted._mil_program)
+
+
+def _stored(array: np.ndarray, placeholders: Placeholders) -> np.ndarray:
+    """The elements to store for a constant: its own, or of a placeholder the weight's, in the constant's type."""
+    import torch
+
+    found = placeholders.take(array)
+    if found is None:
+        return np.ascontiguousarray(array)
+    name, tensor = found
+    stored = tensor.to(torch.float16 if array.dtype == np.float16 else torch.float32)
+    if not bool(torch.isfinite(stored).all()):
+        kind = "an infinite or undefined value" if not bool(torch.isfinite(tensor).all()) else "no room in float16"
+        raise CheckpointError(f"the weight {name} has {kind}: the checkpoint is damaged")
+    return stored.contiguous().numpy()
+
+
+def _precision(ct: Any, graph: Graph, recipe: Recipe) -> Any:
+    if recipe.precision is Precision.FLOAT32:
+        return ct.precision.FLOAT32
+
+    wide, module_of = (*graph.exact, *recipe.float32_modules), _module_reader()
+
+    def in_float16(operation: Any) -> bool:
+        module = module_of(operation)
+        exact = any(module == name or module.startswith(f"{name}.") for name in wide)
+        return mil_name(operation.name) not in recipe.float32_ops and not exact
+
+    return ct.transform.FP16ComputePrecision(op_selector=in_float16)
+
+
+def mil_name(name: str) -> str:
+    """An operation's name as coremltools spells it in the end, without the suffix of its conversion to float16."""
+    plain = re.sub(r"[^a-zA-Z0-9_]", "_", name).removesuffix("_cast_fp16")
+    return f"var_{plain}" if plain[:1].isdigit() else plain
+
+
+def _modules(program: Any) -> dict[str, str]:
+    """MIL operation -> path of the torch module that it is from."""
+    module_of = _module_reader()
+    return {
+        output.name: module_of(operation)
+        for function in program.functions.values()
+        for operation in function.operations
+        if operation.op_type != "const"
+        for output in operation.outputs
+    }
+
+
+def _module_reader() -> Callable[[Any], str]:
+    """Tells the innermost torch module that an operation is from, as ``named_modules`` spells it; "" for the
+    whole."""
+    scope = import_coremltools("converters.mil.mil.scope").ScopeSource.TORCHSCRIPT_MODULE_NAME
+
+    def read(operation: Any) -> str:
+        *modules, _ = operation.scopes.get(scope) or [""]
+        return ".".join(modules)
+
+    return read
+
+
+def _described(model: Model, graph: Graph, metadata: Metadata) -> Model:
+    """``model`` with descriptions of its inputs and outputs, and ``metadata``."""
+    texts = {port.name: port.description for port in (*graph.inputs, *graph.outputs)}
+
+    def described(interface: FunctionInterface) -> FunctionInterface:
+        return replace(
+            interface,
+            inputs=tuple(replace(feature, description=texts[feature.name]) for feature in interface.inputs),
+            outputs=tuple(replace(feature, description=texts[feature.name]) for feature in interface.outputs),
+        )
+
+    return replace(
+        model,
+        interfaces=tuple(described(interface) for interface in model.interfaces),
+        metadata=replace(metadata, description=graph.description),
+        description_bytes=b"",
+    )
+
+
+class _Clock:
+    """Tells the time of each phase, and its progress."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._report = progress
+        self._phase = ""
+        self._since = 0.0
+        self._seconds: dict[str, float] = {}
+
+    def start(self, phase: str) -> None:
+        self.finish()
+        self._phase, self._since = phase, time.perf_counter()
+        self._report(phase, 0.0)
+
+    def progress(self, done: float) -> None:
+        self._report(self._phase, done)
+
+    def finish(self) -> dict[str, float]:
+        if self._phase:
+            self._seconds[self._phase] = time.perf_counter() - self._since
+            self._report(self._phase, 1.0)
+        self._phase = ""
+        return self._seconds

@@ -1,0 +1,122 @@
+"""Download of one variant from the Hub: only its files, compared with the server's hashes and the manifest."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffusion_convert.hub.client import Interrupted, RemoteFile, check_repo_id, hub_errors, open_api, remote_files
+from diffusion_runtime import zips
+from diffusion_runtime.bundle import manifest
+from diffusion_runtime.bundle.find import ATTENTIONS, KINDS
+from diffusion_runtime.bundle.integrity import check_files
+from diffusion_runtime.errors import InputError, PackageError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+Report = Callable[[str], None]
+_STAGING = ".download"
+_ATTEMPTS = 4
+
+
+def download(
+    repo_id: str,
+    output: Path,
+    *,
+    variant: str | None = None,
+    kind: str = "compiled",
+    revision: str = "main",
+    endpoint: str | None = None,
+    token: str | None = None,
+    report: Report = lambda _: None,
+) -> Path:
+    """Download ``{variant}/{kind}`` of a repository to ``output/{variant}/{kind}`` and return that folder.
+
+    Where the repository has a zip of the variant's compiled models instead of their folder, that is unpacked. The
+    revision is resolved once. The folder appears when everything in it has been checked; a download that was cut
+    off goes on from ``output/.download``. Raises InputError for what is not there, PackageError for damage.
+    """
+    check_repo_id(repo_id)
+    if kind not in KINDS:
+        raise InputError(f"--kind {kind!r}: expected {' or '.join(KINDS)}")
+    api = open_api(endpoint, token)
+    with hub_errors(repo_id, "download"):
+        commit = str(api.repo_info(repo_id, revision=revision).sha)
+        there = remote_files(api, repo_id, commit)
+    chosen = _choose(repo_id, there, variant, kind)
+    target = output / chosen / kind
+    if target.exists():
+        raise InputError(f"{target}: exists already; remove it or choose another folder")
+    wanted = _wanted(there, chosen, kind)
+    report(f"{repo_id} at {commit[:12]}: {chosen}, {len(wanted)} files, {_megabytes(wanted)}")
+    staging = output / _STAGING / commit
+    for name, remote in wanted.items():
+        report(f"downloading {name}")
+        _fetch(api, repo_id, commit, name, remote, staging)
+    _put_in_place(staging, wanted, chosen, kind, target)
+    shutil.rmtree(output / _STAGING, ignore_errors=True)
+    return target
+
+
+def _choose(repo_id: str, there: Mapping[str, RemoteFile], variant: str | None, kind: str) -> str:
+    """The variant asked for, else the first that the repository has."""
+    found = [name for name in ATTENTIONS if _wanted(there, name, kind)]
+    if variant is None and found:
+        return found[0]
+    if variant in found:
+        return str(variant)
+    shown = ", ".join(found) or "none"
+    raise InputError(f"{repo_id}: has no {kind} of {variant or 'any variant'} (found: {shown})")
+
+
+def _wanted(there: Mapping[str, RemoteFile], variant: str, kind: str) -> dict[str, RemoteFile]:
+    """The files of a variant, hidden ones left out, or the one zip that holds them."""
+    inside = {
+        name: remote
+        for name, remote in there.items()
+        if name.startswith(f"{variant}/{kind}/") and not any(part.startswith(".") for part in name.split("/"))
+    }
+    if inside or kind != "compiled":
+        return inside
+    ending = f"_{variant}_compiled.zip"
+    return dict(list({name: remote for name, remote in there.items() if name.endswith(ending)}.items())[:1])
+
+
+def _fetch(api: HfApi, repo_id: str, commit: str, name: str, remote: RemoteFile, staging: Path) -> None:
+    """One file to ``staging``, going on with a partial one, in several tries where the server or the connection
+    fails. Raises PackageError for other content."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            with hub_errors(repo_id, f"download of {name}"):
+                path = Path(api.hf_hub_download(repo_id, name, revision=commit, local_dir=staging))
+            break
+        except Interrupted:
+            if attempt == _ATTEMPTS:
+                raise
+            time.sleep(2**attempt)
+    if not remote.equals(path):
+        size = path.stat().st_size
+        path.unlink()
+        raise PackageError(
+            f"{repo_id}: {name} is damaged: {size} bytes of {remote.size}, or other content than the server's hash "
+            "says; download it again"
+        )
+
+
+def _put_in_place(staging: Path, wanted: Mapping[str, RemoteFile], variant: str, kind: str, target: Path) -> None:
+    folder = staging / variant / kind
+    if len(wanted) == 1 and next(iter(wanted)).endswith(".zip"):
+        shutil.rmtree(staging / "unpacked", ignore_errors=True)
+        folder = zips.unpack(staging / next(iter(wanted)), staging / "unpacked")
+    if (folder / manifest.FILE_NAME).is_file():
+        check_files(manifest.read(folder), folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(target)
+
+
+def _megabytes(files: Mapping[str, RemoteFile]) -> str:
+    return f"{sum(remote.size for remote in files.values()) / 1e6:.1f} MB"

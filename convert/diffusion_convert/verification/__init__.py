@@ -1,0 +1,1 @@
+"""Whether models compute what their source computes."""

@@ -1,0 +1,154 @@
+"""Whether the models of a folder, packages and compiled ones, compute what their source does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_convert.bundle import foreign as adopt
+from diffusion_convert.checkpoint import Checkpoint
+from diffusion_convert.components import Shape, table
+from diffusion_convert.inspect import main_function, palettized_weights
+from diffusion_convert.verification import package as verify
+from diffusion_convert.verification.bounds import bound_db
+from diffusion_convert.verification.package import Reference
+from diffusion_runtime.bundle import foreign, manifest
+from diffusion_runtime.bundle.find import ATTENTIONS, KINDS
+from diffusion_runtime.bundle.integrity import check_files
+from diffusion_runtime.bundle.manifest import FILE_NAME, Manifest
+from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.mil.package import open_package
+
+_SLACK_DB = 1.0
+"""By how much a figure may be below what its record leads to: other processors round otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """One component of one folder. ``bound_db`` is what every output must reach."""
+
+    folder: str
+    component: str
+    psnr_db: dict[str, float]
+    bound_db: float
+
+    @property
+    def holds(self) -> bool:
+        return all(value >= self.bound_db for value in self.psnr_db.values())
+
+
+def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], None]) -> Iterator[Parity]:
+    """Compare every component of every folder of models below ``models`` with the checkpoint's own network.
+
+    Files are compared with the manifests first; models of other tools may have none. Raises InputError where there
+    are no models or the checkpoint lacks a component, PackageError where files are missing or changed.
+    """
+    folders = _folders(models)
+    made = {folder: _described(folder) for folder in folders}
+    for folder, described in made.items():
+        check_files(described, folder)
+        _check_source(described, checkpoint, folder, guessed=not (folder / FILE_NAME).is_file())
+    references: dict[tuple[str, Shape], Reference] = {}
+    for folder, described in made.items():
+        shape = Shape(described.height, described.width, described.batch_size)
+        for name, component in described.components.items():
+            if (name, shape) not in references:
+                report(f"running the source's own {name}")
+                references[name, shape] = verify.reference(table()[name], checkpoint, shape, lambda _: None)
+            shown = folder.relative_to(models).as_posix() if folder != models else folder.name
+            report(f"running {shown}: {name}")
+            paths = [folder / file for file in component.files]
+            bound = _bound(name, component, _palette_widths(paths) if component.palettization else ())
+            yield Parity(shown, name, _measure(paths, references[name, shape]), bound)
+
+
+def _folders(models: Path) -> list[Path]:
+    if models.suffix == ".zip":
+        raise InputError(f"{models}: is a zip; unpack it first and name the folder")
+    if not models.is_dir():
+        raise InputError(f"{models}: no such folder of models")
+    found = [models / name / kind for name in ATTENTIONS for kind in KINDS]
+    there = [folder for folder in found if _holds_models(folder)]
+    if there and not (models / FILE_NAME).is_file():
+        return there
+    inside = [entry for entry in models.iterdir() if entry.is_dir()]
+    places = (models, models / "Resources", *(inside if len(inside) == 1 else ()))  # the last: an unpacked zip
+    there = [folder for folder in places if _holds_models(folder)]
+    if not there:
+        raise InputError(
+            f"{models}: holds no models: expected {FILE_NAME}, original/packages/{FILE_NAME} or models of Apple's "
+            "tools"
+        )
+    return there
+
+
+def _holds_models(folder: Path) -> bool:
+    return (folder / FILE_NAME).is_file() or foreign.is_one(folder)
+
+
+def _described(folder: Path) -> Manifest:
+    if (folder / FILE_NAME).is_file():
+        return manifest.read(folder)
+    return adopt.describe(folder, foreign.Assumed()).manifest
+
+
+def _check_source(described: Manifest, checkpoint: Checkpoint, folder: Path, guessed: bool) -> None:
+    known = table()
+    missing = [
+        name for name in described.components if name not in known or known[name].subfolder not in checkpoint.models
+    ]
+    if missing or (described.family != checkpoint.family and not guessed):
+        what = f"has no {', '.join(missing)}" if missing else f"is of family {checkpoint.family}"
+        raise InputError(
+            f"{checkpoint.name}: {what}, but {folder} was made from {described.source.name} ({described.family}); "
+            "name the checkpoint that the models were converted from"
+        )
+
+
+def _bound(name: str, component: manifest.Component, bits: Iterable[int]) -> float:
+    """What the component owns for the width of its weights: never less, whatever its manifest says.
+
+    ``bits`` are the widths of the palettized weights that its files hold. A palettized component's record, which is
+    against its 16-bit form, can only raise the bound: to the record and the 16-bit form's own noise together.
+    """
+    owner, palettized, found = table()[name], component.palettization, tuple(bits)
+    if palettized is None or not found:
+        return owner.min_psnr_db
+    bound = bound_db(max(palettized.nbits, min(found)), owner.min_palettized_psnr_db)
+    if not component.psnr_db:
+        return bound
+    noise = 10 ** (-min(component.psnr_db.values()) / 10) + 10 ** (-owner.min_psnr_db / 10)
+    return max(bound, -10 * math.log10(noise) - _SLACK_DB)
+
+
+def _palette_widths(paths: Iterable[Path]) -> set[int]:
+    """Bits of the palettized weights in the models at ``paths``; none where all weights are whole."""
+    functions = (main_function(open_package(path).model) for path in paths)
+    return {bits for function in functions for bits in palettized_weights(function)}
+
+
+def _measure(paths: list[Path], expected: Reference) -> dict[str, float]:
+    """PSNR of each output, the worst over all runs; chunks run one after the other."""
+    from diffusion_runtime.backends.torch_mil import TorchBackend
+    from diffusion_runtime.models import chained
+
+    backend = TorchBackend(stream_weights=True)
+    model = chained([lambda path=path: backend.load(path) for path in paths])()  # type: ignore[misc]
+    worst: dict[str, float] = {}
+    for inputs, outputs in zip(expected.inputs, expected.outputs, strict=True):
+        found = model(**_named(inputs, tuple(model.inputs)))
+        for name, array in outputs.items():
+            if name not in found:
+                raise PackageError(f"{paths[-1]}: has no output {name} (it has {', '.join(found)})")
+            psnr = verify.psnr_db(array, found[name])
+            worst[name] = min(worst.get(name, psnr), psnr)
+    return worst
+
+
+def _named(inputs: Mapping[str, np.ndarray], names: tuple[str, ...]) -> Mapping[str, np.ndarray]:
+    """``inputs`` as a model names them: a single one may have another name (older VAE encoders: z for x)."""
+    return dict(zip(names, inputs.values(), strict=True)) if len(inputs) == len(names) == 1 else inputs

@@ -1,0 +1,269 @@
+"""Whether a package computes what its checkpoint's own network computes, and whether float16 has room for it.
+
+The network is diffusers' or transformers' own, on the checkpoint's weights, in float32; the package is run by the
+torch backend in float32, on the same seeded inputs (the same float16 numbers). What is left is what conversion did:
+other operations, weights rounded to float16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffusion_convert.checkpoint import Checkpoint
+from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.components import Component, Shape
+from diffusion_convert.export.placeholders import FLOAT16_MAX
+from diffusion_runtime.errors import VerificationError
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffusion_runtime.mil.package import Package
+
+Progress = Callable[[float], None]
+Arrays = Mapping[str, np.ndarray]
+
+NEAR_LIMIT = FLOAT16_MAX / 2
+"""Where float16 is given up at `Precision.AUTO`: other prompts and latents than the seeded ones may give more."""
+BEST_PSNR_DB = 200.0
+"""What is reported for outputs that are equal, bit for bit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the checkpoint's own network computes: inputs and outputs of each run."""
+
+    inputs: tuple[Arrays, ...]
+    outputs: tuple[Arrays, ...]
+
+    def save(self, path: Path) -> None:
+        arrays = {
+            f"{kind}/{run}/{name}": array
+            for kind, runs in (("inputs", self.inputs), ("outputs", self.outputs))
+            for run, named in enumerate(runs)
+            for name, array in named.items()
+        }
+        unfinished = path.with_name(f".{path.name}")
+        with unfinished.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Reference:
+        runs: dict[str, list[dict[str, np.ndarray]]] = {"inputs": [], "outputs": []}
+        with np.load(path, allow_pickle=False) as file:
+            for key in file.files:
+                kind, run, name = key.split("/", 2)
+                if int(run) == len(runs[kind]):
+                    runs[kind].append({})
+                runs[kind][int(run)][name] = file[key]
+        return cls(tuple(runs["inputs"]), tuple(runs["outputs"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``psnr_db`` by output, the worst over all runs: the largest magnitude of the reference over the root mean
+    squared difference. ``largest`` is the largest magnitude of each MIL value over all runs."""
+
+    psnr_db: Mapping[str, float]
+    largest: Mapping[str, float]
+
+
+def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progress: Progress) -> Reference:
+    """Run the checkpoint's own network. Its weights are widened to float32 one module at a time."""
+    import torch
+
+    graph = component.build(checkpoint, None, shape)
+    inputs = tuple(graph.sample(seed) for seed in range(component.runs))
+    outputs = []
+    with networks.silent(), widened(graph.module), torch.inference_mode():
+        for run, arrays in enumerate(inputs):
+            found = graph.module(*(torch.from_numpy(arrays[port.name]).float() for port in graph.inputs))
+            tensors = found if isinstance(found, tuple) else (found,)
+            outputs.append({port.name: tensor.numpy() for port, tensor in zip(graph.outputs, tensors, strict=True)})
+            progress((run + 1) / component.runs)
+    for name, array in (item for run in outputs for item in run.items()):
+        if not np.isfinite(array).all():
+            raise VerificationError(
+                f"{checkpoint.name}: its own {component.name} computes infinite or undefined values in {name}: "
+                "the checkpoint is damaged"
+            )
+    return Reference(inputs, tuple(outputs))
+
+
+def measure(path: Path, expected: Reference, progress: Progress) -> Verdict:
+    """Run the package at ``path`` on the reference's inputs and watch every value."""
+    import torch
+
+    from diffusion_runtime.backends.torch_mil import TorchBackend
+
+    model = TorchBackend(stream_weights=True, fuse=False).load(path)
+    count = sum(node.op == "call_function" for node in model.module.graph.nodes) * len(expected.inputs)
+    largest: dict[str, float] = {}
+    seen: set[tuple[int, str]] = set()  # some values come in parts
+
+    def watch(run: int, name: str, _: str, value: torch.Tensor) -> None:
+        seen.add((run, name))
+        if len(seen) % 50 == 0:
+            progress(min(len(seen) / count, 1.0))
+        if value.is_floating_point() and value.numel():
+            low, high = torch.aminmax(value)
+            largest[name] = max(largest.get(name, 0.0), -float(low), float(high))
+
+    worst: dict[str, float] = {}
+    for run, (inputs, outputs) in enumerate(zip(expected.inputs, expected.outputs, strict=True)):
+        found = model.observe(partial(watch, run), **inputs)
+        for name, array in outputs.items():
+            worst[name] = min(worst.get(name, math.inf), psnr_db(array, found[name]))
+    progress(1.0)
+    return Verdict(worst, largest)
+
+
+def psnr_db(expected: np.ndarray, found: np.ndarray) -> float:
+    """Peak signal-to-noise ratio with the largest magnitude of ``expected`` as the peak; -inf where ``found`` is
+    not finite, or ``expected`` is zero and ``found`` is not."""
+    difference = found.astype(np.float64) - expected
+    power = float(np.mean(difference**2))
+    peak = float(np.max(np.abs(expected)))
+    if not math.isfinite(power) or (peak == 0 and power > 0):
+        return -math.inf
+    return min(BEST_PSNR_DB, 10 * math.log10(peak**2 / power)) if power else BEST_PSNR_DB
+
+
+def overflowing(path: Path, largest: Mapping[str, float], limit: float) -> dict[str, float]:
+    """The values of the package at ``path`` that are float16 and were larger than ``limit``, and what is computed
+    of them, by name, with the size."""
+    from diffusion_runtime.mil.package import open_package
+    from diffusion_runtime.mil.program import DType, TensorType, operations
+
+    package = open_package(path)
+    found: dict[str, float] = {}
+    for operation in operations(_block(package)):
+        taken = max((largest.get(name, 0.0) for name in _taken(operation)), default=0.0)
+        for variable in operation.outputs:
+            half = isinstance(variable.type, TensorType) and variable.type.dtype is DType.FLOAT16
+            size = max(largest.get(variable.name, 0.0), taken)
+            if half and (size > limit or math.isnan(size)):
+                found[variable.name] = size
+    return found
+
+
+def check(component: Component, path: Path, verdict: Verdict, explain: Callable[[], str]) -> None:
+    """Raises VerificationError where an output is below the component's bound; ``explain`` says where it begins."""
+    low = {name: value for name, value in verdict.psnr_db.items() if not value >= component.min_psnr_db}
+    if low:
+        listed = ", ".join(f"{name} {value:.1f} dB" for name, value in low.items())
+        raise VerificationError(
+            f"{path.name}: differs from the checkpoint's own network: {listed}, expected at least "
+            f"{component.min_psnr_db:g} dB; {explain()}"
+        )
+
+
+def first_divergence(path: Path, network: torch.nn.Module, modules: Mapping[str, str], inputs: Arrays) -> str:
+    """Where the package at ``path`` and ``network``, which it was traced from, begin to differ, as a sentence.
+
+    Modules' outputs are compared by statistics that do not depend on the order of the elements, as a program may
+    hold a value in another layout.
+    """
+
+    from diffusion_runtime.backends.torch_mil import TorchBackend
+
+    expected = _module_outputs(network, inputs)
+    last = {module: operation for operation, module in modules.items()}
+    found: list[str] = []
+
+    def watch(name: str, op: str, value: torch.Tensor) -> None:
+        module = modules.get(name, "")
+        if last.get(module) != name or module not in expected or found:
+            return
+        count, *statistics = _statistics(value)
+        if count == expected[module][0] and not np.allclose(statistics, expected[module][1:], rtol=1e-2, atol=1e-4):
+            found.append(f"the first operation that differs is {name} ({op}, of torch module {module})")
+
+    TorchBackend(stream_weights=True, fuse=False).load(path).observe(watch, **inputs)
+    return found[0] if found else "no single operation differs"
+
+
+@contextmanager
+def widened(network: torch.nn.Module) -> Iterator[None]:
+    """In this context, ``network`` computes in float32 whatever its tensors are stored as.
+
+    A module's own parameters and buffers are widened as it is called and dropped after, so a network whose weights
+    are mapped from a file never lies in memory as a whole.
+    """
+    import torch
+
+    stored: dict[torch.nn.Module, list[tuple[dict[str, Any], str, torch.Tensor]]] = {}
+
+    def widen(module: torch.nn.Module, _: Any) -> None:
+        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        stored[module] = [
+            (place, name, tensor)
+            for place in places
+            for name, tensor in place.items()
+            if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float32
+        ]
+        for place, name, tensor in stored[module]:
+            wide = tensor.detach().float()
+            place[name] = torch.nn.Parameter(wide, requires_grad=False) if place is module._parameters else wide
+
+    def restore(module: torch.nn.Module, *_: Any) -> None:
+        for place, name, tensor in stored.pop(module, []):
+            place[name] = tensor
+
+    handles = []
+    for module in network.modules():
+        if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            handles.append(module.register_forward_pre_hook(widen))
+            handles.append(module.register_forward_hook(restore, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _module_outputs(network: torch.nn.Module, inputs: Arrays) -> dict[str, tuple[float, ...]]:
+    """Statistics of what each module gives, by its path."""
+    import torch
+
+    found: dict[str, tuple[float, ...]] = {}
+    handles = [
+        module.register_forward_hook(
+            lambda _module, _inputs, value, name=name: (
+                found.update({name: _statistics(value)}) if isinstance(value, torch.Tensor) else None
+            )
+        )
+        for name, module in network.named_modules()
+    ]
+    try:
+        with widened(network), torch.inference_mode():
+            network(*(torch.from_numpy(array).float() for array in inputs.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _statistics(value: torch.Tensor) -> tuple[float, ...]:
+    wide = value.double()
+    low, high = wide.aminmax()
+    return (float(value.numel()), float(wide.mean()), float(wide.square().mean().sqrt()), float(low), float(high))
+
+
+def _block(package: Package) -> Any:
+    functions = package.model.program.functions
+    return functions[package.model.default_function or "main"].block
+
+
+def _taken(operation: Any) -> Iterator[str]:
+    for bindings in operation.inputs.values():
+        yield from (binding for binding in bindings if isinstance(binding, str))

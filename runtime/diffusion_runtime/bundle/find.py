@@ -1,0 +1,162 @@
+"""Folders of models: ours, which have a manifest.json, and others', whose manifest is made from what can be seen.
+
+What a user names may be the folder that `convert` wrote ({attention}/{packages,compiled}/), a variant in it, or the
+folder of the models themselves; `find` chooses, and says what it chose.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from diffusion_runtime.backends import Backend, ComputeUnits
+from diffusion_runtime.bundle import foreign, manifest
+from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.models import Load, Models, chained
+
+ATTENTIONS = ("original", "split_einsum_v2", "split_einsum")
+KINDS = ("packages", "compiled")
+NEURAL_ENGINE = ("split_einsum_v2", "split_einsum", "original")
+PREFERRED: dict[ComputeUnits | None, Sequence[str]] = {
+    None: NEURAL_ENGINE,
+    ComputeUnits.ALL: NEURAL_ENGINE,
+    ComputeUnits.CPU_AND_NE: NEURAL_ENGINE,
+    ComputeUnits.CPU_AND_GPU: ATTENTIONS,
+    ComputeUnits.CPU_ONLY: ATTENTIONS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """The models of one variant. ``notes`` say what was chosen and assumed."""
+
+    folder: Path
+    manifest: Manifest
+    tokenizer: Path | None
+    notes: tuple[str, ...] = ()
+
+    def paths(self, component: str) -> tuple[Path, ...]:
+        """The model, or the chunks in the order in which they run."""
+        return tuple(self.folder / name for name in self.manifest.components[component].files)
+
+
+def find(
+    path: Path,
+    *,
+    backend: str = "torch",
+    compute_units: ComputeUnits | None = None,
+    assumed: foreign.Assumed | None = None,
+) -> Bundle:
+    """The best variant at ``path`` for a backend ("coreml" or "torch") and compute units.
+
+    Raises InputError where there is none, PackageError for a damaged one."""
+    if not path.exists():
+        raise InputError(f"{path}: no such folder; expected models that `coreml-diffusion convert` wrote")
+    if path.suffix in (".mlpackage", ".mlmodelc"):
+        raise InputError(f"{path}: is one model; name the folder that holds all of them, {path.parent}")
+    if path.suffix == ".zip":
+        raise InputError(f"{path}: is a zip: unpack it (`unzip {path.name} -d {path.stem}`) and name the folder")
+    found = [
+        folder for folder in _candidates(path) if (folder / manifest.FILE_NAME).is_file() or foreign.is_one(folder)
+    ]
+    if not found:
+        raise InputError(
+            f"{path}: holds no models: expected {manifest.FILE_NAME}, Stable_Diffusion_version_*_unet.mlpackage or "
+            "Unet.mlmodelc, there or in original/packages and the like"
+        )
+    described = [folder for folder in found if (folder / manifest.FILE_NAME).is_file()]
+    chosen = min(described or found, key=lambda folder: _rank(folder, backend, compute_units))
+    bundle = _open(chosen, assumed or foreign.Assumed())
+    if len(found) == 1:
+        return bundle
+    others = ", ".join(sorted(_shown(folder, path) for folder in found if folder != chosen))
+    return replace(bundle, notes=(f"using {_shown(chosen, path)} (also there: {others})", *bundle.notes))
+
+
+def open_models(
+    bundle: Bundle, backend: Backend, compute_units: ComputeUnits | None = None, keep: bool = True
+) -> Models:
+    """The models of a bundle, loaded when asked for, on the manifest's compute units unless others are given."""
+
+    def load(component: str) -> Load:
+        units = compute_units or parse_units(bundle.manifest.components[component].compute_units)
+        return chained([partial(backend.load, path, units) for path in bundle.paths(component)])
+
+    return Models({name: load(name) for name in bundle.manifest.components}, keep)
+
+
+def parse_units(text: str) -> ComputeUnits:
+    """Compute units as the command line, a manifest or coremltools spells them."""
+    wanted = text.lower().replace("_", "-")
+    for units in ComputeUnits:
+        if units.value == wanted:
+            return units
+    raise InputError(f"unknown compute units {text!r}: expected one of {', '.join(u.value for u in ComputeUnits)}")
+
+
+def unit_notes(bundle: Bundle, compute_units: ComputeUnits | None) -> tuple[str, ...]:
+    """Warnings for the compute units that the UNet would run on."""
+    units = compute_units or parse_units(bundle.manifest.components["unet"].compute_units)
+    note = bad_pairing(bundle.manifest.attention, units)
+    return () if note is None else (note,)
+
+
+def bad_pairing(attention: str, units: ComputeUnits) -> str | None:
+    """Why models of this attention should not run on these compute units, where that is known.
+
+    From reports of users: apple/ml-stable-diffusion#267 and #282."""
+    if attention == "original" and units in (ComputeUnits.CPU_AND_NE, ComputeUnits.ALL):
+        return (
+            f"attention `original` with --compute-units {units.value} may hang or fail to load: it is made for the "
+            "GPU; use --compute-units cpu-and-gpu, or models with split_einsum_v2"
+        )
+    if attention.startswith("split_einsum") and units is ComputeUnits.CPU_AND_GPU:
+        return (
+            f"attention `{attention}` with --compute-units cpu-and-gpu is slow and on some systems gives noise: it "
+            "is made for the Neural Engine; use --compute-units cpu-and-ne, or models with `original`"
+        )
+    return None
+
+
+def _candidates(path: Path) -> Iterator[Path]:
+    """Folders that may hold models: the one named, variants in it, and the only folder of an unpacked zip."""
+    if not path.is_dir():
+        return
+    yield path
+    for kind in (*KINDS, "Resources"):
+        yield path / kind
+    for attention in ATTENTIONS:
+        yield path / attention
+        for kind in KINDS:
+            yield path / attention / kind
+    inner = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__"))]
+    if len(inner) == 1 and inner[0].suffix not in (".mlpackage", ".mlmodelc") and inner[0].name not in ATTENTIONS:
+        yield inner[0]
+
+
+def _rank(folder: Path, backend: str, units: ComputeUnits | None) -> tuple[int, int]:
+    """Lower is better: the attention that suits the compute units, then the kind that loads fastest."""
+    order = PREFERRED[units] if backend == "coreml" else ATTENTIONS
+    attention = next((name for name in order if name in (folder.name, folder.parent.name)), order[0])
+    compiled = folder.name in ("compiled", "Resources")
+    wants_compiled = backend == "coreml" and sys.platform == "darwin"
+    return order.index(attention), int(compiled != wants_compiled)
+
+
+def _open(folder: Path, assumed: foreign.Assumed) -> Bundle:
+    if not (folder / manifest.FILE_NAME).is_file():
+        described = foreign.describe(folder, assumed)
+        return Bundle(folder, described.manifest, described.tokenizer, described.notes)
+    read = manifest.read(folder)
+    missing = [name for part in read.components.values() for name in part.files if not (folder / name).exists()]
+    if missing:
+        raise PackageError(f"{folder}: {manifest.FILE_NAME} names what is not there: {', '.join(missing)}")
+    return Bundle(folder, read, None if read.tokenizer is None else folder / read.tokenizer)
+
+
+def _shown(folder: Path, root: Path) -> str:
+    return folder.relative_to(root).as_posix() if folder != root else folder.name

@@ -1,0 +1,221 @@
+"""Folders that others made: Apple's converter, Hub repositories of compiled models. They have no manifest, so
+one is made from the models' interfaces; what no interface tells is taken from the family, and said."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_runtime.backends.interface import specs
+from diffusion_runtime.bundle.manifest import Component, Latents, Manifest, Source, Tensor
+from diffusion_runtime.errors import InputError, PackageError
+
+if TYPE_CHECKING:
+    from diffusion_runtime.mil.program import Feature, Model
+
+COMPILED_NAMES: Mapping[str, tuple[str, ...]] = {
+    "text_encoder": ("TextEncoder",),
+    "unet": ("Unet",),
+    "vae_decoder": ("VAEDecoder",),
+    "vae_encoder": ("VAEEncoder",),
+    "safety_checker": ("SafetyChecker",),
+    "depth_estimator": ("DepthEstimator",),
+}
+PREDICTING_V = ("sd2-v", "x4-upscaler")
+CHUNKS = ("UnetChunk1", "UnetChunk2")
+_PACKAGE = re.compile(
+    r"Stable_Diffusion_version_(?P<name>.+?)_(?P<component>"
+    + "|".join([*COMPILED_NAMES, "unet_chunk1", "unet_chunk2"])
+    + r")\.mlpackage"
+)
+_SCHEDULE: Mapping[str, Any] = {
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+_LOW_RES: Mapping[str, Any] = {
+    "_class_name": "DDPMScheduler",
+    "beta_end": 0.02,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.0001,
+    "num_train_timesteps": 1000,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Assumed:
+    """What the user says of foreign models; None is the family's default."""
+
+    prediction_type: str | None = None
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        known = ("epsilon", "v_prediction", "sample")
+        if self.prediction_type not in (None, *known):
+            raise InputError(f"prediction type {self.prediction_type!r}: expected one of {', '.join(known)}")
+        if self.scale is not None and not 0 < self.scale < 100:
+            raise InputError(f"latent scale {self.scale}: expected a positive number, 0.18215 for most models")
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A manifest for a folder that has none. ``tokenizer`` is None where no vocab.json was found."""
+
+    manifest: Manifest
+    tokenizer: Path | None
+    notes: tuple[str, ...]
+
+
+def is_one(folder: Path) -> bool:
+    """Whether a folder holds a UNet under a name that Apple's tools give it."""
+    return folder.is_dir() and "unet" in _files(folder)
+
+
+def describe(folder: Path, assumed: Assumed) -> Described:
+    """The manifest of a folder of foreign models. Raises InputError for SDXL's, PackageError for damaged ones."""
+    files = _files(folder)
+    opened = {name: [_model(folder / file) for file in listed] for name, listed in files.items()}
+    attention = "split_einsum" if _has_einsum(opened["unet"]) else "original"
+    units = "cpu-and-gpu" if attention == "original" else "cpu-and-ne"
+    components = {name: _component(folder, files[name], models, units) for name, models in opened.items()}
+    inputs = {tensor.name: tensor.shape for tensor in components["unet"].inputs}
+    _check(folder, components, inputs)
+    family = family_of(inputs)
+    factor = _factor(components, inputs, 4 if family == "x4-upscaler" else 8)
+    prediction = assumed.prediction_type or ("v_prediction" if family in PREDICTING_V else "epsilon")
+    scale = assumed.scale or (0.08333 if family == "x4-upscaler" else 0.18215)
+    height, width = (size * factor for size in inputs["sample"][2:])
+    tokenizer = next((place for place in _tokenizer_places(folder) if (place / "vocab.json").is_file()), None)
+    made = Manifest(
+        name=_name(folder),
+        family=family,
+        source=Source(name=_name(folder)),
+        kind="packages" if files["unet"][0].endswith(".mlpackage") else "compiled",
+        attention=attention,
+        height=height,
+        width=width,
+        batch_size=inputs["sample"][0],
+        target="unknown",
+        latents=Latents(channels=4, factor=factor, scale=scale),
+        prediction_type=prediction,
+        components=components,
+        scheduler={
+            "_class_name": "PNDMScheduler",
+            "skip_prk_steps": True,
+            **_SCHEDULE,
+            "prediction_type": prediction,
+        },
+        requires_safety_checker=family.startswith("sd1"),
+        noise_scheduler=dict(_LOW_RES) if family == "x4-upscaler" else None,
+        tokenizer=None,
+    )
+    told = "as given" if assumed.prediction_type and assumed.scale else "where not given, the family's usual values"
+    note = (
+        f"{folder.name} has no manifest.json: taken for {family}, {width}x{height}, {prediction} prediction, "
+        f"latent scale {scale:g}, PNDM scheduler ({told})"
+    )
+    return Described(made, tokenizer, (note,))
+
+
+def _files(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Component -> file names, chunks before the whole UNet as all apps prefer them."""
+    found = {
+        component: tuple(f"{name}.mlmodelc" for name in names)
+        for component, names in COMPILED_NAMES.items()
+        if all((folder / f"{name}.mlmodelc").is_dir() for name in names)
+    }
+    if all((folder / f"{name}.mlmodelc").is_dir() for name in CHUNKS):
+        found["unet"] = tuple(f"{name}.mlmodelc" for name in CHUNKS)
+    if "unet" in found or not folder.is_dir():
+        return found
+    matches = [match for path in sorted(folder.iterdir()) if (match := _PACKAGE.fullmatch(path.name))]
+    names = sorted({match["name"] for match in matches})
+    if len(names) > 1:
+        raise InputError(f"{folder}: holds models of several checkpoints ({', '.join(names)}): one folder for each")
+    packages: dict[str, tuple[str, ...]] = {match["component"]: (match[0],) for match in matches}
+    chunks = [packages.pop(f"unet_chunk{number}", ()) for number in (1, 2)]
+    if all(chunks):
+        packages["unet"] = (*chunks[0], *chunks[1])
+    return packages
+
+
+def _model(path: Path) -> Model:
+    from diffusion_runtime.mil.package import open_package
+
+    return open_package(path).model
+
+
+def _component(folder: Path, files: tuple[str, ...], models: list[Model], units: str) -> Component:
+    """The interface of a chain of models as one: inputs that no earlier one gives, the last one's outputs."""
+    given: set[str] = set()
+    needed: dict[str, Tensor] = {}
+    outputs: tuple[Tensor, ...] = ()
+    for file, model in zip(files, models, strict=True):
+        for tensor in _tensors(model.interface.inputs, folder / file):
+            if tensor.name not in given:
+                needed.setdefault(tensor.name, tensor)
+        outputs = _tensors(model.interface.outputs, folder / file)
+        given |= {tensor.name for tensor in outputs}
+    return Component(files=files, inputs=tuple(needed.values()), outputs=outputs, compute_units=units)
+
+
+def _tensors(features: Sequence[Feature], path: Path) -> tuple[Tensor, ...]:
+    return tuple(Tensor(name=s.name, dtype=s.dtype, shape=s.shape) for s in specs(features, path).values())
+
+
+def _check(folder: Path, components: Mapping[str, Component], inputs: Mapping[str, tuple[int, ...]]) -> None:
+    if {"time_ids", "text_embeds"} & inputs.keys():
+        raise InputError(f"{folder}: models of Stable Diffusion XL, which this version does not run")
+    missing = [name for name in ("text_encoder", "vae_decoder") if name not in components]
+    if missing:
+        raise InputError(f"{folder}: no {' and no '.join(missing)} beside the UNet: copy or convert it too")
+    for name in ("sample", "encoder_hidden_states"):
+        if len(inputs.get(name, ())) != 4:
+            raise PackageError(f"{folder}: the UNet's input {name} is {inputs.get(name)}, expected four dimensions")
+
+
+def family_of(inputs: Mapping[str, tuple[int, ...]]) -> str:
+    """The family (`diffusion_convert.families`) of a UNet with these input shapes."""
+    channels, width = inputs["sample"][1], inputs["encoder_hidden_states"][1]
+    special = {5: "sd2-depth", 7: "x4-upscaler", 9: "sd2-inpainting" if width == 1024 else "sd1-inpainting"}
+    if channels in special or width != 1024:
+        return special.get(channels, "sd1")
+    return "sd2-v" if max(inputs["sample"][2:]) >= 96 else "sd2-base"
+
+
+def _factor(components: Mapping[str, Component], inputs: Mapping[str, tuple[int, ...]], usual: int) -> int:
+    """How much larger pictures are than latents, from whichever of the VAE's interfaces has a shape."""
+    latent = inputs["sample"][2]
+    shapes = [tensor.shape for tensor in components["vae_decoder"].outputs]
+    if "vae_encoder" in components:
+        shapes += [tensor.shape for tensor in components["vae_encoder"].inputs]
+    sizes = [shape[2] // latent for shape in shapes if len(shape) == 4 and shape[2] % latent == 0]
+    return next((size for size in sizes if size > 1), usual)
+
+
+def _has_einsum(models: list[Model]) -> bool:
+    from diffusion_runtime.mil.program import operations
+
+    functions = [function for model in models for function in model.program.functions.values()]
+    return any(op.type == "einsum" for function in functions for op in operations(function.block))
+
+
+def _tokenizer_places(folder: Path) -> tuple[Path, ...]:
+    """Beside the models; or where the Hub's folders keep it: with the compiled variant of the same models."""
+    beside = (folder, folder / "tokenizer", folder / "Resources", folder.parent, folder.parent / "tokenizer")
+    return (*beside, folder.parent / "compiled", folder.parent / "Resources")
+
+
+def _name(folder: Path) -> str:
+    for path in sorted(folder.iterdir()):
+        if match := _PACKAGE.fullmatch(path.name):
+            return match["name"]
+    return folder.name

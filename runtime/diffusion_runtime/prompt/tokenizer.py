@@ -1,0 +1,97 @@
+"""Prompts to token numbers: transformers' CLIPTokenizer, with weights per token and a word on what was cut off."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.prompt import weights as prompts
+
+LENGTH = 77
+FILES = ("vocab.json", "merges.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """``ids`` and ``weights`` of shape (pieces, length); ``lost`` is the text that found no place, else ""."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+    lost: str = ""
+
+    @property
+    def is_weighted(self) -> bool:
+        return bool((self.weights != 1.0).any())
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """``clip`` is a CLIPTokenizer; ``length`` is what the text encoder takes, start and end included."""
+
+    clip: Any
+    length: int = LENGTH
+
+    def encode(self, prompt: str, pieces: int = 1) -> Tokens:
+        """Up to ``pieces`` pieces of ``length`` tokens; pieces without text are those of an empty prompt."""
+        ids: list[int] = []
+        weights: list[float] = []
+        for fragment in prompts.parse(prompt):
+            part = self.clip(fragment.text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += part
+            weights += [fragment.weight] * len(part)
+        room = self.length - 2
+        lost = self.clip.decode(ids[room * pieces :]) if len(ids) > room * pieces else ""
+        rows = [self._piece(ids[start : start + room]) for start in range(0, room * pieces, room)]
+        counts = np.ones((pieces, self.length), np.float32)
+        for row, start in zip(counts, range(0, room * pieces, room), strict=True):
+            part_weights = weights[start : start + room]
+            row[1 : 1 + len(part_weights)] = part_weights
+        return Tokens(np.array(rows, np.int64), counts, lost)
+
+    def _piece(self, ids: list[int]) -> list[int]:
+        filled = [self.clip.bos_token_id, *ids, self.clip.eos_token_id]
+        return filled + [self.clip.pad_token_id] * (self.length - len(filled))
+
+
+def load(folder: Path, length: int = LENGTH, pad_token: str | None = None) -> Tokenizer:
+    """The tokenizer of a folder with vocab.json and merges.txt; settings from tokenizer_config.json where it lies
+    beside them. ``pad_token`` is used where no file says what pads. Raises InputError where files are missing and
+    PackageError where they are damaged."""
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{folder}: no {' and no '.join(missing)}: name the tokenizer's folder with --tokenizer "
+            "(the checkpoint's `tokenizer` folder has both files)"
+        )
+    _check(folder)
+    from transformers import CLIPTokenizer
+
+    configured = any((folder / name).is_file() for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    extra = {"pad_token": pad_token} if pad_token and not configured else {}
+    try:
+        clip = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **extra)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise PackageError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
+    if None in (clip.bos_token_id, clip.eos_token_id, clip.pad_token_id):
+        raise PackageError(f"{folder / 'vocab.json'}: lacks the start, end or padding token of CLIP")
+    return Tokenizer(clip, length)
+
+
+def _check(folder: Path) -> None:
+    path = folder / "vocab.json"
+    try:
+        vocabulary = json.loads(path.read_text(encoding="utf-8"))
+        (folder / "merges.txt").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise PackageError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
+    if not isinstance(vocabulary, dict) or not all(isinstance(number, int) for number in vocabulary.values()):
+        raise PackageError(f"{path}: not a vocabulary: expected an object of token -> number")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
