@@ -56,7 +56,7 @@ bench: $(READY)  ## speed and memory at full size: about an hour and 10 GB of di
 
 
 lock: $(READY)  ## rewrite requirements.lock from what is installed in .venv
-	@$(BIN)/python -m pip freeze --exclude-editable --exclude coreml-diffusion | sed -E 's/\+[a-z0-9.]+$$//' > requirements.lock.new
+	@$(BIN)/python -m pip freeze --exclude-editable --exclude coreml-sd | sed -E 's/\+[a-z0-9.]+$$//' > requirements.lock.new
 	@mv requirements.lock.new requirements.lock && touch $(READY)
 
 clean:  ## remove everything that the other words made

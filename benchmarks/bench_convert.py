@@ -136,7 +136,7 @@ def random_weight(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/coreml-diffusion-bench"))  # noqa: S108
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/coreml-sd-bench"))  # noqa: S108
     parser.add_argument("--attention", action="append", choices=[kind.value for kind in AttentionKind])
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--no-verify", action="store_true")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from judge_shapes import judge
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = str(Path(sys.executable).with_name("coreml-diffusion"))
+COMMAND = str(Path(sys.executable).with_name("coreml-sd"))
 PROMPTS = (
     "a large red circle on a white background",
     "a small blue square on a yellow background",
@@ -28,8 +28,8 @@ PROMPTS = (
 
 
 def run(*arguments: str) -> str:
-    """Run one coreml-diffusion command in the repository's root; returns it as a user would type it."""
-    shown = shlex.join(["coreml-diffusion", *arguments])
+    """Run one coreml-sd command in the repository's root; returns it as a user would type it."""
+    shown = shlex.join(["coreml-sd", *arguments])
     print(f"\n$ {shown}", flush=True)
     code = subprocess.run([COMMAND, *arguments], cwd=ROOT, check=False).returncode
     if code:

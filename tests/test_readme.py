@@ -29,7 +29,7 @@ def commands() -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-OURS = [words for words in commands() if words[0] == "coreml-diffusion"]
+OURS = [words for words in commands() if words[0] == "coreml-sd"]
 RUN_HERE = [words for words in OURS if any(part.startswith(("tests/checkpoints", "shapes-")) for part in words)]
 
 
@@ -64,7 +64,7 @@ def test_links_to_files_exist() -> None:
 @pytest.mark.skipif(not SHAPES.is_dir(), reason="tests/checkpoints/shapes is not in this tree")
 def test_commands_and_python_run_in_order(tmp_path: Path) -> None:
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    program = str(Path(sys.executable).with_name("coreml-diffusion"))
+    program = str(Path(sys.executable).with_name("coreml-sd"))
     for words in RUN_HERE:
         done = subprocess.run([program, *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"

@@ -51,15 +51,15 @@ other bracket is just text.
 
 Examples:
 
-    coreml-diffusion generate models --prompt "a red circle" -o circle.png
+    coreml-sd generate models --prompt "a red circle" -o circle.png
 
-    coreml-diffusion generate models --prompt "a watercolour" -o painted.png \\
+    coreml-sd generate models --prompt "a watercolour" -o painted.png \\
         --image photo.jpg --strength 0.6
 
-    coreml-diffusion generate models --prompts-file prompts.txt --count 4 \\
+    coreml-sd generate models --prompts-file prompts.txt --count 4 \\
         --seed 1 -o out/picture.png
 
-    coreml-diffusion generate --from circle.png -o again.png
+    coreml-sd generate --from circle.png -o again.png
 """
 
 

@@ -43,7 +43,7 @@ class Finding:
 def examine() -> tuple[Finding, ...]:
     """Everything worth knowing, in the order in which it is shown. Raises nothing."""
     return (
-        Finding("coreml-diffusion", State.OK, installed("coreml-diffusion") or "not installed as a package"),
+        Finding("coreml-sd", State.OK, installed("coreml-sd") or "not installed as a package"),
         _python(),
         Finding("machine", State.OK, f"{platform.system()} {platform.release()} on {platform.machine()}"),
         *(_library(name) for name in LIBRARIES),
@@ -76,7 +76,7 @@ def _python() -> Finding:
 def _library(name: str) -> Finding:
     version = installed(name)
     if version is None:
-        return Finding(name, State.BROKEN, "missing", "pip install coreml-diffusion")
+        return Finding(name, State.BROKEN, "missing", "pip install coreml-sd")
     if name == "numpy" and tuple(map(int, version.split(".")[:2])) >= (2, 4):
         return Finding(
             name, State.BROKEN, f"{version}, which coremltools 9.0 cannot trace with", "pip install 'numpy<2.4'"

@@ -143,10 +143,10 @@ def _models(models: Path | None, past: Past | None, given: Mapping[str, Any]) ->
     """The folder of models, and what a picture's record says of loading them."""
     if past is None or past.models is None:
         if models is None:
-            raise InputError("no models named: `coreml-diffusion generate MODELS --prompt … -o FILE.png`")
+            raise InputError("no models named: `coreml-sd generate MODELS --prompt … -o FILE.png`")
         return str(models), EMPTY
     if models is None:
-        remedy = f"name the models, `coreml-diffusion generate MODELS --from {past.picture}`"
+        remedy = f"name the models, `coreml-sd generate MODELS --from {past.picture}`"
         folder = records.find(past.picture, past.models, remedy)
     elif models.absolute().name != Path(past.models).name:
         return str(models), EMPTY
@@ -267,7 +267,7 @@ def _named(order: Order) -> dict[str, Any]:
 def _record(pipeline: Pipeline) -> dict[str, Any]:
     """What the picture says of the models and the software."""
     described = pipeline.manifest
-    libraries = ("coreml-diffusion", "torch", "diffusers", "coremltools")
+    libraries = ("coreml-sd", "torch", "diffusers", "coremltools")
     return {
         "model": described.source.name,
         "revision": described.source.revision,

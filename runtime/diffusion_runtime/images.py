@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 MAX_NAME = 255  # what the file systems of macOS and Linux take
-METADATA_KEY = "coreml-diffusion"
+METADATA_KEY = "coreml-sd"
+OLD_METADATA_KEY = "coreml-diffusion"
+"""What this project was called until version 0.1: pictures (and manifests) of that time name it, and are read."""
 
 
 def load(path: Path, what: str = "image", mode: str = "RGB") -> Image.Image:
@@ -99,7 +101,7 @@ def write_png(image: Image.Image, path: Path, metadata: Mapping[str, Any] | None
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
         info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
-        info.add_text("Software", "coreml-diffusion")
+        info.add_text("Software", "coreml-sd")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
@@ -138,7 +140,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             image.load()
-            text = getattr(image, "text", {}).get(METADATA_KEY)
+            texts = getattr(image, "text", {})
+            text = texts.get(METADATA_KEY, texts.get(OLD_METADATA_KEY))
     except FileNotFoundError:
         raise InputError(f"picture {path}: no such file") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:

@@ -111,7 +111,7 @@ def not_finite(model: str) -> DiffusionError:
     """The error for a model that computes NaN or infinity, which would make a black picture."""
     return DiffusionError(
         f"{model} gave values that are not numbers (NaN or infinity): its weights are damaged or it overflows in "
-        "float16; check it with `coreml-diffusion inspect`, or convert it again with --precision auto"
+        "float16; check it with `coreml-sd inspect`, or convert it again with --precision auto"
     )
 
 

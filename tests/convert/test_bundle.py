@@ -295,7 +295,7 @@ def test_model_card_has_the_hubs_header_and_what_a_user_needs(bundle: Path, tmp_
         "coreml-tiny-diffusion-v1-4_split_einsum_v2_compiled.zip",
         "Mochi Diffusion",
         "StableDiffusionSample",
-        "coreml-diffusion generate",
+        "coreml-sd generate",
         "72.5 dB",
         "restricts use",
         "at revision `0000",
@@ -321,7 +321,7 @@ def test_the_card_claims_no_more_than_was_measured(bundle: Path) -> None:
 def test_the_cards_commands_are_those_that_the_program_has(bundle: Path) -> None:
     made = manifest.read(bundle / "original" / "compiled")
     lines = model_card({"original": made}, {}).replace("\\\n", " ").splitlines()
-    ours = [shlex.split(line) for line in lines if line.startswith("coreml-diffusion ")]
+    ours = [shlex.split(line) for line in lines if line.startswith("coreml-sd ")]
     assert [words[1] for words in ours] == ["download", "generate"]
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for _, name, *arguments in ours:

@@ -1,4 +1,4 @@
-"""`coreml-diffusion convert` as a process: exit codes, what it says, what it leaves."""
+"""`coreml-sd convert` as a process: exit codes, what it says, what it leaves."""
 
 from __future__ import annotations
 
@@ -102,12 +102,12 @@ def test_it_says_what_takes_long_where_the_result_is_and_what_comes_next(
     needed = dict.fromkeys(("text_encoder", "unet", "vae_decoder"), made.components["text_encoder"])
     whole = made.model_copy(update={"components": needed})
     *_, last = cli._what_next(Conversion(output, made.family, {"split_einsum_v2": whole}, {}))
-    assert last == (f"next: coreml-diffusion generate '{output}' --prompt \"...\" --image photo.png -o picture.png")
+    assert last == (f"next: coreml-sd generate '{output}' --prompt \"...\" --image photo.png -o picture.png")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     cli.app(["--version"], standalone_mode=False)
-    assert capsys.readouterr().out == f"coreml-diffusion {version('coreml-diffusion')}\n"
+    assert capsys.readouterr().out == f"coreml-sd {version('coreml-sd')}\n"
 
 
 def test_help_fits_80_columns_as_it_is_written() -> None:

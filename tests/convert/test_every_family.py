@@ -121,7 +121,7 @@ def test_interfaces_are_those_that_apps_know(made: Conversion, family: str) -> N
             assert interface(package) == expected[name], (variant, name)
             assert component.files == (f"Stable_Diffusion_version_{family}_{table()[name].suffix}.mlpackage",)
             assert package.model.metadata.license
-            assert package.model.metadata.user_defined["coreml_diffusion.family"] == made.family
+            assert package.model.metadata.user_defined["coreml_sd.family"] == made.family
             assert package.model.metadata.user_defined["prediction_type"] == manifest.prediction_type
             assert all(
                 item.description for item in (*package.model.interface.inputs, *package.model.interface.outputs)

@@ -204,7 +204,7 @@ def test_the_card_names_the_repository_and_a_name_that_apps_will_not_find_is_not
     lines: list[str] = []
     publish(tmp_path / "copy", REPO, endpoint=hub.endpoint, token=TOKEN, report=lines.append)
     card = hub.files["README.md"].decode()
-    assert f"coreml-diffusion download {REPO} --variant original" in card
+    assert f"coreml-sd download {REPO} --variant original" in card
     assert f'modelId: "{REPO}"' in card
     assert any("named like them: maker/coreml-tiny-diffusion-v1-4" in line for line in lines)
     assert plan(bundle, "maker/coreml-tiny-diffusion-v1-4").notes == ()

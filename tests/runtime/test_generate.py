@@ -1,4 +1,4 @@
-"""`coreml-diffusion generate` and `doctor`, on models that compute next to nothing."""
+"""`coreml-sd generate` and `doctor`, on models that compute next to nothing."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_picture_and_its_seed(run: Run, toy_folder: Path) -> None:
     expected = {"prompt": "a cat", "steps": 3, "guidance_scale": 7.5, "scheduler": "pndm", "rng": "torch"}
     assert expected.items() <= record.items()
     assert record["task"] == "text to image" and record["model"] == "toy" and record["revision"] == "0" * 40
-    assert {"torch", "diffusers", "coreml-diffusion", "python"} <= record["versions"].keys()
+    assert {"torch", "diffusers", "coreml-sd", "python"} <= record["versions"].keys()
 
 
 def test_times_of_loading_first_and_later_calls_are_reported(run: Run, toy_folder: Path) -> None:
@@ -292,7 +292,7 @@ def test_what_a_record_names_is_looked_for_beside_the_picture_too(
     shutil.rmtree("../there/models")
     gone = str(run("generate", "--from", "../there/p.png").exception)
     assert "its record names models, which is neither beside the picture nor in the current folder" in gone
-    assert gone.endswith("name the models, `coreml-diffusion generate MODELS --from ../there/p.png`")
+    assert gone.endswith("name the models, `coreml-sd generate MODELS --from ../there/p.png`")
 
 
 def test_a_record_holds_how_the_models_were_loaded(run: Run, toy_folder: Path) -> None:
@@ -366,7 +366,7 @@ def test_doctors_columns_stand_under_each_other(run: Run, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("name", "version", "remedy"),
-    [("numpy", "2.4.1", "pip install 'numpy<2.4'"), ("scipy", None, "pip install coreml-diffusion")],
+    [("numpy", "2.4.1", "pip install 'numpy<2.4'"), ("scipy", None, "pip install coreml-sd")],
 )
 def test_doctor_knows_what_is_broken(
     run: Run, monkeypatch: pytest.MonkeyPatch, name: str, version: str | None, remedy: str

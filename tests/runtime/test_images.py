@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from diffusion_runtime import images
 from diffusion_runtime.errors import InputError
@@ -150,3 +150,10 @@ def test_where_nothing_can_be_written_is_known_before_work_starts(tmp_path: Path
         images.check_writable(tmp_path)
     images.check_writable(tmp_path / "to" / "be" / "made.png")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file"]
+
+
+def test_pictures_of_the_time_before_the_new_name_still_tell_how_they_were_made(tmp_path: Path) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("coreml-diffusion", '{"seed": 3}')
+    noise_picture(8, 8).save(tmp_path / "old.png", pnginfo=info)
+    assert images.read_metadata(tmp_path / "old.png") == {"seed": 3}

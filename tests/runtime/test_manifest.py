@@ -74,3 +74,9 @@ def test_the_future_is_refused_politely(tmp_path: Path) -> None:
     (tmp_path / manifest.FILE_NAME).write_text(json.dumps({**MADE, "format_version": 2}))
     with pytest.raises(PackageError, match=r"newer than this version reads .*pip install --upgrade"):
         manifest.read(tmp_path)
+
+
+def test_manifests_of_the_time_before_the_new_name_are_read(tmp_path: Path) -> None:
+    tools = {"coreml-diffusion": "0.1.0", "torch": "2.13.0"}
+    (tmp_path / manifest.FILE_NAME).write_text(json.dumps({**MADE, "tools": tools}))
+    assert manifest.read(tmp_path).tools == tools

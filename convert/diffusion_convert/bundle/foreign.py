@@ -133,7 +133,7 @@ def _adopted(made: Manifest, target: Path, attention: str, kind: str) -> Manifes
             "components": components,
             "tokenizer": ".",
             # Compiled models name no tools: what another compiler made is kept as it is (`bundle.is_current`).
-            "tools": {"coreml-diffusion": version("coreml-diffusion")} if kind == "packages" else {},
+            "tools": {"coreml-sd": version("coreml-sd")} if kind == "packages" else {},
         }
     )
 

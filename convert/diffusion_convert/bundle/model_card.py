@@ -179,9 +179,9 @@ def _running(variants: Mapping[str, Manifest], made: Manifest) -> str:
     return f"""**Python** (any machine; on a Mac with Core ML): download a variant and generate.
 
 ```
-pip install coreml-diffusion
-coreml-diffusion download {REPOSITORY} --variant {attention} -o models
-coreml-diffusion generate models --prompt "a photograph of an astronaut riding a horse" \\
+pip install coreml-sd
+coreml-sd download {REPOSITORY} --variant {attention} -o models
+coreml-sd generate models --prompt "a photograph of an astronaut riding a horse" \\
     --compute-units {units} -o astronaut.png
 ```
 

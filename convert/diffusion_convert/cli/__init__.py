@@ -1,1 +1,1 @@
-"""Subcommands of ``coreml-diffusion``, a file for each group; ``register(app)`` adds them. They parse and print."""
+"""Subcommands of ``coreml-sd``, a file for each group; ``register(app)`` adds them. They parse and print."""

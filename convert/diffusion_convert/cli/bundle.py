@@ -1,4 +1,4 @@
-"""``coreml-diffusion compile`` and ``coreml-diffusion bundle``."""
+"""``coreml-sd compile`` and ``coreml-sd bundle``."""
 
 from __future__ import annotations
 

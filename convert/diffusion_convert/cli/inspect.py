@@ -1,4 +1,4 @@
-"""``coreml-diffusion inspect``."""
+"""``coreml-sd inspect``."""
 
 from __future__ import annotations
 

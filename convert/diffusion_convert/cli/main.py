@@ -1,4 +1,4 @@
-"""The command ``coreml-diffusion``: what the user typed becomes options; what was done becomes lines."""
+"""The command ``coreml-sd``: what the user typed becomes options; what was done becomes lines."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ have left in the folder; what others have left there is replaced.
 
 Examples:
 
-    coreml-diffusion convert stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+    coreml-sd convert stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         -o models
 
-    coreml-diffusion convert model.safetensors -o models --target iOS17 \\
+    coreml-sd convert model.safetensors -o models --target iOS17 \\
         --attention split_einsum_v2 --nbits 6
 
-    coreml-diffusion convert my-checkpoint -o models --height 768 \\
+    coreml-sd convert my-checkpoint -o models --height 768 \\
         --width 512 --lora style.safetensors:0.8
 """
 PHASES = {"compile": "compiling", "zip": "zipping"}
@@ -82,7 +82,7 @@ def _version(asked: bool) -> None:
     if asked:
         from importlib.metadata import version
 
-        typer.echo(f"coreml-diffusion {version('coreml-diffusion')}")
+        typer.echo(f"coreml-sd {version('coreml-sd')}")
         raise typer.Exit
 
 
@@ -271,7 +271,7 @@ def _what_next(made: Conversion) -> Iterator[str]:
     if parts >= {"text_encoder", "unet", "vae_decoder"}:
         pictures = PICTURES.get(FAMILIES[made.family].in_channels, "")
         models = shlex.quote(str(made.output))
-        yield f'next: coreml-diffusion generate {models} --prompt "..."{pictures} -o picture.png'
+        yield f'next: coreml-sd generate {models} --prompt "..."{pictures} -o picture.png'
 
 
 def _say_kept(output: Path) -> None:

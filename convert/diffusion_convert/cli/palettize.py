@@ -1,4 +1,4 @@
-"""`coreml-diffusion palettize`: options -> plan -> a checked package, and tables of what it cost."""
+"""`coreml-sd palettize`: options -> plan -> a checked package, and tables of what it cost."""
 
 from __future__ import annotations
 

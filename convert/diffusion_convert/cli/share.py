@@ -1,4 +1,4 @@
-"""``coreml-diffusion publish`` and ``coreml-diffusion download``."""
+"""``coreml-sd publish`` and ``coreml-sd download``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``coreml-diffusion verify``."""
+"""``coreml-sd verify``."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from diffusion_runtime.mil.text import TEXT_NAME, write_text
 
 COMPILER_VERSIONS = {"coremlc-component-MIL": "3500.14.1", "coremlc-version": "3500.32.1"}
 """What Apple's compiler notes of itself in model.mil: of the version whose output is reproduced. Core ML loads
-models with any text here. Who compiled ours is told by its user metadata, ``coreml_diffusion.version``."""
+models with any text here. Who compiled ours is told by its user metadata, ``coreml_sd.version``."""
 
 
 class Compiler(enum.Enum):

@@ -23,7 +23,7 @@ from diffusion_convert.options import SPECIFICATIONS, AttentionKind, ConvertOpti
 from diffusion_runtime.errors import CheckpointError, InputError
 
 SOURCE_SUFFIXES = (".json", ".safetensors", ".bin")
-TOOLS = ("coreml-diffusion", "coremltools", "torch", "diffusers", "transformers")
+TOOLS = ("coreml-sd", "coremltools", "torch", "diffusers", "transformers")
 CHOICES = ("attention", "components", "compiled", "zip")
 """Options that say which units there are and what is put together of them, but not what is in a unit."""
 
@@ -118,7 +118,7 @@ def _components(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Compon
 def _not_compiled(target: str) -> str:
     return (
         f"target {target}: packages only, no compiled models, whose form for that system is not known here; an "
-        "older target gives them, or on a Mac `coreml-diffusion bundle OUTPUT --compiler xcrun`"
+        "older target gives them, or on a Mac `coreml-sd bundle OUTPUT --compiler xcrun`"
     )
 
 

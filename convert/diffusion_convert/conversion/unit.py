@@ -279,14 +279,14 @@ def _metadata(plan: Plan) -> Metadata:
     checkpoint, versions = plan.checkpoint, tool_versions()
     return Metadata(
         version=checkpoint.source.revision or checkpoint.name,
-        author=f"See the model card of {checkpoint.name}; converted with coreml-diffusion",
+        author=f"See the model card of {checkpoint.name}; converted with coreml-sd",
         license=checkpoint.source.licence or "see the checkpoint's own",
         user_defined={
             "com.github.apple.coremltools.version": versions["coremltools"],
             "com.github.apple.coremltools.source": f"torch=={versions['torch']}",
-            "coreml_diffusion.version": versions["coreml-diffusion"],
-            "coreml_diffusion.family": checkpoint.family,
-            "coreml_diffusion.source": checkpoint.source.name,
+            "coreml_sd.version": versions["coreml-sd"],
+            "coreml_sd.family": checkpoint.family,
+            "coreml_sd.source": checkpoint.source.name,
             # Where Guernika's apps look for it; they take "epsilon" where it is missing.
             "prediction_type": str(checkpoint.schedulers["scheduler"].get("prediction_type", "epsilon")),
         },

@@ -1,7 +1,7 @@
 """Where a conversion works: a hidden folder inside its output, from which everything is renamed into place.
 
-OUTPUT/.coreml-diffusion/lock            held while a conversion runs
-OUTPUT/.coreml-diffusion/{fingerprint}/  units/{name}/…      finished components
+OUTPUT/.coreml-sd/lock            held while a conversion runs
+OUTPUT/.coreml-sd/{fingerprint}/  units/{name}/…      finished components
                                          references/*.npz    what the checkpoint's own networks computed
                                          staged/…            the result, being put together
                                          ready-{result}/…    the result, whole; only renames are left to do
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from diffusion_runtime.errors import DiffusionError, InputError
 
-FOLDER = ".coreml-diffusion"
+FOLDER = ".coreml-sd"
 _READY = "ready-"
 _RESERVE_BYTES = 64 << 20
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)

@@ -51,7 +51,7 @@ def open_api(endpoint: str | None, token: str | None) -> HfApi:
     """A client of ``endpoint`` (else HF_ENDPOINT, else the Hub) with ``token``, else the one that is logged in."""
     from huggingface_hub import HfApi
 
-    return HfApi(endpoint=endpoint, token=token, library_name="coreml-diffusion")
+    return HfApi(endpoint=endpoint, token=token, library_name="coreml-sd")
 
 
 def check_repo_id(repo_id: str) -> None:

@@ -120,7 +120,7 @@ def _inspect_models(
 
 
 def _inspect_zip(path: Path) -> tuple[FolderReport, ...]:
-    with tempfile.TemporaryDirectory(prefix="coreml-diffusion-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="coreml-sd-") as temporary:
         target = Path(temporary) / path.stem
         zips.unpack(path, target, wanted=lambda name: "/weights/" not in f"/{name}")
         with zipfile.ZipFile(path) as archive:

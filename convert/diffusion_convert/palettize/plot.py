@@ -50,7 +50,7 @@ def plot_recipes(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InstallationError("--plot needs matplotlib: pip install 'coreml-diffusion[plot]'") from error
+        raise InstallationError("--plot needs matplotlib: pip install 'coreml-sd[plot]'") from error
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, points, style in (

@@ -24,7 +24,7 @@ from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import DiffusionError, InstallationError, PackageError
 from diffusion_runtime.mil.package import open_package
 
-CACHE_VARIABLE = "COREML_DIFFUSION_CACHE"
+CACHE_VARIABLE = "COREML_SD_CACHE"
 UNIT_NAMES: Mapping[ComputeUnits, str] = {
     ComputeUnits.ALL: "ALL",
     ComputeUnits.CPU_AND_GPU: "CPU_AND_GPU",
@@ -36,9 +36,7 @@ UNIT_NAMES: Mapping[ComputeUnits, str] = {
 def default_cache() -> Path:
     """Where compiled models are kept, unless the environment variable says otherwise."""
     named = os.environ.get(CACHE_VARIABLE)
-    return (
-        Path(named).expanduser() if named else Path.home() / "Library" / "Caches" / "coreml-diffusion" / "compiled"
-    )
+    return Path(named).expanduser() if named else Path.home() / "Library" / "Caches" / "coreml-sd" / "compiled"
 
 
 @dataclass(frozen=True, slots=True)

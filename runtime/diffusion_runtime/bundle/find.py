@@ -55,7 +55,7 @@ def find(
 
     Raises InputError where there is none, PackageError for a damaged one."""
     if not path.exists():
-        raise InputError(f"{path}: no such folder; expected models that `coreml-diffusion convert` wrote")
+        raise InputError(f"{path}: no such folder; expected models that `coreml-sd convert` wrote")
     if path.suffix in (".mlpackage", ".mlmodelc"):
         raise InputError(f"{path}: is one model; name the folder that holds all of them, {path.parent}")
     if path.suffix == ".zip":

@@ -122,7 +122,7 @@ def read(folder: Path) -> Manifest:
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise PackageError(
             f"{path}: manifest format {version} is newer than this version reads ({FORMAT_VERSION}); "
-            "update it with `pip install --upgrade coreml-diffusion`"
+            "update it with `pip install --upgrade coreml-sd`"
         )
     try:
         return Manifest.model_validate(data)

@@ -1,4 +1,4 @@
-"""`coreml-diffusion palettize`, as a user types it."""
+"""`coreml-sd palettize`, as a user types it."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def test_the_cache_can_be_put_elsewhere(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "here"))
     assert default_cache() == tmp_path / "here"
     monkeypatch.delenv(CACHE_VARIABLE)
-    assert default_cache().parts[-2:] == ("coreml-diffusion", "compiled")
+    assert default_cache().parts[-2:] == ("coreml-sd", "compiled")
 
 
 @pytest.mark.parametrize(("system", "name"), [("darwin", "coreml"), ("linux", "torch")])

@@ -297,7 +297,7 @@ def test_reading_a_package_does_not_wait_for_coremltools(network: Path) -> None:
 import sys
 from pathlib import Path
 from diffusion_runtime.mil.package import open_package
-from diffusion_runtime.quiet import import_coremltools, import_messages
+from diffusion_runtime.coremltools_import import import_coremltools, import_messages
 open_package(Path(sys.argv[1]))
 assert "coremltools" not in sys.modules
 assert import_messages("Model_pb2").Model is import_coremltools("proto.Model_pb2").Model
