@@ -1,0 +1,229 @@
+"""``coreml-sd convert``: what the user typed becomes options; what was done becomes lines."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffusion_convert.options import (
+    AttentionKind,
+    ConvertOptions,
+    Precision,
+    parse_choice,
+    parse_list,
+    parse_lora,
+    parse_nbits,
+)
+from diffusion_runtime.cli import INTERRUPTED
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from diffusion_convert.conversion.convert import Conversion, Progress
+
+CONVERT_HELP = """
+Convert a Stable Diffusion checkpoint to Core ML models, on any machine.
+
+SOURCE is a folder in diffusers' layout, a single .safetensors or .ckpt file,
+or the id of a repository on the Hugging Face Hub. Every model is verified
+against the checkpoint's own network before it appears.
+
+A conversion that was stopped goes on where it stopped: run the same command
+again. Components and variants are added to what the same source and options
+have left in the folder; what others have left there is replaced.
+
+Examples:
+
+    coreml-sd convert stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        -o models
+
+    coreml-sd convert model.safetensors -o models --target iOS17 \\
+        --attention split_einsum_v2 --nbits 6
+
+    coreml-sd convert my-checkpoint -o models --height 768 \\
+        --width 512 --lora style.safetensors:0.8
+"""
+PHASES = {"compile": "compiling", "zip": "zipping"}
+"""What is done with all components together, and takes long enough to be said."""
+PICTURES = {5: " --image photo.png", 7: " --image small.png", 9: " --image photo.png --mask mask.png"}
+"""What `generate` needs beside a prompt, by the UNet's input channels."""
+
+
+def _option(help_text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help_text, show_default=False, **more)
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(help="Folder, file or Hub id of the checkpoint.", metavar="SOURCE", show_default=False),
+    ],
+    output: Annotated[Path, _option("Folder for the result.", "--output", "-o")],
+    attention: Annotated[
+        list[str] | None,
+        _option(
+            "original (GPU), split_einsum or split_einsum_v2 (Neural Engine); may be given several times. "
+            "Default: original and split_einsum_v2."
+        ),
+    ] = None,
+    components: Annotated[
+        list[str] | None, _option("Only these, as in text_encoder,unet; may be given several times. Default: all.")
+    ] = None,
+    nbits: Annotated[int | None, _option("Palettize weights to 1, 2, 3, 4, 6 or 8 bits. Default: 16-bit.")] = None,
+    nbits_for: Annotated[
+        list[str] | None, _option("Bits of one component, as in unet=6; may be given several times.")
+    ] = None,
+    height: Annotated[int | None, _option("Height of the picture in pixels. Default: the checkpoint's.")] = None,
+    width: Annotated[int | None, _option("Width of the picture in pixels. Default: the checkpoint's.")] = None,
+    batch_size: Annotated[int, _option("Of the UNet: 2 for guidance in one call, or 1. Default: 2.")] = 2,
+    target: Annotated[
+        str, _option("Oldest system: macOS13, 14, 15, 26, iOS16, 17, 18, 26. Default: macOS13.")
+    ] = "macOS13",
+    chunk_unet: Annotated[bool, _option("Cut the UNet into two packages, for iOS.", "--chunk-unet")] = False,
+    vae: Annotated[str | None, _option("Another VAE, for encoder and decoder: folder, file or Hub id.")] = None,
+    lora: Annotated[
+        list[str] | None, _option("LoRA to fuse, PATH or PATH:WEIGHT; may be given several times.")
+    ] = None,
+    revision: Annotated[str | None, _option("Branch, tag or commit of a Hub repository.")] = None,
+    family: Annotated[str | None, _option("sd1, sd2-base, …; an unknown one lists all. Default: detected.")] = None,
+    precision: Annotated[
+        str, _option("auto (float32 where float16 would overflow), float16 or float32. Default: auto.")
+    ] = "auto",
+    compile_: Annotated[
+        bool, _option("Compile the packages, for apps. Default: yes.", "--compiled/--no-compiled")
+    ] = True,
+    zip_: Annotated[
+        bool, _option("Zip the compiled models, for publishing. Default: yes.", "--zip/--no-zip")
+    ] = True,
+    verify: Annotated[bool, _option("Verify every model. Default: yes.", "--verify/--no-verify")] = True,
+) -> None:
+    from diffusion_convert import convert as run
+
+    kinds = tuple(parse_choice(AttentionKind, "attention", name) for name in attention or ())
+    options = ConvertOptions(
+        **({"attention": kinds} if kinds else {}),
+        nbits=nbits,
+        nbits_for=parse_nbits(nbits_for or ()),
+        components=parse_list(components or ()),
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        target=target,
+        chunk_unet=chunk_unet,
+        vae=vae,
+        loras=tuple(parse_lora(text) for text in lora or ()),
+        revision=revision,
+        family=family,
+        precision=parse_choice(Precision, "precision", precision),
+        compiled=compile_,
+        zip=zip_,
+        verify=verify,
+    )
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    try:
+        with _progress(console) as progress:
+            made = run(source, output, options, progress)
+    except KeyboardInterrupt:
+        _say_kept(output)
+        raise typer.Exit(INTERRUPTED) from None
+    _show(made)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    """A bar for what is done now, and a line for each component that is finished."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from diffusion_convert.conversion.convert import Event
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bars:
+        bar = bars.add_task("opening the checkpoint", total=1.0)
+        unit, since = "", time.perf_counter()
+
+        def report(event: Event) -> None:
+            nonlocal unit, since
+            if event.unit != unit:
+                if unit:
+                    console.print(f"{unit}: done in {time.perf_counter() - since:.0f} s", highlight=False)
+                unit, since = event.unit, time.perf_counter()
+            if event.fraction == 0.0 and event.phase.startswith(("family ", "note: ")):
+                console.print(event.phase, highlight=False, markup=False)
+            what, _, which = event.phase.partition(" ")
+            if not event.unit and what in PHASES:
+                console.print(f"{PHASES[what]} {which}".strip(), highlight=False)
+            bars.update(bar, description=f"{event.unit} {event.phase}".strip(), completed=event.fraction)
+
+        yield report
+
+
+def _show(made: Conversion) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{made.output} ({made.family})")
+    for column in ("variant", "component", "size", "weights", "PSNR against the checkpoint's network"):
+        table.add_column(column)
+    for variant, manifest in made.variants.items():
+        for name, component in manifest.components.items():
+            quality = f"{min(component.psnr_db.values()):.1f} dB" if component.psnr_db else "not verified"
+            if component.psnr_db and component.palettization:
+                quality += " against 16-bit weights"
+            wide = f" ({len(component.float32_ops)} operations float32)" if component.float32_ops else ""
+            size = f"{component.size_bytes / 1e6:.1f} MB"
+            bits = f"{component.palettization.nbits:g} bits" if component.palettization else component.precision
+            table.add_row(variant, name, size, bits + wide, quality)
+    console.print(table)
+    for note in made.notes:
+        typer.echo(f"note: {note}")
+    if made.unchanged:
+        typer.echo(f"{made.output}: was complete already; nothing was done")
+    for line in _what_next(made):
+        typer.echo(line)
+
+
+def _what_next(made: Conversion) -> Iterator[str]:
+    """Where the result is, by kind, and the command that makes a picture of it, if it can."""
+    from diffusion_convert.families import FAMILIES
+
+    folders = [made.output / name for name in made.variants]
+    for kind in ("packages", "compiled"):
+        if there := [str(folder / kind) for folder in folders if (folder / kind).is_dir()]:
+            yield f"{kind}: {', '.join(there)}"
+    if zips := sorted(str(path) for path in made.output.glob("coreml-*_compiled.zip")):
+        yield f"zips: {', '.join(zips)}"
+    parts = {name for variant in made.variants.values() for name in variant.components}
+    if parts >= {"text_encoder", "unet", "vae_decoder"}:
+        pictures = PICTURES.get(FAMILIES[made.family].in_channels, "")
+        models = shlex.quote(str(made.output))
+        yield f'next: coreml-sd generate {models} --prompt "..."{pictures} -o picture.png'
+
+
+def _say_kept(output: Path) -> None:
+    from diffusion_convert.conversion.workspace import kept
+
+    names = kept(output)
+    what = (
+        f"{', '.join(names)} finished and kept; run the same command again to go on" if names else "nothing is kept"
+    )
+    typer.echo(f"interrupted: {what}", err=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``convert``."""
+    app.command(help=CONVERT_HELP)(convert)
