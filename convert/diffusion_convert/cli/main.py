@@ -12,6 +12,7 @@ from diffusion_runtime import cli as runtime
 from diffusion_runtime.errors import DiffusionError
 
 BAD_INPUT = 2
+INTERRUPTED = runtime.INTERRUPTED
 
 app = typer.Typer(
     add_completion=False,
@@ -55,7 +56,7 @@ def main() -> None:
         sys.exit(BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
-        sys.exit(runtime.INTERRUPTED)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         show = getattr(error, "show", None)  # click's: unknown options and the like
         if show is None:
