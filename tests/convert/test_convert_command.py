@@ -15,6 +15,7 @@ import pytest
 import typer.main
 
 from diffusion_convert import convert
+from diffusion_convert.cli import convert as convert_command
 from diffusion_convert.cli import main as cli
 from diffusion_convert.conversion.convert import Conversion
 from diffusion_convert.conversion.workspace import FOLDER
@@ -101,7 +102,7 @@ def test_it_says_what_takes_long_where_the_result_is_and_what_comes_next(
     made = manifest.read(places[0])
     needed = dict.fromkeys(("text_encoder", "unet", "vae_decoder"), made.components["text_encoder"])
     whole = made.model_copy(update={"components": needed})
-    *_, last = cli._what_next(Conversion(output, made.family, {"split_einsum_v2": whole}, {}))
+    *_, last = convert_command._what_next(Conversion(output, made.family, {"split_einsum_v2": whole}, {}))
     assert last == (f"next: coreml-sd generate '{output}' --prompt \"...\" --image photo.png -o picture.png")
 
 
@@ -112,7 +113,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_fits_80_columns_as_it_is_written() -> None:
     """Paragraphs are printed with their own line breaks: longer lines would be broken again, in examples too."""
-    assert max(map(len, cli.CONVERT_HELP.splitlines())) <= 78
+    assert max(map(len, convert_command.CONVERT_HELP.splitlines())) <= 78
 
 
 def test_help_swallows_nothing() -> None:
