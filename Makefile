@@ -1,6 +1,6 @@
 # One word per act. Every target sets up what it needs, so that each works as the first command on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lint types bench lock clean
+.PHONY: help setup demo test test-fast check format lint types bench docs lock clean
 
 # The newest supported Python wins; `make PYTHON=/path/to/python3.12 setup` names one.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -54,10 +54,12 @@ types: $(READY)  ## mypy --strict over source and tests
 bench: $(READY)  ## speed and memory at full size: about an hour and 10 GB of disk
 	@$(BIN)/python benchmarks/run.py
 
+docs: $(READY)  ## the API reference, from the docstrings, to site/
+	@$(BIN)/python -m pdoc --docformat restructuredtext -o site diffusion_convert diffusion_runtime && echo "site/index.html"
 
 lock: $(READY)  ## rewrite requirements.lock from what is installed in .venv
 	@$(BIN)/python -m pip freeze --exclude-editable --exclude coreml-sd | sed -E 's/\+[a-z0-9.]+$$//' > requirements.lock.new
 	@mv requirements.lock.new requirements.lock && touch $(READY)
 
 clean:  ## remove everything that the other words made
-	rm -rf .venv demo shapes-* bench-out .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv demo site shapes-* bench-out .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
