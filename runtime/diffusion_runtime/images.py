@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageChops, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from diffusion_runtime import strict_json
 from diffusion_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -146,13 +147,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise InputError(f"picture {path}: no such file") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise InputError(f"picture {path}: cannot be read: {error}") from error
-    try:
-        data = json.loads(text) if text is not None else None
-    except ValueError:
-        data = None
-    if not isinstance(data, dict):
+    if text is None:
         raise InputError(f"picture {path}: it does not say how it was made (no {METADATA_KEY!r} entry in the PNG)")
-    return data
+    return strict_json.parse_object(text, f"picture {path}: its record", InputError)
 
 
 def _umask() -> int:

@@ -280,7 +280,7 @@ def test_settings_that_diffusers_keeps_in_the_file(sd1: Checkpoint, tmp_path: Pa
     metadata = {lora_file.METADATA_KEY: json.dumps(settings)}
     found = fused_from(sd1, tmp_path / "lora.safetensors", tensors, 1.0, **metadata)
     assert_fused(found, sd1, expected(sd1, made, 1.0))
-    with pytest.raises(CheckpointError, match="adapter settings"):
+    with pytest.raises(CheckpointError, match="its metadata: cannot be read as JSON"):
         fused_from(sd1, tmp_path / "lora.safetensors", tensors, 1.0, **{lora_file.METADATA_KEY: "{"})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_convert import families
 from diffusion_convert.checkpoint import Checkpoint, Submodel, tensor_file
+from diffusion_runtime import strict_json
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError
 
@@ -95,15 +95,7 @@ def read_licence(folder: Path) -> str | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError where it is missing or damaged."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data
+    return strict_json.read_object(path, CheckpointError)
 
 
 def weight_files(names: Callable[[str], bool], read_index: Callable[[str], Mapping[str, Any]]) -> tuple[str, ...]:

@@ -7,12 +7,12 @@ beside the file (the LDM configuration, as web interfaces keep it there); ``STEM
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusion_convert.checkpoint import ldm_shapes
+from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError
 
 FOLDER = Path(__file__).parent / "configs"
@@ -22,7 +22,7 @@ Sections = Mapping[str, Mapping[str, Any]]
 
 def family_data(family: str) -> dict[str, Any]:
     """What ``configs/FAMILY.json`` says, over what the family that it extends says, section by section."""
-    data: dict[str, Any] = json.loads((FOLDER / f"{family}.json").read_text(encoding="utf-8"))
+    data = strict_json.read_object(FOLDER / f"{family}.json", CheckpointError)
     parent = data.pop("extends", None)
     return data if parent is None else merge(family_data(parent), data)
 
@@ -79,11 +79,8 @@ def _heads(channels: int, head_channels: int) -> int:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(read, dict) or not all(isinstance(section, dict) for section in read.values()):
+    read = strict_json.read_object(path, CheckpointError)
+    if not all(isinstance(section, dict) for section in read.values()):
         raise CheckpointError(f'{path}: expected diffusers\' keys by subfolder, {{"unet": {{…}}, …}}')
     return read
 
@@ -100,7 +97,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         width = unet.get("num_head_channels", -1)
         heads = unet.get("num_heads", -1)
         blocks = [unet["model_channels"] * multiple for multiple in unet["channel_mult"]]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path}: not an LDM configuration: {error!r}".splitlines()[0]) from error
     prediction = {"v": "v_prediction", "eps": "epsilon"}.get(model.get("parameterization", "eps"))
     found: dict[str, dict[str, Any]] = {

@@ -7,7 +7,6 @@ own folders). DoRA, LoHa and other relatives compute something else and are refu
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_convert.checkpoint import tensor_file
+from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -180,14 +180,16 @@ def _settings(path: Path) -> dict[str, _Settings]:
     beside = path.parent / "adapter_config.json"
     try:
         if path.name == "adapter_model.safetensors" and beside.is_file():
-            return {"unet": _parse_settings(json.loads(beside.read_text(encoding="utf-8")))}
-        flat = json.loads(_metadata(path).get(METADATA_KEY, "{}"))
+            return {"unet": _parse_settings(strict_json.read_object(beside, CheckpointError))}
+        flat = strict_json.parse_object(
+            _metadata(path).get(METADATA_KEY, "{}"), f"{path}: its metadata", CheckpointError
+        )
         networks = {key.split(".")[0] for key in flat}
         return {
             network: _parse_settings({k.removeprefix(f"{network}."): v for k, v in flat.items()})
             for network in networks
         }
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its adapter settings cannot be read: {error}") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from diffusion_convert.checkpoint.diffusers_folder import (
     weight_files,
 )
 from diffusion_convert.hub import client as hub
+from diffusion_runtime import strict_json
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError
 
@@ -116,8 +116,7 @@ def _download(api: HfApi, repo_id: str, revision: str | None, info: Any, needed:
 
     def read_json(name: str) -> Mapping[str, Any]:
         path = api.hf_hub_download(repo_id, name, revision=commit)
-        data: Mapping[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        return data
+        return strict_json.read_object(Path(path), CheckpointError)
 
     files = needed(names, read_json)
     if not files:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError
 from diffusion_runtime.prompt.tokenizer import FILES as VOCABULARY
 
@@ -44,12 +45,12 @@ def _from_fast(files: Mapping[str, Path]) -> tuple[dict[str, int], list[str]]:
             f"(found: {', '.join(sorted(files)) or 'nothing'})"
         )
     path = files["tokenizer.json"]
+    data: Any = strict_json.read(path, CheckpointError, strict_json.MAX_VOCABULARY_BYTES)
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
         model = data["model"]
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         vocabulary = {str(token): int(number) for token, number in model["vocab"].items()}
         vocabulary |= {str(token["content"]): int(token["id"]) for token in data.get("added_tokens", ())}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not the file of a byte-pair tokenizer: {error!r}") from error
     return vocabulary, merges

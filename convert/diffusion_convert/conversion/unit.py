@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.conversion.plan import Plan, Unit, tool_versions
@@ -19,10 +19,11 @@ from diffusion_convert.export import export
 from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_convert.options import Precision
 from diffusion_convert.verification import package as verify
+from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.integrity import hashes, size_bytes
-from diffusion_runtime.errors import VerificationError
+from diffusion_runtime.errors import PackageError, VerificationError
 from diffusion_runtime.mil.program import Metadata
 
 RECORD = "record.json"
@@ -76,8 +77,10 @@ def make(unit: Unit, plan: Plan, units: Path, references: Path, report: export.P
 def read_record(folder: Path) -> Record | None:
     """The record of a finished unit; None where there is none."""
     try:
-        return Record.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValidationError):
+        return strict_json.as_model(
+            Record, strict_json.read(folder / RECORD, PackageError), str(folder), "a record", PackageError
+        )
+    except PackageError:
         return None
 
 

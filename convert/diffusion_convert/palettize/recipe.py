@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_convert.palettize.damage import Damage
 from diffusion_convert.palettize.plan import PER_TENSOR, Plan
+from diffusion_runtime import strict_json
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.mil.package import Package
 
@@ -43,14 +44,8 @@ class Recipe(BaseModel):
 
 def load_recipe(path: Path) -> Recipe:
     """Raises InputError where the file is missing or not a recipe."""
-    try:
-        return Recipe.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: the recipe cannot be read: {error.strerror}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "top level"
-        raise InputError(f"{path}: not a palettization recipe: {where}: {first['msg']}") from error
+    data = strict_json.read(path, InputError)
+    return strict_json.as_model(Recipe, data, str(path), "a palettization recipe", InputError)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

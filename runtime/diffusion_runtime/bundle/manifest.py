@@ -10,8 +10,9 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from diffusion_runtime import strict_json
 from diffusion_runtime.errors import PackageError
 
 FORMAT_VERSION = 1
@@ -114,22 +115,14 @@ class Manifest(_Frozen):
 def read(folder: Path) -> Manifest:
     """The manifest of a folder of models. Raises PackageError where it is missing, damaged or of the future."""
     path = folder / FILE_NAME
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PackageError(f"{path}: cannot be read as JSON: {error}") from error
+    data = strict_json.read(path, PackageError)
     version = data.get("format_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise PackageError(
             f"{path}: manifest format {version} is newer than this version reads ({FORMAT_VERSION}); "
             "update it with `pip install --upgrade coreml-sd`"
         )
-    try:
-        return Manifest.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "top level"
-        raise PackageError(f"{path}: not a valid manifest: {where}: {first['msg']}") from error
+    return strict_json.as_model(Manifest, data, str(path), "a valid manifest", PackageError)
 
 
 def write(manifest: Manifest, folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_runtime import strict_json
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.mil import proto
 from diffusion_runtime.mil.program import Blob, Model, TensorType, Value
@@ -97,12 +98,10 @@ def specification_path(package: Path) -> Path:
     """The root model's file in an .mlpackage, by its Manifest.json. Raises PackageError where that is damaged, of
     an unknown format, or names a file outside the package."""
     manifest = package / "Manifest.json"
+    data = strict_json.read(manifest, PackageError)
     try:
-        data = json.loads(manifest.read_text(encoding="utf-8"))
         version, items, root = data["fileFormatVersion"], data["itemInfoEntries"], data["rootModelIdentifier"]
         relative = items[root]["path"]
-    except (OSError, ValueError) as error:
-        raise PackageError(f"{manifest}: cannot be read as JSON: {error}") from error
     except (KeyError, TypeError) as error:
         raise PackageError(f"{manifest}: not a package's manifest: {error!s} is missing") from error
     if not isinstance(version, str) or version.split(".")[0] != _FORMAT.split(".")[0]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from diffusion_runtime import strict_json
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.prompt import weights as prompts
 
@@ -84,12 +84,12 @@ def load(folder: Path, length: int = LENGTH, pad_token: str | None = None) -> To
 
 def _check(folder: Path) -> None:
     path = folder / "vocab.json"
+    vocabulary = strict_json.read_object(path, PackageError, strict_json.MAX_VOCABULARY_BYTES)
     try:
-        vocabulary = json.loads(path.read_text(encoding="utf-8"))
         (folder / "merges.txt").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise PackageError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
-    if not isinstance(vocabulary, dict) or not all(isinstance(number, int) for number in vocabulary.values()):
+    if not all(isinstance(number, int) for number in vocabulary.values()):
         raise PackageError(f"{path}: not a vocabulary: expected an object of token -> number")
 
 

@@ -149,7 +149,7 @@ def test_a_recipe_for_another_package_is_refused(tiny_unet: Path, tmp_path: Path
     ("text", "message"),
     [
         ("[]", "not a palettization recipe"),
-        ("{", "not a palettization recipe"),
+        ("{", "cannot be read as JSON"),
         (json.dumps({"package": "p", "sha256": "0", "average_bits": 4, "bits": {}}), "bits"),
         (json.dumps({"package": "p", "sha256": "0", "average_bits": 4, "bits": {"w": "x"}}), "bits.w"),
         (json.dumps({"format": 2, "package": "p", "sha256": "0", "average_bits": 4, "bits": {"w": 4}}), "format"),
