@@ -11,8 +11,9 @@ from typing import BinaryIO
 
 from diffusion_runtime.errors import CheckpointError
 
-MAX_PICKLE_BYTES = 64 * 2**20
-"""The part of a checkpoint that is not tensor data; 0.4 MB in the official Stable Diffusion files."""
+MAX_PICKLE_BYTES = 8 * 2**20
+"""The part of a checkpoint that is not tensor data; 0.4 MB in the official Stable Diffusion files. A program
+of so many bytes runs for a few seconds at most."""
 
 _LOCAL_HEADER_BYTES = 30
 
