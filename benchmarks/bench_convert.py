@@ -94,8 +94,8 @@ SCHEDULER = {
 def write_checkpoint(folder: Path) -> Path:
     """A diffusers folder of SD 1.5's sizes; weights are normal with variance 1 / (3 fan-in), norms 1, biases 0."""
     import tiny_checkpoints
-    from diffusion_convert.checkpoint import Submodel
     from diffusion_convert.checkpoint import torch_networks as networks
+    from diffusion_convert.checkpoint.model import Submodel
 
     if (folder / "model_index.json").exists():
         return folder

@@ -60,7 +60,7 @@ def random_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.
 def full_size_unet(folder: Path, attention: AttentionKind = AttentionKind.ORIGINAL) -> Path:
     """``folder/unet.mlpackage`` (of another attention: ``unet_split_einsum….mlpackage``), made once: 512x512,
     batch 2, macOS 13."""
-    from diffusion_convert.checkpoint import Checkpoint, Submodel
+    from diffusion_convert.checkpoint.model import Checkpoint, Submodel
     from diffusion_convert.components import Shape
     from diffusion_convert.components.unet import UNET
     from diffusion_convert.export.export import Recipe, export

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import small_bundle
-from diffusion_convert.checkpoint import Checkpoint, open_checkpoint
+from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.cli import bundle as bundling
 from diffusion_convert.cli import inspect as inspecting
 from diffusion_convert.cli import share as sharing

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from diffusion_convert import convert
-from diffusion_convert.checkpoint import open_checkpoint
+from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.compile import coverage
 from diffusion_convert.conversion import convert as conversion
 from diffusion_convert.conversion.convert import Event

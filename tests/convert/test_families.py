@@ -10,7 +10,7 @@ import pytest
 
 import tiny_checkpoints
 from diffusion_convert import families
-from diffusion_convert.checkpoint import open_checkpoint
+from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_runtime.errors import CheckpointError, InputError
 
 

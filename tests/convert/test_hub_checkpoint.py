@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
-from diffusion_convert.checkpoint import is_repository_id, open_checkpoint
+from diffusion_convert.checkpoint.open import is_repository_id, open_checkpoint
 from diffusion_convert.checkpoint.repository import checkpoint_files, fetch_vae, vae_files
 from diffusion_convert.hub import client
 from diffusion_runtime.errors import CheckpointError, InputError

@@ -10,8 +10,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from diffusion_convert.checkpoint import open_checkpoint
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.components import Shape, table
 from diffusion_convert.export import coremltools_patches as lean
 from diffusion_convert.export.export import Recipe, export

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 import compvis_layout
-from diffusion_convert.checkpoint import Checkpoint, lora_file, open_checkpoint
+from diffusion_convert.checkpoint import lora_file
 from diffusion_convert.checkpoint.lora import fuse
+from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.single_file import open_single_file
 from diffusion_convert.options import Lora
 from diffusion_runtime.errors import CheckpointError, InputError

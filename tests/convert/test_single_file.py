@@ -15,17 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import compvis_layout
 from diffusion_convert import families
-from diffusion_convert.checkpoint import (
-    Checkpoint,
-    Submodel,
-    ldm_configs,
-    ldm_names,
-    ldm_shapes,
-    open_checkpoint,
-    single_file,
-    tensor_file,
-)
+from diffusion_convert.checkpoint import ldm_configs, ldm_names, ldm_shapes, single_file, tensor_file
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.model import Checkpoint, Submodel
+from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.single_file import CLIP_VOCABULARY_SIZE, FAMILIES, open_single_file
 from diffusion_runtime.errors import CheckpointError, InputError
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion_convert.checkpoint import open_checkpoint
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.components import Shape, table
 from diffusion_convert.export.trace import trace
 from diffusion_convert.options import AttentionKind

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import compvis_layout
 import tiny_checkpoints
-from diffusion_convert.checkpoint import Checkpoint, ldm_configs
+from diffusion_convert.checkpoint import ldm_configs
+from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.single_file import open_single_file
 from diffusion_convert.checkpoint.vae import with_vae
 from diffusion_runtime.errors import CheckpointError, InputError

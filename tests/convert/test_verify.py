@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from diffusion_convert import convert
-from diffusion_convert.checkpoint import Checkpoint, open_checkpoint
+from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.torch_networks import build
 from diffusion_convert.components import Shape, table
 from diffusion_convert.components.unet import UNet

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_convert import families
-from diffusion_convert.checkpoint import Checkpoint, Submodel, tensor_file
+from diffusion_convert.checkpoint import tensor_file
+from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_runtime import strict_json
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from diffusion_convert.checkpoint import Checkpoint, lora_file
+from diffusion_convert.checkpoint import lora_file
+from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.torch_networks import listed
 from diffusion_convert.options import Lora
 from diffusion_runtime.errors import InputError

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_convert.checkpoint import Checkpoint
 from diffusion_convert.checkpoint.diffusers_folder import (
     CARD,
     INDEX,
@@ -18,6 +17,7 @@ from diffusion_convert.checkpoint.diffusers_folder import (
     read_licence,
     weight_files,
 )
+from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.hub import client as hub
 from diffusion_runtime import strict_json
 from diffusion_runtime.bundle.manifest import Source

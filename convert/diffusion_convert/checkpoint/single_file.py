@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_convert.checkpoint import Checkpoint, Submodel, ldm_configs, ldm_names, ldm_shapes, tensor_file
+from diffusion_convert.checkpoint import ldm_configs, ldm_names, ldm_shapes, tensor_file
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_runtime.bundle.integrity import sha256
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, InputError

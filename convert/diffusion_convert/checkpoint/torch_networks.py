@@ -13,7 +13,7 @@ from diffusion_runtime.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-    from diffusion_convert.checkpoint import Checkpoint, Submodel
+    from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 
 CLASSES: Mapping[str, str] = {
     "UNet2DConditionModel": "diffusers",

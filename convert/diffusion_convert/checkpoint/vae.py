@@ -9,16 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_convert import families
-from diffusion_convert.checkpoint import (
-    Checkpoint,
-    Submodel,
-    diffusers_folder,
-    ldm_configs,
-    ldm_names,
-    ldm_shapes,
-    tensor_file,
-)
+from diffusion_convert.checkpoint import diffusers_folder, ldm_configs, ldm_names, ldm_shapes, tensor_file
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_runtime.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ def verify(
     ] = None,
 ) -> None:
     """Compare every component, packages and compiled, with the source's own networks. Exit code 1: one differs."""
-    from diffusion_convert.checkpoint import open_checkpoint
+    from diffusion_convert.checkpoint.open import open_checkpoint
     from diffusion_convert.options import parse_lora
     from diffusion_convert.verification.folder import verify_models
 

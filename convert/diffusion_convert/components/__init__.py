@@ -13,7 +13,7 @@ from diffusion_convert.verification.bounds import MIN_PSNR_DB
 if TYPE_CHECKING:
     import torch
 
-    from diffusion_convert.checkpoint import Checkpoint
+    from diffusion_convert.checkpoint.model import Checkpoint
     from diffusion_convert.options import AttentionKind, ConvertOptions
 
 

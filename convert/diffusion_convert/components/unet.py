@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion_convert.checkpoint import Checkpoint
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components import Component, Graph, Port, Shape
 from diffusion_convert.components.text_encoder import Reference, prompt_ids
 from diffusion_convert.families import latent_factor

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion_convert.checkpoint import Checkpoint
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components import Component, Graph, Port, Shape
 from diffusion_convert.families import latent_factor
 from diffusion_convert.networks import put_attention

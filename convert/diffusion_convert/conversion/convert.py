@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from diffusion_convert import families
-from diffusion_convert.checkpoint import open_checkpoint
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.vocabulary import write_vocabulary
 from diffusion_convert.conversion import previous as earlier
 from diffusion_convert.conversion import unit as making

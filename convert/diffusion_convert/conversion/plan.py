@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_convert import components, families
-from diffusion_convert.checkpoint import Checkpoint
 from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.diffusers_folder import NETWORKS, SCHEDULERS
+from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import check_vocabulary
 from diffusion_convert.compile.coverage import SPECIFICATIONS as COMPILED_SPECIFICATIONS
 from diffusion_convert.components import Component, Shape

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_convert.bundle import foreign as adopt
-from diffusion_convert.checkpoint import Checkpoint
+from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components import Shape, table
 from diffusion_convert.inspect import main_function, palettized_weights
 from diffusion_convert.verification import package as verify

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_convert.checkpoint import Checkpoint
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components import Component, Shape
 from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_runtime.errors import VerificationError

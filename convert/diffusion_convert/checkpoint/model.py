@@ -1,0 +1,47 @@
+"""What every kind of source becomes: a `Checkpoint` of `Submodel`s."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_runtime.bundle.manifest import Source
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Submodel:
+    """One network: diffusers' or transformers' configuration and its weights by diffusers' names.
+
+    ``tensors`` maps the weights lazily, in the file's own element type: calling it reads no data.
+    ``class_name`` is the class named in model_index.json ("UNet2DConditionModel", "CLIPTextModel", …).
+    """
+
+    class_name: str
+    config: Mapping[str, Any]
+    tensors: Callable[[], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A Stable Diffusion checkpoint, whatever it was stored as.
+
+    ``models`` and ``schedulers`` are by diffusers' subfolder ("unet", "vae", "text_encoder", "safety_checker",
+    "depth_estimator"; "scheduler", "low_res_scheduler"); ``tokenizer`` maps vocab.json, merges.txt,
+    tokenizer_config.json, … to where they are. ``family`` is a name in `families.FAMILIES`. ``notes`` are sentences
+    for the user: what the source does not say and was assumed.
+    """
+
+    name: str
+    family: str
+    source: Source
+    models: Mapping[str, Submodel]
+    schedulers: Mapping[str, Mapping[str, Any]]
+    tokenizer: Mapping[str, Path]
+    pipeline_class: str = "StableDiffusionPipeline"
+    pipeline_config: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

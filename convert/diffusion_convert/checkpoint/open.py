@@ -1,0 +1,65 @@
+"""Opens whatever a user names as a checkpoint, and puts another VAE and LoRAs in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffusion_convert.checkpoint import diffusers_folder, lora, single_file
+from diffusion_convert.checkpoint import repository as hub
+from diffusion_convert.checkpoint import vae as vaes
+from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.options import Lora
+from diffusion_runtime.bundle.manifest import Source
+from diffusion_runtime.errors import CheckpointError, DiffusionError, InputError
+
+
+def open_checkpoint(
+    source: str,
+    *,
+    revision: str | None = None,
+    family: str | None = None,
+    vae: str | None = None,
+    loras: Sequence[Lora] = (),
+) -> Checkpoint:
+    """The checkpoint that ``source`` names: a folder in diffusers' layout, a single .safetensors or .ckpt file, or
+    the id of a repository on the Hugging Face Hub, with another VAE and LoRAs put in.
+
+    No weight is read. Raises CheckpointError or InputError, in one line, for what cannot be used.
+    """
+    path = Path(source).expanduser()
+    if revision is not None and path.exists():
+        raise InputError(f"--revision {revision}: {source} is on this machine, where there is but one")
+    if path.is_dir():
+        origin = Source(name=path.resolve().name, licence=diffusers_folder.read_licence(path))
+        checkpoint = diffusers_folder.open_folder(path, origin, family)
+    elif path.is_file():
+        checkpoint = single_file.open_single_file(path, family, without_vae=vae is not None)
+    elif is_repository_id(source):
+        checkpoint = hub.open_repository(source, revision, family)
+    else:
+        raise CheckpointError(f"{source}: no such file or folder")
+    if vae is not None:
+        with _given_as("--vae"):
+            checkpoint = vaes.with_vae(checkpoint, vae, hub.fetch_vae if is_repository_id(vae) else None)
+    with _given_as("--lora"):
+        return lora.fuse(checkpoint, loras) if loras else checkpoint
+
+
+@contextmanager
+def _given_as(option: str) -> Iterator[None]:
+    """Errors name the option by which the file was given."""
+    try:
+        yield
+    except DiffusionError as error:
+        if str(error).startswith(option):
+            raise
+        raise type(error)(f"{option} {error}") from error
+
+
+def is_repository_id(source: str) -> bool:
+    """Whether ``source`` is of the form owner/name, and nothing about it says that a path is meant."""
+    owner, slash, name = source.partition("/")
+    plain = all(part and part[0] not in ".~" and "/" not in part for part in (owner, name))
+    return bool(slash) and plain and not name.endswith((".safetensors", ".ckpt", ".bin", ".pt"))
