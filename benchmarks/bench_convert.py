@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from diffusion_convert.conversion.convert import Event
-from diffusion_convert.options import AttentionKind, ConvertOptions
+from diffusion_convert.options import ConvertOptions
+from diffusion_runtime.families import AttentionKind
 
 UNET: Mapping[str, Any] = {
     "_class_name": "UNet2DConditionModel",

@@ -29,7 +29,8 @@ FIRST_SEED = 1000  # as in quality_shapes.py
 def converted(folder: Path) -> Path:
     """The float16 packages, made once."""
     from diffusion_convert import convert
-    from diffusion_convert.options import AttentionKind, ConvertOptions
+    from diffusion_convert.options import ConvertOptions
+    from diffusion_runtime.families import AttentionKind
 
     options = ConvertOptions(attention=(AttentionKind.ORIGINAL,), target="macOS15", compiled=False, zip=False)
     convert(CHECKPOINT, folder, options)

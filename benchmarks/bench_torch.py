@@ -93,7 +93,7 @@ def six_bits(folder: Path) -> Path:
 
 
 def split(folder: Path) -> Path:
-    from diffusion_convert.options import AttentionKind
+    from diffusion_runtime.families import AttentionKind
 
     return full_size_unet(folder, AttentionKind.SPLIT_EINSUM_V2)
 

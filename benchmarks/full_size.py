@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from diffusion_convert.options import AttentionKind
+from diffusion_runtime.families import AttentionKind
 
 CONFIG: Mapping[str, Any] = {
     "_class_name": "UNet2DConditionModel",

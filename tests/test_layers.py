@@ -41,12 +41,16 @@ def test_runtime_never_imports_convert(source: Path) -> None:
 
 @pytest.mark.parametrize("source", sources(RUNTIME / "mil"), ids=lambda path: path.stem)
 def test_mil_imports_neither_pipeline_nor_backends(source: Path) -> None:
-    allowed = (
-        *("diffusion_runtime.mil", "diffusion_runtime.errors", "diffusion_runtime.coremltools_import"),
-        "diffusion_runtime.strict_json",
+    allowed = tuple(
+        f"diffusion_runtime.{name}" for name in ("mil", "errors", "coremltools_import", "families", "strict_json")
     )
     own = {name for name in imported_modules(source) if name.startswith("diffusion_runtime.")}
     assert {name for name in own if not name.startswith(allowed)} == set()
+
+
+def test_the_tables_depend_on_nothing() -> None:
+    names = imported_modules(RUNTIME / "families.py")
+    assert not {name for name in names if name.startswith(("diffusion_", "torch", "numpy"))}
 
 
 def test_only_proto_touches_protobuf() -> None:

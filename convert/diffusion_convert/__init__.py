@@ -11,7 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusion_convert.options import AttentionKind, ConvertOptions, Lora, Precision
+from diffusion_convert.options import ConvertOptions, Lora, Precision
+from diffusion_runtime.families import AttentionKind
 
 if TYPE_CHECKING:
     from diffusion_convert.conversion.convert import Conversion, Progress

@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusion_runtime.errors import InputError
-
-
-class AttentionKind(enum.Enum):
-    """``original`` is for the GPU, the other two for the Neural Engine."""
-
-    ORIGINAL = "original"
-    SPLIT_EINSUM = "split_einsum"
-    SPLIT_EINSUM_V2 = "split_einsum_v2"
+from diffusion_runtime.families import DEFAULT_TARGET, PALETTE_BITS, TARGETS, AttentionKind
 
 
 class Precision(enum.Enum):
@@ -28,12 +21,7 @@ class Precision(enum.Enum):
     FLOAT32 = "float32"
 
 
-SPECIFICATIONS = dict(zip((f"macOS{n}" for n in (13, 14, 15, 26)), (7, 8, 9, 10), strict=True)) | dict(
-    zip((f"iOS{n}" for n in (16, 17, 18, 26)), (7, 8, 9, 10), strict=True)
-)
-"""Version of Core ML's specification that a target's packages have."""
-TARGETS = tuple(SPECIFICATIONS)
-PALETTE_BITS = (1, 2, 3, 4, 6, 8)
+DEFAULT_ATTENTION = (AttentionKind.ORIGINAL, AttentionKind.SPLIT_EINSUM_V2)
 
 E = TypeVar("E", bound=enum.Enum)
 
@@ -60,14 +48,14 @@ class ConvertOptions:
     that cannot be used.
     """
 
-    attention: tuple[AttentionKind, ...] = (AttentionKind.ORIGINAL, AttentionKind.SPLIT_EINSUM_V2)
+    attention: tuple[AttentionKind, ...] = DEFAULT_ATTENTION
     nbits: int | None = None
     nbits_for: Mapping[str, int] = field(default_factory=dict)
     components: tuple[str, ...] = ()
     height: int | None = None
     width: int | None = None
     batch_size: int = 2
-    target: str = "macOS13"
+    target: str = DEFAULT_TARGET
     chunk_unet: bool = False
     vae: str | None = None
     loras: tuple[Lora, ...] = ()

@@ -48,6 +48,7 @@ def load_pipeline(
     from diffusion_runtime.bundle import manifest
     from diffusion_runtime.bundle.foreign import Assumed
     from diffusion_runtime.errors import InputError
+    from diffusion_runtime.families import FAMILIES
     from diffusion_runtime.pipeline import Pipeline
     from diffusion_runtime.prompt import tokenizer as tokenizers
     from diffusion_runtime.schedulers import canonical
@@ -70,7 +71,7 @@ def load_pipeline(
         )
     text = found.manifest.components.get("text_encoder")
     length = text.inputs[0].shape[-1] if text and text.inputs else tokenizers.LENGTH
-    pad = "!" if found.manifest.family.startswith(("sd2", "x4")) else None
+    pad = FAMILIES[found.manifest.family].pad_token if found.manifest.family in FAMILIES else None
     notes = [*found.notes, *(bundle.unit_notes(found, units) if name == "coreml" else ())]
     if name == "torch" and units is not None:
         notes.append(f"compute units {units.value} are Core ML's: the torch backend takes no notice of them")

@@ -10,9 +10,9 @@ import torch
 
 from diffusion_convert.networks.attention import ATTENTION
 from diffusion_convert.networks.attention.split_einsum_v2 import QUERY_CHUNK, chunk_sizes
-from diffusion_convert.options import AttentionKind
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.coremltools_import import import_coremltools
+from diffusion_runtime.families import AttentionKind
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the tracer's, about sizes that are meant to be fixed
 

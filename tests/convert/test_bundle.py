@@ -18,22 +18,20 @@ import small_bundle
 from diffusion_convert.bundle.model_card import model_card, put_picture, write_model_card
 from diffusion_convert.bundle.variants import (
     compile_variant,
-    compiled_names,
     is_current,
     share_identical,
     variants,
-    zip_name,
     zip_variants,
 )
+from diffusion_convert.bundle.zip_names import zip_name
 from diffusion_convert.checkpoint.vocabulary import write_vocabulary
 from diffusion_convert.cli.main import app
-from diffusion_convert.components import table
 from diffusion_runtime import zips
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.find import find
-from diffusion_runtime.bundle.foreign import COMPILED_NAMES
 from diffusion_runtime.bundle.integrity import check_files
 from diffusion_runtime.errors import CheckpointError, InputError, PackageError
+from diffusion_runtime.families import compiled_names
 from diffusion_runtime.mil.package import open_package
 
 ATTENTIONS = ("original", "split_einsum_v2")
@@ -128,12 +126,7 @@ def test_compiled_models_read_back_equal_to_their_packages(bundle: Path) -> None
 
 def test_a_chunked_unet_has_the_names_that_apps_prefer() -> None:
     chunked = manifest.Component(files=("a.mlpackage", "b.mlpackage"), inputs=(), outputs=())
-    assert compiled_names("unet", chunked) == ("UnetChunk1", "UnetChunk2")
-
-
-def test_every_component_is_known_to_the_runtime_by_the_name_it_is_compiled_under() -> None:
-    names = {name: (component.compiled_name,) for name, component in table().items()}
-    assert names == {name: COMPILED_NAMES[name] for name in names}
+    assert compiled_names("unet", len(chunked.files)) == ("UnetChunk1", "UnetChunk2")
 
 
 def test_compiled_models_of_other_packages_are_not_current(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from diffusion_convert.checkpoint.diffusers_folder import open_folder
 from diffusion_convert.chunk import MAX_IMBALANCE, Cut, chunk, find_cut, halves
 from diffusion_convert.components import Shape, table
 from diffusion_convert.export.export import Recipe, export
-from diffusion_convert.options import AttentionKind
 from diffusion_convert.palettize.package import palettize_package
 from diffusion_convert.palettize.plan import Plan
 from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import InputError, UnsupportedError
+from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.package import open_package, write_package
 from diffusion_runtime.mil.program import DType, Metadata, Model, TensorType, Variable
 from read_back import check_read_back

@@ -25,13 +25,13 @@ from diffusion_convert.cli import verify as verifying
 from diffusion_convert.compile import compile_package
 from diffusion_convert.components import Shape, table
 from diffusion_convert.export.export import Recipe, export
-from diffusion_convert.options import AttentionKind, Lora
+from diffusion_convert.options import Lora
 from diffusion_convert.palettize.package import palettize_package
 from diffusion_convert.palettize.plan import Plan
 from diffusion_runtime.bundle import integrity, manifest
 from diffusion_runtime.bundle.find import find
-from diffusion_runtime.bundle.foreign import COMPILED_NAMES
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError
+from diffusion_runtime.families import AttentionKind, compiled_names
 from diffusion_runtime.mil.program import Metadata
 
 
@@ -115,7 +115,7 @@ def test_bundle_takes_over_what_other_tools_made(
         package = place / f"{FOREIGN}_{name}.mlpackage"
         shutil.copytree(source / f"{small_bundle.NAME}_{name}.mlpackage", package)
         if layout == "resources":
-            compile_package(package, out / "Resources", COMPILED_NAMES[name][0])
+            compile_package(package, out / "Resources", compiled_names(name)[0])
     with pytest.raises(InputError, match=r"no vocab\.json and merges\.txt"):
         run(app, "bundle", out)
     for file in ("vocab.json", "merges.txt"):

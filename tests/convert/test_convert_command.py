@@ -19,8 +19,9 @@ from diffusion_convert.cli import convert as convert_command
 from diffusion_convert.cli import main as cli
 from diffusion_convert.conversion.convert import Conversion
 from diffusion_convert.conversion.workspace import FOLDER
-from diffusion_convert.options import AttentionKind, ConvertOptions
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.bundle import manifest
+from diffusion_runtime.families import AttentionKind
 
 MAIN = "from diffusion_convert.cli.main import main; main()"
 PARTS = ("text_encoder", "vae_encoder")

@@ -17,11 +17,11 @@ from diffusion_convert.checkpoint.diffusers_folder import open_folder
 from diffusion_convert.components import Shape
 from diffusion_convert.components.depth_estimator import DEPTH_ESTIMATOR
 from diffusion_convert.export.export import Recipe, export
-from diffusion_convert.options import AttentionKind
 from diffusion_convert.verification.package import widened
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import UnsupportedError
+from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.program import Metadata
 
 SHAPE = Shape(height=64, width=64, batch_size=2)

@@ -9,12 +9,13 @@ import pytest
 
 import tiny_checkpoints
 from diffusion_convert import convert
+from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.components import table
 from diffusion_convert.conversion.convert import Conversion
 from diffusion_convert.export import placeholders
-from diffusion_convert.families import latent_factor
-from diffusion_convert.options import AttentionKind, ConvertOptions
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.bundle.manifest import Component
+from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import operations
 from read_back import check_read_back
@@ -119,7 +120,7 @@ def test_interfaces_are_those_that_apps_know(made: Conversion, family: str) -> N
         for name, component in manifest.components.items():
             package = open_package(folder / component.files[0])
             assert interface(package) == expected[name], (variant, name)
-            assert component.files == (f"Stable_Diffusion_version_{family}_{table()[name].suffix}.mlpackage",)
+            assert component.files == (f"Stable_Diffusion_version_{family}_{name}.mlpackage",)
             assert package.model.metadata.license
             assert package.model.metadata.user_defined["coreml_sd.family"] == made.family
             assert package.model.metadata.user_defined["prediction_type"] == manifest.prediction_type

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 import tiny_checkpoints
-from diffusion_convert import families
+from diffusion_convert.checkpoint.family import default_size, detect, refuse_other_kinds
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.families import FAMILIES
 
 
 @pytest.mark.parametrize("name", tiny_checkpoints.FAMILIES)
@@ -20,7 +21,7 @@ def test_every_family_is_detected(name: str, tiny_checkpoint: Callable[[str], Pa
 
 
 def test_every_family_has_a_tiny_checkpoint() -> None:
-    assert {name.removesuffix("-odd") for name in tiny_checkpoints.FAMILIES} == set(families.FAMILIES)
+    assert {name.removesuffix("-odd") for name in tiny_checkpoints.FAMILIES} == set(FAMILIES)
 
 
 @pytest.mark.parametrize(
@@ -33,8 +34,8 @@ def test_every_family_has_a_tiny_checkpoint() -> None:
 )
 def test_unknown_ones_are_refused_with_what_was_seen(unet: dict[str, Any], expected: str) -> None:
     with pytest.raises(CheckpointError, match=expected) as raised:
-        families.detect(unet, {}, "somewhere")
-    assert all(name in str(raised.value) for name in families.FAMILIES)
+        detect(unet, {}, "somewhere")
+    assert all(name in str(raised.value) for name in FAMILIES)
 
 
 @pytest.mark.parametrize(
@@ -46,10 +47,10 @@ def test_unknown_ones_are_refused_with_what_was_seen(unet: dict[str, Any], expec
     ],
 )
 def test_inputs_that_no_family_has_are_refused(key: str, value: object, expected: str) -> None:
-    families.refuse_other_kinds({"in_channels": 4, key: None}, "somewhere")
+    refuse_other_kinds({"in_channels": 4, key: None}, "somewhere")
     with pytest.raises(CheckpointError, match=expected) as raised:
-        families.refuse_other_kinds({"in_channels": 4, key: value}, "somewhere")
-    assert all(name in str(raised.value) for name in families.FAMILIES)
+        refuse_other_kinds({"in_channels": 4, key: value}, "somewhere")
+    assert all(name in str(raised.value) for name in FAMILIES)
 
 
 def test_family_can_be_named(tiny_checkpoint: Callable[[str], Path]) -> None:
@@ -72,4 +73,4 @@ def test_family_can_be_named(tiny_checkpoint: Callable[[str], Path]) -> None:
     ],
 )
 def test_default_size(unet: dict[str, Any], size: tuple[int, int]) -> None:
-    assert families.default_size(unet, {"block_out_channels": [1, 2, 3, 4]}) == size
+    assert default_size(unet, {"block_out_channels": [1, 2, 3, 4]}) == size

@@ -18,8 +18,8 @@ from diffusion_convert.export.export import Recipe, export
 from diffusion_convert.export.placeholders import Placeholders
 from diffusion_convert.export.trace import trace
 from diffusion_convert.networks import teach_coremltools
-from diffusion_convert.options import AttentionKind
 from diffusion_runtime.coremltools_import import import_coremltools
+from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import Blob, Metadata, Value, operations
 

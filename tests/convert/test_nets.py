@@ -11,9 +11,9 @@ from torch import nn
 
 import tiny_checkpoints
 from diffusion_convert import networks as nets
-from diffusion_convert.options import AttentionKind
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import CheckpointError, UnsupportedError
+from diffusion_runtime.families import AttentionKind
 
 AGREEMENT_DB = 60.0
 TEXT_LENGTH = 77

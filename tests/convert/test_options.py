@@ -11,10 +11,6 @@ import pytest
 from diffusion_convert import convert
 from diffusion_convert.components import table
 from diffusion_convert.options import (
-    PALETTE_BITS,
-    SPECIFICATIONS,
-    TARGETS,
-    AttentionKind,
     ConvertOptions,
     Lora,
     Precision,
@@ -24,6 +20,7 @@ from diffusion_convert.options import (
 )
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.families import PALETTE_BITS, TARGETS, AttentionKind
 from diffusion_runtime.mil.package import open_package
 
 Source = Callable[[str], Path]
@@ -154,7 +151,7 @@ def test_palettized_and_cut_in_two(tiny_checkpoint: Source, tmp_path: Path) -> N
 
 def test_specifications_are_coremltools_own() -> None:
     targets = import_coremltools().target
-    assert {name: int(targets[name].value) for name in TARGETS} == dict(SPECIFICATIONS)
+    assert {name: int(targets[name].value) for name in TARGETS} == dict(TARGETS)
 
 
 @pytest.mark.parametrize(

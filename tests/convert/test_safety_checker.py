@@ -18,10 +18,10 @@ from diffusion_convert.components import Shape
 from diffusion_convert.components.safety_checker import SAFETY_CHECKER
 from diffusion_convert.export.export import Recipe, export
 from diffusion_convert.networks.safety import ROUNDS_TO_POSITIVE, SPECIAL_CARE_ADJUSTMENT
-from diffusion_convert.options import AttentionKind
 from diffusion_convert.verification.package import widened
 from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
 from diffusion_runtime.bundle.manifest import Source
+from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.program import Metadata
 
 SHAPE = Shape(height=48, width=72, batch_size=2)

@@ -14,8 +14,8 @@ from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.components import Shape, table
 from diffusion_convert.export.trace import trace
-from diffusion_convert.options import AttentionKind
 from diffusion_convert.verification.package import widened
+from diffusion_runtime.families import AttentionKind
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_encoder"])

@@ -21,9 +21,10 @@ from diffusion_convert.components.unet import UNet
 from diffusion_convert.export import export as export_module
 from diffusion_convert.export.export import Exported, Recipe, export
 from diffusion_convert.networks.attention import ATTENTION, original
-from diffusion_convert.options import AttentionKind, ConvertOptions
+from diffusion_convert.options import ConvertOptions
 from diffusion_convert.verification import package as verify
 from diffusion_runtime.errors import VerificationError
+from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import Metadata
 

@@ -14,8 +14,8 @@ import toy_models
 from diffusion_runtime import load_pipeline
 from diffusion_runtime.backends import ComputeUnits
 from diffusion_runtime.bundle import find as bundle
-from diffusion_runtime.bundle import foreign
 from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.families import family_of
 from diffusion_runtime.pipeline import Pipeline
 
 
@@ -247,7 +247,7 @@ def test_models_of_two_checkpoints_in_one_folder_are_told_apart(toy_folder: Path
     ],
 )
 def test_the_family_is_read_from_the_interface(sample: tuple[int, ...], width: int, family: str) -> None:
-    assert foreign.family_of({"sample": sample, "encoder_hidden_states": (2, width, 1, 77)}) == family
+    assert family_of(sample[1], width, max(sample[2:])).name == family
 
 
 @pytest.mark.parametrize(

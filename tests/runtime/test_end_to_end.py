@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from diffusion_convert import convert
-from diffusion_convert.options import AttentionKind, ConvertOptions
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime import load_pipeline, schedulers
+from diffusion_runtime.families import AttentionKind
 
 PARITY_DB = 40.0
 PROMPT, NEGATIVE = "a photo of a cat", "red"

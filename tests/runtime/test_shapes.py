@@ -14,8 +14,9 @@ from PIL import Image
 
 import quality_shapes
 from diffusion_convert import convert
-from diffusion_convert.options import AttentionKind, ConvertOptions
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime import load_pipeline, schedulers
+from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.pipeline import Pipeline
 from judge_shapes import FLAGGED_SHAPE, Caption, judge
 

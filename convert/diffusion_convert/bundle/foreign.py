@@ -14,12 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from diffusion_convert.conversion.workspace import link_tree
-from diffusion_convert.inspect import TARGETS, attention_kind, main_function, palettized_weights
+from diffusion_convert.inspect import main_function, palettized_weights
 from diffusion_runtime.bundle import foreign, manifest
-from diffusion_runtime.bundle.find import ATTENTIONS, KINDS
+from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import hashes, size_bytes
 from diffusion_runtime.bundle.manifest import Manifest, Palettization
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.families import ATTENTIONS, SYSTEMS, compiled_names
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import Model
 from diffusion_runtime.prompt.tokenizer import FILES as VOCABULARY
@@ -33,7 +34,7 @@ def adopt(folder: Path, assumed: foreign.Assumed, name: str | None, report: Call
     """
     for place, attention, kind in _found(folder):
         described = describe(place, assumed)
-        chosen = attention or _attention(place, described.manifest)
+        chosen = attention or described.manifest.attention
         target = folder / chosen / kind
         tokenizer = described.tokenizer or _beside(folder, target)
         if tokenizer is None:
@@ -62,7 +63,7 @@ def describe(place: Path, assumed: foreign.Assumed) -> foreign.Described:
         models = [open_package(place / file).model for file in component.files]
         versions += [model.specification_version for model in models]
         components[name] = component.model_copy(update={"palettization": _palettization(models)})
-    target = TARGETS.get(max(versions), "unknown").split()[0]
+    target = SYSTEMS[max(versions)].macos if max(versions) in SYSTEMS else "unknown"
     return replace(
         described, manifest=described.manifest.model_copy(update={"components": components, "target": target})
     )
@@ -78,7 +79,8 @@ def _found(folder: Path) -> Iterator[tuple[Path, str | None, str]]:
         return
     for place in (folder, folder / "packages", folder / "compiled", folder / "Resources"):
         if _is_foreign(place):
-            compiled = any((place / f"{unet}.mlmodelc").is_dir() for unet in ("Unet", foreign.CHUNKS[0]))
+            names = (compiled_names("unet", count)[0] for count in (1, 2))
+            compiled = any((place / f"{name}.mlmodelc").is_dir() for name in names)
             yield place, None, KINDS[int(compiled)]
 
 
@@ -92,13 +94,6 @@ def _name(made: Manifest, place: Path, folder: Path, target: Path) -> str:
 
 def _is_foreign(place: Path) -> bool:
     return not (place / manifest.FILE_NAME).is_file() and foreign.is_one(place)
-
-
-def _attention(place: Path, made: Manifest) -> str:
-    kinds = {
-        attention_kind(main_function(open_package(place / file).model)) for file in made.components["unet"].files
-    }
-    return next(kind for kind in ("split_einsum_v2", "split_einsum", "original") if kind in {*kinds, "original"})
 
 
 def _beside(folder: Path, target: Path) -> Path | None:

@@ -8,11 +8,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from diffusion_convert.bundle.variants import variants, zip_name
+from diffusion_convert.bundle.variants import variants
+from diffusion_convert.bundle.zip_names import zip_names
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.families import FAMILIES, PROCESSORS, AttentionKind, preferred
 from diffusion_runtime.images import load
 
 CARD_NAME = "README.md"
@@ -41,12 +43,6 @@ _HUB_LICENCES = frozenset(
         "unknown",
     }
 )
-_TASKS = {"inpainting": "image-to-image", "depth": "image-to-image", "upscaler": "image-to-image"}
-_DEVICES = {
-    "original": ("CPU and GPU", "Macs with a strong GPU (M1 Pro, Max, Ultra and later)", "CPU_AND_GPU"),
-    "split_einsum": ("CPU and Neural Engine", "iPhone, iPad, and Macs for low power", "CPU_AND_NE"),
-    "split_einsum_v2": ("CPU and Neural Engine", "iPhone, iPad and Macs with iOS 17 / macOS 14", "CPU_AND_NE"),
-}
 _OPENRAIL = (
     "The licence of the source restricts use, and these restrictions go with the converted models: nothing illegal "
     "or harmful, no deceiving or harassing of people, no medical or legal advice, no exploitation of the "
@@ -112,7 +108,10 @@ def model_card(variants: Mapping[str, Manifest], zips: Mapping[str, int], pictur
 
 def _header(made: Manifest) -> Iterator[str]:
     licence = _hub_licence(made)
-    task = next((task for word, task in _TASKS.items() if word in made.family), "text-to-image")
+    from diffusion_runtime.tasks import starts_from
+
+    needs = starts_from(FAMILIES[made.family].in_channels) if made.family in FAMILIES else ()
+    task = "image-to-image" if needs else "text-to-image"
     yield "---"
     yield f"license: {licence}"
     if licence == "other":
@@ -160,13 +159,12 @@ def _variant_table(variants: Mapping[str, Manifest], zips: Mapping[str, int]) ->
     yield "| variant | runs on | for | models | zip for apps |"
     yield "|---|---|---|---|---|"
     for attention, made in variants.items():
-        units, devices, _ = _DEVICES[attention]
+        about = AttentionKind(attention).about
         size = sum(component.size_bytes for component in made.components.values())
-        names = [zip_name(made, attention)]
-        if attention == "split_einsum_v2" and "split_einsum" not in variants:
-            names.append(zip_name(made, "split_einsum"))  # the same models, under the name that apps ask for
+        names = zip_names(made, attention, variants)
         packed = "; ".join(f"[{name}]({name}), {_size(zips[name])}" for name in names if name in zips) or "none"
-        yield f"| `{attention}` | {units} | {devices} | {_size(size)} | {packed} |"
+        units = f"CPU and {PROCESSORS[about.compute_units]}"
+        yield f"| `{attention}` | {units} | {about.devices} | {_size(size)} | {packed} |"
 
 
 def _size(size_bytes: int) -> str:
@@ -175,7 +173,7 @@ def _size(size_bytes: int) -> str:
 
 def _running(variants: Mapping[str, Manifest], made: Manifest) -> str:
     attention = next(iter(variants))
-    units = _DEVICES[attention][2].lower().replace("_", "-")
+    units = AttentionKind(attention).about.compute_units
     return f"""**Python** (any machine; on a Mac with Core ML): download a variant and generate.
 
 ```
@@ -195,11 +193,16 @@ swift run StableDiffusionSample "a photograph of an astronaut riding a horse" \\
 ```
 
 **Mochi Diffusion**: unpack a zip of the table above into the app's folder of models (`~/MochiDiffusion/models`) and
-choose `{_title(made)}` there; take `original` for the GPU, a `split_einsum` for the Neural Engine.
+choose `{_title(made)}` there; take {_by_processor()}.
 
 **Hugging Face's Diffusers app** downloads the zips itself, from the repositories listed in its `ModelInfo.swift`:
 add `ModelInfo(modelId: "{REPOSITORY}", modelVersion: "{_title(made)}")`. It asks for zips that are named like the
 repository."""
+
+
+def _by_processor() -> str:
+    """The best attention kind for each processor, as a choice."""
+    return ", ".join(f"`{preferred(units)[0].value}` for the {name}" for units, name in PROCESSORS.items())
 
 
 def _camel(units: str) -> str:

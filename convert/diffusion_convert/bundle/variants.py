@@ -8,20 +8,19 @@ DIR/coreml-{name}[-palettized]_{attention}_compiled.zip
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from diffusion_convert.bundle.zip_names import zip_names
 from diffusion_convert.compile import Compiler, compile_package
 from diffusion_runtime import zips
 from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
-from diffusion_runtime.bundle.find import ATTENTIONS
-from diffusion_runtime.bundle.foreign import COMPILED_NAMES
 from diffusion_runtime.bundle.integrity import check_files, hashes, size_bytes
-from diffusion_runtime.bundle.manifest import Component, Manifest
+from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.families import ATTENTIONS, compiled_names
 from diffusion_runtime.prompt.tokenizer import FILES as VOCABULARY
 
 Report = Callable[[str], None]
@@ -29,13 +28,6 @@ Report = Callable[[str], None]
 
 def _silent(_: str) -> None:
     pass
-
-
-def compiled_names(name: str, component: Component) -> tuple[str, ...]:
-    """The names under which apps look for a component's compiled models: Unet, or UnetChunk1 and UnetChunk2."""
-    whole = COMPILED_NAMES.get(name, ("".join(part.capitalize() for part in name.split("_")),))[0]
-    count = len(component.files)
-    return (whole,) if count == 1 else tuple(f"{whole}Chunk{number}" for number in range(1, count + 1))
 
 
 def compile_variant(
@@ -52,7 +44,7 @@ def compile_variant(
         components = {}
         for name, component in source.components.items():
             files = []
-            for file, target in zip(component.files, compiled_names(name, component), strict=True):
+            for file, target in zip(component.files, compiled_names(name, len(component.files)), strict=True):
                 result = compile_package(packages / file, unfinished, target, compiler, share_weights=True)
                 files.append(result.path.name)
                 if result.inferred:
@@ -125,18 +117,10 @@ def variants(folder: Path) -> Mapping[str, Path]:
     return found
 
 
-def zip_name(made: Manifest, attention: str) -> str:
-    """``coreml-stable-diffusion-v1-4-palettized_original_compiled.zip``: what apps tell variants apart by."""
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", made.name.rstrip("/").rpartition("/")[2]).strip("-.").lower()
-    palettized = any(component.palettization is not None for component in made.components.values())
-    return f"coreml-{name}{'-palettized' if palettized else ''}_{attention}_compiled.zip"
-
-
 def zip_variants(folder: Path, report: Report = _silent) -> tuple[Path, ...]:
     """Zip the compiled models of every variant in ``folder``; return the zips.
 
-    Where split_einsum_v2 is there and split_einsum is not, its models are zipped under the latter's name as well:
-    that is the name under which apps ask for models of all compute units.
+    A variant that stands in for one that is not there is zipped under its name as well (`zip_names`).
     """
     found = variants(folder)
     written = []
@@ -144,10 +128,7 @@ def zip_variants(folder: Path, report: Report = _silent) -> tuple[Path, ...]:
         compiled = variant / "compiled"
         made = manifest.read(compiled)
         check_files(made, compiled)
-        names = [zip_name(made, attention)]
-        if attention == "split_einsum_v2" and "split_einsum" not in found:
-            names.append(zip_name(made, "split_einsum"))
-        for name in names:
+        for name in zip_names(made, attention, found):
             report(f"packing {name}")
             zips.pack(compiled, folder / name)
             written.append(folder / name)

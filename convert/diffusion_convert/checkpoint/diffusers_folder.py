@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_convert import families
 from diffusion_convert.checkpoint import tensor_file
+from diffusion_convert.checkpoint.family import check_family, detect, refuse_other_kinds
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_runtime import strict_json
 from diffusion_runtime.bundle.manifest import Source
@@ -54,11 +54,11 @@ def open_folder(folder: Path, source: Source, family: str | None = None) -> Chec
     models = {name: read_submodel(folder / name, str(parts[name][1])) for name in NETWORKS if name in parts}
     schedulers = {name: read_json(folder / name / "scheduler_config.json") for name in SCHEDULERS if name in parts}
     unet = models["unet"].config
-    families.refuse_other_kinds(unet, str(folder))
+    refuse_other_kinds(unet, str(folder))
     if family is not None:
-        found = families.check_family(family, unet, str(folder))
+        found = check_family(family, unet, str(folder))
     else:
-        found = families.detect(unet, schedulers["scheduler"], str(folder))
+        found = detect(unet, schedulers["scheduler"], str(folder))
     return Checkpoint(
         name=source.name,
         family=found,

@@ -19,6 +19,7 @@ from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_runtime.bundle.integrity import sha256
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.families import FAMILIES, Family
 
 if TYPE_CHECKING:
     import torch
@@ -48,16 +49,6 @@ NETWORKS = (
     Network("open_clip", "cond_stage_model.model.", "text_encoder", "CLIPTextModel"),
     Network("depth", "depth_model.model.", "depth_estimator", "DPTForDepthEstimation"),
 )
-FAMILIES: Mapping[tuple[str, int], tuple[str, ...]] = {
-    ("clip", 4): ("sd1",),
-    ("clip", 9): ("sd1-inpainting",),
-    ("open_clip", 4): ("sd2-v", "sd2-base"),
-    ("open_clip", 5): ("sd2-depth",),
-    ("open_clip", 7): ("x4-upscaler",),
-    ("open_clip", 9): ("sd2-inpainting",),
-}
-"""Families by text encoder and the UNet's input channels. The first is assumed where a file cannot say."""
-
 OTHER_LAYOUTS: Mapping[str, str] = {
     "conditioner.embedders.": "a Stable Diffusion XL file: give its diffusers folder or Hub id instead",
     "lora_unet_": "a LoRA: give it with --lora, next to the checkpoint that it is for",
@@ -175,12 +166,19 @@ def _layout(
         raise CheckpointError(f"{path}: has no {' and no '.join(missing)}: {what}")
     first = "input_blocks.0.0.weight"
     channels = parts["unet"][first].shape[1] if first in parts["unet"] and parts["unet"][first].ndim == 4 else 0
-    if (text, channels) not in FAMILIES:
-        known = ", ".join(f"{kind} with {count}" for kind, count in FAMILIES)
+    if not _alike(text, channels):
+        pairs = dict.fromkeys((family.text_encoder, family.in_channels) for family in FAMILIES.values())
+        known = ", ".join(f"{kind} with {count}" for kind, count in pairs)
         raise CheckpointError(f"{path}: {text} text encoder with {channels} input channels; known are {known}")
     if (text, channels) == ("open_clip", 5) and "depth" not in parts:
         raise CheckpointError(f"{path}: its UNet takes depth, but the depth estimator (depth_model.) is missing")
     return text, channels
+
+
+def _alike(text_encoder: str, channels: int) -> list[Family]:
+    """The families whose files look so."""
+    wanted = (text_encoder, channels)
+    return [family for family in FAMILIES.values() if (family.text_encoder, family.in_channels) == wanted]
 
 
 def _declared(file: tensor_file.TensorFile) -> dict[str, dict[str, Any]]:
@@ -200,20 +198,23 @@ def _family(
     beside: ldm_configs.Sections,
 ) -> tuple[str, tuple[str, ...]]:
     """The family and, where it was not certain, a sentence that says so."""
-    families = FAMILIES[layout]
-    if asked is not None and asked not in families:
+    alike = _alike(*layout)
+    names = [family.name for family in alike]
+    if asked is not None and asked not in names:
         raise InputError(
             f"{path}: family {asked!r} does not fit a file with a {layout[0]} text encoder and {layout[1]} input "
-            f"channels: expected {' or '.join(families)}"
+            f"channels: expected {' or '.join(names)}"
         )
-    if asked is not None or len(families) == 1:
-        return asked or families[0], ()
+    if asked is not None or len(names) == 1:
+        return asked or names[0], ()
+    by_prediction = {kind: family.name for family in reversed(alike) for kind in family.prediction_types}
     prediction = beside.get("scheduler", {}).get("prediction_type")
     if prediction is not None:
-        return ("sd2-v" if prediction == "v_prediction" else "sd2-base"), ()
+        return by_prediction.get(prediction, by_prediction["epsilon"]), ()
     if scalars.get("global_step") == BASE_GLOBAL_STEP:
-        return "sd2-base", ()
-    likely, other = families if predicts_v(unet) else families[::-1]
+        return by_prediction["epsilon"], ()
+    v, noise = by_prediction["v_prediction"], by_prediction["epsilon"]
+    likely, other = (v, noise) if predicts_v(unet) else (noise, v)
     note = (
         f"{path.name} does not say whether it predicts v (768 pixels) or the noise (512 pixels): judged by its "
         f"weights to be {likely}; --family {other} chooses the other"

@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_convert import families
 from diffusion_convert.checkpoint import diffusers_folder, ldm_configs, ldm_names, ldm_shapes, tensor_file
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.families import FAMILIES
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +102,7 @@ def _expected(checkpoint: Checkpoint) -> dict[str, int]:
         return _interface(checkpoint.models["vae"].config)
     return {
         **_interface({"latent_channels": checkpoint.models["unet"].config["out_channels"]}),
-        "pixels per latent": families.FAMILIES[checkpoint.family].latent_factor,
+        "pixels per latent": FAMILIES[checkpoint.family].latent_factor,
     }
 
 
@@ -111,5 +112,5 @@ def _interface(config: Mapping[str, Any]) -> dict[str, int]:
         "latent channels": int(config.get("latent_channels", 4)),
         "picture channels": int(config.get("in_channels", 3)),
         "decoded channels": int(config.get("out_channels", 3)),
-        "pixels per latent": families.latent_factor(config),
+        "pixels per latent": latent_factor(config),
     }

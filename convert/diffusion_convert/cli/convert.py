@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusion_convert.bundle.zip_names import PATTERN as ZIP_PATTERN
 from diffusion_convert.options import (
-    AttentionKind,
+    DEFAULT_ATTENTION,
     ConvertOptions,
     Precision,
     parse_choice,
@@ -21,6 +22,7 @@ from diffusion_convert.options import (
     parse_nbits,
 )
 from diffusion_runtime.cli import INTERRUPTED
+from diffusion_runtime.families import DEFAULT_TARGET, FAMILIES, PALETTE_BITS, PROCESSORS, TARGETS, AttentionKind
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,8 +53,9 @@ Examples:
 """
 PHASES = {"compile": "compiling", "zip": "zipping"}
 """What is done with all components together, and takes long enough to be said."""
-PICTURES = {5: " --image photo.png", 7: " --image small.png", 9: " --image photo.png --mask mask.png"}
-"""What `generate` needs beside a prompt, by the UNet's input channels."""
+KINDS = ", ".join(f"{kind.value} ({PROCESSORS[kind.about.compute_units]})" for kind in AttentionKind)
+DEFAULT_KINDS = " and ".join(kind.value for kind in DEFAULT_ATTENTION)
+BITS = ", ".join(map(str, PALETTE_BITS))
 
 
 def _option(help_text: str, *names: str, **more: Any) -> Any:
@@ -67,15 +70,12 @@ def convert(
     output: Annotated[Path, _option("Folder for the result.", "--output", "-o")],
     attention: Annotated[
         list[str] | None,
-        _option(
-            "original (GPU), split_einsum or split_einsum_v2 (Neural Engine); may be given several times. "
-            "Default: original and split_einsum_v2."
-        ),
+        _option(f"{KINDS}; may be given several times. Default: {DEFAULT_KINDS}."),
     ] = None,
     components: Annotated[
         list[str] | None, _option("Only these, as in text_encoder,unet; may be given several times. Default: all.")
     ] = None,
-    nbits: Annotated[int | None, _option("Palettize weights to 1, 2, 3, 4, 6 or 8 bits. Default: 16-bit.")] = None,
+    nbits: Annotated[int | None, _option(f"Palettize weights to so many bits ({BITS}). Default: 16-bit.")] = None,
     nbits_for: Annotated[
         list[str] | None, _option("Bits of one component, as in unet=6; may be given several times.")
     ] = None,
@@ -83,8 +83,8 @@ def convert(
     width: Annotated[int | None, _option("Width of the picture in pixels. Default: the checkpoint's.")] = None,
     batch_size: Annotated[int, _option("Of the UNet: 2 for guidance in one call, or 1. Default: 2.")] = 2,
     target: Annotated[
-        str, _option("Oldest system: macOS13, 14, 15, 26, iOS16, 17, 18, 26. Default: macOS13.")
-    ] = "macOS13",
+        str, _option(f"Oldest system: {', '.join(TARGETS)}. Default: {DEFAULT_TARGET}.")
+    ] = DEFAULT_TARGET,
     chunk_unet: Annotated[bool, _option("Cut the UNet into two packages, for iOS.", "--chunk-unet")] = False,
     vae: Annotated[str | None, _option("Another VAE, for encoder and decoder: folder, file or Hub id.")] = None,
     lora: Annotated[
@@ -199,17 +199,18 @@ def _show(made: Conversion) -> None:
 
 def _what_next(made: Conversion) -> Iterator[str]:
     """Where the result is, by kind, and the command that makes a picture of it, if it can."""
-    from diffusion_convert.families import FAMILIES
+    from diffusion_runtime.tasks import starts_from
 
     folders = [made.output / name for name in made.variants]
     for kind in ("packages", "compiled"):
         if there := [str(folder / kind) for folder in folders if (folder / kind).is_dir()]:
             yield f"{kind}: {', '.join(there)}"
-    if zips := sorted(str(path) for path in made.output.glob("coreml-*_compiled.zip")):
+    if zips := sorted(str(path) for path in made.output.glob(ZIP_PATTERN)):
         yield f"zips: {', '.join(zips)}"
     parts = {name for variant in made.variants.values() for name in variant.components}
     if parts >= {"text_encoder", "unet", "vae_decoder"}:
-        pictures = PICTURES.get(FAMILIES[made.family].in_channels, "")
+        needed = starts_from(FAMILIES[made.family].in_channels)
+        pictures = "".join(f" --{name} {'photo' if name == 'image' else name}.png" for name in needed)
         models = shlex.quote(str(made.output))
         yield f'next: coreml-sd generate {models} --prompt "..."{pictures} -o picture.png'
 

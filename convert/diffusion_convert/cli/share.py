@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from diffusion_runtime.families import ATTENTIONS
+
 
 def publish(
     folder: Annotated[Path, typer.Argument(help="A folder that `convert` wrote.")],
@@ -49,7 +51,7 @@ def download(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the models.")],
     variant: Annotated[
         str | None,
-        typer.Option(help="original, split_einsum or split_einsum_v2; default: the first that is there."),
+        typer.Option(help=f"{', '.join(ATTENTIONS)}; default: the first that is there."),
     ] = None,
     kind: Annotated[str, typer.Option(help="compiled or packages.")] = "compiled",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",

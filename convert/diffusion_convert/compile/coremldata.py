@@ -6,11 +6,11 @@ import base64
 import hashlib
 import struct
 
+from diffusion_runtime.families import SYSTEMS
 from diffusion_runtime.mil import description
 from diffusion_runtime.mil.program import Model
 from diffusion_runtime.mil.text import CONTAINER, ML_PROGRAM
 
-_WRITER = {6: 5, 7: 5, 8: 8, 9: 9}  # by specification version; what it means is not known
 _TRAILER = struct.Struct("<I12x")
 _LENGTH = struct.Struct("<Q")
 
@@ -19,7 +19,7 @@ def container(model: Model) -> bytes:
     """The whole coremldata.bin. User metadata are sorted: Apple's order is random, ours the same each time."""
     described = description.canonical(model.description_bytes)
     version = model.specification_version
-    head = CONTAINER.pack(ML_PROGRAM, _WRITER[version], 7, b"generic", version, len(described))
+    head = CONTAINER.pack(ML_PROGRAM, SYSTEMS[version].writer, 7, b"generic", version, len(described))
     return head + described + _TRAILER.pack(ML_PROGRAM) * len(model.program.functions)
 
 

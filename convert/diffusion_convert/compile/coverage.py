@@ -9,11 +9,9 @@ import numpy as np
 
 from diffusion_convert.compile.op_versions import histogram_key
 from diffusion_runtime.errors import UnsupportedError
+from diffusion_runtime.families import SYSTEMS, compiles
 from diffusion_runtime.mil.program import Feature, Function, Model, Value, operations
 from diffusion_runtime.mil.text import OPSETS
-
-SPECIFICATIONS = (6, 7, 8, 9)
-"""Versions of which real compiled models are known."""
 
 UNCOUNTED = frozenset({"const"})
 """Operations that the histogram leaves out."""
@@ -42,8 +40,8 @@ def inferred_versions(function: Function) -> tuple[str, ...]:
 
 
 def _unsupported(model: Model) -> Iterator[str]:
-    if model.specification_version not in SPECIFICATIONS:
-        known = ", ".join(map(str, SPECIFICATIONS))
+    if not compiles(model.specification_version):
+        known = ", ".join(map(str, filter(compiles, SYSTEMS)))
         yield f"specification version {model.specification_version} (known: {known})"
         return
     if model.is_updatable:

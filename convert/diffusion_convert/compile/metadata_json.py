@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusion_convert.compile.coverage import UNCOUNTED, opset_number
 from diffusion_convert.compile.op_versions import histogram_key
+from diffusion_runtime.families import SYSTEMS
 from diffusion_runtime.mil.program import (
     Blob,
     DType,
@@ -22,13 +23,6 @@ from diffusion_runtime.mil.program import (
     operations,
 )
 
-_PLATFORMS = ("macOS", "tvOS", "visionOS", "watchOS", "iOS", "macCatalyst")
-_AVAILABILITY = {
-    6: ("12.0", "15.0", "1.0", "8.0", "15.0", "15.0"),
-    7: ("13.0", "16.0", "1.0", "9.0", "16.0", "16.0"),
-    8: ("14.0", "17.0", "1.0", "10.0", "17.0", "17.0"),
-    9: ("15.0", "18.0", "2.0", "11.0", "18.0", "18.0"),
-}
 _COMPUTED = {
     DType.FLOAT16: "Float16",
     DType.FLOAT32: "Float32",
@@ -109,7 +103,7 @@ def _metadata(model: Model, name: str) -> dict[str, Any]:
         "computePrecision": compute_precision(function),
         "isUpdatable": "0",
         "stateSchema": [],
-        "availability": dict(zip(_PLATFORMS, _AVAILABILITY[model.specification_version], strict=True)),
+        "availability": dict(SYSTEMS[model.specification_version].availability or {}),
         "modelType": {"name": "MLModelType_mlProgram"},
         "inputSchema": [_schema(feature) for feature in interface.inputs],
         "outputSchema": [_schema(feature) for feature in interface.outputs],

@@ -1,20 +1,26 @@
-"""The submodules that can be converted, one file each. To add one: a file with a Component, and a line here."""
+"""The submodules that can be converted, one file each.
+
+To add one: a file here with a Component of the file's name in capitals, and an entry of its name in
+`diffusion_runtime.families`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffusion_convert.verification.bounds import MIN_PSNR_DB
+from diffusion_runtime.families import COMPONENTS
 
 if TYPE_CHECKING:
     import torch
 
     from diffusion_convert.checkpoint.model import Checkpoint
-    from diffusion_convert.options import AttentionKind, ConvertOptions
+    from diffusion_convert.options import ConvertOptions
+    from diffusion_runtime.families import AttentionKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,24 +72,26 @@ verified against."""
 class Component:
     """One convertible submodule.
 
-    ``subfolder`` is where diffusers keeps it; ``suffix`` and ``compiled_name`` are what existing apps look for;
-    ``min_psnr_db`` is the bound below which nothing is published, against the torch module in float32 over ``runs``
-    draws of inputs. ``compute_units`` are by attention, or "default".
+    ``subfolder`` is where diffusers keeps it; ``min_psnr_db`` is the bound below which nothing is published,
+    against the torch module in float32 over ``runs`` draws of inputs. ``uses_attention``: it is converted
+    once for each attention kind and runs on that kind's compute units; else on ``default_units``.
     ``palettized``: `--nbits` alone palettizes it; ``min_palettized_psnr_db`` is the bound by bit width, against the
     float16 package.
     """
 
     name: str
     subfolder: str
-    suffix: str
-    compiled_name: str
     build: Build
     min_psnr_db: float
     uses_attention: bool = False
     runs: int = 1
-    compute_units: Mapping[str, str] = field(default_factory=dict)
+    default_units: str = "cpu-and-gpu"
     palettized: bool = False
     min_palettized_psnr_db: Mapping[int, float] = field(default_factory=lambda: MIN_PSNR_DB)
+
+    def compute_units(self, attention: AttentionKind) -> str:
+        """What its models of that attention kind run on, unless the user says otherwise."""
+        return attention.about.compute_units if self.uses_attention else self.default_units
 
     def bits(self, options: ConvertOptions) -> int | None:
         """Bits per weight that ``options`` ask for, None for 16-bit weights."""
@@ -92,21 +100,4 @@ class Component:
 
 def table() -> Mapping[str, Component]:
     """All components by name, in the order in which they are converted."""
-    from diffusion_convert.components import (
-        depth_estimator,
-        safety_checker,
-        text_encoder,
-        unet,
-        vae_decoder,
-        vae_encoder,
-    )
-
-    components = (
-        text_encoder.TEXT_ENCODER,
-        unet.UNET,
-        vae_decoder.VAE_DECODER,
-        vae_encoder.VAE_ENCODER,
-        safety_checker.SAFETY_CHECKER,
-        depth_estimator.DEPTH_ESTIMATOR,
-    )
-    return {component.name: component for component in components}
+    return {name: getattr(import_module(f"{__name__}.{name}"), name.upper()) for name in COMPONENTS}

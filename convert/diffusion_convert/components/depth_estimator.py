@@ -12,7 +12,7 @@ from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components import Component, Graph, Port, Shape
 from diffusion_convert.networks import depth_estimator
-from diffusion_convert.options import AttentionKind
+from diffusion_runtime.families import AttentionKind
 
 PLAIN_SIZE = 16
 """Side in pixels of the plain patches in a made-up picture: that of the transformer's."""
@@ -55,9 +55,6 @@ def _picture(size: tuple[int, ...], seed: int) -> np.ndarray:
 DEPTH_ESTIMATOR = Component(
     name="depth_estimator",
     subfolder="depth_estimator",
-    suffix="depth_estimator",
-    compiled_name="DepthEstimator",
     build=build,
     min_psnr_db=60.0,
-    compute_units={"default": "cpu-and-gpu"},
 )

@@ -13,7 +13,7 @@ from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components import Component, Graph, Port, Shape
 from diffusion_convert.networks import safety_checker
 from diffusion_convert.networks.safety import SPECIAL_CARE_ADJUSTMENT
-from diffusion_convert.options import AttentionKind
+from diffusion_runtime.families import AttentionKind
 
 
 class Reference(nn.Module):
@@ -88,9 +88,6 @@ def _draw(clip: tuple[int, ...], picture: tuple[int, ...], seed: int) -> dict[st
 SAFETY_CHECKER = Component(
     name="safety_checker",
     subfolder="safety_checker",
-    suffix="safety_checker",
-    compiled_name="SafetyChecker",
     build=build,
     min_psnr_db=60.0,
-    compute_units={"default": "cpu-and-gpu"},
 )

@@ -13,7 +13,7 @@ from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components import Component, Graph, Port, Shape
 from diffusion_convert.networks import text_encoder
-from diffusion_convert.options import AttentionKind
+from diffusion_runtime.families import AttentionKind
 
 
 class Reference(nn.Module):
@@ -60,11 +60,8 @@ def prompt_ids(config: Mapping[str, Any], seed: int) -> np.ndarray:
 TEXT_ENCODER = Component(
     name="text_encoder",
     subfolder="text_encoder",
-    suffix="text_encoder",
-    compiled_name="TextEncoder",
     build=build,
     min_psnr_db=60.0,
     runs=3,
     palettized=True,
-    compute_units={"default": "cpu-and-gpu"},
 )

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components import Component, Graph, Port, Shape
 from diffusion_convert.components.text_encoder import Reference, prompt_ids
-from diffusion_convert.families import latent_factor
 from diffusion_convert.networks import put_attention
-from diffusion_convert.options import AttentionKind
 from diffusion_convert.verification.package import widened
+from diffusion_runtime.families import AttentionKind
 
 TOKENS = 77
 TIMESTEPS = (999, 1, 801, 201, 601, 401)
@@ -126,12 +126,9 @@ def _encode(checkpoint: Checkpoint, shape: tuple[int, ...], seed: int) -> np.nda
 UNET = Component(
     name="unet",
     subfolder="unet",
-    suffix="unet",
-    compiled_name="Unet",
     build=build,
     min_psnr_db=60.0,
     uses_attention=True,
     runs=2,
     palettized=True,
-    compute_units={"original": "cpu-and-gpu", "split_einsum": "cpu-and-ne", "split_einsum_v2": "cpu-and-ne"},
 )

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.family import latent_factor, latent_scale
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components import Component, Graph, Port, Shape
-from diffusion_convert.families import latent_factor, latent_scale
 from diffusion_convert.networks import put_attention
-from diffusion_convert.options import AttentionKind
+from diffusion_runtime.families import AttentionKind
 
 
 class Decoder(nn.Module):
@@ -53,9 +53,6 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
 VAE_DECODER = Component(
     name="vae_decoder",
     subfolder="vae",
-    suffix="vae_decoder",
-    compiled_name="VAEDecoder",
     build=build,
     min_psnr_db=60.0,
-    compute_units={"default": "cpu-and-gpu"},
 )

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components import Component, Graph, Port, Shape
-from diffusion_convert.families import latent_factor
 from diffusion_convert.networks import put_attention
-from diffusion_convert.options import AttentionKind
+from diffusion_runtime.families import AttentionKind
 
 
 class Encoder(nn.Module):
@@ -63,9 +63,6 @@ def _picture(size: tuple[int, ...], factor: int, seed: int) -> np.ndarray:
 VAE_ENCODER = Component(
     name="vae_encoder",
     subfolder="vae",
-    suffix="vae_encoder",
-    compiled_name="VAEEncoder",
     build=build,
     min_psnr_db=60.0,
-    compute_units={"default": "cpu-and-gpu"},
 )

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from diffusion_convert import families
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.family import latent_factor, latent_scale
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.vocabulary import write_vocabulary
 from diffusion_convert.conversion import previous as earlier
@@ -29,11 +29,12 @@ from diffusion_convert.conversion.workspace import (
     publish,
     workspace,
 )
-from diffusion_convert.options import AttentionKind, ConvertOptions
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.families import FAMILIES, AttentionKind
 
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -75,7 +76,7 @@ def convert(source: str, output: Path, options: ConvertOptions, progress: Progre
         options = earlier.widened(options, output, fingerprint(checkpoint, options, places))
         plan = make_plan(checkpoint, options, places)
     plan = replace(plan, notes=(*plan.notes, *earlier.replaced_note(plan, output)))
-    for line in (f"family {families.FAMILIES[checkpoint.family].title}", *(f"note: {note}" for note in plan.notes)):
+    for line in (f"family {FAMILIES[checkpoint.family].title}", *(f"note: {note}" for note in plan.notes)):
         progress(Event("", line, 0.0))
     there = earlier.already_there(plan, output)
     if there:
@@ -162,9 +163,8 @@ def _variant(plan: Plan, place: Workspace, kind: AttentionKind, folder: Path) ->
         record = read_record(place.units / unit.name)
         if record is None:
             raise InputError(f"{place.units / unit.name}: was removed while this conversion ran; run it again")
-        units = unit.component.compute_units
         entries[unit.component.name] = record.component.model_copy(
-            update={"compute_units": units.get(kind.value, units.get("default", "all"))}
+            update={"compute_units": unit.component.compute_units(kind)}
         )
         for name in record.component.files:
             link_tree(place.units / unit.name / name, folder / name)
@@ -189,8 +189,8 @@ def _manifest(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Co
         target=plan.options.target,
         latents=manifest.Latents(
             channels=int(vae["latent_channels"]),
-            factor=families.latent_factor(vae),
-            scale=families.latent_scale(vae),
+            factor=latent_factor(vae),
+            scale=latent_scale(vae),
             shift=float(vae.get("shift_factor") or 0.0),
         ),
         prediction_type=str(checkpoint.schedulers["scheduler"].get("prediction_type", "epsilon")),

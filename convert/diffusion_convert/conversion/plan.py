@@ -12,15 +12,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffusion_convert import components, families
+from diffusion_convert import components
+from diffusion_convert.bundle.zip_names import zip_attentions
 from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.diffusers_folder import NETWORKS, SCHEDULERS
+from diffusion_convert.checkpoint.family import default_size, latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import check_vocabulary
-from diffusion_convert.compile.coverage import SPECIFICATIONS as COMPILED_SPECIFICATIONS
 from diffusion_convert.components import Component, Shape
-from diffusion_convert.options import SPECIFICATIONS, AttentionKind, ConvertOptions, Precision
+from diffusion_convert.options import ConvertOptions, Precision
 from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.families import TARGETS, AttentionKind, compiles
 
 SOURCE_SUFFIXES = (".json", ".safetensors", ".bin")
 TOOLS = ("coreml-sd", "coremltools", "torch", "diffusers", "transformers")
@@ -88,7 +90,7 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[
         for attention in (options.attention if component.uses_attention else (AttentionKind.ORIGINAL,))
     )
     stamp = fingerprint(checkpoint, options, places)
-    compiled = options.compiled and SPECIFICATIONS[options.target] in COMPILED_SPECIFICATIONS
+    compiled = options.compiled and compiles(TARGETS[options.target])
     notes = (*checkpoint.notes, *((_not_compiled(options.target),) if options.compiled and not compiled else ()))
     size = _size(weights, units, options, compiled)
     return Plan(checkpoint, options, shape, units, stamp, size, compiled, notes)
@@ -124,8 +126,8 @@ def _not_compiled(target: str) -> str:
 
 def _shape(checkpoint: Checkpoint, options: ConvertOptions) -> Shape:
     unet, vae = (checkpoint.models[name].config for name in ("unet", "vae"))
-    default = families.default_size(unet, vae)
-    factor = families.latent_factor(vae)
+    default = default_size(unet, vae)
+    factor = latent_factor(vae)
     sizes = (options.height or default[0], options.width or default[1])
     for name, size in zip(("height", "width"), sizes, strict=True):
         if size < 8 * factor or size % factor:
@@ -146,20 +148,14 @@ def _size(weights: Mapping[str, int], units: Sequence[Unit], options: ConvertOpt
         return weights[unit.component.subfolder] * bits // 8
 
     packages = sum(stored(unit, width) for unit in units)
+    kinds = {kind.value for kind in options.attention}
     zipped = sum(
-        stored(unit, unit.component.bits(options) or width) * len(zip_attentions(options, attention))
+        stored(unit, unit.component.bits(options) or width) * len(zip_attentions(attention.value, kinds))
         for attention in options.attention
         for unit in units
         if unit.shared or unit.attention is attention
     )
     return packages * (1 + int(compiled)) + zipped * int(compiled and options.zip)
-
-
-def zip_attentions(options: ConvertOptions, attention: AttentionKind) -> tuple[AttentionKind, ...]:
-    """The attentions in the names of a variant's zips: split_einsum_v2's are split_einsum's, too, where there is no
-    such variant (`bundle.zip_variants`)."""
-    alone = attention is AttentionKind.SPLIT_EINSUM_V2 and AttentionKind.SPLIT_EINSUM not in options.attention
-    return (attention, AttentionKind.SPLIT_EINSUM) if alone else (attention,)
 
 
 def fingerprint(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[Path] = ()) -> str:

@@ -12,16 +12,17 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from diffusion_convert.conversion.plan import Plan, Unit, zip_attentions
+from diffusion_convert.bundle.zip_names import zip_attentions, zip_name, zip_names
+from diffusion_convert.conversion.plan import Plan, Unit
 from diffusion_convert.conversion.unit import RECORD, Record, read_record
 from diffusion_convert.conversion.workspace import Workspace, link_tree, ready_folders
-from diffusion_convert.options import AttentionKind, ConvertOptions
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
-from diffusion_runtime.bundle.find import ATTENTIONS
 from diffusion_runtime.bundle.integrity import check_files
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.families import ATTENTIONS, AttentionKind
 from diffusion_runtime.prompt.tokenizer import FILES as VOCABULARY
 
 KINDS = ("packages", "compiled")
@@ -105,9 +106,8 @@ def _checked(plan: Plan, attention: AttentionKind, folder: Path) -> Manifest:
 
 
 def _zips(plan: Plan, attention: AttentionKind, made: Manifest, output: Path) -> tuple[Path, ...]:
-    from diffusion_convert.bundle.variants import zip_name
-
-    return tuple(output / zip_name(made, kind.value) for kind in zip_attentions(plan.options, attention))
+    kinds = {kind.value for kind in plan.options.attention}
+    return tuple(output / name for name in zip_names(made, attention.value, kinds))
 
 
 def keep_finished(plan: Plan, place: Workspace) -> None:
@@ -140,7 +140,6 @@ def _finished(unit: Unit, plan: Plan, output: Path) -> tuple[Path, manifest.Comp
 def obsolete(plan: Plan, place: Workspace) -> tuple[Path, ...]:
     """Variants, zips and the card of an earlier conversion to the same folder that this one did not make."""
     from diffusion_convert.bundle.model_card import CARD_NAME
-    from diffusion_convert.bundle.variants import zip_name
 
     old = variants(place.output)
     found = [folder for name, folder in old.items() if name not in {kind.value for kind in plan.options.attention}]
@@ -148,7 +147,7 @@ def obsolete(plan: Plan, place: Workspace) -> tuple[Path, ...]:
         for kind in KINDS:
             with suppress(PackageError):
                 made = manifest.read(folder / kind)
-                found += [place.output / zip_name(made, kept) for kept in {name, name.removesuffix("_v2")}]
+                found += [place.output / zip_name(made, kept) for kept in zip_attentions(name, ())]
     found += [place.output / CARD_NAME] if old else []
     return tuple(path for path in found if not (place.ready / path.name).exists())
 

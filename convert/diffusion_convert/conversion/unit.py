@@ -55,7 +55,7 @@ class Job:
     @property
     def package(self) -> Path:
         prefix = f"Stable_Diffusion_version_{self.plan.checkpoint.name.replace('/', '_')}"
-        return self.folder / f"{prefix}_{self.unit.component.suffix}.mlpackage"
+        return self.folder / f"{prefix}_{self.unit.component.name}.mlpackage"
 
 
 def make(unit: Unit, plan: Plan, units: Path, references: Path, report: export.Progress) -> None:
@@ -167,13 +167,12 @@ def _record(
     seconds: Mapping[str, float],
 ) -> Record:
     kept = [name for name in made.modules if export.mil_name(name) in recipe.float32_ops]
-    units = job.unit.component.compute_units
     return Record(
         component=manifest.Component(
             files=(job.package.name,),
             inputs=tuple(manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape) for p in made.inputs),
             outputs=tuple(manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape) for p in made.outputs),
-            compute_units=units.get(job.unit.attention.value, units.get("default", "all")),
+            compute_units=job.unit.component.compute_units(job.unit.attention),
             precision="float32" if recipe.precision is Precision.FLOAT32 else "float16",
             float32_ops=tuple(kept),
             psnr_db=dict(psnr_db),

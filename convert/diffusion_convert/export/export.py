@@ -17,9 +17,10 @@ from diffusion_convert.components import Component, Graph, Port, Shape
 from diffusion_convert.export.coremltools_patches import lean
 from diffusion_convert.export.placeholders import Misplaced, Placeholders
 from diffusion_convert.export.trace import trace
-from diffusion_convert.options import AttentionKind, Precision
+from diffusion_convert.options import Precision
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import CheckpointError
+from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil import proto
 from diffusion_runtime.mil.package import write_package
 from diffusion_runtime.mil.program import DType, FunctionInterface, Metadata, Model

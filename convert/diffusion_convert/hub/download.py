@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffusion_convert.bundle import zip_names
 from diffusion_convert.hub.client import Interrupted, RemoteFile, check_repo_id, hub_errors, open_api, remote_files
 from diffusion_runtime import zips
 from diffusion_runtime.bundle import manifest
-from diffusion_runtime.bundle.find import ATTENTIONS, KINDS
+from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import check_files
 from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.families import ATTENTIONS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -82,8 +84,8 @@ def _wanted(there: Mapping[str, RemoteFile], variant: str, kind: str) -> dict[st
     }
     if inside or kind != "compiled":
         return inside
-    ending = f"_{variant}_compiled.zip"
-    return dict(list({name: remote for name, remote in there.items() if name.endswith(ending)}.items())[:1])
+    zips_of = {name: remote for name, remote in there.items() if name.endswith(zip_names.ending(variant))}
+    return dict(list(zips_of.items())[:1])
 
 
 def _fetch(api: HfApi, repo_id: str, commit: str, name: str, remote: RemoteFile, staging: Path) -> None:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from diffusion_convert.bundle.model_card import CARD_NAME, PICTURES, REPOSITORY, card_of
 from diffusion_convert.bundle.variants import variants
+from diffusion_convert.bundle.zip_names import stem_of
 from diffusion_convert.hub.client import check_repo_id, hub_errors, open_api, remote_files
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.bundle import manifest
-from diffusion_runtime.bundle.find import ATTENTIONS, KINDS
+from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import check_files
 from diffusion_runtime.errors import InputError
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 Report = Callable[[str], None]
-_ZIP = re.compile(rf"(.+)_(?:{'|'.join(ATTENTIONS)})_compiled\.zip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def publish(
 
 def _notes(repo_id: str, names: Iterable[str]) -> tuple[str, ...]:
     """Hugging Face's app builds the zips' addresses from the repository's name: they had better be the same."""
-    stems = {found.group(1) for name in names if (found := _ZIP.fullmatch(name))}
+    stems = {stem for name in names if (stem := stem_of(name))}
     if not stems or repo_id.rpartition("/")[2] in stems:
         return ()
     owner = repo_id.rpartition("/")[0]

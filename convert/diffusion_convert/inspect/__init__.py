@@ -17,14 +17,14 @@ from diffusion_convert.inspect.obstacles import Obstacle, obstacles
 from diffusion_convert.inspect.work import Work, floating_point_work
 from diffusion_runtime import zips
 from diffusion_runtime.bundle import manifest
+from diffusion_runtime.bundle.foreign import einsum_shapes
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.families import SYSTEMS, attention_of
 from diffusion_runtime.mil.package import open_package
-from diffusion_runtime.mil.program import Feature, Function, Model, TensorType, operations
+from diffusion_runtime.mil.program import Feature, Function, Model, operations
 from diffusion_runtime.mil.text import OPSETS
 
 _MODELS = (".mlpackage", ".mlmodelc", ".mlmodel")
-TARGETS = {6: "macOS12 iOS15", 7: "macOS13 iOS16", 8: "macOS14 iOS17", 9: "macOS15 iOS18", 10: "macOS26 iOS26"}
-_CHUNK_QUERIES = 512  # the length of the pieces in which split_einsum_v2 takes the queries
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ def _report(path: Path, name: str, sizes: Mapping[str, int], with_weights: bool 
         kind=path.suffix.removeprefix("."),
         specification_version=model.specification_version,
         opset=OPSETS.get(function.opset, function.opset),
-        target=TARGETS.get(model.specification_version, "unknown"),
+        target=SYSTEMS[model.specification_version].title if model.specification_version in SYSTEMS else "unknown",
         inputs=tuple(_port(feature) for feature in model.interface.inputs),
         outputs=tuple(_port(feature) for feature in model.interface.outputs),
         operations=dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
@@ -186,18 +186,10 @@ def main_function(model: Model) -> Function:
 
 
 def attention_kind(function: Function) -> str | None:
-    """How a model attends, as far as its operations tell; None where it does not.
-
-    split_einsum_v2 differs from split_einsum where there are more than 512 queries: there it takes 512 at a time,
-    so that scores (batch, keys, 1, queries) have 512 queries and more keys.
-    """
-    found = list(operations(function.block))
-    scores = [op.outputs[0].type for op in found if op.type == "einsum"]
-    if not scores:
-        return "original" if sum(op.type == "softmax" for op in found) > 1 else None
-    shapes = [kind.shape for kind in scores if isinstance(kind, TensorType) and len(kind.shape) == 4]
-    chunked = any(shape[3] == _CHUNK_QUERIES and (shape[1] or 0) > _CHUNK_QUERIES for shape in shapes)
-    return "split_einsum_v2" if chunked else "split_einsum"
+    """How a model attends, as far as its operations tell; None where it does not."""
+    softmaxes = sum(operation.type == "softmax" for operation in operations(function.block))
+    shapes = einsum_shapes(function)
+    return attention_of(shapes).value if shapes or softmaxes > 1 else None
 
 
 def _port(feature: Feature) -> Port:

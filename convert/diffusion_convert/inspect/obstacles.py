@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from diffusion_runtime.families import preferred
 from diffusion_runtime.mil.program import DType, Function, Model, Operation, TensorType, operations
 
 _MAX_RANK = 5
@@ -77,7 +78,8 @@ def _of_operations(function: Function) -> Iterator[Obstacle]:
         if counts:
             yield Obstacle(reason, counts)
     if _attends_at_once(everything):
-        reason = "attention over all heads at once: large tensors; split_einsum is made for the Neural Engine"
+        better = preferred("cpu-and-ne")[0].value
+        reason = f"attention over all heads at once: large tensors; {better} is made for the Neural Engine"
         yield Obstacle(reason, _counted(op.type for op in everything if op.type in ("softmax", "matmul")))
 
 

@@ -17,8 +17,8 @@ from diffusion_convert.networks.depth import DepthEstimator
 from diffusion_convert.networks.pointwise import pointwise, reshaped
 from diffusion_convert.networks.safety import SafetyChecker
 from diffusion_convert.networks.transformer import SpatialAttention, SpatialTransformer
-from diffusion_convert.options import AttentionKind
 from diffusion_runtime.errors import UnsupportedError
+from diffusion_runtime.families import AttentionKind
 
 __all__ = [
     "DepthEstimator",

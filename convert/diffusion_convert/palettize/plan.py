@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from diffusion_convert.palettize.select import Weight, palettizable
 from diffusion_runtime.bundle.manifest import Palettization
 from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.families import PALETTE_BITS
 from diffusion_runtime.mil.package import Package
 
-BITS = (1, 2, 3, 4, 6, 8)
 PER_TENSOR = "per-tensor"
 PER_GROUPED_CHANNEL = "per-grouped-channel"
 _IOS16_OPSET = 6
@@ -31,8 +31,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, bits in {"--nbits": self.bits, **(self.bits_by_weight or {})}.items():
-            if bits not in BITS:
-                raise InputError(f"{name}: {bits} bits, expected one of {', '.join(map(str, BITS))}")
+            if bits not in PALETTE_BITS:
+                raise InputError(f"{name}: {bits} bits, expected one of {', '.join(map(str, PALETTE_BITS))}")
         if self.granularity not in (PER_TENSOR, PER_GROUPED_CHANNEL):
             raise InputError(f"granularity {self.granularity!r}: expected {PER_TENSOR} or {PER_GROUPED_CHANNEL}")
         if self.group_size < 1:
@@ -114,7 +114,7 @@ def chosen_weights(package: Package, plan: Plan) -> dict[str, tuple[Weight, int]
 
 def widths_for(package: Package) -> tuple[int, ...]:
     """The bit widths that the package's target has: 3 from iOS 18 on."""
-    return tuple(bits for bits in BITS if bits != 3 or packs_by_type(package))
+    return tuple(bits for bits in PALETTE_BITS if bits != 3 or packs_by_type(package))
 
 
 def packs_by_type(package: Package) -> bool:

@@ -17,10 +17,11 @@ from diffusion_convert.verification import package as verify
 from diffusion_convert.verification.bounds import bound_db
 from diffusion_convert.verification.package import Reference
 from diffusion_runtime.bundle import foreign, manifest
-from diffusion_runtime.bundle.find import ATTENTIONS, KINDS
+from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import check_files
 from diffusion_runtime.bundle.manifest import FILE_NAME, Manifest
 from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.families import ATTENTIONS
 from diffusion_runtime.mil.package import open_package
 
 _SLACK_DB = 1.0

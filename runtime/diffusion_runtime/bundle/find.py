@@ -7,7 +7,7 @@ folder of the models themselves; `find` chooses, and says what it chose.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,18 +16,10 @@ from diffusion_runtime.backends import Backend, ComputeUnits
 from diffusion_runtime.bundle import foreign, manifest
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.families import ATTENTIONS, PROCESSORS, AttentionKind, preferred
 from diffusion_runtime.models import Load, Models, chained
 
-ATTENTIONS = ("original", "split_einsum_v2", "split_einsum")
 KINDS = ("packages", "compiled")
-NEURAL_ENGINE = ("split_einsum_v2", "split_einsum", "original")
-PREFERRED: dict[ComputeUnits | None, Sequence[str]] = {
-    None: NEURAL_ENGINE,
-    ComputeUnits.ALL: NEURAL_ENGINE,
-    ComputeUnits.CPU_AND_NE: NEURAL_ENGINE,
-    ComputeUnits.CPU_AND_GPU: ATTENTIONS,
-    ComputeUnits.CPU_ONLY: ATTENTIONS,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +101,17 @@ def bad_pairing(attention: str, units: ComputeUnits) -> str | None:
     """Why models of this attention should not run on these compute units, where that is known.
 
     From reports of users: apple/ml-stable-diffusion#267 and #282."""
-    if attention == "original" and units in (ComputeUnits.CPU_AND_NE, ComputeUnits.ALL):
-        return (
-            f"attention `original` with --compute-units {units.value} may hang or fail to load: it is made for the "
-            "GPU; use --compute-units cpu-and-gpu, or models with split_einsum_v2"
-        )
-    if attention.startswith("split_einsum") and units is ComputeUnits.CPU_AND_GPU:
-        return (
-            f"attention `{attention}` with --compute-units cpu-and-gpu is slow and on some systems gives noise: it "
-            "is made for the Neural Engine; use --compute-units cpu-and-ne, or models with `original`"
-        )
-    return None
+    if attention not in ATTENTIONS or units is ComputeUnits.CPU_ONLY:
+        return None
+    made_for = AttentionKind(attention).about.compute_units
+    better = preferred(units.value)[0]
+    if better.about.compute_units == made_for:
+        return None
+    harm = "is slow and on some systems gives noise" if made_for == "cpu-and-ne" else "may hang or fail to load"
+    return (
+        f"attention `{attention}` with --compute-units {units.value} {harm}: it is made for the "
+        f"{PROCESSORS[made_for]}; use --compute-units {made_for}, or models with {better.value}"
+    )
 
 
 def _candidates(path: Path) -> Iterator[Path]:
@@ -140,7 +132,8 @@ def _candidates(path: Path) -> Iterator[Path]:
 
 def _rank(folder: Path, backend: str, units: ComputeUnits | None) -> tuple[int, int]:
     """Lower is better: the attention that suits the compute units, then the kind that loads fastest."""
-    order = PREFERRED[units] if backend == "coreml" else ATTENTIONS
+    compute_units = (units.value if units else None) if backend == "coreml" else "cpu-only"
+    order = [kind.value for kind in preferred(compute_units)]
     attention = next((name for name in order if name in (folder.name, folder.parent.name)), order[0])
     compiled = folder.name in ("compiled", "Resources")
     wants_compiled = backend == "coreml" and sys.platform == "darwin"

@@ -12,24 +12,14 @@ from typing import TYPE_CHECKING, Any
 from diffusion_runtime.backends.interface import specs
 from diffusion_runtime.bundle.manifest import Component, Latents, Manifest, Source, Tensor
 from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.families import COMPONENTS, LATENT_SCALE, attention_of, compiled_names, family_of
 
 if TYPE_CHECKING:
-    from diffusion_runtime.mil.program import Feature, Model
+    from diffusion_runtime.mil.program import Feature, Function, Model
 
-COMPILED_NAMES: Mapping[str, tuple[str, ...]] = {
-    "text_encoder": ("TextEncoder",),
-    "unet": ("Unet",),
-    "vae_decoder": ("VAEDecoder",),
-    "vae_encoder": ("VAEEncoder",),
-    "safety_checker": ("SafetyChecker",),
-    "depth_estimator": ("DepthEstimator",),
-}
-PREDICTING_V = ("sd2-v", "x4-upscaler")
-CHUNKS = ("UnetChunk1", "UnetChunk2")
+_CHUNKS = ("unet_chunk1", "unet_chunk2")
 _PACKAGE = re.compile(
-    r"Stable_Diffusion_version_(?P<name>.+?)_(?P<component>"
-    + "|".join([*COMPILED_NAMES, "unet_chunk1", "unet_chunk2"])
-    + r")\.mlpackage"
+    r"Stable_Diffusion_version_(?P<name>.+?)_(?P<component>" + "|".join([*COMPONENTS, *_CHUNKS]) + r")\.mlpackage"
 )
 _SCHEDULE: Mapping[str, Any] = {
     "beta_end": 0.012,
@@ -40,13 +30,6 @@ _SCHEDULE: Mapping[str, Any] = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
     "trained_betas": None,
-}
-_LOW_RES: Mapping[str, Any] = {
-    "_class_name": "DDPMScheduler",
-    "beta_end": 0.02,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.0001,
-    "num_train_timesteps": 1000,
 }
 
 
@@ -62,7 +45,7 @@ class Assumed:
         if self.prediction_type not in (None, *known):
             raise InputError(f"prediction type {self.prediction_type!r}: expected one of {', '.join(known)}")
         if self.scale is not None and not 0 < self.scale < 100:
-            raise InputError(f"latent scale {self.scale}: expected a positive number, 0.18215 for most models")
+            raise InputError(f"latent scale {self.scale}: expected a positive number, mostly {LATENT_SCALE:g}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,23 +66,24 @@ def describe(folder: Path, assumed: Assumed) -> Described:
     """The manifest of a folder of foreign models. Raises InputError for SDXL's, PackageError for damaged ones."""
     files = _files(folder)
     opened = {name: [_model(folder / file) for file in listed] for name, listed in files.items()}
-    attention = "split_einsum" if _has_einsum(opened["unet"]) else "original"
-    units = "cpu-and-gpu" if attention == "original" else "cpu-and-ne"
+    attention = attention_of(shape for model in opened["unet"] for shape in _einsums(model))
+    units = attention.about.compute_units
     components = {name: _component(folder, files[name], models, units) for name, models in opened.items()}
     inputs = {tensor.name: tensor.shape for tensor in components["unet"].inputs}
     _check(folder, components, inputs)
-    family = family_of(inputs)
-    factor = _factor(components, inputs, 4 if family == "x4-upscaler" else 8)
-    prediction = assumed.prediction_type or ("v_prediction" if family in PREDICTING_V else "epsilon")
-    scale = assumed.scale or (0.08333 if family == "x4-upscaler" else 0.18215)
+    channels, *latents = inputs["sample"][1:]
+    family = family_of(channels, inputs["encoder_hidden_states"][1], max(latents))
+    factor = _factor(components, inputs, family.latent_factor)
+    prediction = assumed.prediction_type or family.prediction_types[0]
+    scale = assumed.scale or family.latent_scale
     height, width = (size * factor for size in inputs["sample"][2:])
     tokenizer = next((place for place in _tokenizer_places(folder) if (place / "vocab.json").is_file()), None)
     made = Manifest(
         name=_name(folder),
-        family=family,
+        family=family.name,
         source=Source(name=_name(folder)),
         kind="packages" if files["unet"][0].endswith(".mlpackage") else "compiled",
-        attention=attention,
+        attention=attention.value,
         height=height,
         width=width,
         batch_size=inputs["sample"][0],
@@ -113,13 +97,13 @@ def describe(folder: Path, assumed: Assumed) -> Described:
             **_SCHEDULE,
             "prediction_type": prediction,
         },
-        requires_safety_checker=family.startswith("sd1"),
-        noise_scheduler=dict(_LOW_RES) if family == "x4-upscaler" else None,
+        requires_safety_checker=family.safety_checker,
+        noise_scheduler=None if family.noise_scheduler is None else dict(family.noise_scheduler),
         tokenizer=None,
     )
     told = "as given" if assumed.prediction_type and assumed.scale else "where not given, the family's usual values"
     note = (
-        f"{folder.name} has no manifest.json: taken for {family}, {width}x{height}, {prediction} prediction, "
+        f"{folder.name} has no manifest.json: taken for {family.name}, {width}x{height}, {prediction} prediction, "
         f"latent scale {scale:g}, PNDM scheduler ({told})"
     )
     return Described(made, tokenizer, (note,))
@@ -127,13 +111,12 @@ def describe(folder: Path, assumed: Assumed) -> Described:
 
 def _files(folder: Path) -> dict[str, tuple[str, ...]]:
     """Component -> file names, chunks before the whole UNet as all apps prefer them."""
+    chunks = compiled_names("unet", len(_CHUNKS))
     found = {
         component: tuple(f"{name}.mlmodelc" for name in names)
-        for component, names in COMPILED_NAMES.items()
+        for component, names in [*((name, compiled_names(name)) for name in COMPONENTS), ("unet", chunks)]
         if all((folder / f"{name}.mlmodelc").is_dir() for name in names)
     }
-    if all((folder / f"{name}.mlmodelc").is_dir() for name in CHUNKS):
-        found["unet"] = tuple(f"{name}.mlmodelc" for name in CHUNKS)
     if "unet" in found or not folder.is_dir():
         return found
     matches = [match for path in sorted(folder.iterdir()) if (match := _PACKAGE.fullmatch(path.name))]
@@ -141,9 +124,9 @@ def _files(folder: Path) -> dict[str, tuple[str, ...]]:
     if len(names) > 1:
         raise InputError(f"{folder}: holds models of several checkpoints ({', '.join(names)}): one folder for each")
     packages: dict[str, tuple[str, ...]] = {match["component"]: (match[0],) for match in matches}
-    chunks = [packages.pop(f"unet_chunk{number}", ()) for number in (1, 2)]
-    if all(chunks):
-        packages["unet"] = (*chunks[0], *chunks[1])
+    halves = [packages.pop(name, ()) for name in _CHUNKS]
+    if all(halves):
+        packages["unet"] = (*halves[0], *halves[1])
     return packages
 
 
@@ -182,15 +165,6 @@ def _check(folder: Path, components: Mapping[str, Component], inputs: Mapping[st
             raise PackageError(f"{folder}: the UNet's input {name} is {inputs.get(name)}, expected four dimensions")
 
 
-def family_of(inputs: Mapping[str, tuple[int, ...]]) -> str:
-    """The family (`diffusion_convert.families`) of a UNet with these input shapes."""
-    channels, width = inputs["sample"][1], inputs["encoder_hidden_states"][1]
-    special = {5: "sd2-depth", 7: "x4-upscaler", 9: "sd2-inpainting" if width == 1024 else "sd1-inpainting"}
-    if channels in special or width != 1024:
-        return special.get(channels, "sd1")
-    return "sd2-v" if max(inputs["sample"][2:]) >= 96 else "sd2-base"
-
-
 def _factor(components: Mapping[str, Component], inputs: Mapping[str, tuple[int, ...]], usual: int) -> int:
     """How much larger pictures are than latents, from whichever of the VAE's interfaces has a shape."""
     latent = inputs["sample"][2]
@@ -201,11 +175,16 @@ def _factor(components: Mapping[str, Component], inputs: Mapping[str, tuple[int,
     return next((size for size in sizes if size > 1), usual)
 
 
-def _has_einsum(models: list[Model]) -> bool:
-    from diffusion_runtime.mil.program import operations
+def einsum_shapes(function: Function) -> list[tuple[int | None, ...]]:
+    """The shapes of the results of einsum operations."""
+    from diffusion_runtime.mil.program import TensorType, operations
 
-    functions = [function for model in models for function in model.program.functions.values()]
-    return any(op.type == "einsum" for function in functions for op in operations(function.block))
+    types = [operation.outputs[0].type for operation in operations(function.block) if operation.type == "einsum"]
+    return [kind.shape for kind in types if isinstance(kind, TensorType)]
+
+
+def _einsums(model: Model) -> list[tuple[int | None, ...]]:
+    return [shape for function in model.program.functions.values() for shape in einsum_shapes(function)]
 
 
 def _tokenizer_places(folder: Path) -> tuple[Path, ...]:

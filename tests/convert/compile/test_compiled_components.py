@@ -13,13 +13,13 @@ import pytest
 from diffusion_convert.checkpoint.diffusers_folder import open_folder
 from diffusion_convert.components import Shape, table
 from diffusion_convert.export.export import Recipe, export
-from diffusion_convert.options import AttentionKind
 from diffusion_convert.palettize.package import palettize_package
 from diffusion_convert.palettize.plan import PER_GROUPED_CHANNEL, Plan
 from diffusion_convert.verification.package import psnr_db
 from diffusion_runtime.backends import ComputeUnits, Model
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.bundle.manifest import Source
+from diffusion_runtime.families import AttentionKind, compiled_names
 from diffusion_runtime.mil.program import Metadata
 from read_back import check_read_back
 
@@ -67,7 +67,7 @@ def models(
     if case.palettes is not None:
         path, whole = folder / "palettized.mlpackage", path
         palettize_package(whole, path, case.palettes)
-    return case, path, check_read_back(path, folder, component.compiled_name)
+    return case, path, check_read_back(path, folder, *compiled_names(case.component))
 
 
 def test_the_dialect_follows_the_specification(models: tuple[Case, Path, Path]) -> None:

@@ -70,8 +70,8 @@ def tiny_unet(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.T
     from diffusion_convert.components import Shape
     from diffusion_convert.components.unet import UNET
     from diffusion_convert.export.export import Recipe, export
-    from diffusion_convert.options import AttentionKind
     from diffusion_runtime.bundle.manifest import Source
+    from diffusion_runtime.families import AttentionKind
     from diffusion_runtime.mil.program import Metadata
 
     path = tmp_path_factory.mktemp("unet") / "unet.mlpackage"

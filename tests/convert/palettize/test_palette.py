@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from diffusion_convert.palettize.palette import decode, energies, palettize, palettize_groups, snr_db
-from diffusion_convert.palettize.plan import BITS
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.families import PALETTE_BITS
 from diffusion_runtime.mil.packing import pack, packed_size, unpack
 
 finite_halves = arrays.arrays(
@@ -21,7 +21,7 @@ finite_halves = arrays.arrays(
     st.integers(1, 300),
     elements=st.floats(-60000, 60000, width=16) | st.floats(-(2.0**-14), 2.0**-14, width=16) | st.just(-0.0),
 )
-bits_of = st.sampled_from(BITS)
+bits_of = st.sampled_from(PALETTE_BITS)
 
 
 def error_of(weight: np.ndarray, decoded: np.ndarray) -> float:

@@ -1,13 +1,15 @@
-"""Attention kinds: pure functions over (batch, channels, 1, length). To add one: a file, an enum member, a line."""
+"""Attention kinds: pure functions over (batch, channels, 1, length).
+
+To add one: a file here with `attend`, and an entry of its name in `diffusion_runtime.families`."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Protocol
 
 import torch
 
-from diffusion_convert.networks.attention import original, split_einsum, split_einsum_v2
-from diffusion_convert.options import AttentionKind
+from diffusion_runtime.families import AttentionKind
 
 
 class Attend(Protocol):
@@ -30,7 +32,5 @@ class Attend(Protocol):
 
 
 ATTENTION: dict[AttentionKind, Attend] = {
-    AttentionKind.ORIGINAL: original.attend,
-    AttentionKind.SPLIT_EINSUM: split_einsum.attend,
-    AttentionKind.SPLIT_EINSUM_V2: split_einsum_v2.attend,
+    kind: import_module(f"{__name__}.{kind.value}").attend for kind in AttentionKind
 }

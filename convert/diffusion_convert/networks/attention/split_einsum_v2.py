@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from diffusion_convert.networks.attention.split_einsum import attend_head, join, split, split_heads
+from diffusion_runtime.families import AttentionKind
 
-QUERY_CHUNK = 512
+QUERY_CHUNK = AttentionKind.SPLIT_EINSUM_V2.about.query_chunk or 0
 
 
 def attend(

@@ -13,10 +13,9 @@ from typing import Literal
 import numpy as np
 
 from diffusion_runtime.errors import PackageError, UnsupportedError
+from diffusion_runtime.families import PALETTE_BITS
 from diffusion_runtime.mil.ops.registry import mil_op
 from diffusion_runtime.mil.packing import packed_size, unpack
-
-_WIDTHS = (1, 2, 3, 4, 6, 8)
 
 
 @mil_op("constexpr_cast")
@@ -132,7 +131,7 @@ def _look_up(indices: np.ndarray, lut: np.ndarray, vector_axis: int | None) -> n
 
 def _bits(entries: int) -> int:
     bits = max(entries - 1, 0).bit_length()
-    if bits not in _WIDTHS or 1 << bits != entries:
+    if bits not in PALETTE_BITS or 1 << bits != entries:
         raise UnsupportedError(
             f"constexpr_lut_to_dense: a table of {entries} entries is not covered; known: 2, 4, 8, 16, 64, 256"
         )

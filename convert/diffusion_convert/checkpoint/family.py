@@ -1,42 +1,14 @@
-"""Model families, told apart by configurations alone. To add one: an entry of `FAMILIES`."""
+"""The family of a checkpoint, told by its configurations alone, and what follows from them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.families import FAMILIES, LATENT_SCALE, Family
 
 Config = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What sets a family apart. ``v2``: its UNet attends to SD 2's text encoder; None matches either.
-    ``latent_factor``: by how much its VAE's pictures are larger than their latents."""
-
-    name: str
-    title: str
-    in_channels: int
-    v2: bool | None = None
-    prediction_types: tuple[str, ...] = ("epsilon",)
-    class_labels: bool = False
-    latent_factor: int = 8
-
-
-FAMILIES: Mapping[str, Family] = {
-    family.name: family
-    for family in (
-        Family("sd1", "Stable Diffusion 1", 4, v2=False, prediction_types=("epsilon", "v_prediction")),
-        Family("sd1-inpainting", "Stable Diffusion 1 in-painting", 9, v2=False),
-        Family("sd2-base", "Stable Diffusion 2 base", 4, v2=True),
-        Family("sd2-v", "Stable Diffusion 2 768-v", 4, v2=True, prediction_types=("v_prediction",)),
-        Family("sd2-inpainting", "Stable Diffusion 2 in-painting", 9, v2=True),
-        Family("sd2-depth", "Stable Diffusion 2 depth", 5),
-        Family("x4-upscaler", "Stable Diffusion x4 upscaler", 7, None, ("v_prediction", "epsilon"), True, 4),
-    )
-}
 
 
 OTHER_KINDS: Mapping[str, str] = {
@@ -58,21 +30,20 @@ def refuse_other_kinds(unet: Config, where: str) -> None:
 
 def detect(unet: Config, scheduler: Config, where: str) -> str:
     """The name of the family that a UNet and a scheduler belong to. Raises CheckpointError, with what was seen."""
-    seen = (
-        int(unet.get("in_channels", 4)),
-        bool(unet.get("use_linear_projection", False)) or unet.get("cross_attention_dim") == 1024,
-        str(scheduler.get("prediction_type", "epsilon")),
-        _embeds_classes(unet),
-    )
-    for family in FAMILIES.values():
-        if _is_one(family, *seen):
+    prediction = str(scheduler.get("prediction_type", "epsilon"))
+    near = [family for family in FAMILIES.values() if _takes(family, unet)]
+    alike = near
+    if len({family.text_encoder for family in near}) > 1:
+        second = bool(unet.get("use_linear_projection", False)) or unet.get("cross_attention_dim") == 1024
+        alike = [family for family in near if family.text_encoder == ("open_clip" if second else "clip")]
+    for family in alike:
+        if prediction in family.prediction_types:
             return family.name
-    near = [family.name for family in FAMILIES.values() if _takes(family, unet)]
     raise CheckpointError(
-        f"{where}: of no known family: the UNet has {seen[0]} input channels, "
-        f"{unet.get('cross_attention_dim')} context channels, prediction type {seen[2]}"
-        f"{' and class embeddings' if seen[3] else ''}; known are {known()}"
-        + (f"; --family may name {' or '.join(near)}" if near else "")
+        f"{where}: of no known family: the UNet has {unet.get('in_channels', 4)} input channels, "
+        f"{unet.get('cross_attention_dim')} context channels, prediction type {prediction}"
+        f"{' and class embeddings' if _embeds_classes(unet) else ''}; known are {known()}"
+        + (f"; --family may name {' or '.join(family.name for family in near)}" if near else "")
     )
 
 
@@ -104,24 +75,15 @@ def _embeds_classes(unet: Config) -> bool:
     return unet.get("num_class_embeds") is not None or unet.get("class_embed_type") is not None
 
 
-def _is_one(family: Family, in_channels: int, v2: bool, prediction: str, class_labels: bool) -> bool:
-    return (
-        in_channels == family.in_channels
-        and family.v2 in (None, v2)
-        and prediction in family.prediction_types
-        and class_labels == family.class_labels
-    )
-
-
 def latent_factor(vae: Config) -> int:
     """How many times larger than its latents a VAE's picture is, on each side."""
     return int(2 ** (len(vae.get("block_out_channels", (64,))) - 1))
 
 
 def latent_scale(vae: Config) -> float:
-    """What latents are multiplied by on the way into the UNet; configurations that do not say mean 0.18215, the
-    default of AutoencoderKL."""
-    return float(vae.get("scaling_factor") or 0.18215)
+    """What latents are multiplied by on the way into the UNet; configurations that do not say mean
+    AutoencoderKL's default."""
+    return float(vae.get("scaling_factor") or LATENT_SCALE)
 
 
 def default_size(unet: Config, vae: Config) -> tuple[int, int]:

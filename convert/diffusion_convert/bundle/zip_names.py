@@ -1,0 +1,49 @@
+"""What zips of a variant's compiled models are called: apps find and tell apart models by these names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from diffusion_runtime.families import ATTENTIONS, AttentionKind
+
+if TYPE_CHECKING:
+    from diffusion_runtime.bundle.manifest import Manifest
+
+PATTERN = "coreml-*_compiled.zip"
+"""Matches the zips of a folder."""
+
+_NAME = re.compile(
+    rf"(?P<stem>.+)_(?P<attention>{'|'.join(sorted(ATTENTIONS, key=len, reverse=True))})_compiled\.zip"
+)
+
+
+def zip_name(made: Manifest, attention: str) -> str:
+    """``coreml-stable-diffusion-v1-4-palettized_original_compiled.zip``."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", made.name.rstrip("/").rpartition("/")[2]).strip("-.").lower()
+    palettized = any(component.palettization is not None for component in made.components.values())
+    return f"coreml-{name}{'-palettized' if palettized else ''}{ending(attention)}"
+
+
+def ending(attention: str) -> str:
+    """How the names of an attention's zips end."""
+    return f"_{attention}_compiled.zip"
+
+
+def zip_names(made: Manifest, attention: str, variants: Collection[str]) -> tuple[str, ...]:
+    """The names of all zips of the variant of that attention, in a folder with these variants."""
+    return tuple(zip_name(made, name) for name in zip_attentions(attention, variants))
+
+
+def zip_attentions(attention: str, variants: Collection[str]) -> tuple[str, ...]:
+    """The attentions in the names of a variant's zips: its own, and the one that it stands in for where there is no
+    variant of that. (Apps ask for split_einsum when they want models for all compute units.)"""
+    other = AttentionKind(attention).about.stands_in_for
+    return (attention,) if other is None or other in variants else (attention, other)
+
+
+def stem_of(name: str) -> str | None:
+    """What a zip's name says before its attention: the name of the repository in which apps look for it."""
+    found = _NAME.fullmatch(name)
+    return found["stem"] if found else None

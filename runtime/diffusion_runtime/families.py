@@ -1,0 +1,226 @@
+"""What there is, once: attention kinds, model families, components, systems, bit widths.
+
+Everything else reads these tables, `diffusion_convert` too. To add one is to add an entry here, and the file that
+the entry's docstring names.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """What is known of an attention kind.
+
+    ``compute_units``: those that its UNet is made for. ``devices``: for whom, in the words of the model card.
+    ``einsum``: its programs have einsum operations. ``query_chunk``: they take the queries so many at a time (None:
+    all at once). ``stands_in_for``: the kind that apps ask for when they can use this one: its zip is written under
+    that name, too, where there are no models of that kind.
+    """
+
+    compute_units: str
+    devices: str
+    einsum: bool = False
+    query_chunk: int | None = None
+    stands_in_for: str | None = None
+
+
+class AttentionKind(enum.Enum):
+    """The attention kinds, the better ones first."""
+
+    ORIGINAL = "original"
+    SPLIT_EINSUM_V2 = "split_einsum_v2"
+    SPLIT_EINSUM = "split_einsum"
+
+    @property
+    def about(self) -> Attention:
+        return _ATTENTION[self]
+
+
+_ATTENTION: Mapping[AttentionKind, Attention] = {
+    AttentionKind.ORIGINAL: Attention("cpu-and-gpu", "Macs with a strong GPU (M1 Pro, Max, Ultra and later)"),
+    AttentionKind.SPLIT_EINSUM_V2: Attention(
+        "cpu-and-ne",
+        "iPhone, iPad and Macs with iOS 17 / macOS 14",
+        einsum=True,
+        query_chunk=512,
+        stands_in_for="split_einsum",
+    ),
+    AttentionKind.SPLIT_EINSUM: Attention("cpu-and-ne", "iPhone, iPad, and Macs for low power", einsum=True),
+}
+"""To add one: a member above, an entry here, and a file of its name in `diffusion_convert/networks/attention/`."""
+
+ATTENTIONS: tuple[str, ...] = tuple(kind.value for kind in AttentionKind)
+PROCESSORS: Mapping[str, str] = {"cpu-and-gpu": "GPU", "cpu-and-ne": "Neural Engine"}
+"""What, beside the CPU, the compute units of an attention kind are."""
+
+
+def preferred(compute_units: str | None) -> tuple[AttentionKind, ...]:
+    """The attention kinds, the best for these compute units first. None and "all" are taken for the Neural Engine,
+    which Core ML then uses; without it, the GPU's kinds are better."""
+    wanted = "cpu-and-ne" if compute_units in (None, "all", "cpu-and-ne") else "cpu-and-gpu"
+    return tuple(sorted(AttentionKind, key=lambda kind: kind.about.compute_units != wanted))
+
+
+def attention_of(einsums: Iterable[tuple[int | None, ...]]) -> AttentionKind:
+    """The attention kind of a program with einsum operations of these result shapes.
+
+    With more keys than a kind's ``query_chunk``, scores (batch, keys, 1, queries) have that many queries.
+    """
+    shapes = list(einsums)
+    alike = [kind for kind in AttentionKind if kind.about.einsum == bool(shapes)]
+    for kind in alike:
+        chunk = kind.about.query_chunk
+        if chunk and any(len(s) == 4 and s[3] == chunk and (s[1] or 0) > chunk for s in shapes):
+            return kind
+    return next(kind for kind in alike if kind.about.query_chunk is None)
+
+
+LATENT_SCALE = 0.18215
+"""What latents are multiplied by where nothing says otherwise: the default of diffusers' AutoencoderKL."""
+_LOW_RES_SCHEDULER: Mapping[str, Any] = {
+    "_class_name": "DDPMScheduler",
+    "beta_end": 0.02,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.0001,
+    "num_train_timesteps": 1000,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What sets a model family apart. The defaults are Stable Diffusion 1's.
+
+    ``in_channels``: of the UNet; what pictures it is given follows from them (`tasks`).
+    ``text_encoder``: "clip" (width 768) or "open_clip" (width 1024). It counts where another family has the same
+    channels. ``prediction_types``: the usual one first. ``class_labels``: the UNet takes some.
+    ``latent_factor``: pictures are so many times larger than latents. ``size``: of its pictures, in pixels.
+    ``safety_checker``: checkpoints ask for one. ``noise_scheduler``: diffusers' low_res_scheduler, if any.
+    """
+
+    name: str
+    title: str
+    in_channels: int = 4
+    text_encoder: str = "clip"
+    prediction_types: tuple[str, ...] = ("epsilon",)
+    class_labels: bool = False
+    latent_factor: int = 8
+    latent_scale: float = LATENT_SCALE
+    size: int = 512
+    safety_checker: bool = False
+    noise_scheduler: Mapping[str, Any] | None = None
+
+    @property
+    def pad_token(self) -> str | None:
+        """What prompts are padded with where no tokenizer_config.json says so; None is the tokenizer's own."""
+        return "!" if self.text_encoder == "open_clip" else None
+
+
+FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in (
+        Family("sd1", "Stable Diffusion 1", prediction_types=("epsilon", "v_prediction"), safety_checker=True),
+        Family("sd1-inpainting", "Stable Diffusion 1 in-painting", 9, safety_checker=True),
+        Family("sd2-base", "Stable Diffusion 2 base", 4, "open_clip"),
+        Family("sd2-v", "Stable Diffusion 2 768-v", 4, "open_clip", ("v_prediction",), size=768),
+        Family("sd2-inpainting", "Stable Diffusion 2 in-painting", 9, "open_clip"),
+        Family("sd2-depth", "Stable Diffusion 2 depth", 5, "open_clip"),
+        Family(
+            name="x4-upscaler",
+            title="Stable Diffusion x4 upscaler",
+            in_channels=7,
+            text_encoder="open_clip",
+            prediction_types=("v_prediction", "epsilon"),
+            class_labels=True,
+            latent_factor=4,
+            latent_scale=0.08333,
+            noise_scheduler=_LOW_RES_SCHEDULER,
+        ),
+    )
+}
+"""The families by name. To add one: an entry here; for single files, its configurations in
+`diffusion_convert/checkpoint/configs/NAME.json`; for other pictures to start from, a task."""
+TEXT_WIDTHS: Mapping[int, str] = {768: "clip", 1024: "open_clip"}
+
+
+def family_of(in_channels: int, context: int, latent_size: int) -> Family:
+    """The family of a UNet of which only the interface is known: its input channels, the width of its states and
+    the larger side of its latents. Unknown ones are taken for Stable Diffusion 1.
+
+    Among families with the same interface, the one whose usual pictures are the largest that fit is meant."""
+    encoder = TEXT_WIDTHS.get(context, "clip")
+    alike = [family for family in FAMILIES.values() if family.in_channels == in_channels]
+    alike = [family for family in alike if family.text_encoder == encoder] or alike
+    if not alike:
+        return next(iter(FAMILIES.values()))
+    by_size = sorted(alike, key=lambda family: family.size)
+    return [by_size[0], *(one for one in by_size if one.size <= latent_size * one.latent_factor)][-1]
+
+
+COMPONENTS: Mapping[str, str] = {
+    "text_encoder": "TextEncoder",
+    "unet": "Unet",
+    "vae_decoder": "VAEDecoder",
+    "vae_encoder": "VAEEncoder",
+    "safety_checker": "SafetyChecker",
+    "depth_estimator": "DepthEstimator",
+}
+"""The components, in the order in which they are converted, and the names under which apps look for their compiled
+models. To add one: an entry here, and a file of its name in `diffusion_convert/components/`."""
+
+
+def compiled_names(component: str, count: int = 1) -> tuple[str, ...]:
+    """The names of a component's compiled models: Unet, or of several that run one after the other UnetChunk1, …"""
+    whole = COMPONENTS[component]
+    return (whole,) if count == 1 else tuple(f"{whole}Chunk{number}" for number in range(1, count + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """The systems of one version of Core ML's specification, as coremltools calls them. ``converts``: packages can
+    be made for them. ``availability`` by platform, as Apple's compiler writes it; ``writer``: a number in its
+    coremldata.bin whose meaning is not known. Both are None where no compiled model of that version was ever seen:
+    then ours cannot make one."""
+
+    macos: str
+    ios: str
+    converts: bool = True
+    availability: Mapping[str, str] | None = None
+    writer: int | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.macos} {self.ios}"
+
+
+def _platforms(macos: str, ios: str, vision: str, watch: str) -> Mapping[str, str]:
+    return {"macOS": macos, "tvOS": ios, "visionOS": vision, "watchOS": watch, "iOS": ios, "macCatalyst": ios}
+
+
+SYSTEMS: Mapping[int, System] = {
+    6: System("macOS12", "iOS15", False, _platforms("12.0", "15.0", "1.0", "8.0"), 5),
+    7: System("macOS13", "iOS16", True, _platforms("13.0", "16.0", "1.0", "9.0"), 5),
+    8: System("macOS14", "iOS17", True, _platforms("14.0", "17.0", "1.0", "10.0"), 8),
+    9: System("macOS15", "iOS18", True, _platforms("15.0", "18.0", "2.0", "11.0"), 9),
+    10: System("macOS26", "iOS26"),
+}
+"""By version of Core ML's specification."""
+TARGETS: Mapping[str, int] = {
+    **{system.macos: version for version, system in SYSTEMS.items() if system.converts},
+    **{system.ios: version for version, system in SYSTEMS.items() if system.converts},
+}
+"""The systems that can be converted for, and their version of the specification."""
+DEFAULT_TARGET = next(iter(TARGETS))
+
+
+def compiles(specification: int) -> bool:
+    """Whether the form of compiled models of that version is known."""
+    return specification in SYSTEMS and SYSTEMS[specification].availability is not None
+
+
+PALETTE_BITS = (1, 2, 3, 4, 6, 8)
+"""Bits per palettized weight that Core ML has; 3 from specification version 9 on."""
