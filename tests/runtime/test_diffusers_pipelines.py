@@ -1,0 +1,130 @@
+"""Converted models inside diffusers' own pipelines: the picture that diffusers makes of the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_convert import AttentionKind, ConvertOptions, convert
+from diffusion_runtime import schedulers
+from diffusion_runtime.diffusers import load_diffusers_pipeline
+from diffusion_runtime.errors import InputError
+
+PARITY_DB = 40.0
+Load = Callable[[str], Any]
+Psnr = Callable[[Any, Any], float]
+
+
+@pytest.fixture(scope="module")
+def converted(
+    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("converted") / "models"
+            options = ConvertOptions(attention=(AttentionKind.ORIGINAL,), compiled=False, zip=False, verify=False)
+            convert(tiny_checkpoint(family), made[family], options)
+        return made[family]
+
+    return folder
+
+
+def picture(size: int) -> Image.Image:
+    coarse = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def half_mask(size: int = 64) -> Image.Image:
+    return Image.fromarray(np.repeat((np.arange(size) >= size // 2)[None] * np.uint8(255), size, axis=0), "L")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "task", "class_name", "given"),
+    [
+        ("sd1", None, "StableDiffusionPipeline", {}),
+        ("sd1", "text-to-image", "StableDiffusionPipeline", {"prompt": ["a cat", "a dog", "a red circle"]}),
+        ("sd1", None, "StableDiffusionPipeline", {"guidance_scale": 1.0}),
+        ("sd1", "image-to-image", "StableDiffusionImg2ImgPipeline", {"image": picture(64), "strength": 0.7}),
+        ("sd1", "inpainting", "StableDiffusionInpaintPipeline", {"image": picture(64), "mask_image": half_mask()}),
+        ("sd2-v", None, "StableDiffusionPipeline", {}),
+        (
+            "sd1-inpainting",
+            None,
+            "StableDiffusionInpaintPipeline",
+            {"image": picture(64), "mask_image": half_mask()},
+        ),
+        ("sd2-depth", None, "StableDiffusionDepth2ImgPipeline", {"image": picture(64), "strength": 0.8}),
+        ("x4-upscaler", None, "StableDiffusionUpscalePipeline", {"image": picture(8), "noise_level": 30}),
+    ],
+)
+def test_the_picture_is_diffusers_own(
+    reference: Load,
+    converted: Callable[[str], Path],
+    psnr_db: Psnr,
+    family: str,
+    task: str | None,
+    class_name: str,
+    given: dict[str, Any],
+) -> None:
+    import diffusers
+
+    own = reference(family)
+    theirs = getattr(diffusers, class_name)(**own.diffusers.components)
+    theirs.scheduler = schedulers.build(own.manifest(2).scheduler, "ddim")
+    ours = load_diffusers_pipeline(converted(family), task, "torch", scheduler="ddim")
+    assert type(ours) is getattr(diffusers, class_name)
+    asked: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 6, **given}
+    found = []
+    for pipe in (theirs, ours):
+        pipe.set_progress_bar_config(disable=True)
+        found.append(pipe(**asked, generator=torch.Generator().manual_seed(3)))
+    flags = [getattr(result, "nsfw_content_detected", None) for result in found]
+    assert flags[0] == flags[1]
+    for expected, made in zip(found[0].images, found[1].images, strict=True):
+        assert psnr_db(np.asarray(made), np.asarray(expected)) >= PARITY_DB
+
+
+def test_callbacks_and_other_schedulers_work(converted: Callable[[str], Path]) -> None:
+    import diffusers
+
+    pipe = load_diffusers_pipeline(converted("sd1"), backend="torch")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    seen: list[int] = []
+
+    def at_step_end(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(index)
+        return tensors
+
+    pipe("a cat", num_inference_steps=3, callback_on_step_end=at_step_end, output_type="latent")
+    assert seen == [0, 1, 2]
+
+
+def test_what_a_converted_model_cannot_do_is_said(converted: Callable[[str], Path]) -> None:
+    pipe = load_diffusers_pipeline(converted("sd1"), backend="torch")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to("cpu")
+    failing: tuple[tuple[Callable[[], Any], str], ...] = (
+        (lambda: pipe.to("cuda"), "cannot be moved to cuda"),
+        (lambda: pipe.to(torch.float16), r"cannot become torch\.float16"),
+        (lambda: pipe("a cat", height=128, width=128, num_inference_steps=1), "has fixed sizes: sample"),
+        (lambda: pipe("a cat", clip_skip=1, num_inference_steps=1), "clip_skip"),
+        (lambda: pipe("a cat", cross_attention_kwargs={"scale": 0.5}, num_inference_steps=1), "cross_attention_kw"),
+        (pipe.unet.train, "cannot be trained"),
+        (lambda: pipe.unet(torch.zeros(1, 4, 8, 8, requires_grad=True), 1, torch.zeros(1, 77, 32)), "no gradients"),
+        (lambda: pipe.unet.save_pretrained("there"), "cannot be saved"),
+        (lambda: load_diffusers_pipeline(converted("sd1"), "upscaling", "torch"), "can do text-to-image"),
+    )
+    for fails, message in failing:
+        with pytest.raises(InputError, match=message) as caught:
+            fails()
+        assert "\n" not in str(caught.value)
