@@ -1,6 +1,6 @@
 # One word per act. Every target sets up what it needs, so that each works as the first command on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lint types bench docs lock clean
+.PHONY: help setup demo test test-fast fuzz check format lint types bench docs lock clean
 
 # The newest supported Python wins; `make PYTHON=/path/to/python3.12 setup` names one.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -35,6 +35,15 @@ test: $(READY)  ## all tests that this machine can run
 
 test-fast: $(READY)  ## the same without the slow ones
 	@OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist worksteal -q -m 'not slow'
+
+# Numbers of cases: the same numbers, the same damage and the same moments.
+CASES ?= 2000
+KILLS ?= 300
+RACES ?= 64
+
+fuzz: $(READY)  ## damaged inputs, kills and races: half an hour (make fuzz CASES=200 KILLS=30 RACES=8)
+	@PYTHONPATH=tests $(BIN)/python -m fuzz.inputs --cases $(CASES)
+	@PYTHONPATH=tests $(BIN)/python -m fuzz.kills --kills $(KILLS) --races $(RACES)
 
 check: format-check lint types test  ## format, lint, types (mypy --strict), tests: what CI runs
 
