@@ -9,7 +9,6 @@ goes through float32 unchanged. Constants, packed ones too, travel with what use
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusion_runtime.atomic import work
 from diffusion_runtime.errors import InputError, UnsupportedError
 from diffusion_runtime.mil.package import MODEL_PATH, Package, open_package, write_package
 from diffusion_runtime.mil.packing import packed_size
@@ -293,10 +293,9 @@ def _cast(source: Variable, target: Variable, dtype: DType) -> Operation:
 
 def _write(package: Package, model: Model, path: Path) -> None:
     """Write one half with a weight file of its own: each stored value once, in the program's order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.weights-{os.getpid()}")
     moved: dict[Blob, Blob] = {}
-    try:
+    with work(path.parent) as slot:
+        unfinished = slot / "weight.bin"
         with WeightWriter(unfinished) as writer:
 
             def move(value: Value) -> Value:
@@ -312,8 +311,6 @@ def _write(package: Package, model: Model, path: Path) -> None:
             function = replace(function, blocks={function.opset: _moved(function.block, move)})
         program = replace(model.program, functions={name: function})
         write_package(replace(model, program=program), path, unfinished if moved else None)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _moved(block: Block, move: Callable[[Value], Value]) -> Block:

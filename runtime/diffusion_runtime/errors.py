@@ -6,6 +6,8 @@
     ├── PackageError          a package, compiled model, bundle or zip is damaged or not what it claims to be
     ├── UnsupportedError      a well-formed program uses something that is not covered, named in the message
     ├── VerificationError     a converted model does not compute what its source computes
+    ├── StorageError          a disk is full, read-only or must not be written to, or another process writes there
+    ├── HubError              the Hugging Face Hub, or the way to it, failed: another try may do
     └── InstallationError     the installation lacks something, with how to get it
 
 Anything else that escapes is a defect of ours and keeps its traceback.
@@ -34,6 +36,15 @@ class UnsupportedError(DiffusionError):
 
 class VerificationError(DiffusionError):
     """A converted model that does not compute what its source computes."""
+
+
+class StorageError(DiffusionError):
+    """A place that cannot be written to now: the disk is full or read-only, permission is missing, or another
+    process is writing there. Once that is mended, the same call goes on."""
+
+
+class HubError(DiffusionError):
+    """A failure of the Hugging Face Hub or of the connection to it: the same call may succeed later."""
 
 
 class InstallationError(DiffusionError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageChops, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from diffusion_runtime import strict_json
-from diffusion_runtime.errors import InputError
+from diffusion_runtime.atomic import unfinished_file
+from diffusion_runtime.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     import torch
@@ -97,31 +97,18 @@ def to_pil(arrays: np.ndarray) -> list[Image.Image]:
 
 
 def write_png(image: Image.Image, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write a PNG that appears whole or not at all, with ``metadata`` as JSON beside the pixels. Raises InputError
-    where it cannot be written."""
+    """Write a PNG that appears whole or not at all, with ``metadata`` as JSON beside the pixels. Raises
+    StorageError where it cannot be written."""
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
         info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
         info.add_text("Software", "coreml-sd")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with unfinished_file(path) as unfinished:
+        image.save(unfinished, format="PNG", pnginfo=info)
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError where a file at ``path`` could not be written, before any work is done for it."""
+    """Raise InputError or StorageError where a file at ``path`` could not be written, before any work is done."""
     if len(os.fsencode(path.name)) > MAX_NAME:
         raise InputError(f"{path}: cannot be written: expected a file name of at most {MAX_NAME} bytes")
     try:
@@ -129,11 +116,11 @@ def check_writable(path: Path) -> None:
             raise InputError(f"{path}: is a folder; expected the name of a PNG file")
         existing = next(parent for parent in path.absolute().parents if parent.exists())
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
     if not existing.is_dir():
         raise InputError(f"{path}: cannot be written: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: cannot be written: no permission in {existing}")
+        raise StorageError(f"{path}: cannot be written: no permission in {existing}")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -150,9 +137,3 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if text is None:
         raise InputError(f"picture {path}: it does not say how it was made (no {METADATA_KEY!r} entry in the PNG)")
     return strict_json.parse_object(text, f"picture {path}: its record", InputError)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

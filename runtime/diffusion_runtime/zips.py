@@ -11,9 +11,9 @@ import stat
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 from diffusion_runtime.atomic import unfinished_file, unfinished_folder
 from diffusion_runtime.errors import InputError, PackageError
@@ -71,18 +71,23 @@ def only_folder(folder: Path) -> Path:
     return inside[0] if len(inside) == 1 and inside[0].is_dir() and not inside[0].suffix else folder
 
 
-def pack(folder: Path, path: Path, leave_out: Iterable[str] = ()) -> None:
-    """Write the zip ``path`` whose only folder is named like its stem and holds the files of ``folder``.
+def pack(folder: Path, path: Path) -> None:
+    """Write the zip ``path`` whose only folder is named like its stem and holds the files of ``folder``, without
+    hidden ones.
 
     The same files always give the same bytes: sorted, without times or owners. Weights are stored, not deflated.
+    Raises PackageError for a symbolic link to a folder or to anything outside of ``folder``, before it writes.
     """
-    without = set(leave_out)
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    inside = sorted(file for file in folder.rglob("*") if not _hidden(file.relative_to(folder)))
+    for file in inside:
+        if file.is_symlink() and not (file.is_file() and file.resolve().is_relative_to(folder.resolve())):
+            raise PackageError(
+                f"{file}: is a symbolic link to {file.readlink()}, which is not put into a zip; put the file there"
+            )
     with unfinished_file(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
-        for file in files:
-            relative = file.relative_to(folder).as_posix()
-            if relative not in without and not _ignored(relative):
-                _pack_file(archive, file, f"{path.stem}/{relative}")
+        for file in inside:
+            if file.is_file():
+                _pack_file(archive, file, f"{path.stem}/{file.relative_to(folder).as_posix()}")
 
 
 def _pack_file(archive: zipfile.ZipFile, file: Path, name: str) -> None:
@@ -166,6 +171,10 @@ def _unpack_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path,
 def _folded(name: str) -> str:
     """The name as a file system sees it that ignores case and composes accents, as macOS's does."""
     return unicodedata.normalize("NFC", name).casefold().rstrip("/")
+
+
+def _hidden(path: PurePath) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _ignored(name: str) -> bool:

@@ -27,7 +27,7 @@ from diffusion_convert.conversion.workspace import FOLDER, kept
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.coremltools_import import import_coremltools
-from diffusion_runtime.errors import InputError
+from diffusion_runtime.errors import InputError, StorageError
 from diffusion_runtime.families import TARGETS, AttentionKind, compiles
 from diffusion_runtime.mil.program import DType
 from diffusion_runtime.mil.weights import WeightWriter
@@ -280,7 +280,7 @@ def test_full_disk(finished: int, tiny_checkpoint: Source, tmp_path: Path, monke
 
     output, original = tmp_path / "models", WeightWriter.add
     monkeypatch.setattr(WeightWriter, "add", add)
-    with pytest.raises(InputError, match="the disk is full"):
+    with pytest.raises(StorageError, match="the disk is full"):
         convert(tiny_checkpoint("sd1"), output, OPTIONS)
     assert written
     assert kept(output) == PARTS[:finished]

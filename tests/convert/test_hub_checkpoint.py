@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from diffusion_convert.checkpoint.open import is_repository_id, open_checkpoint
 from diffusion_convert.checkpoint.repository import checkpoint_files, fetch_vae, vae_files
 from diffusion_convert.hub import client
-from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.errors import CheckpointError, HubError, InputError
 from hub_server import Hub, serving
 
 REPO = "maker/model"
@@ -75,7 +75,7 @@ def test_without_a_connection_the_cache_is_used(
 
 def test_without_a_connection_and_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "open_api", lambda *_: HfApi(endpoint="http://127.0.0.1:9"))
-    with pytest.raises(CheckpointError, match="cannot be reached, and its cache does not hold"):
+    with pytest.raises(HubError, match="cannot be reached, and its cache does not hold"):
         open_checkpoint(REPO)
 
 

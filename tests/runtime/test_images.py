@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from diffusion_runtime import images
-from diffusion_runtime.errors import InputError
+from diffusion_runtime.errors import InputError, StorageError
 
 
 def noise_picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -132,12 +131,12 @@ def test_a_picture_without_a_record_says_so(tmp_path: Path) -> None:
 
 
 def test_a_picture_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Image.Image, file: object, **_: object) -> None:
-        os.write(file.fileno(), b"half")  # type: ignore[attr-defined]
+    def full(self: Image.Image, file: Path, **_: object) -> None:
+        file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(InputError, match=r"p\.png: cannot be written: No space left on device"):
+    with pytest.raises(StorageError, match=r"p\.png: the disk is full"):
         images.write_png(noise_picture(8, 8), tmp_path / "p.png")
     assert list(tmp_path.iterdir()) == []
 

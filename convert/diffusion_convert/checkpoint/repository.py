@@ -20,8 +20,9 @@ from diffusion_convert.checkpoint.diffusers_folder import (
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.hub import client as hub
 from diffusion_runtime import strict_json
+from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.bundle.manifest import Source
-from diffusion_runtime.errors import CheckpointError
+from diffusion_runtime.errors import CheckpointError, HubError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -106,7 +107,7 @@ def _fetch(repo_id: str, revision: str | None, needed: Needed) -> Path:
         except errors.HfHubHTTPError:
             raise
         except (transport, OSError):
-            return _cached(repo_id, revision)
+            return _cached(repo_id, revision, HubError)
         return _download(api, repo_id, revision, info, needed)
 
 
@@ -135,20 +136,21 @@ def _note_revision(snapshot: Path, name: str) -> None:
     if name == snapshot.name or ".." in Path(name).parts or Path(name).is_absolute():
         return
     note = snapshot.parent.parent / "refs" / name
-    note.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = note.with_name(f".{note.name}.unfinished")
-    unfinished.write_text(snapshot.name, encoding="utf-8")
-    unfinished.replace(note)
+    with unfinished_file(note) as unfinished:
+        unfinished.write_text(snapshot.name, encoding="utf-8")
 
 
-def _cached(repo_id: str, revision: str | None) -> Path:
+def _cached(
+    repo_id: str, revision: str | None, failure: type[HubError] | type[CheckpointError] = CheckpointError
+) -> Path:
+    """The snapshot in the cache; raises ``failure`` where there is none."""
     from huggingface_hub import errors, snapshot_download
 
     try:
         # Asked for everything, it would miss what was not needed. Whether the needed is there, is seen later.
         return Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[INDEX]))
     except (errors.LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(
+        raise failure(
             f"{repo_id}: there is no such folder here, the Hugging Face Hub cannot be reached, and its cache does "
             f"not hold {'the main revision' if revision is None else f'revision {revision}'} of such a repository; "
             "check the spelling and the connection (HF_HUB_OFFLINE must not be set to download)"

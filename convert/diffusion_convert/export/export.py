@@ -18,6 +18,7 @@ from diffusion_convert.export.coremltools_patches import lean
 from diffusion_convert.export.placeholders import Misplaced, Placeholders
 from diffusion_convert.export.trace import trace
 from diffusion_convert.options import Precision
+from diffusion_runtime.atomic import work
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import CheckpointError
 from diffusion_runtime.families import AttentionKind
@@ -114,15 +115,13 @@ def _export(
     with networks.silent():
         traced = trace(graph)
     clock.start("convert")
-    weights = path.with_name(f".{path.name}.weights")
-    try:
+    with work(path.parent) as slot:
+        weights = slot / "weight.bin"
         with WeightWriter(weights) as writer:
             model, modules = _convert(graph, traced, recipe, placeholders, writer, clock)
         placeholders.check_all_taken()
         clock.start("save")
         write_package(_described(model, graph, metadata), path, weights)
-    finally:
-        weights.unlink(missing_ok=True)
     return Exported(graph.inputs, graph.outputs, modules, placeholders.exceeding(), clock.finish())
 
 

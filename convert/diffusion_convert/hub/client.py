@@ -10,20 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from diffusion_runtime.atomic import is_disk_error
 from diffusion_runtime.bundle.integrity import sha256
-from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.errors import HubError, InputError, PackageError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-SERVER_ERRORS = range(500, 600)
+_MAY_PASS = (408, 429, *range(500, 600))
+"""HTTP states of a server or a connection that is overloaded or broken for now."""
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _UNREACHED = ("ConnectError", "ConnectTimeout")
 """httpx's names, of whichever generation of it the client uses, for a server with which nothing began."""
-
-
-class Interrupted(InputError):
-    """A failure of the connection or the server: another try may do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,8 @@ def remote_files(api: HfApi, repo_id: str, revision: str) -> Mapping[str, Remote
 
 @contextmanager
 def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
-    """Turn the client's errors into one line that says what to do; Interrupted where that is to try again."""
+    """Turn the client's errors into one line that says what to do: HubError where that is to try again, else
+    InputError. What the disk refuses passes."""
     from huggingface_hub import errors
 
     transport: type[Exception] = getattr(errors, "HTTPError", OSError)  # httpx's, for lost connections
@@ -96,16 +95,18 @@ def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
             raise InputError(
                 f"{repo_id}: {doing} is not allowed (HTTP {status}): log in with `hf auth login`"
             ) from error
-        kind = Interrupted if status in SERVER_ERRORS else InputError
+        kind = HubError if status in _MAY_PASS else InputError
         raise kind(f"{repo_id}: {doing} failed: HTTP {status}: {_one_line(error)}") from error
     except (transport, OSError, RuntimeError) as error:  # RuntimeError: an upload that broke off
+        if isinstance(error, OSError) and is_disk_error(error):
+            raise
         reason = next((cause for cause in _causes(error) if type(cause).__name__ in _UNREACHED), None)
         if reason is not None:
-            raise Interrupted(
+            raise HubError(
                 f"{repo_id}: {doing} failed: cannot reach the Hub ({_one_line(reason)}); check the connection, "
                 "--endpoint and HF_ENDPOINT"
             ) from error
-        raise Interrupted(
+        raise HubError(
             f"{repo_id}: {doing} failed: {_one_line(error)}; try again, it goes on where it stopped"
         ) from error
     except (ValueError, KeyError) as error:

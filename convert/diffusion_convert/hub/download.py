@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_convert.bundle import zip_names
-from diffusion_convert.hub.client import Interrupted, RemoteFile, check_repo_id, hub_errors, open_api, remote_files
+from diffusion_convert.hub.client import RemoteFile, check_repo_id, hub_errors, open_api, remote_files
 from diffusion_runtime import zips
+from diffusion_runtime.atomic import locked, remove
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import check_files
-from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.errors import HubError, InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 Report = Callable[[str], None]
-_STAGING = ".download"
+_STAGING = "download-"
 _ATTEMPTS = 4
 
 
@@ -40,12 +40,28 @@ def download(
 
     Where the repository has a zip of the variant's compiled models instead of their folder, that is unpacked. The
     revision is resolved once. The folder appears when everything in it has been checked; a download that was cut
-    off goes on from ``output/.download``. Raises InputError for what is not there, PackageError for damage.
+    off goes on where it stopped, from a hidden work folder in ``output``.
+
+    Raises InputError for what is not there, PackageError for damage, HubError where the connection fails, and
+    StorageError where the disk does or another process is writing to ``output``.
     """
     check_repo_id(repo_id)
     if kind not in KINDS:
         raise InputError(f"--kind {kind!r}: expected {' or '.join(KINDS)}")
-    api = open_api(endpoint, token)
+    with locked(output) as hidden:
+        return _download(repo_id, output, hidden, variant, kind, revision, open_api(endpoint, token), report)
+
+
+def _download(
+    repo_id: str,
+    output: Path,
+    hidden: Path,
+    variant: str | None,
+    kind: str,
+    revision: str,
+    api: HfApi,
+    report: Report,
+) -> Path:
     with hub_errors(repo_id, "download"):
         commit = str(api.repo_info(repo_id, revision=revision).sha)
         there = remote_files(api, repo_id, commit)
@@ -55,12 +71,15 @@ def download(
         raise InputError(f"{target}: exists already; remove it or choose another folder")
     wanted = _wanted(there, chosen, kind)
     report(f"{repo_id} at {commit[:12]}: {chosen}, {len(wanted)} files, {_megabytes(wanted)}")
-    staging = output / _STAGING / commit
+    staging = hidden / f"{_STAGING}{commit}"
+    for other in hidden.glob(f"{_STAGING}*"):
+        if other != staging:
+            remove(other)
     for name, remote in wanted.items():
         report(f"downloading {name}")
         _fetch(api, repo_id, commit, name, remote, staging)
     _put_in_place(staging, wanted, chosen, kind, target)
-    shutil.rmtree(output / _STAGING, ignore_errors=True)
+    remove(staging)
     return target
 
 
@@ -96,7 +115,7 @@ def _fetch(api: HfApi, repo_id: str, commit: str, name: str, remote: RemoteFile,
             with hub_errors(repo_id, f"download of {name}"):
                 path = Path(api.hf_hub_download(repo_id, name, revision=commit, local_dir=staging))
             break
-        except Interrupted:
+        except HubError:
             if attempt == _ATTEMPTS:
                 raise
             time.sleep(2**attempt)
@@ -112,7 +131,7 @@ def _fetch(api: HfApi, repo_id: str, commit: str, name: str, remote: RemoteFile,
 def _put_in_place(staging: Path, wanted: Mapping[str, RemoteFile], variant: str, kind: str, target: Path) -> None:
     folder = staging / variant / kind
     if len(wanted) == 1 and next(iter(wanted)).endswith(".zip"):
-        shutil.rmtree(staging / "unpacked", ignore_errors=True)
+        remove(staging / "unpacked")
         folder = zips.unpack(staging / next(iter(wanted)), staging / "unpacked")
     if (folder / manifest.FILE_NAME).is_file():
         check_files(manifest.read(folder), folder)

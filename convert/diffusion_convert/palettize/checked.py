@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from diffusion_convert.palettize.outputs import Samples, compare_outputs, requir
 from diffusion_convert.palettize.package import Progress, palettize_package
 from diffusion_convert.palettize.plan import Plan, Report
 from diffusion_convert.verification.bounds import MIN_PSNR_DB
+from diffusion_runtime.atomic import unfinished_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,26 +35,12 @@ def palettize_checked(
     the inputs' names). ``output`` appears only where every output keeps the bound of its bit width.
 
     Raises what `palettize_package` does, UnsupportedError where the backend does not cover the program, and
-    VerificationError below the bound.
+    VerificationError below the bound, StorageError where another process is writing ``output``.
     """
-    unchecked = output.with_name(f".{output.stem}.unchecked.mlpackage")
-    try:
+    with unfinished_folder(output) as unchecked:
         report = palettize_package(source, unchecked, plan, progress)
         psnr: Mapping[str, float] = {}
         if compare:
             psnr = compare_outputs(source, unchecked, samples)
             require_outputs(output, psnr, report.average_bits, bounds)
-        _replace(unchecked, output)
-    finally:
-        shutil.rmtree(unchecked, ignore_errors=True)
     return Checked(report, psnr)
-
-
-def _replace(finished: Path, output: Path) -> None:
-    replaced = output.with_name(f".{output.name}.replaced")
-    try:
-        if output.exists():
-            output.rename(replaced)
-        finished.rename(output)
-    finally:
-        shutil.rmtree(replaced, ignore_errors=True)

@@ -22,6 +22,7 @@ from diffusion_convert.palettize.plan import (
     packs_by_type,
 )
 from diffusion_convert.palettize.select import Weight
+from diffusion_runtime.atomic import disk_errors, work
 from diffusion_runtime.errors import InputError, PackageError, VerificationError
 from diffusion_runtime.mil.package import MODEL_PATH, Package, open_package, resolve, write_package
 from diffusion_runtime.mil.packing import pack, unpack
@@ -44,13 +45,12 @@ def palettize_package(source: Path, output: Path, plan: Plan, progress: Progress
 
     Raises InputError (a plan that cannot be carried out, a palettized input, a program without weights),
     UnsupportedError (not an ML Program), PackageError (damaged), VerificationError (the file does not decompress to
-    what was meant).
+    what was meant), StorageError (what the disk refuses).
     """
     package = _open(source, output)
     targets = chosen_weights(package, plan)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.weights-{os.getpid()}")
-    try:
+    with disk_errors(output), work(output.parent) as slot:
+        unfinished = slot / "weight.bin"
         with WeightWriter(unfinished) as writer, ThreadPoolExecutor(_threads()) as pool:
             palettes = _palettes(package, plan, targets, pool)
             rewriter = _Rewriter(package, writer, targets, palettes, progress or _silent)
@@ -59,8 +59,6 @@ def palettize_package(source: Path, output: Path, plan: Plan, progress: Progress
             reports = tuple(pool.map(lambda written: _checked(package, unfinished, written), rewriter.written))
         before = folder_bytes(source)
         write_package(replace(package.model, program=program), output, unfinished)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return Report(reports, plan, before, folder_bytes(output))
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from diffusion_convert.palettize.damage import Damage
 from diffusion_convert.palettize.plan import PER_TENSOR, Plan
 from diffusion_runtime import strict_json
+from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.mil.package import Package
 
@@ -50,10 +51,8 @@ def load_recipe(path: Path) -> Recipe:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the recipe as readable JSON; it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    with unfinished_file(path) as unfinished:
+        unfinished.write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
 
 
 def package_identity(package: Package) -> str:

@@ -21,6 +21,7 @@ from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components import Component, Shape
 from diffusion_convert.export.placeholders import FLOAT16_MAX
+from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -51,10 +52,8 @@ class Reference:
             for run, named in enumerate(runs)
             for name, array in named.items()
         }
-        unfinished = path.with_name(f".{path.name}")
-        with unfinished.open("wb") as file:
+        with unfinished_file(path) as unfinished, unfinished.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
-        unfinished.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Reference:

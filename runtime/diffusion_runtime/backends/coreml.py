@@ -10,7 +10,6 @@ import hashlib
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_runtime.atomic import check_writable, work
 from diffusion_runtime.backends import ComputeUnits, TensorSpec, check_arrays
 from diffusion_runtime.backends.interface import specs
 from diffusion_runtime.coremltools_import import import_coremltools
@@ -78,15 +78,12 @@ class CoreMLBackend:
     def _compiled(self, coremltools: Any, path: Path, target: Path) -> Path | None:
         """The package compiled into the cache; None where nothing can be written there."""
         try:
-            self.cache.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=".compiling-", dir=self.cache))
-        except OSError:
+            check_writable(self.cache)
+        except DiffusionError:
             return None
-        try:
-            made = coremltools.models.utils.compile_model(str(path), str(work / "model.mlmodelc"))
+        with work(self.cache) as slot:
+            made = coremltools.models.utils.compile_model(str(path), str(slot / "model.mlmodelc"))
             return _moved(Path(made), target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)

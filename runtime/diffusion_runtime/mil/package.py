@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_runtime import strict_json
+from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.mil import proto
 from diffusion_runtime.mil.program import Blob, Model, TensorType, Value
@@ -115,14 +116,13 @@ def specification_path(package: Path) -> Path:
 
 
 def write_package(model: Model, path: Path, weights: Path | None = None) -> None:
-    """Write an .mlpackage that appears whole or not at all; an existing one at ``path`` is replaced.
+    """Write an .mlpackage that appears whole or not at all; an existing one at ``path`` is replaced. Raises
+    StorageError for what the disk refuses.
 
     ``weights`` is a finished weight file, which is moved into the package as ``weights/weight.bin``. The same model
     and weights always give the same files.
     """
-    unfinished, replaced = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.replaced")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    with unfinished_folder(path) as unfinished:
         folder = unfinished / "Data" / _AUTHOR
         folder.mkdir(parents=True)
         proto.write_model(model, folder / "model.mlmodel")
@@ -130,12 +130,6 @@ def write_package(model: Model, path: Path, weights: Path | None = None) -> None
             (folder / "weights").mkdir()
             shutil.move(weights, folder / "weights" / "weight.bin")
         (unfinished / "Manifest.json").write_text(_manifest(weights is not None), encoding="utf-8")
-        if path.exists():
-            path.rename(replaced)
-        unfinished.rename(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _manifest(weights: bool) -> str:

@@ -132,14 +132,8 @@ def model_to_bytes(model: Model) -> bytes:
 
 
 def write_model(model: Model, path: Path) -> None:
-    """Write a specification file; it appears whole or not at all."""
-    data = model_to_bytes(model)
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        unfinished.write_bytes(data)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Write a specification file."""
+    path.write_bytes(model_to_bytes(model))
 
 
 def program_from_proto(spec: Any) -> Program:

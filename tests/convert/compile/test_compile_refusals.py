@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from diffusion_convert.compile import Compiler, compile_package, op_versions
-from diffusion_runtime.errors import InputError, PackageError, UnsupportedError
+from diffusion_runtime.errors import InputError, PackageError, StorageError, UnsupportedError
 from diffusion_runtime.mil.package import write_package
 from diffusion_runtime.mil.program import (
     Blob,
@@ -165,7 +165,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_model(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("diffusion_convert.compile.write_text", full)
-    with pytest.raises(InputError, match=r"a\.mlmodelc: the disk is full"):
+    with pytest.raises(StorageError, match=r"a\.mlmodelc: the disk is full"):
         compile_package(tmp_path / "a.mlpackage", tmp_path)
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.mlmodelc", "a.mlpackage"]
     assert (path / "model.mil").is_file()

@@ -47,7 +47,7 @@ def test_a_package_is_compiled_once(stand_in: Any, small_package: Path, tmp_path
     compiled = tmp_path / "cache" / f"{content_key(small_package)}.mlmodelc"
     assert stand_in.compiled == [str(small_package)]
     assert stand_in.opened == [("compiled", str(compiled), "ALL")] * 2
-    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [compiled.name]
+    assert [entry.name for entry in (tmp_path / "cache").glob("*")] == [compiled.name]
 
 
 def test_the_key_is_the_content_not_the_name_nor_the_identifiers(small_package: Path, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_what_core_ml_refuses_is_one_line_and_leaves_nothing(
     stand_in.fails = call
     with pytest.raises(PackageError, match=rf"small.mlpackage: Core ML cannot load it: .*{call} failed$"):
         CoreMLBackend(tmp_path / "cache").load(small_package, ComputeUnits.ALL)
-    left = [entry.name for entry in (tmp_path / "cache").iterdir()]
+    left = [entry.name for entry in (tmp_path / "cache").glob("*")]
     assert [name for name in left if not name.startswith(content_key(small_package))] == []
 
 
