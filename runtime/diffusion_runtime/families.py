@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -91,6 +91,12 @@ _LOW_RES_SCHEDULER: Mapping[str, Any] = {
 }
 
 
+PLAIN_SETTINGS: Mapping[str, Any] = {"steps_offset": 1, "clip_sample": False}
+"""`Family.scheduler_settings` of StableDiffusionPipeline and StableDiffusionImg2ImgPipeline."""
+INPAINTING_SETTINGS: Mapping[str, Any] = {"steps_offset": 1, "skip_prk_steps": True}
+"""Those of StableDiffusionInpaintPipeline."""
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """What sets a model family apart. The defaults are Stable Diffusion 1's.
@@ -100,6 +106,8 @@ class Family:
     channels. ``prediction_types``: the usual one first. ``class_labels``: the UNet takes some.
     ``latent_factor``: pictures are so many times larger than latents. ``size``: of its pictures, in pixels.
     ``safety_checker``: checkpoints ask for one. ``noise_scheduler``: diffusers' low_res_scheduler, if any.
+    ``scheduler_settings``: what diffusers' pipeline class imposes on whatever scheduler it is made with, since the
+    published configurations of the first checkpoints lack it or say otherwise.
     """
 
     name: str
@@ -113,6 +121,7 @@ class Family:
     size: int = 512
     safety_checker: bool = False
     noise_scheduler: Mapping[str, Any] | None = None
+    scheduler_settings: Mapping[str, Any] = field(default_factory=lambda: PLAIN_SETTINGS)
 
     @property
     def pad_token(self) -> str | None:
@@ -124,11 +133,23 @@ FAMILIES: Mapping[str, Family] = {
     family.name: family
     for family in (
         Family("sd1", "Stable Diffusion 1", prediction_types=("epsilon", "v_prediction"), safety_checker=True),
-        Family("sd1-inpainting", "Stable Diffusion 1 in-painting", 9, safety_checker=True),
+        Family(
+            name="sd1-inpainting",
+            title="Stable Diffusion 1 in-painting",
+            in_channels=9,
+            safety_checker=True,
+            scheduler_settings=INPAINTING_SETTINGS,
+        ),
         Family("sd2-base", "Stable Diffusion 2 base", 4, "open_clip"),
         Family("sd2-v", "Stable Diffusion 2 768-v", 4, "open_clip", ("v_prediction",), size=768),
-        Family("sd2-inpainting", "Stable Diffusion 2 in-painting", 9, "open_clip"),
-        Family("sd2-depth", "Stable Diffusion 2 depth", 5, "open_clip"),
+        Family(
+            name="sd2-inpainting",
+            title="Stable Diffusion 2 in-painting",
+            in_channels=9,
+            text_encoder="open_clip",
+            scheduler_settings=INPAINTING_SETTINGS,
+        ),
+        Family("sd2-depth", "Stable Diffusion 2 depth", 5, "open_clip", scheduler_settings={}),
         Family(
             name="x4-upscaler",
             title="Stable Diffusion x4 upscaler",
@@ -139,6 +160,7 @@ FAMILIES: Mapping[str, Family] = {
             latent_factor=4,
             latent_scale=0.08333,
             noise_scheduler=_LOW_RES_SCHEDULER,
+            scheduler_settings={},
         ),
     )
 }

@@ -72,18 +72,36 @@ class Run:
         return tuple(self.job.notes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Pipeline:
-    """The models of one bundle. ``scheduler_name`` None is the checkpoint's own (`dataclasses.replace` gives the
-    same pipeline another); ``check_safety`` uses the safety checker where there is one. ``notes`` say what was
-    chosen or assumed when the models were opened."""
+    """The models of one bundle.
+
+    ``scheduler_name`` None is the checkpoint's own scheduler; ``check_safety`` uses the safety checker where there
+    is one. ``notes`` say what was chosen or assumed when the models were opened."""
 
     manifest: Manifest
     models: Models
     tokenizer: Tokenizer
     scheduler_name: str | None = None
     check_safety: bool = True
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    _scheduler: tuple[str | None, Any] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler of diffusers that every run gets a copy of. As in diffusers, another can be set:
+        ``pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)``. It is used as it
+        is. Raises InputError for what is no scheduler of diffusers."""
+        if self._scheduler is None or self._scheduler[0] != self.scheduler_name:
+            config = {**self.manifest.scheduler, "prediction_type": self.manifest.prediction_type}
+            imposed = schedulers.imposed_on(self.manifest.family)
+            self._scheduler = self.scheduler_name, schedulers.build(config, self.scheduler_name, imposed)
+        return self._scheduler[1]
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        schedulers.check(scheduler)
+        self._scheduler = self.scheduler_name, scheduler
 
     @property
     def size(self) -> tuple[int, int]:
@@ -171,8 +189,7 @@ class Pipeline:
         unet = self._unet_shapes()
         task = tasks.choose(unet["sample"][1], request.given)
         self._check_size(request)
-        config = {**self.manifest.scheduler, "prediction_type": self.manifest.prediction_type}
-        scheduler = schedulers.build(config, self.scheduler_name)
+        scheduler = schedulers.own(self.scheduler, task.scheduler_settings)
         schedulers.set_steps(scheduler, int(request.steps))  # diffusers' loops want Python's own
         height, width = unet["sample"][2:]
         job = tasks.Job(request, self.manifest, self.models, (height, width), scheduler, noise)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.families import FAMILIES, PLAIN_SETTINGS
 
 if TYPE_CHECKING:
     import torch
 
+REFUSALS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError, AssertionError)
+"""What diffusers' schedulers raise for settings that they cannot use."""
+EMPTY: Mapping[str, Any] = {}
 KARRAS: Mapping[str, Any] = {"use_karras_sigmas": True}
 SDE: Mapping[str, Any] = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -27,7 +33,7 @@ class Recipe:
 
 
 SCHEDULERS: Mapping[str, Recipe] = {
-    "pndm": Recipe("PNDMScheduler", {"skip_prk_steps": True}),
+    "pndm": Recipe("PNDMScheduler"),
     "ddim": Recipe("DDIMScheduler"),
     "ddpm": Recipe("DDPMScheduler"),
     "lms": Recipe("LMSDiscreteScheduler"),
@@ -68,11 +74,32 @@ def canonical(name: str) -> str:
     raise InputError(f"unknown scheduler {name!r}: expected one of {known()}")
 
 
-def build(config: Mapping[str, Any], name: str | None = None) -> Any:
+def imposed_on(family: str) -> Mapping[str, Any]:
+    """The settings that a family's pipeline imposes on every scheduler."""
+    return FAMILIES[family].scheduler_settings if family in FAMILIES else PLAIN_SETTINGS
+
+
+def settled(config: Mapping[str, Any], imposed: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration as diffusers' pipeline uses it: with the settings that the pipeline's class
+    imposes (`imposed_on`) in place of what the file says or leaves out."""
+    return {**config, **{key: value for key, value in imposed.items() if _is_wrong(config, key, value)}}
+
+
+def _is_wrong(config: Mapping[str, Any], key: str, value: Any) -> bool:
+    """Diffusers replaces ``clip_sample`` and ``skip_prk_steps`` where they are exactly the other truth value, and
+    ``steps_offset`` where it is anything else."""
+    if key not in config:
+        return True
+    return config[key] is (not value) if isinstance(value, bool) else config[key] != value
+
+
+def build(config: Mapping[str, Any], name: str | None = None, imposed: Mapping[str, Any] = EMPTY) -> Any:
     """A scheduler with the checkpoint's configuration: the checkpoint's own, or the one called ``name``.
 
-    ``config`` is diffusers' scheduler_config.json. Raises InputError for an unknown name and for a class that is
-    not a scheduler of diffusers."""
+    ``config`` is diffusers' scheduler_config.json, ``imposed`` what the pipeline's class imposes on any scheduler.
+    Keys that only other classes know are kept in the scheduler's ``config``, as diffusers keeps them, for a
+    scheduler that is made from it. Raises InputError for an unknown name and for a class that is not a scheduler of
+    diffusers."""
     import diffusers
 
     if name is None:
@@ -83,12 +110,38 @@ def build(config: Mapping[str, Any], name: str | None = None) -> Any:
     if not class_name.endswith("Scheduler") or not hasattr(diffusers, class_name):
         raise InputError(f"the models ask for an unknown scheduler class {class_name!r}: choose one of {known()}")
     kind = getattr(diffusers, class_name)
-    accepted = inspect.signature(kind.__init__).parameters
-    used = {key: value for key, value in {**config, **settings}.items() if key in accepted}
+    kinds = {kind, *(getattr(diffusers, recipe.class_name) for recipe in SCHEDULERS.values())}
+    understood = frozenset[str]().union(*map(_arguments, kinds))
+    wanted = {**settled(config, imposed), **settings}
     try:
-        return kind.from_config(used)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise InputError(f"scheduler {name or class_name}: {error}") from error
+        return kind.from_config({key: value for key, value in wanted.items() if key in understood})
+    except REFUSALS as error:
+        raise InputError(f"scheduler {name or class_name}: {_reason(error)}") from error
+
+
+def check(scheduler: object) -> None:
+    """Raise InputError for anything but a scheduler of diffusers that this loop can run."""
+    needed = ("config", "set_timesteps", "scale_model_input", "step", "alphas_cumprod")
+    lacking = [name for name in needed if not hasattr(scheduler, name)]
+    if lacking or isinstance(scheduler, type):
+        raise InputError(
+            f"scheduler is a {getattr(scheduler, '__name__', type(scheduler).__name__)}: expected a scheduler of "
+            "diffusers, as X.from_config(pipeline.scheduler.config) makes it"
+            + (f" (it has no {', '.join(lacking)})" if lacking else "")
+        )
+
+
+def own(scheduler: Any, imposed: Mapping[str, Any]) -> Any:
+    """A copy of a scheduler for one run, with what the task imposes: schedulers count their steps."""
+    taken = copy.deepcopy(scheduler)
+    changes = {key: value for key, value in imposed.items() if _is_wrong(taken.config, key, value)}
+    taken.register_to_config(**{key: value for key, value in changes.items() if key in taken.config})
+    return taken
+
+
+@cache
+def _arguments(kind: type) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.__init__).parameters) - {"self", "kwargs"}  # type: ignore[misc]
 
 
 def name_of(scheduler: Any) -> str:
@@ -104,16 +157,24 @@ def name_of(scheduler: Any) -> str:
 
 def set_steps(scheduler: Any, steps: int) -> None:
     """Prepare for ``steps`` steps. Raises InputError where the scheduler cannot take so many."""
-    most = int(scheduler.config.num_train_timesteps)
+    most = scheduler.config.num_train_timesteps
+    if not isinstance(most, int):
+        raise InputError(
+            f"scheduler {name_of(scheduler)}: num_train_timesteps is {most!r}: expected a whole number"
+        )
     if not isinstance(steps, int) or not 1 <= steps <= most:
         raise InputError(f"{steps} steps: expected 1 to {most}")
     try:
         scheduler.set_timesteps(steps, device="cpu")
-    except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise InputError(f"scheduler {name_of(scheduler)} with {steps} steps: {error}") from error
+    except REFUSALS as error:
+        raise InputError(f"scheduler {name_of(scheduler)} with {steps} steps: {_reason(error)}") from error
     stands_still = "solver_order" in scheduler.config and bool((scheduler.sigmas.diff() == 0).any())
     if stands_still or float(scheduler.timesteps.max()) > most - 1:
         raise InputError(f"scheduler {name_of(scheduler)} cannot take as many as {steps} steps: use fewer")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def last_part(scheduler: Any, steps: int, strength: float) -> torch.Tensor:

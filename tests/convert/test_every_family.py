@@ -18,6 +18,7 @@ from diffusion_runtime.bundle.manifest import Component
 from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import operations
+from diffusion_runtime.schedulers import imposed_on, settled
 from read_back import check_read_back
 
 pytestmark = pytest.mark.slow
@@ -157,7 +158,7 @@ def test_components_without_a_choice_are_stored_once(made: Conversion) -> None:
 def test_manifest_tells_what_no_interface_tells(made: Conversion, family: str) -> None:
     recipe = tiny_checkpoints.RECIPES[family]
     manifest = made.variants["original"]
-    assert manifest.scheduler == recipe.scheduler
+    assert manifest.scheduler == settled(recipe.scheduler, imposed_on(family))
     assert manifest.prediction_type == recipe.scheduler["prediction_type"]
     assert manifest.noise_scheduler == recipe.low_res_scheduler
     assert manifest.latents.factor == latent_factor(recipe.vae)

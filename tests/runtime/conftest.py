@@ -68,7 +68,7 @@ class Reference:
         low_res = getattr(pipe, "low_res_scheduler", None)
         return Manifest(
             name="tiny",
-            family="tiny",
+            family=self.folder.name.replace("sd1-odd", "sd1"),
             source=Source(name="tiny"),
             kind="packages",
             attention="original",

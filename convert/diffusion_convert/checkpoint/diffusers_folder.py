@@ -52,7 +52,11 @@ def open_folder(folder: Path, source: Source, family: str | None = None) -> Chec
         raise CheckpointError(f"{folder}: it lacks {', '.join(missing)} (it has {', '.join(sorted(parts))})")
     absent = [name for name in NETWORKS if name in named and name not in parts]
     models = {name: read_submodel(folder / name, str(parts[name][1])) for name in NETWORKS if name in parts}
-    schedulers = {name: read_json(folder / name / "scheduler_config.json") for name in SCHEDULERS if name in parts}
+    schedulers = {
+        name: {**read_json(folder / name / "scheduler_config.json"), "_class_name": str(parts[name][1])}
+        for name in SCHEDULERS
+        if name in parts
+    }  # of the class that the index names, as in diffusers, whatever class wrote the configuration
     unet = models["unet"].config
     refuse_other_kinds(unet, str(folder))
     if family is not None:

@@ -35,6 +35,7 @@ from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import FAMILIES, AttentionKind
+from diffusion_runtime.schedulers import imposed_on, settled
 
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -195,7 +196,7 @@ def _manifest(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Co
         ),
         prediction_type=str(checkpoint.schedulers["scheduler"].get("prediction_type", "epsilon")),
         components=dict(entries),
-        scheduler=dict(checkpoint.schedulers["scheduler"]),
+        scheduler=settled(checkpoint.schedulers["scheduler"], imposed_on(checkpoint.family)),
         noise_scheduler=_optional(checkpoint.schedulers.get("low_res_scheduler")),
         force_zeros_for_empty_prompt=bool(checkpoint.pipeline_config.get("force_zeros_for_empty_prompt", False)),
         requires_safety_checker=bool(checkpoint.pipeline_config.get("requires_safety_checker", False)),

@@ -92,6 +92,7 @@ SEEING = Task(
     description="--image and --mask (white: paint anew), models of an in-painting checkpoint",
     needs=frozenset({"image", "mask"}),
     takes=frozenset({"strength"}),
+    scheduler_settings={"skip_prk_steps": True},
 )
 BLENDING = Task(
     "in-painting by blending",
@@ -101,4 +102,5 @@ BLENDING = Task(
     description="--image and --mask (white: paint anew), any models",
     needs=frozenset({"image", "mask"}),
     takes=frozenset({"strength"}),
+    scheduler_settings={"skip_prk_steps": True},
 )

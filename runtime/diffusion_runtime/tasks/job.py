@@ -196,7 +196,8 @@ class Prepared:
 class Task:
     """``channels`` is the UNet's number of input channels, ``needs`` and ``takes`` what must and may be given (keys
     of `GIVEN`), ``description`` one line for the help. ``check`` raises InputError for what it can see without any
-    model, before one runs."""
+    model, before one runs. ``scheduler_settings`` are what diffusers' pipeline for this task imposes on every
+    scheduler, beyond what the family's imposes."""
 
     name: str
     channels: int
@@ -205,3 +206,4 @@ class Task:
     description: str
     needs: frozenset[str] = frozenset()
     takes: frozenset[str] = frozenset()
+    scheduler_settings: Mapping[str, Any] = field(default_factory=dict)

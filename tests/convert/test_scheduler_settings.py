@@ -1,0 +1,47 @@
+"""The manifest holds the scheduler's configuration as diffusers' pipeline of the checkpoint uses it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusion_convert import ConvertOptions, convert
+from diffusion_runtime.bundle import manifest
+
+OPTIONS = ConvertOptions(attention="original", components="vae_decoder", compiled=False, zip=False, verify=False)  # type: ignore[arg-type]
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("sd1", ("steps_offset", "clip_sample")),
+        ("sd1-inpainting", ("steps_offset", "skip_prk_steps")),
+        ("x4-upscaler", ()),
+    ],
+)
+def test_the_manifest_says_what_the_pipeline_imposes(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, family: str, keys: tuple[str, ...]
+) -> None:
+    import diffusers
+
+    folder = shutil.copytree(tiny_checkpoint(family), tmp_path / "checkpoint")
+    written = {**BETAS, "_class_name": "EulerDiscreteScheduler", "steps_offset": 5, "clip_sample": True}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(written))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]  # diffusers takes the index's class, not the file's
+    (folder / "model_index.json").write_text(json.dumps(index))
+    convert(folder, tmp_path / "models", OPTIONS)
+    found = manifest.read(tmp_path / "models" / "original" / "packages").scheduler
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
+    theirs: dict[str, Any] = dict(pipeline.scheduler.config)
+    assert found["_class_name"] == type(pipeline.scheduler).__name__ == "DDIMScheduler"
+    for key in ("steps_offset", "clip_sample", *BETAS):
+        assert found[key] == theirs[key], key
+    imposed = {"steps_offset": 1, "clip_sample": False, "skip_prk_steps": True}
+    assert {key: found.get(key) for key in keys} == {key: imposed[key] for key in keys}

@@ -1,0 +1,220 @@
+"""What diffusers' pipeline classes impose on schedulers, against these classes loaded from folders as users do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_runtime import schedulers
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.pipeline import Pipeline
+
+PARITY_DB = 40.0
+Load = Callable[[str], Any]
+Psnr = Callable[[Any, Any], float]
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "missing": BETAS,
+    "of 2022": {
+        **BETAS,
+        "_diffusers_version": "0.2.4",
+        "tensor_format": "pt",
+        "timestep_values": None,
+        "clip_sample": True,
+        "steps_offset": 0,
+        "skip_prk_steps": False,
+    },
+    "contradictory": {**BETAS, "clip_sample": True, "steps_offset": 7, "skip_prk_steps": False},
+    "as published": {**BETAS, "clip_sample": False, "steps_offset": 1, "skip_prk_steps": True},
+}
+CLASSES = sorted({recipe.class_name for recipe in schedulers.SCHEDULERS.values()})
+PIPELINES = {
+    "sd1": "StableDiffusionPipeline",
+    "sd2-v": "StableDiffusionPipeline",
+    "sd1-inpainting": "StableDiffusionInpaintPipeline",
+    "sd2-inpainting": "StableDiffusionInpaintPipeline",
+    "sd2-depth": "StableDiffusionDepth2ImgPipeline",
+    "x4-upscaler": "StableDiffusionUpscalePipeline",
+}
+
+
+@pytest.fixture
+def both(reference: Load, tmp_path: Path) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """A picture of ours and one of diffusers', of a checkpoint's folder with another scheduler in it."""
+
+    def make(
+        family: str, config: Mapping[str, Any], name: str | None = None, pipeline_class: str = "", **given: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        found = reference(family)
+        folder = with_scheduler(found.folder, tmp_path / "checkpoint", config)
+        theirs = load_theirs(found, folder, pipeline_class or PIPELINES[family], name)
+        ours = found.pipeline(check_safety=False)
+        manifest = ours.manifest.model_copy(
+            update={"scheduler": dict(config), "prediction_type": config.get("prediction_type", "epsilon")}
+        )
+        ours = Pipeline(manifest, ours.models, ours.tokenizer, name, check_safety=False)
+        asked = {
+            "prompt": "a cat",
+            "negative_prompt": "red",
+            "num_inference_steps": 4,
+            "guidance_scale": 7.5,
+            **given,
+        }
+        results = [one(**asked, generator=torch.Generator().manual_seed(3)).images[0] for one in (ours, theirs)]
+        return np.asarray(results[0]), np.asarray(results[1])
+
+    return make
+
+
+def with_scheduler(source: Path, folder: Path, config: Mapping[str, Any]) -> Path:
+    folder.mkdir()
+    for entry in source.iterdir():
+        if entry.name not in ("scheduler", "model_index.json"):
+            (folder / entry.name).symlink_to(entry)
+    index = json.loads((source / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", config["_class_name"]]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def load_theirs(found: Any, folder: Path, pipeline_class: str, name: str | None) -> Any:
+    """``pipeline_class`` of diffusers from the folder; ``name``: with that scheduler, made from the folder's."""
+    import diffusers
+
+    networks = ("unet", "vae", "text_encoder", "depth_estimator")
+    parts = {part: getattr(found.diffusers, part) for part in networks if hasattr(found.diffusers, part)}
+    if pipeline_class in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
+        parts["safety_checker"] = None
+    if name is not None:
+        recipe = schedulers.SCHEDULERS[name]
+        kind = getattr(diffusers, recipe.class_name)
+        parts["scheduler"] = kind.from_pretrained(str(folder), subfolder="scheduler", **recipe.settings)
+    loaded = getattr(diffusers, pipeline_class).from_pretrained(str(folder), local_files_only=True, **parts)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def picture(size: int = 64) -> Image.Image:
+    coarse = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def given_to(family: str) -> dict[str, Any]:
+    if family.endswith("inpainting"):
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (32, 0, 64, 64))
+        return {"image": picture(), "mask_image": mask}
+    return {"sd2-depth": {"image": picture()}, "x4-upscaler": {"image": picture(8)}}.get(family, {})
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_the_checkpoints_own_scheduler(
+    both: Callable[..., Any], psnr_db: Psnr, class_name: str, config: Mapping[str, Any]
+) -> None:
+    assert psnr_db(*both("sd1", {"_class_name": class_name, **config})) >= PARITY_DB
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("class_name", ["PNDMScheduler", "DDIMScheduler", "DDPMScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize("family", [family for family in PIPELINES if family != "sd1"])
+def test_every_class_of_pipeline_imposes_something_else(
+    both: Callable[..., Any], psnr_db: Psnr, family: str, class_name: str, config: Mapping[str, Any]
+) -> None:
+    pair = both(family, {"_class_name": class_name, **config}, **given_to(family))
+    assert psnr_db(*pair) >= PARITY_DB
+
+
+@pytest.mark.parametrize("own", ["EulerDiscreteScheduler", "PNDMScheduler"])
+@pytest.mark.parametrize("name", schedulers.SCHEDULERS)
+def test_a_scheduler_chosen_by_name(both: Callable[..., Any], psnr_db: Psnr, name: str, own: str) -> None:
+    assert psnr_db(*both("sd1", {"_class_name": own, **BETAS}, name)) >= PARITY_DB
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_image_to_image(both: Callable[..., Any], psnr_db: Psnr, config: Mapping[str, Any]) -> None:
+    given = {"pipeline_class": "StableDiffusionImg2ImgPipeline", "image": picture(), "strength": 0.7}
+    assert psnr_db(*both("sd1", {"_class_name": "DDIMScheduler", **config}, **given)) >= PARITY_DB
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("class_name", ["PNDMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_in_painting_with_a_plain_checkpoint(
+    both: Callable[..., Any], psnr_db: Psnr, class_name: str, config: Mapping[str, Any]
+) -> None:
+    given = {"pipeline_class": "StableDiffusionInpaintPipeline", **given_to("sd1-inpainting")}
+    assert psnr_db(*both("sd1", {"_class_name": class_name, **config}, **given)) >= PARITY_DB
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("family", ["sd1", "sd1-inpainting", "x4-upscaler"])
+def test_settled_configurations_say_the_same_to_any_reader(family: str, config: Mapping[str, Any]) -> None:
+    imposed = schedulers.imposed_on(family)
+    for class_name in CLASSES:
+        raw = {"_class_name": class_name, **config}
+        made, again = schedulers.build(raw, None, imposed), schedulers.build(schedulers.settled(raw, imposed))
+        assert plain(made) == plain(again)
+
+
+def plain(scheduler: Any) -> dict[str, Any]:
+    return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_another_scheduler_is_set_as_in_diffusers(reference: Load, psnr_db: Psnr, class_name: str) -> None:
+    import diffusers
+
+    kind, sd1 = getattr(diffusers, class_name), reference("sd1")
+    asked: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 4}
+    ours, theirs = sd1.pipeline(check_safety=False), sd1.diffusers
+    own, checker = theirs.scheduler, theirs.safety_checker
+    try:
+        theirs.safety_checker = None
+        pictures = []
+        for one in (ours, theirs):
+            one.scheduler = kind.from_config(one.scheduler.config)
+            pictures.append(np.asarray(one(**asked, generator=torch.Generator().manual_seed(3)).images[0]))
+    finally:
+        theirs.scheduler, theirs.safety_checker = own, checker
+    assert psnr_db(*pictures) >= PARITY_DB
+    assert isinstance(ours.scheduler, kind)
+    repeated = ours(**asked, generator=torch.Generator().manual_seed(3)).images[0]
+    assert np.array_equal(np.asarray(repeated), pictures[0])
+
+
+def test_a_chosen_name_is_another_scheduler_again(reference: Load) -> None:
+    pipeline = reference("sd1").pipeline()
+    assert schedulers.name_of(pipeline.scheduler) == "pndm"
+    pipeline.scheduler_name = "euler"
+    assert schedulers.name_of(pipeline.scheduler) == "euler"
+
+
+@pytest.mark.parametrize("wrong", ["ddim", None, 3, "class"])
+def test_what_is_no_scheduler_is_refused(reference: Load, wrong: object) -> None:
+    import diffusers
+
+    with pytest.raises(InputError, match=r"^scheduler is a .*: expected a scheduler of diffusers"):
+        reference("sd1").pipeline().scheduler = diffusers.DDIMScheduler if wrong == "class" else wrong
+
+
+@pytest.mark.parametrize(
+    "key", ["steps_offset", "num_train_timesteps", "beta_start", "timestep_spacing", "trained_betas"]
+)
+@pytest.mark.parametrize("value", ["x", None, [], {}, -1])
+@pytest.mark.parametrize("name", ["ddim", "pndm", "euler", "dpm++ 2m", "unipc"])
+def test_values_that_no_scheduler_can_use_end_in_one_line(name: str, key: str, value: object) -> None:
+    try:
+        built = schedulers.build({**BETAS, "_class_name": "DDIMScheduler", key: value}, name)
+        schedulers.set_steps(built, 4)
+    except InputError as error:
+        assert "\n" not in str(error)
