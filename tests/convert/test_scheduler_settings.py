@@ -13,6 +13,7 @@ import pytest
 from diffusion_convert import ConvertOptions, convert
 from diffusion_runtime.bundle import manifest
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers says what it imposes
 OPTIONS = ConvertOptions(attention="original", components="vae_decoder", compiled=False, zip=False, verify=False)  # type: ignore[arg-type]
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

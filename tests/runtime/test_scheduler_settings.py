@@ -16,6 +16,12 @@ from diffusion_runtime import schedulers
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.pipeline import Pipeline
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # diffusers says what it imposes
+    pytest.mark.filterwarnings("ignore:In CPU autocast"),
+    pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation"),
+]
 PARITY_DB = 40.0
 Load = Callable[[str], Any]
 Psnr = Callable[[Any, Any], float]
