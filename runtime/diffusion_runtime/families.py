@@ -183,21 +183,29 @@ def family_of(in_channels: int, context: int, latent_size: int) -> Family:
     return [by_size[0], *(one for one in by_size if one.size <= latent_size * one.latent_factor)][-1]
 
 
-COMPONENTS: Mapping[str, str] = {
-    "text_encoder": "TextEncoder",
-    "unet": "Unet",
-    "vae_decoder": "VAEDecoder",
-    "vae_encoder": "VAEEncoder",
-    "safety_checker": "SafetyChecker",
-    "depth_estimator": "DepthEstimator",
+@dataclass(frozen=True, slots=True)
+class ComponentNames:
+    """``compiled``: what apps look for. ``subfolder``: the network's folder in a checkpoint of diffusers."""
+
+    compiled: str
+    subfolder: str
+
+
+COMPONENTS: Mapping[str, ComponentNames] = {
+    "text_encoder": ComponentNames("TextEncoder", "text_encoder"),
+    "unet": ComponentNames("Unet", "unet"),
+    "vae_decoder": ComponentNames("VAEDecoder", "vae"),
+    "vae_encoder": ComponentNames("VAEEncoder", "vae"),
+    "safety_checker": ComponentNames("SafetyChecker", "safety_checker"),
+    "depth_estimator": ComponentNames("DepthEstimator", "depth_estimator"),
 }
-"""The components, in the order in which they are converted, and the names under which apps look for their compiled
-models. To add one: an entry here, and a file of its name in `diffusion_convert/components/`."""
+"""The components, in the order in which they are converted. To add one: an entry here, and a file of its name in
+`diffusion_convert/components/`."""
 
 
 def compiled_names(component: str, count: int = 1) -> tuple[str, ...]:
     """The names of a component's compiled models: Unet, or of several that run one after the other UnetChunk1, …"""
-    whole = COMPONENTS[component]
+    whole = COMPONENTS[component].compiled
     return (whole,) if count == 1 else tuple(f"{whole}Chunk{number}" for number in range(1, count + 1))
 
 

@@ -13,13 +13,14 @@ from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_runtime import strict_json
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError
+from diffusion_runtime.families import COMPONENTS
 
 if TYPE_CHECKING:
     import torch
 
 INDEX = "model_index.json"
 CARD = "README.md"
-NETWORKS = ("text_encoder", "unet", "vae", "safety_checker", "depth_estimator")
+NETWORKS = tuple(dict.fromkeys(names.subfolder for names in COMPONENTS.values()))
 SCHEDULERS = ("scheduler", "low_res_scheduler")
 REQUIRED = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
 TOKENIZER_FILES = (

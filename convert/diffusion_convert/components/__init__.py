@@ -72,15 +72,14 @@ verified against."""
 class Component:
     """One convertible submodule.
 
-    ``subfolder`` is where diffusers keeps it; ``min_psnr_db`` is the bound below which nothing is published,
-    against the torch module in float32 over ``runs`` draws of inputs. ``uses_attention``: it is converted
-    once for each attention kind and runs on that kind's compute units; else on ``default_units``.
+    ``min_psnr_db`` is the bound below which nothing is published, against the torch module in float32 over ``runs``
+    draws of inputs. ``uses_attention``: it is converted once for each attention kind and runs on that kind's
+    compute units; else on ``default_units``.
     ``palettized``: `--nbits` alone palettizes it; ``min_palettized_psnr_db`` is the bound by bit width, against the
     float16 package.
     """
 
     name: str
-    subfolder: str
     build: Build
     min_psnr_db: float
     uses_attention: bool = False
@@ -88,6 +87,11 @@ class Component:
     default_units: str = "cpu-and-gpu"
     palettized: bool = False
     min_palettized_psnr_db: Mapping[int, float] = field(default_factory=lambda: MIN_PSNR_DB)
+
+    @property
+    def subfolder(self) -> str:
+        """Where its network lies in a checkpoint in diffusers' layout."""
+        return COMPONENTS[self.name].subfolder
 
     def compute_units(self, attention: AttentionKind) -> str:
         """What its models of that attention kind run on, unless the user says otherwise."""

@@ -54,7 +54,6 @@ def _picture(size: tuple[int, ...], seed: int) -> np.ndarray:
 
 DEPTH_ESTIMATOR = Component(
     name="depth_estimator",
-    subfolder="depth_estimator",
     build=build,
     min_psnr_db=60.0,
 )

@@ -87,7 +87,6 @@ def _draw(clip: tuple[int, ...], picture: tuple[int, ...], seed: int) -> dict[st
 
 SAFETY_CHECKER = Component(
     name="safety_checker",
-    subfolder="safety_checker",
     build=build,
     min_psnr_db=60.0,
 )

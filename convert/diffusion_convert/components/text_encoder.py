@@ -59,7 +59,6 @@ def prompt_ids(config: Mapping[str, Any], seed: int) -> np.ndarray:
 
 TEXT_ENCODER = Component(
     name="text_encoder",
-    subfolder="text_encoder",
     build=build,
     min_psnr_db=60.0,
     runs=3,

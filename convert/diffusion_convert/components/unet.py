@@ -125,7 +125,6 @@ def _encode(checkpoint: Checkpoint, shape: tuple[int, ...], seed: int) -> np.nda
 
 UNET = Component(
     name="unet",
-    subfolder="unet",
     build=build,
     min_psnr_db=60.0,
     uses_attention=True,

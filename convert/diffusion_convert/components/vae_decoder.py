@@ -52,7 +52,6 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
 
 VAE_DECODER = Component(
     name="vae_decoder",
-    subfolder="vae",
     build=build,
     min_psnr_db=60.0,
 )

@@ -62,7 +62,6 @@ def _picture(size: tuple[int, ...], factor: int, seed: int) -> np.ndarray:
 
 VAE_ENCODER = Component(
     name="vae_encoder",
-    subfolder="vae",
     build=build,
     min_psnr_db=60.0,
 )
