@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_convert.checkpoint import tensor_file
+from diffusion_convert.checkpoint import config_models, tensor_file
 from diffusion_convert.checkpoint.family import check_family, detect, refuse_other_kinds
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
+from diffusion_convert.checkpoint.vocabulary import TOKENIZER_FILES
 from diffusion_runtime import strict_json
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError
@@ -23,14 +24,6 @@ CARD = "README.md"
 NETWORKS = tuple(dict.fromkeys(names.subfolder for names in COMPONENTS.values()))
 SCHEDULERS = ("scheduler", "low_res_scheduler")
 REQUIRED = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
-TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 SUFFIXES = (".fp16.safetensors", ".safetensors", ".fp16.bin", ".bin")
 """In order of preference: no code before code, half the bytes before all of them."""
@@ -143,7 +136,7 @@ def _is_part(value: Any) -> bool:
 
 def read_submodel(folder: Path, class_name: str) -> Submodel:
     """The network in a folder, config.json beside its weights. No weight is read. Raises CheckpointError."""
-    config = read_json(folder / "config.json")
+    config = config_models.checked(class_name, read_json(folder / "config.json"), str(folder / "config.json"))
     files = weight_files(lambda name: (folder / name).is_file(), lambda name: read_json(folder / name))
     missing = [name for name in files if not (folder / name).is_file()]
     if missing or not files:

@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_convert.checkpoint import ldm_shapes
+from diffusion_convert.checkpoint.ldm_shapes import FULL_OPEN_CLIP_BLOCKS
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError
 
 FOLDER = Path(__file__).parent / "configs"
+
+TEXT_LAYER = "text layer"
+"""The section of `read_beside` that says which of the text encoder's states are used, in an LDM configuration's
+words: ``{"layer": "hidden", "layer_idx": -2}``."""
 
 Sections = Mapping[str, Mapping[str, Any]]
 
@@ -33,6 +38,8 @@ def config(
     """The configuration of one network of a file. Raises CheckpointError where something cannot be known."""
     given = beside.get(subfolder, {})
     sized = merge(data.get(subfolder, {}), ldm_shapes.SIZES[kind](part))
+    if subfolder == "text_encoder":
+        sized["num_hidden_layers"] = text_layers(kind, sized["num_hidden_layers"], data, beside.get(TEXT_LAYER, {}))
     ruled = {key: rule() for key, rule in _rules(kind, sized, data.get("rules", {})).items() if key not in given}
     return merge({**sized, **ruled}, given)
 
@@ -67,6 +74,36 @@ def _rules(kind: str, sized: Mapping[str, Any], rules: Mapping[str, Any]) -> dic
     return decided
 
 
+def text_layers(kind: str, there: int, data: Mapping[str, Any], asked: Mapping[str, Any]) -> int:
+    """How many of the layers that a text encoder has in a file are used: without ``asked`` (the section
+    `TEXT_LAYER`), all, but not the last where the family takes the states before that. Raises CheckpointError for a
+    layer that is not there."""
+    whole = there
+    if data.get("rules", {}).get("before_last_text_layer"):
+        # What diffusers saved lacks the last layer. OpenCLIP's names are used by files that have it, and by some
+        # full-size ones without it.
+        lacks_last = there != FULL_OPEN_CLIP_BLOCKS if kind == "clip" else there == FULL_OPEN_CLIP_BLOCKS - 1
+        whole = there + 1 if lacks_last else there
+        usual = whole - 1
+    else:
+        usual = whole
+    index = asked.get("layer_idx")
+    if asked.get("layer") == "hidden" and isinstance(index, int):  # 0: the embeddings, -1: all layers
+        used = index if index >= 0 else whole + 1 + index
+    else:
+        used = {None: usual, "last": whole, "penultimate": whole - 1}.get(asked.get("layer"), 0)
+    if not 1 <= used <= there:
+        told = ", ".join(f"{key}: {value}" for key, value in asked.items())
+        raise CheckpointError(f"{told}: no such layer in the file's text encoder, which has {there}")
+    return used
+
+
+def skips(kind: str, part: ldm_shapes.Tensors, data: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether ``asked`` takes other states of the text encoder than the family does."""
+    there = ldm_shapes.SIZES[kind](part)["num_hidden_layers"]
+    return text_layers(kind, there, data, asked) != text_layers(kind, there, data, {})
+
+
 def _heads(channels: int, head_channels: int) -> int:
     if channels % head_channels:
         raise CheckpointError(
@@ -94,19 +131,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
         unet = model["unet_config"]["params"]
-        width = unet.get("num_head_channels", -1)
-        heads = unet.get("num_heads", -1)
-        blocks = [unet["model_channels"] * multiple for multiple in unet["channel_mult"]]
+        width, heads = int(unet.get("num_head_channels", -1)), int(unet.get("num_heads", -1))
+        blocks = [int(unet["model_channels"]) * int(multiple) for multiple in unet["channel_mult"]]
+        text = dict((model.get("cond_stage_config") or {}).get("params") or {})
+        numbers = {key: float(model[key]) for key in ("scale_factor", "linear_start", "linear_end") if key in model}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path}: not an LDM configuration: {error!r}".splitlines()[0]) from error
-    prediction = {"v": "v_prediction", "eps": "epsilon"}.get(model.get("parameterization", "eps"))
+    prediction = {"v": "v_prediction", "eps": "epsilon"}.get(str(model.get("parameterization", "eps")))
     found: dict[str, dict[str, Any]] = {
         "unet": {"attention_head_dim": heads if heads > 0 else [_heads(channels, width) for channels in blocks]},
-        "vae": {"scaling_factor": model.get("scale_factor")},
+        "vae": {"scaling_factor": numbers.get("scale_factor")},
         "scheduler": {
             "prediction_type": prediction,
-            "beta_start": model.get("linear_start"),
-            "beta_end": model.get("linear_end"),
+            "beta_start": numbers.get("linear_start"),
+            "beta_end": numbers.get("linear_end"),
         },
+        TEXT_LAYER: {"layer": text.get("layer"), "layer_idx": text.get("layer_idx")},
     }
-    return {section: {k: v for k, v in keys.items() if v is not None} for section, keys in found.items()}
+    told = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in found.items()}
+    return {section: keys for section, keys in told.items() if keys}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from diffusion_convert.checkpoint.ldm_shapes import Tensors, open_clip_layers
+from diffusion_convert.checkpoint.ldm_shapes import Tensors
 
 if TYPE_CHECKING:
     import torch
@@ -34,16 +34,25 @@ def vae(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return mapped
 
 
-def clip(tensors: Tensors, _config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """A text model of transformers has its names already; the buffer of positions is no weight."""
-    return {name: value for name, value in tensors.items() if not name.endswith("position_ids")}
+def clip(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """A text model of transformers has its names already; the buffer of positions is no weight. As many layers as
+    are used."""
+    return {
+        name: value
+        for name, value in tensors.items()
+        if not name.endswith("position_ids")
+        and not (
+            (layer := re.match(r"text_model\.encoder\.layers\.(\d+)\.", name))
+            and int(layer[1]) >= config["num_hidden_layers"]
+        )
+    }
 
 
 def open_clip(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """An OpenCLIP text transformer's tensors by CLIPTextModel's names; its last block is left out."""
+    """An OpenCLIP text transformer's tensors by CLIPTextModel's names, as many blocks as are used."""
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
-    layers = open_clip_layers(tensors)
+    layers = int(config["num_hidden_layers"])
     used = {
         name: value
         for name, value in tensors.items()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, "torch.Tensor"]
 
 FULL_OPEN_CLIP_BLOCKS = 24
-"""Stable Diffusion 2 takes the states before OpenCLIP ViT-H's last block; diffusers keeps only those before it."""
+"""OpenCLIP ViT-H's. Stable Diffusion 2 takes the states before the last; diffusers keeps only those before that."""
 
 
 def unet(tensors: Tensors) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def vae(tensors: Tensors) -> dict[str, Any]:
 
 
 def clip(tensors: Tensors) -> dict[str, Any]:
-    """CLIPTextModel's sizes, from a transformers text model's tensors (``text_model.…``)."""
+    """CLIPTextModel's sizes with all layers, from a transformers text model's tensors (``text_model.…``)."""
     vocabulary, hidden = shape(tensors, "text_model.embeddings.token_embedding.weight", 2)
     return {
         "hidden_size": hidden,
@@ -87,21 +87,15 @@ def clip(tensors: Tensors) -> dict[str, Any]:
 
 
 def open_clip(tensors: Tensors) -> dict[str, Any]:
-    """CLIPTextModel's sizes, from an OpenCLIP text transformer's tensors."""
+    """CLIPTextModel's sizes with all layers, from an OpenCLIP text transformer's tensors."""
     vocabulary, hidden = shape(tensors, "token_embedding.weight", 2)
     return {
         "hidden_size": hidden,
         "intermediate_size": shape(tensors, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         "max_position_embeddings": shape(tensors, "positional_embedding", 2)[0],
-        "num_hidden_layers": open_clip_layers(tensors),
+        "num_hidden_layers": count(tensors, "transformer.resblocks"),
         "vocab_size": vocabulary,
     }
-
-
-def open_clip_layers(tensors: Tensors) -> int:
-    """How many of an OpenCLIP transformer's blocks are used: all but the last, which some files leave out."""
-    blocks = count(tensors, "transformer.resblocks")
-    return blocks if blocks == FULL_OPEN_CLIP_BLOCKS - 1 else blocks - 1
 
 
 def depth(tensors: Tensors) -> dict[str, Any]:

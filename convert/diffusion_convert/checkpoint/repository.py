@@ -11,13 +11,13 @@ from diffusion_convert.checkpoint.diffusers_folder import (
     INDEX,
     NETWORKS,
     SCHEDULERS,
-    TOKENIZER_FILES,
     open_folder,
     part_names,
     read_licence,
     weight_files,
 )
 from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.checkpoint.vocabulary import TOKENIZER_FILES
 from diffusion_convert.hub import client as hub
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_file

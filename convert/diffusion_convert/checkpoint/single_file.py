@@ -8,79 +8,61 @@ folder ``tokenizer`` beside it are taken, else CLIP's, which every published Sta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_convert.checkpoint import ldm_configs, ldm_names, ldm_shapes, tensor_file
+from diffusion_convert.checkpoint import config_models, ldm_configs, ldm_marks, ldm_names, ldm_shapes, tensor_file
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.ldm_layout import NETWORKS, OTHER_LAYOUTS, Network, only_averaged, split
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
+from diffusion_convert.checkpoint.vocabulary import TOKENIZER_FILES
 from diffusion_runtime.bundle.integrity import sha256
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, InputError
-from diffusion_runtime.families import FAMILIES, Family
+from diffusion_runtime.families import FAMILIES, TEXT_WIDTHS
+from diffusion_runtime.prompt.tokenizer import FILES as VOCABULARY
 
 if TYPE_CHECKING:
     import torch
 
 CLIP_VOCABULARY_SIZE = 49408
 TELLING_BIAS, MIN_V_SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
-PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
-"""How ModelSpec's ``modelspec.prediction_type`` is spelt -> diffusers' name."""
 BASE_GLOBAL_STEP = 875_000
 """``global_step`` of the official 512-base-ema.ckpt, by which diffusers, too, knows the epsilon model of SD 2."""
 
 
-@dataclass(frozen=True, slots=True)
-class Network:
-    """Where in the file a network lies, and what it becomes. ``kind`` is a key of SIZES and NAMES."""
-
-    kind: str
-    prefix: str
-    subfolder: str
-    class_name: str
+TEXT_KINDS = ("clip", "open_clip")
+"""The kinds of text encoders: CLIP ViT-L of Stable Diffusion 1, OpenCLIP ViT-H of 2."""
+GIVEN_BY = {"vae": "--vae or --base", "text encoder": "--base"}
+"""What a file may lack, and the option that gives it."""
 
 
-NETWORKS = (
-    Network("unet", "model.diffusion_model.", "unet", "UNet2DConditionModel"),
-    Network("vae", "first_stage_model.", "vae", "AutoencoderKL"),
-    Network("clip", "cond_stage_model.transformer.", "text_encoder", "CLIPTextModel"),
-    Network("open_clip", "cond_stage_model.model.", "text_encoder", "CLIPTextModel"),
-    Network("depth", "depth_model.model.", "depth_estimator", "DPTForDepthEstimation"),
-)
-OTHER_LAYOUTS: Mapping[str, str] = {
-    "conditioner.embedders.": "a Stable Diffusion XL file: give its diffusers folder or Hub id instead",
-    "lora_unet_": "a LoRA: give it with --lora, next to the checkpoint that it is for",
-    "lora_te": "a LoRA: give it with --lora, next to the checkpoint that it is for",
-    "unet.": "a LoRA in diffusers' layout: give it with --lora, next to the checkpoint that it is for",
-    "control_model.": "a ControlNet and not a checkpoint",
-    "down_blocks.": "a UNet in diffusers' layout: give the folder that holds model_index.json",
-    "double_blocks.": "a Flux model, which is not covered",
-    "model.diffusion_model.double_blocks.": "a Flux model, which is not covered",
-    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 model, which is not covered",
-    "encoder.down.": "a VAE alone: give it with --vae",
-}
-
-
-def open_single_file(path: Path, family: str | None = None, without_vae: bool = False) -> Checkpoint:
+def open_single_file(
+    path: Path, family: str | None = None, without_vae: bool = False, base: Checkpoint | None = None
+) -> Checkpoint:
     """The checkpoint in a file. Weights stay in the file: each call of a submodel's ``tensors`` maps it anew.
 
-    ``family`` decides what the file does not. ``without_vae``: the file needs none, as another is put in. Raises
-    CheckpointError for a file that is damaged, incomplete or of another kind, InputError for a family that
-    contradicts the file.
+    ``family`` decides what the file does not. ``without_vae``: the file needs none, as another is put in. ``base``
+    gives what the file lacks, and the tokenizer. Raises CheckpointError for a file that is damaged, incomplete or
+    of another kind, InputError for a family that contradicts the file.
     """
     file = tensor_file.read(path)
     parts = split(file.tensors)
-    layout = _layout(path, file.tensors, parts, without_vae)
-    beside = ldm_configs.merge(_declared(file), ldm_configs.read_beside(path))
-    found, notes = _family(path, layout, family, parts["unet"], file.scalars, beside)
+    _check_layout(path, file.tensors, parts, without_vae, base)
+    given = ldm_configs.read_beside(path)
+    marks = ldm_marks.read(path, file, settled="prediction_type" in given.get("scheduler", {}))
+    found, notes = _family(path, parts, family, marks, file.scalars, given)
     data = ldm_configs.family_data(found)
-    models = {
+    beside = ldm_configs.merge({"scheduler": marks.scheduler(data["scheduler"])}, given)
+    models = dict(base.models) if base is not None else {}
+    models |= {
         network.subfolder: submodel(path, network, parts[network.kind], data, beside)
         for network in NETWORKS
         if network.kind in parts
     }
+    if parts["unet"]["input_blocks.0.0.weight"].shape[1] == 5 and "depth_estimator" not in models:
+        raise CheckpointError(f"{path}: its UNet takes depth, but the depth estimator (depth_model.) is missing")
     return Checkpoint(
         name=path.stem,
         family=found,
@@ -91,26 +73,33 @@ def open_single_file(path: Path, family: str | None = None, without_vae: bool = 
             for name in ("scheduler", "low_res_scheduler")
             if name in data
         },
-        tokenizer=_tokenizer(path, data["tokenizer"], models["text_encoder"].config["vocab_size"]),
+        tokenizer=base.tokenizer
+        if base is not None
+        else _tokenizer(path, data["tokenizer"], models["text_encoder"].config["vocab_size"]),
         pipeline_class=data["pipeline_class"],
         pipeline_config=data.get("pipeline_config", {}),
-        notes=notes,
+        notes=(*notes, *_notes(path, file, parts, data, given)),
     )
 
 
-def split(tensors: ldm_shapes.Tensors) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of each network of a file, by kind and by the names inside the network. Training's own copies
-    (``model_ema.…``) and noise schedules belong to none."""
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for network in NETWORKS:
-        part = {
-            n.removeprefix(network.prefix): value for n, value in tensors.items() if n.startswith(network.prefix)
-        }
-        if network.kind == "clip" and not any(n.startswith("text_model.") for n in part):
-            part = {f"text_model.{n}": value for n, value in part.items()}  # newer writers leave that out
-        if part:
-            parts[network.kind] = part
-    return parts
+def _notes(
+    path: Path,
+    file: tensor_file.TensorFile,
+    parts: Mapping[str, ldm_shapes.Tensors],
+    data: Mapping[str, Any],
+    given: ldm_configs.Sections,
+) -> tuple[str, ...]:
+    found = []
+    if only_averaged(file.tensors):
+        found.append(f"{path.name} has only the weights that training averaged (model_ema): those are used")
+    layer, kind = given.get(ldm_configs.TEXT_LAYER, {}), next((kind for kind in TEXT_KINDS if kind in parts), None)
+    if kind is not None and ldm_configs.skips(kind, parts[kind], data, layer):
+        told = ", ".join(f"{key} {value}" for key, value in layer.items())
+        found.append(
+            f"{path.with_suffix('.yaml').name} asks for other states of the text encoder than usual ({told}): the "
+            "layers after those are left out and the last norm is kept, as web interfaces do for clip skip"
+        )
+    return tuple(found)
 
 
 def submodel(
@@ -123,6 +112,7 @@ def submodel(
     """One network of a file, checked to be whole. ``part`` is what `split` found of it."""
     try:
         config = ldm_configs.config(network.kind, network.subfolder, part, data, beside)
+        config = config_models.checked(network.class_name, config, network.subfolder)
         mapped = _mapped(network.kind, part, config)
         if network.kind == "unet":
             _check_all_used(part, mapped)
@@ -151,64 +141,64 @@ def _check_all_used(part: ldm_shapes.Tensors, mapped: ldm_shapes.Tensors) -> Non
         raise CheckpointError(f"its UNet has parts that no covered family has: {networks.listed(left)}")
 
 
-def _layout(
-    path: Path, tensors: ldm_shapes.Tensors, parts: Mapping[str, ldm_shapes.Tensors], without_vae: bool
-) -> tuple[str, int]:
-    """The kind of the text encoder, and the UNet's input channels."""
-    text = next((kind for kind in ("clip", "open_clip") if kind in parts), None)
-    needed = ("unet",) if without_vae else ("unet", "vae")
-    if text is None or any(kind not in parts for kind in needed):
-        for prefix, what in OTHER_LAYOUTS.items():
-            if any(name.startswith(prefix) for name in tensors):
-                raise CheckpointError(f"{path}: this is {what}")
-        missing = [kind for kind in needed if kind not in parts] + ["text encoder"] * (text is None)
-        what = "give one with --vae" if missing == ["vae"] else "expected a checkpoint in CompVis layout"
-        raise CheckpointError(f"{path}: has no {' and no '.join(missing)}: {what}")
-    first = "input_blocks.0.0.weight"
-    channels = parts["unet"][first].shape[1] if first in parts["unet"] and parts["unet"][first].ndim == 4 else 0
-    if not _alike(text, channels):
-        pairs = dict.fromkeys((family.text_encoder, family.in_channels) for family in FAMILIES.values())
-        known = ", ".join(f"{kind} with {count}" for kind, count in pairs)
-        raise CheckpointError(f"{path}: {text} text encoder with {channels} input channels; known are {known}")
-    if (text, channels) == ("open_clip", 5) and "depth" not in parts:
-        raise CheckpointError(f"{path}: its UNet takes depth, but the depth estimator (depth_model.) is missing")
-    return text, channels
-
-
-def _alike(text_encoder: str, channels: int) -> list[Family]:
-    """The families whose files look so."""
-    wanted = (text_encoder, channels)
-    return [family for family in FAMILIES.values() if (family.text_encoder, family.in_channels) == wanted]
-
-
-def _declared(file: tensor_file.TensorFile) -> dict[str, dict[str, Any]]:
-    """What a file says of itself: by a tensor named ``v_pred``, as trainers mark models of that kind, or in the
-    metadata of the ModelSpec standard."""
-    spec = str(file.scalars.get("modelspec.prediction_type", "")).lower()
-    found = PREDICTIONS.get(spec) if "v_pred" not in file.tensors else "v_prediction"
-    return {"scheduler": {"prediction_type": found}} if found else {}
+def _check_layout(
+    path: Path,
+    tensors: ldm_shapes.Tensors,
+    parts: Mapping[str, ldm_shapes.Tensors],
+    without_vae: bool,
+    base: Checkpoint | None,
+) -> None:
+    """Raises CheckpointError for a file that lacks a network that nothing else gives."""
+    there = {"text encoder" if kind in TEXT_KINDS else kind for kind in parts}
+    there |= {"vae"} if without_vae or base is not None else set()
+    there |= {"text encoder"} if base is not None else set()
+    missing = [kind for kind in ("unet", "vae", "text encoder") if kind not in there]
+    if not missing:
+        return
+    for prefix, what in OTHER_LAYOUTS.items():
+        if any(name.startswith(prefix) for name in tensors):
+            raise CheckpointError(f"{path}: this is {what}")
+    what = "expected a checkpoint in CompVis layout"
+    if "unet" not in missing:
+        what = f"give {'one' if len(missing) == 1 else 'them'} with {GIVEN_BY[missing[-1]]}"
+    raise CheckpointError(f"{path}: has no {' and no '.join(missing)}: {what}")
 
 
 def _family(
     path: Path,
-    layout: tuple[str, int],
+    parts: Mapping[str, ldm_shapes.Tensors],
     asked: str | None,
-    unet: ldm_shapes.Tensors,
+    marks: ldm_marks.Marks,
     scalars: Mapping[str, int | float | str],
     beside: ldm_configs.Sections,
 ) -> tuple[str, tuple[str, ...]]:
     """The family and, where it was not certain, a sentence that says so."""
-    alike = _alike(*layout)
-    names = [family.name for family in alike]
-    if asked is not None and asked not in names:
-        raise InputError(
-            f"{path}: family {asked!r} does not fit a file with a {layout[0]} text encoder and {layout[1]} input "
-            f"channels: expected {' or '.join(names)}"
+    unet, first = parts["unet"], "input_blocks.0.0.weight"
+    channels = unet[first].shape[1] if first in unet and unet[first].ndim == 4 else 0
+    takes = [family for family in FAMILIES.values() if family.in_channels == channels]
+    if not takes:
+        known = ", ".join(sorted({str(family.in_channels) for family in FAMILIES.values()}))
+        raise CheckpointError(f"{path}: a UNet with {channels} input channels; known are {known}")
+    says, certain = _text_encoder(parts, marks)
+    fits = [family for family in takes if {family.text_encoder} == set(says.values())]
+    if asked is not None:
+        accepted = [family.name for family in (fits if certain and fits else takes)]
+        if asked not in accepted:
+            raise InputError(
+                f"{path}: family {asked!r} does not fit a file with {channels} input channels and "
+                f"{' and '.join(says)}: expected {' or '.join(accepted)}"
+            )
+        return asked, ()
+    if not fits:
+        told = [" and ".join(what for what, kind in says.items() if kind == one) for one in TEXT_KINDS]
+        raise CheckpointError(
+            f"{path}: contradicts itself: {told[0] or 'nothing'} speaks for Stable Diffusion 1, "
+            f"{told[1] or 'nothing'} for 2: --family decides ({', '.join(family.name for family in takes)})"
         )
-    if asked is not None or len(names) == 1:
-        return asked or names[0], ()
-    by_prediction = {kind: family.name for family in reversed(alike) for kind in family.prediction_types}
-    prediction = beside.get("scheduler", {}).get("prediction_type")
+    if len(fits) == 1:
+        return fits[0].name, ()
+    by_prediction = {kind: family.name for family in reversed(fits) for kind in family.prediction_types}
+    prediction = beside.get("scheduler", {}).get("prediction_type", marks.prediction)
     if prediction is not None:
         return by_prediction.get(prediction, by_prediction["epsilon"]), ()
     if scalars.get("global_step") == BASE_GLOBAL_STEP:
@@ -222,6 +212,29 @@ def _family(
     return likely, (note,)
 
 
+def _text_encoder(parts: Mapping[str, ldm_shapes.Tensors], marks: ldm_marks.Marks) -> tuple[dict[str, str], bool]:
+    """What says of which kind the text encoder is -> the kind; and whether that is certain. Names say little:
+    OpenCLIP's is also written with those of CLIP's."""
+    says: dict[str, str] = {}
+    matrices = {name: value for name, value in parts["unet"].items() if value.ndim == 2}
+    context = next((value.shape[1] for name, value in matrices.items() if name.endswith("attn2.to_k.weight")), 0)
+    if context in TEXT_WIDTHS:
+        says[f"a UNet that attends to states of width {context}"] = TEXT_WIDTHS[context]
+    embedding = parts.get("clip", {}).get("text_model.embeddings.token_embedding.weight")
+    width = embedding.shape[-1] if embedding is not None and embedding.ndim else 0
+    if width in TEXT_WIDTHS:
+        says[f"a text encoder of width {width}"] = TEXT_WIDTHS[width]
+    if "open_clip" in parts:
+        says["a text encoder with OpenCLIP's names"] = "open_clip"
+    if marks.v2 is not None:
+        says[f"metadata that say {'2' if marks.v2 else '1'}"] = "open_clip" if marks.v2 else "clip"
+    if says:
+        return says, True
+    linear = any(name.endswith("1.proj_in.weight") for name in matrices)
+    what = f"a UNet whose projections are {'linear' if linear else 'convolutions'}"
+    return {what: "open_clip" if linear else "clip"}, False
+
+
 def predicts_v(unet: ldm_shapes.Tensors) -> bool:
     """Whether SD 2 weights are of a model that predicts v: those have learnt a wide bias before the last attention,
     as ComfyUI judges them, too. Where the UNet is another than SD 2's, v is assumed."""
@@ -232,11 +245,9 @@ def predicts_v(unet: ldm_shapes.Tensors) -> bool:
 def _tokenizer(path: Path, settings: str, vocabulary_size: int) -> dict[str, Path]:
     """Files by name: those beside the checkpoint, else CLIP's vocabulary with the family's settings."""
     for folder in (path.parent / "tokenizer", path.parent):
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-            return _files(ldm_configs.FOLDER / "clip" / settings) | {
-                name: folder / name for name in names if (folder / name).is_file()
-            }
+        there = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+        if "tokenizer.json" in there or there.keys() >= set(VOCABULARY):
+            return _files(ldm_configs.FOLDER / "clip" / settings) | there
     if vocabulary_size < CLIP_VOCABULARY_SIZE:
         raise CheckpointError(
             f"{path}: its text encoder knows {vocabulary_size} tokens, CLIP's tokenizer {CLIP_VOCABULARY_SIZE}: "

@@ -42,6 +42,7 @@ CLIP that a text encoder is from. Where the network has a part of that name, it 
 _NEVER_RUN = re.compile(r"^neck\.fusion_stage\.layers\.0\.residual_layer1\.")
 """What transformers' networks have and never call, so that published checkpoints may lack it: the first layer of a
 DPT's fusion has nothing to add (github.com/huggingface/transformers/issues/28292)."""
+_TEXT_LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\.")
 _SHOWN = 8
 
 
@@ -98,8 +99,11 @@ def empty(submodel: Submodel, where: str) -> torch.nn.Module:
                 network: torch.nn.Module = kind.from_config(config)
             else:
                 network = kind(kind.config_class(**{k: v for k, v in config.items() if k != "architectures"}))
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        raise CheckpointError(f"{where}: config.json does not describe a {submodel.class_name}: {error}") from error
+    except Exception as error:  # whatever a library's class says of a configuration that it does not understand
+        reason = (str(error).splitlines() or [""])[0] or repr(error)
+        raise CheckpointError(
+            f"{where}: config.json does not describe a {submodel.class_name}: {reason}"
+        ) from error
     return network
 
 
@@ -107,6 +111,12 @@ def _fitting(tensors: Mapping[str, torch.Tensor], network: torch.nn.Module, wher
     """``tensors`` by the network's names and in its shapes."""
     expected = network.state_dict()
     found = {_name(name, expected): tensor for name, tensor in tensors.items()}
+    layers = {layer[1] for name in expected if (layer := _TEXT_LAYER.match(name))}
+    found = {
+        name: tensor
+        for name, tensor in found.items()
+        if not (layers and (layer := _TEXT_LAYER.match(name)) and layer[1] not in layers)  # see `unused_layers`
+    }
     parts = {name.partition(".")[0] for name in expected}
     shapes = {
         name: tensor.reshape(expected[name].shape) if _squeezes(tensor, expected[name]) else tensor
@@ -132,10 +142,36 @@ def _fitting(tensors: Mapping[str, torch.Tensor], network: torch.nn.Module, wher
             if tensor.shape != expected[name].shape
         ],
     }
+    _check_types(shapes, where)
     wrong = [f"{problem}: {listed(names)}" for problem, names in problems.items() if names]
     if wrong:
         raise CheckpointError(f"{where}: the weights are not those of config.json's network: {'; '.join(wrong)}")
     return shapes
+
+
+def unused_layers(submodel: Submodel, tensors: Mapping[str, torch.Tensor]) -> int:
+    """How many layers a text encoder's weights have beyond those of its configuration. transformers leaves them
+    out: so is clip skip made permanent."""
+    if not submodel.class_name.startswith("CLIPText"):
+        return 0
+    numbers = {int(found[1]) for name in tensors if (found := _TEXT_LAYER.match(name))}
+    return len([number for number in numbers if number >= int(submodel.config.get("num_hidden_layers", 12))])
+
+
+def _check_types(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    import torch
+
+    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+    wrong = [
+        f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in known and not _IGNORED.search(name)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{where}: weights that are no floating point numbers: {listed(wrong)}: quantized weights cannot be "
+            "read without the method that made them; expected a checkpoint in 16 or 32 bits"
+        )
 
 
 def _name(name: str, expected: Mapping[str, Any]) -> str:

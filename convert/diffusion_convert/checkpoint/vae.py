@@ -8,7 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_convert.checkpoint import diffusers_folder, ldm_configs, ldm_names, ldm_shapes, tensor_file
+from diffusion_convert.checkpoint import (
+    config_models,
+    diffusers_folder,
+    ldm_configs,
+    ldm_names,
+    ldm_shapes,
+    tensor_file,
+)
 from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
@@ -69,6 +76,7 @@ def _from_file(path: Path, family: str) -> Submodel:
     try:
         data, beside = ldm_configs.family_data(family), ldm_configs.read_beside(path)
         config = ldm_configs.config("vae", "vae", _part(tensors), data, beside)
+        config = config_models.checked(CLASS_NAME, config, "vae")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: no VAE in LDM's layout: {error}") from error
     return Submodel(CLASS_NAME, config, partial(_map_tensors, path, config))

@@ -1,9 +1,11 @@
-"""vocab.json and merges.txt, which apps read, from a tokenizer of either kind: slow (the same files) or fast."""
+"""vocab.json, merges.txt and settings, which apps and transformers read, from a tokenizer of either kind: slow (the
+same files) or fast (tokenizer.json, which may be all that there is)."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,45 +14,92 @@ from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError
 from diffusion_runtime.prompt.tokenizer import FILES as VOCABULARY
 
+FAST = "tokenizer.json"
+ADDED = "added_tokens.json"
+CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (*VOCABULARY, FAST, CONFIG, "special_tokens_map.json", ADDED)
+"""What a tokenizer's folder may hold that matters here."""
+
 _HEADER = "#version: 0.2"
 
 
 def check_vocabulary(files: Mapping[str, Path]) -> None:
     """Raises CheckpointError where `write_vocabulary` would."""
-    if not files.keys() >= set(VOCABULARY):
-        _from_fast(files)
-
-
-def write_vocabulary(files: Mapping[str, Path], target: Path) -> None:
-    """Write vocab.json and merges.txt to the folder ``target``.
-
-    ``files`` maps a tokenizer's file names to where they are: vocab.json and merges.txt are copied as they are,
-    else both are taken from tokenizer.json. Raises CheckpointError where neither is there or of another kind.
-    """
-    if files.keys() >= set(VOCABULARY):
-        for name in VOCABULARY:
-            shutil.copyfile(files[name], target / name)
-        return
-    vocabulary, merges = _from_fast(files)
-    text = json.dumps(dict(sorted(vocabulary.items(), key=lambda item: item[1])), ensure_ascii=False)
-    (target / "vocab.json").write_text(text, encoding="utf-8")
-    (target / "merges.txt").write_text("\n".join([_HEADER, *merges]) + "\n", encoding="utf-8")
-
-
-def _from_fast(files: Mapping[str, Path]) -> tuple[dict[str, int], list[str]]:
-    """The vocabulary and the merges of a fast tokenizer."""
-    if "tokenizer.json" not in files:
+    if FAST in files:
+        _load(files)
+    elif not files.keys() >= set(VOCABULARY):
         raise CheckpointError(
             "the tokenizer has neither vocab.json and merges.txt nor tokenizer.json "
             f"(found: {', '.join(sorted(files)) or 'nothing'})"
         )
-    path = files["tokenizer.json"]
-    data: Any = strict_json.read(path, CheckpointError, strict_json.MAX_VOCABULARY_BYTES)
-    try:
-        model = data["model"]
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        vocabulary = {str(token): int(number) for token, number in model["vocab"].items()}
-        vocabulary |= {str(token["content"]): int(token["id"]) for token in data.get("added_tokens", ())}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not the file of a byte-pair tokenizer: {error!r}") from error
-    return vocabulary, merges
+
+
+def write_vocabulary(files: Mapping[str, Path], target: Path) -> None:
+    """Write a tokenizer to the folder ``target`` as vocab.json, merges.txt and what goes with them.
+
+    ``files`` maps a tokenizer's file names to where they are. Without tokenizer.json they are copied as they are.
+    With it, transformers reads them first: tokenizer.json wins over vocab.json, and tokens added to a vocabulary
+    may stand in it alone. What is written then says the same as what transformers has read: added tokens stand in
+    added_tokens.json and, with how they match, in tokenizer_config.json. Raises CheckpointError for files that are
+    missing, damaged or of another kind of tokenizer.
+    """
+    check_vocabulary(files)
+    for name in TOKENIZER_FILES:
+        if name in files and name != FAST:
+            shutil.copyfile(files[name], target / name)
+    if FAST in files:
+        _write_read(files, target)
+
+
+def _write_read(files: Mapping[str, Path], target: Path) -> None:
+    clip = _load(files)
+    model = json.loads(clip.backend_tokenizer.to_str())["model"]
+    added = dict(sorted(clip.added_tokens_decoder.items()))
+    special = {name: str(getattr(clip, name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    vocabulary = model["vocab"] | {str(t): number for number, t in added.items() if str(t) in special.values()}
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    extra = {str(token): number for number, token in added.items() if str(token) not in vocabulary}
+    _write_json(target / "vocab.json", dict(sorted(vocabulary.items(), key=lambda item: int(item[1]))))
+    (target / "merges.txt").write_text("\n".join([_HEADER, *merges]) + "\n", encoding="utf-8")
+    (target / ADDED).unlink(missing_ok=True)
+    if extra:
+        _write_json(target / ADDED, extra)
+    settings = strict_json.read_object(files[CONFIG], CheckpointError) if CONFIG in files else {}
+    _write_json(
+        target / CONFIG,
+        {
+            **settings,
+            **special,
+            "tokenizer_class": "CLIPTokenizer",
+            "added_tokens_decoder": {str(number): _attributes(token) for number, token in added.items()},
+        },
+    )
+
+
+def _load(files: Mapping[str, Path]) -> Any:
+    """The tokenizer as diffusers would load it: by transformers, from a folder of these files."""
+    from transformers import CLIPTokenizer
+
+    for name in files.keys() - {"merges.txt"}:
+        strict_json.read_object(files[name], CheckpointError, strict_json.MAX_VOCABULARY_BYTES)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in files.items():
+            shutil.copyfile(path, Path(folder, name))
+        try:
+            clip = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            kind = json.loads(clip.backend_tokenizer.to_str())["model"]["type"]
+        except Exception as error:  # tokenizers raises bare Exception for a damaged file
+            first = (str(error).splitlines() or [repr(error)])[0]
+            raise CheckpointError(f"{files[FAST]}: not the file of a byte-pair tokenizer: {first}") from error
+    if kind != "BPE":
+        raise CheckpointError(f"{files[FAST]}: a {kind} tokenizer; expected CLIP's byte pairs (BPE)")
+    return clip
+
+
+def _attributes(token: Any) -> dict[str, Any]:
+    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    return {name: getattr(token, name) for name in names}
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -37,8 +37,6 @@ from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import FAMILIES, AttentionKind
 from diffusion_runtime.schedulers import imposed_on, settled
 
-TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -170,9 +168,6 @@ def _variant(plan: Plan, place: Workspace, kind: AttentionKind, folder: Path) ->
         for name in record.component.files:
             link_tree(place.units / unit.name / name, folder / name)
     write_vocabulary(plan.checkpoint.tokenizer, folder)
-    for name in TOKENIZER_FILES:
-        if name in plan.checkpoint.tokenizer:
-            shutil.copyfile(plan.checkpoint.tokenizer[name], folder / name)
     manifest.write(_manifest(plan, kind, entries), folder)
 
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffusion_runtime.errors import CheckpointError
+
 if TYPE_CHECKING:
     import torch
 
@@ -133,12 +135,18 @@ class Placeholders:
             return tensor
         small = tensor.numel() < MIN_SIZE or tensor.ndim < 2 or tensor.shape[0] < 2
         if small or not self._enabled or name in self._by_value or len(self._weights) == _CODES:
-            return tensor.float()
+            return _finite(name, tensor.float())
         code = float(np.uint16(_FIRST_CODE + len(self._weights)).view(np.float16))
         self._weights.append(_Weight(name, tuple(tensor.shape), tensors))
         column = torch.full((tensor.shape[0], *[1] * (tensor.ndim - 1)), code)
         column[0] = -code
         return column.expand(tensor.shape)
+
+
+def _finite(name: str, values: torch.Tensor) -> torch.Tensor:
+    if not bool(values.isfinite().all()):
+        raise CheckpointError(f"the weight {name} has an infinite or undefined value: the checkpoint is damaged")
+    return values
 
 
 def _rows_in_place(array: np.ndarray, shape: tuple[int, ...]) -> bool:

@@ -1,0 +1,140 @@
+"""Where the networks of a single file lie, under all the names that writers give them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffusion_convert.checkpoint.ldm_shapes import Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Under which prefixes a network may lie, the first that is there, and what it becomes. ``kind`` is a key of
+    `ldm_shapes.SIZES` and `ldm_names.NAMES`."""
+
+    kind: str
+    prefixes: tuple[str, ...]
+    subfolder: str
+    class_name: str
+
+
+NETWORKS = (
+    Network("unet", ("model.diffusion_model.",), "unet", "UNet2DConditionModel"),
+    Network("vae", ("first_stage_model.", "vae."), "vae", "AutoencoderKL"),
+    Network(
+        "clip",
+        (
+            "cond_stage_model.transformer.",
+            # as node editors keep it: by the name of the encoder (CLIP ViT-L, or OpenCLIP ViT-H of SD 2)
+            *(
+                f"{outer}{encoder}.transformer."
+                for outer in ("", "cond_stage_model.", "text_encoders.")
+                for encoder in ("clip_l", "clip_h")
+            ),
+        ),
+        "text_encoder",
+        "CLIPTextModel",
+    ),
+    Network(
+        "open_clip",
+        ("cond_stage_model.model.", "cond_stage_model.clip_h.model.", "clip_h.model."),
+        "text_encoder",
+        "CLIPTextModel",
+    ),
+    Network("depth", ("depth_model.model.",), "depth_estimator", "DPTForDepthEstimation"),
+)
+_BARE_UNET = "input_blocks.0.0.weight"
+AVERAGED = "model_ema."
+"""Under this lie the averages that training keeps of the UNet, by names without dots."""
+
+OTHER_LAYOUTS: Mapping[str, str] = {
+    "conditioner.embedders.": "a Stable Diffusion XL file: give its diffusers folder or Hub id instead",
+    "lora_unet_": "a LoRA: give it with --lora, next to the checkpoint that it is for",
+    "lora_te": "a LoRA: give it with --lora, next to the checkpoint that it is for",
+    "unet.": "a LoRA in diffusers' layout: give it with --lora, next to the checkpoint that it is for",
+    "control_model.": "a ControlNet and not a checkpoint",
+    "down_blocks.": "a UNet in diffusers' layout: give the folder that holds model_index.json",
+    "double_blocks.": "a Flux model, which is not covered",
+    "model.diffusion_model.double_blocks.": "a Flux model, which is not covered",
+    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 model, which is not covered",
+    "encoder.down.": "a VAE alone: give it with --vae",
+    "text_model.": "a text encoder alone: a checkpoint has a UNet, too",
+    "transformer.resblocks.": "a text encoder alone: a checkpoint has a UNet, too",
+}
+"""What files of other kinds are, by how one of their names begins."""
+
+_WORDS = re.compile(
+    "|".join(
+        sorted(
+            (
+                *("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out"),
+                *("in_layers", "out_layers", "emb_layers", "skip_connection", "op", "conv"),
+                *("norm", "norm1", "norm2", "norm3", "proj_in", "proj_out", "transformer_blocks"),
+                *("attn1", "attn2", "to_q", "to_k", "to_v", "to_out", "ff", "net", "proj", "weight", "bias"),
+            ),
+            key=len,
+            reverse=True,
+        )
+    )
+    + r"|\d+"
+)
+
+
+def split(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of each network of a file, by kind and by the names inside the network. Training's averages
+    (``model_ema.…``) are taken where the file has no other UNet; noise schedules belong to no network."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for network in NETWORKS:
+        prefix = next((prefix for prefix in network.prefixes if any(n.startswith(prefix) for n in tensors)), None)
+        if prefix is None and network.kind == "unet" and _BARE_UNET in tensors:
+            prefix = ""
+        if prefix is not None:
+            parts[network.kind] = {
+                n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)
+            }
+    if "clip" in parts and not any(n.startswith("text_model.") for n in parts["clip"]):
+        parts["clip"] = {f"text_model.{n}": value for n, value in parts["clip"].items()}  # newer writers do so
+    if "vae" in parts:
+        parts["vae"] = {_ldm_vae_name(n): value for n, value in parts["vae"].items()}
+    if "unet" not in parts and (averaged := _averaged(tensors)):
+        parts["unet"] = averaged
+    return parts
+
+
+def only_averaged(tensors: Tensors) -> bool:
+    """Whether the UNet of `split` is the one that training averaged."""
+    others = (*NETWORKS[0].prefixes, _BARE_UNET)
+    return not any(name.startswith(others) for name in tensors) and bool(_averaged(tensors))
+
+
+def _averaged(tensors: Tensors) -> dict[str, torch.Tensor]:
+    prefix = f"{AVERAGED}diffusion_model"
+    return {_dotted(name.removeprefix(prefix)): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _dotted(flat: str) -> str:
+    """``input_blocks110transformer_blocks0normweight`` -> ``input_blocks.11.0.transformer_blocks.0.norm.weight``:
+    the last digit is that of a block's part, of which there are three at most."""
+    words = _WORDS.findall(flat)
+    if "".join(words) != flat:
+        return flat
+    if words[0] in ("input_blocks", "output_blocks") and len(words[1]) > 1:
+        words[1] = f"{words[1][:-1]}.{words[1][-1]}"
+    return ".".join(words)
+
+
+def _ldm_vae_name(name: str) -> str:
+    """Some trainers write an autoencoder's attention by diffusers' names inside of LDM's."""
+    head, attention, tail = name.partition(".attn_1.")
+    for theirs, ours in (("to_out.0.", "proj_out."), ("to_", ""), ("group_norm.", "norm.")):
+        if attention and tail.startswith(theirs):
+            return f"{head}{attention}{ours}{tail.removeprefix(theirs)}"
+    older = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
+    part, dot, kind = tail.partition(".")
+    return f"{head}{attention}{older.get(part, part)}{dot}{kind}" if attention else name
