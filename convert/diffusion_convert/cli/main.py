@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffusion_convert.cli import bundle, convert, inspect, palettize, share, verify
+from diffusion_convert.cli import bench, bundle, convert, inspect, palettize, share, verify
 from diffusion_runtime import cli as runtime
 from diffusion_runtime.errors import DiffusionError
 
@@ -66,6 +66,6 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-for module in (convert, palettize, bundle, verify, inspect, share):
+for module in (convert, palettize, bundle, verify, inspect, share, bench):
     module.register(app)
 app.registered_commands.extend(runtime.app.registered_commands)

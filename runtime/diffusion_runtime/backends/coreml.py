@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,14 @@ UNIT_NAMES: Mapping[ComputeUnits, str] = {
     ComputeUnits.CPU_AND_NE: "CPU_AND_NE",
     ComputeUnits.CPU_ONLY: "CPU_ONLY",
 }
+
+
+DEVICES: Mapping[str, str] = {
+    "MLCPUComputeDevice": "cpu",
+    "MLGPUComputeDevice": "gpu",
+    "MLNeuralEngineComputeDevice": "neural engine",
+}
+"""coremltools' classes of devices -> what reports call them."""
 
 
 def default_cache() -> Path:
@@ -106,6 +115,30 @@ class CoreMLModel:
                 "--compute-units cpu-and-gpu"
             ) from error
         return {name: np.asarray(results[name]) for name in self.outputs}
+
+
+def operation_devices(path: Path, compute_units: ComputeUnits, cache: Path | None = None) -> dict[str, int]:
+    """How many operations of a model Core ML plans to run on "cpu", "gpu" and "neural engine"; empty where the
+    system cannot tell (before macOS 14.4). A package is looked for among those that were compiled."""
+    coremltools = import_coremltools()
+    compiled = path if path.suffix == ".mlmodelc" else (cache or default_cache()) / f"{content_key(path)}.mlmodelc"
+    if not compiled.is_dir():
+        return {}
+    plans = import_coremltools("models.compute_plan").MLComputePlan
+    try:
+        plan = plans.load_from_path(str(compiled), coremltools.ComputeUnit[UNIT_NAMES[compute_units]])
+        program = plan.model_structure.program
+    except Exception:  # ValueError before macOS 14.4; whatever Core ML reports for a model that it cannot plan
+        return {}
+    if program is None:
+        return {}
+    counted: Counter[str] = Counter()
+    for function in program.functions.values():
+        for operation in function.block.operations:
+            usage = plan.get_compute_device_usage_for_mlprogram_operation(operation)
+            if usage is not None:
+                counted[DEVICES.get(type(usage.preferred_compute_device).__name__, "other")] += 1
+    return dict(counted)
 
 
 def content_key(package: Path) -> str:
