@@ -137,7 +137,9 @@ def start(scenario: Scenario, folder: Path, seeds: Path) -> int:
         os.chdir(folder)
         tempfile.tempdir = str(folder.parent / "temp")
         outcome = call([part.replace("SEEDS", str(seeds)) for part in scenario.command])
-        atexit._run_exitfuncs()  # as at the end of a process: coremltools removes its temporary packages there
+        # As at the end of a process: coremltools removes its temporary packages there. (What the parent would do
+        # at its own end runs too: it keeps no TemporaryDirectory.)
+        atexit._run_exitfuncs()
         code = 99 if outcome.error else outcome.code
         text = json.dumps({"said": outcome.said, "error": outcome.error})
         (folder.parent / f"said-{os.getpid()}").write_text(text)
@@ -303,10 +305,13 @@ def main() -> int:
     arguments = parser.parse_args()
     chosen = tuple(scenario for scenario in SCENARIOS if (arguments.only or "") in scenario.name)
     started, problems = time.perf_counter(), []
-    with tempfile.TemporaryDirectory(prefix="coreml-sd-kills-") as folder:
-        for problem in run(Path(folder).resolve(), arguments.kills, arguments.races, arguments.seed, chosen):
+    root = Path(tempfile.mkdtemp(prefix="coreml-sd-kills-")).resolve()
+    try:
+        for problem in run(root, arguments.kills, arguments.races, arguments.seed, chosen):
             print(problem, flush=True)
             problems.append(problem)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
     counted: Mapping[str, int] = {"kills": arguments.kills, "races": arguments.races}
     shown = " and ".join(f"{count} {name}" for name, count in counted.items())
     print(f"{shown} in {time.perf_counter() - started:.0f} s: {len(problems)} problems")

@@ -125,8 +125,12 @@ def nasty(random: Random, like: Any = None) -> Any:
         str(like),
         random.getrandbits(random.choice((8, 40, 200))),
     ]
-    if isinstance(like, (int, float)) and not isinstance(like, bool):
-        others += [like + 1, like - 1, -like, like * 2, like * 1000, like * 10**9, float(like), like // 2]
+    if isinstance(like, int) and not isinstance(like, bool):
+        others += [like + 1, like - 1, -like, like * 2, like * 1000, like * 10**9, f"{like}.0", like // 2]
+    if isinstance(like, float):
+        others += [like + 1, -like, like * 1000, like / 1000, like * 1e300]
+    if isinstance(like, int) and abs(like) < 2**53:
+        others.append(float(like))
     if isinstance(like, list) and like:
         others += [like[:-1], like * 2, like * 5_000, list(reversed(like)), [*like, random.choice(like)]]
     if isinstance(like, str) and like:
