@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
-from diffusion_convert.checkpoint import diffusers_folder, ldm_configs, lora_file, vocabulary
+from diffusion_convert.checkpoint import diffusers_folder, ldm_configs, vocabulary
+from diffusion_convert.checkpoint.lora import settings as lora_settings
 from diffusion_convert.palettize import recipe
 from diffusion_runtime import images, strict_json
 from diffusion_runtime.bundle import manifest
@@ -47,14 +47,12 @@ def _recipe(path: Path) -> None:
 def _beside_a_lora(path: Path) -> None:
     save_file({}, path.parent / "adapter_model.safetensors")
     path.rename(path.parent / "adapter_config.json")
-    lora_file._settings(path.parent / "adapter_model.safetensors")
+    lora_settings.beside(path.parent / "adapter_model.safetensors")
 
 
 def _in_a_lora(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    file = path.parent / "lora.safetensors"
-    save_file({"a": torch.zeros(1)}, file, metadata={lora_file.METADATA_KEY: text})
-    lora_file._settings(file)
+    lora_settings.in_header(path.parent / "lora.safetensors", {lora_settings.METADATA_KEY: text})
 
 
 def _in_a_picture(path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,16 +28,34 @@ DEFAULT_ATTENTION = (AttentionKind.ORIGINAL, AttentionKind.SPLIT_EINSUM_V2)
 E = TypeVar("E", bound=enum.Enum)
 
 
+LORA_PARTS = re.compile(r"unet|te|te1|te2|mid|(?:in|out)\d\d")
+"""What a LoRA can have a weight of its own for: networks, and the UNet's blocks as trainers count them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """A LoRA file or folder and the weight at which it is fused. A path's text is taken for the path."""
+    """A LoRA file or folder and the weight at which it is fused. A path's text is taken for the path.
+
+    ``parts`` are other weights by part: "unet", "te" (text encoders; "te1" and "te2" for one of them) and the
+    UNet's blocks ("in00" …, "mid", "out00" …). The most particular one counts, and takes the place of the others.
+    """
 
     path: Path
     weight: float = 1.0
+    parts: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(_typed("LoRA path", self.path, (str, os.PathLike), "a path")))
-        _typed("LoRA weight", self.weight, (int, float), "a number")
+        given = self.parts.items() if isinstance(self.parts, Mapping) else self.parts
+        parts = dict(_typed("LoRA parts", given, (Iterable,), 'weights by part, as {"te": 0.5}'))
+        for name, weight in {"": self.weight, **parts}.items():
+            if not math.isfinite(_typed("LoRA weight", weight, (int, float), "a number")):
+                raise InputError(f"{self.path}: LoRA weight {weight}: expected a number")
+            if name and LORA_PARTS.fullmatch(name) is None:
+                raise InputError(
+                    f"{self.path}: LoRA weight for {name!r}: expected unet, te, te1, te2, mid or a block as in04"
+                )
+        object.__setattr__(self, "parts", tuple(parts.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +79,7 @@ class ConvertOptions:
     chunk_unet: bool = False
     vae: str | None = None
     loras: tuple[Lora, ...] = ()
+    lora_partial: bool = False
     revision: str | None = None
     family: str | None = None
     precision: Precision = Precision.AUTO
@@ -90,7 +111,7 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
     for name in ("nbits", "height", "width", "batch_size"):
         if name == "batch_size" or getattr(options, name) is not None:
             _typed(name, getattr(options, name), (int,), "a whole number")
-    for name in ("chunk_unet", "compiled", "zip", "verify"):
+    for name in ("chunk_unet", "lora_partial", "compiled", "zip", "verify"):
         _typed(name, getattr(options, name), (bool,), "True or False")
     for name in ("target", "revision", "family"):
         if name == "target" or getattr(options, name) is not None:
@@ -151,14 +172,31 @@ def parse_choice(kind: type[E], name: str, text: str) -> E:
 
 
 def parse_lora(text: str) -> Lora:
-    """``PATH`` or ``PATH:WEIGHT``; a path with a colon in it is taken as it is where it exists."""
-    path, colon, weight = text.rpartition(":")
+    """``PATH``, ``PATH:WEIGHT``, ``PATH:PART=WEIGHT,…`` or ``PATH:WEIGHT,PART=WEIGHT,…``; a path with a colon in it
+    is taken as it is where it exists."""
+    path, colon, told = text.rpartition(":")
     if not colon or Path(text).exists():
         return Lora(Path(text))
+    first, *others = told.split(",")
+    whole, pairs = ("1", [first, *others]) if "=" in first else (first, others)
     try:
-        return Lora(Path(path), float(weight))
+        weight = float(whole)
+        parts = [(name.strip(), float(value)) for name, _, value in (pair.partition("=") for pair in pairs)]
     except ValueError:
-        raise InputError(f"--lora {text!r}: expected PATH or PATH:WEIGHT, as in style.safetensors:0.8") from None
+        raise InputError(
+            f"--lora {text!r}: expected PATH, PATH:WEIGHT or PATH:WEIGHT,PART=WEIGHT, as in "
+            "style.safetensors:0.8,te=0"
+        ) from None
+    names = [_block(name) for name, _ in parts]
+    if len(set(names)) < len(names):
+        raise InputError(f"--lora {text!r}: a part has two weights: expected one")
+    return Lora(Path(path), weight, tuple(zip(names, (value for _, value in parts), strict=True)))
+
+
+def _block(part: str) -> str:
+    """``in4`` -> ``in04``."""
+    found = re.fullmatch(r"(in|out)(\d)", part)
+    return f"{found[1]}0{found[2]}" if found is not None else part
 
 
 def parse_list(texts: Iterable[str]) -> tuple[str, ...]:

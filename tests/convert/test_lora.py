@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 import compvis_layout
-from diffusion_convert.checkpoint import lora_file
 from diffusion_convert.checkpoint.lora import fuse
+from diffusion_convert.checkpoint.lora.settings import METADATA_KEY
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.single_file import open_single_file
@@ -279,11 +279,11 @@ def test_settings_that_diffusers_keeps_in_the_file(sd1: Checkpoint, tmp_path: Pa
     made = updates(sd1, Half("unet", {f"{BLOCK}.attn1.to_q": (4, 6), f"{BLOCK}.attn1.to_k": (4, 2)}))
     settings = {"unet.r": 4, "unet.lora_alpha": 6, "unet.alpha_pattern": {"attn1.to_k": 2}}
     tensors = diffusers(made, ".lora_A.weight", ".lora_B.weight")
-    metadata = {lora_file.METADATA_KEY: json.dumps(settings)}
+    metadata = {METADATA_KEY: json.dumps(settings)}
     found = fused_from(sd1, tmp_path / "lora.safetensors", tensors, 1.0, **metadata)
     assert_fused(found, sd1, expected(sd1, made, 1.0))
     with pytest.raises(CheckpointError, match="its metadata: cannot be read as JSON"):
-        fused_from(sd1, tmp_path / "lora.safetensors", tensors, 1.0, **{lora_file.METADATA_KEY: "{"})
+        fused_from(sd1, tmp_path / "lora.safetensors", tensors, 1.0, **{METADATA_KEY: "{"})
 
 
 @pytest.mark.parametrize("rank_stabilized", [False, True])
@@ -297,25 +297,6 @@ def test_a_folder_that_peft_wrote(sd1: Checkpoint, tmp_path: Path, rank_stabiliz
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6, "use_rslora": rank_stabilized}))
     weight = math.sqrt(4) if rank_stabilized else 1.0
     assert_fused(fuse(sd1, [Lora(tmp_path)]), sd1, expected(sd1, made, weight))
-
-
-@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-def test_as_diffusers_own_pipeline_fuses_it(
-    sd1: Checkpoint, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, layout: str
-) -> None:
-    """One rank and alpha for all: of a kohya file with several, diffusers 0.42 ignores all alphas but one."""
-    from diffusers import StableDiffusionPipeline
-
-    sizes = dict.fromkeys([*UNET.modules, *CONVOLUTIONS.modules], (4, 2.0 if layout == "kohya" else 4.0))
-    made = updates(sd1, Half("unet", sizes))
-    tensors = kohya(made) if layout == "kohya" else diffusers(made, ".lora_A.weight", ".lora_B.weight")
-    found = fused_from(sd1, tmp_path / "lora.safetensors", tensors, 0.8)
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(tiny_checkpoint("sd1"), safety_checker=None)
-    pipeline.load_lora_weights(tmp_path / "lora.safetensors")
-    pipeline.fuse_lora(lora_scale=0.8)
-    pipeline.unload_lora_weights()
-    wanted = {name: value.half() for name, value in pipeline.unet.state_dict().items()}
-    assert_fused(found, sd1, {"unet": wanted})
 
 
 def test_several_at_once_are_rounded_once(sd1: Checkpoint, tmp_path: Path) -> None:
@@ -369,14 +350,30 @@ def test_a_checkpoint_is_no_lora(sd1: Checkpoint, tmp_path: Path, tiny_checkpoin
 
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 REFUSED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
-    "dora": ({f"{Q}.dora_scale": torch.ones(1)}, "DoRA"),
-    "peft's dora": ({"unet.x.lora_magnitude_vector.weight": torch.ones(1)}, "DoRA"),
-    "loha": ({f"{Q}.hada_w1_a": torch.ones(1)}, "LoHa"),
-    "lokr": ({f"{Q}.lokr_w1": torch.ones(1)}, "LoKr"),
-    "differences": ({f"{Q}.diff": torch.ones(1)}, "whole differences"),
-    "biases": ({"unet.x.lora_B.bias": torch.ones(1)}, "biases"),
-    "one half": ({f"{Q}.lora_up.weight": torch.ones(32, 4)}, "both halves"),
-    "alpha alone": ({f"{Q}.alpha": torch.ones(1)}, "both halves"),
+    "oft": ({f"{Q}.oft_blocks": torch.ones(1)}, "OFT, which is not covered"),
+    "magnitude alone": ({f"{Q}.dora_scale": torch.ones(1)}, "stands alone: expected the layer"),
+    "bias alone": ({"unet.x.lora_B.bias": torch.ones(1)}, "stands alone: expected the layer"),
+    "one half": (
+        {f"{Q}.lora_up.weight": torch.ones(32, 4)},
+        "stands alone: .* LoRA, and lora_down.weight is missing",
+    ),
+    "alpha alone": ({f"{Q}.alpha": torch.ones(1)}, "stands alone: expected the layer"),
+    "twice": (
+        {f"{Q}.lora_up.weight": torch.ones(32, 4), f"{Q.replace('to_q', 'to.q')}.lora_B.weight": torch.ones(32, 4)},
+        "the same part of the same layer",
+    ),
+    "mixed": (
+        {
+            f"{Q}.lora_up.weight": torch.ones(32, 4),
+            f"{Q}.lora_down.weight": torch.ones(4, 32),
+            f"{Q}.hada_t1": torch.ones(4, 4),
+        },
+        "hada_t1 is no part of a LoRA",
+    ),
+    "whole numbers": (
+        {f"{Q}.lora_up.weight": torch.ones(32, 4).int(), f"{Q}.lora_down.weight": torch.ones(4, 32)},
+        "is of type int32: expected floats",
+    ),
     "no matrix": (
         {f"{Q}.lora_up.weight": torch.ones(4), f"{Q}.lora_down.weight": torch.ones(4)},
         "expected a matrix",
@@ -387,7 +384,7 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     ),
     "ranks differ": (
         {f"{Q}.lora_up.weight": torch.ones(32, 3), f"{Q}.lora_down.weight": torch.ones(4, 32)},
-        "made for another model",
+        "do not fit each other",
     ),
     "alpha a vector": (
         {

@@ -12,7 +12,7 @@ from diffusion_convert.bundle.variants import variants
 from diffusion_convert.bundle.zip_names import zip_names
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.bundle import manifest
-from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.bundle.manifest import Manifest, Source
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import FAMILIES, PROCESSORS, AttentionKind, preferred
 from diffusion_runtime.images import load
@@ -147,12 +147,22 @@ def _origin(made: Manifest) -> str:
     digest = f" (SHA-256 `{source.sha256}`)" if source.sha256 else ""
     text = (
         f"Stable Diffusion models ({made.family}) for pictures of {made.width}x{made.height} pixels, converted "
-        f"from {name}{revision}{digest} for {made.target} and later"
+        f"from {name}{revision}{digest}{_loras(source)} for {made.target} and later"
     )
     if "coremltools" not in made.tools:
         return f"{text} by another tool."
     tools = {tool: version for tool, version in sorted(made.tools.items()) if tool != "conversion"}
     return f"{text} with {', '.join(f'{tool} {version}' for tool, version in tools.items())}."
+
+
+def _loras(source: Source) -> str:
+    """With which LoRAs in it, at which weights, and what of them is not."""
+    told = []
+    for lora in source.loras:
+        weights = ", ".join([f"{lora.weight:g}", *(f"{part} {weight:g}" for part, weight in lora.parts.items())])
+        left_out = f", without {len(lora.left_out)} tensors that have no place in it" if lora.left_out else ""
+        told.append(f"`{lora.name}` (weight {weights}{left_out})")
+    return f" with the LoRA{'s' * (len(told) > 1)} {', '.join(told)} fused in" if told else ""
 
 
 def _variant_table(variants: Mapping[str, Manifest], zips: Mapping[str, int]) -> Iterator[str]:

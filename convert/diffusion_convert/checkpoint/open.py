@@ -22,9 +22,11 @@ def open_checkpoint(
     family: str | None = None,
     vae: str | None = None,
     loras: Sequence[Lora] = (),
+    lora_partial: bool = False,
 ) -> Checkpoint:
     """The checkpoint that ``source`` names: a folder in diffusers' layout, a single .safetensors or .ckpt file, or
     the id of a repository on the Hugging Face Hub, with another VAE and LoRAs put in.
+    ``lora_partial``: what of a LoRA has no place in the checkpoint is left out, and is no error.
 
     No weight is read. Raises CheckpointError or InputError, in one line, for what cannot be used.
     """
@@ -44,7 +46,7 @@ def open_checkpoint(
         with _given_as("--vae"):
             checkpoint = vaes.with_vae(checkpoint, vae, hub.fetch_vae if is_repository_id(vae) else None)
     with _given_as("--lora"):
-        return lora.fuse(checkpoint, loras) if loras else checkpoint
+        return lora.fuse(checkpoint, loras, lora_partial) if loras else checkpoint
 
 
 @contextmanager

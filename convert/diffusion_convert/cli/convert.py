@@ -88,8 +88,15 @@ def convert(
     chunk_unet: Annotated[bool, _option("Cut the UNet into two packages, for iOS.", "--chunk-unet")] = False,
     vae: Annotated[str | None, _option("Another VAE, for encoder and decoder: folder, file or Hub id.")] = None,
     lora: Annotated[
-        list[str] | None, _option("LoRA to fuse, PATH or PATH:WEIGHT; may be given several times.")
+        list[str] | None,
+        _option(
+            "LoRA to fuse: PATH, PATH:WEIGHT or PATH:WEIGHT,PART=WEIGHT,… with parts unet, te (te1, te2) and "
+            "blocks in00 …, mid, out00 …; may be given several times."
+        ),
     ] = None,
+    lora_partial: Annotated[
+        bool, _option("Leave out what of a LoRA has no place in the checkpoint.", "--lora-partial")
+    ] = False,
     revision: Annotated[str | None, _option("Branch, tag or commit of a Hub repository.")] = None,
     family: Annotated[str | None, _option("sd1, sd2-base, …; an unknown one lists all. Default: detected.")] = None,
     precision: Annotated[
@@ -118,6 +125,7 @@ def convert(
         chunk_unet=chunk_unet,
         vae=vae,
         loras=tuple(parse_lora(text) for text in lora or ()),
+        lora_partial=lora_partial,
         revision=revision,
         family=family,
         precision=parse_choice(Precision, "precision", precision),

@@ -21,8 +21,11 @@ def verify(
     vae: Annotated[str | None, typer.Option(help="The VAE that was put in at conversion.")] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(help="A LoRA that was fused, PATH or PATH:WEIGHT; may be given several times."),
+        typer.Option(help="A LoRA that was fused, with its weights as at conversion; may be given several times."),
     ] = None,
+    lora_partial: Annotated[
+        bool, typer.Option("--lora-partial", help="LoRAs were fused with --lora-partial.")
+    ] = False,
 ) -> None:
     """Compare every component, packages and compiled, with the source's own networks. Exit code 1: one differs."""
     from diffusion_convert.checkpoint.open import open_checkpoint
@@ -30,7 +33,9 @@ def verify(
     from diffusion_convert.verification.folder import verify_models
 
     loras = tuple(parse_lora(text) for text in lora or ())
-    checkpoint = open_checkpoint(against, revision=revision, family=family, vae=vae, loras=loras)
+    checkpoint = open_checkpoint(
+        against, revision=revision, family=family, vae=vae, loras=loras, lora_partial=lora_partial
+    )
     rows = [("models", "component", "worst output", "PSNR", "at least", "")]
     for parity in verify_models(models, checkpoint, lambda text: typer.echo(text, err=True)):
         output, value = min(parity.psnr_db.items(), key=lambda item: item[1])

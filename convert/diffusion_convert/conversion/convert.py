@@ -68,7 +68,12 @@ def convert(source: str, output: Path, options: ConvertOptions, progress: Progre
     earlier.check_variants(output)
     progress(Event("", "open", 0.0))
     checkpoint = open_checkpoint(
-        source, revision=options.revision, family=options.family, vae=options.vae, loras=options.loras
+        source,
+        revision=options.revision,
+        family=options.family,
+        vae=options.vae,
+        loras=options.loras,
+        lora_partial=options.lora_partial,
     )
     with networks.silent():
         places = _places(source, options)

@@ -67,6 +67,16 @@ class Component(_Frozen):
     palettization: Palettization | None = None
 
 
+class FusedLora(_Frozen):
+    """A LoRA that was fused into the weights, at ``weight`` or, in some ``parts`` of the model ("te", "in04"), at
+    others. ``left_out`` are its tensors that have no place in the model."""
+
+    name: str
+    weight: float
+    parts: dict[str, float] = {}
+    left_out: tuple[str, ...] = ()
+
+
 class Source(_Frozen):
     """Where the weights came from. ``revision`` is a commit hash for a Hub repository, else None."""
 
@@ -74,6 +84,7 @@ class Source(_Frozen):
     revision: str | None = None
     licence: str | None = None
     sha256: str | None = None
+    loras: tuple[FusedLora, ...] = ()
 
 
 class Latents(_Frozen):

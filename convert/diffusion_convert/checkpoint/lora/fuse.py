@@ -1,0 +1,219 @@
+"""LoRAs, fused into a checkpoint's weights as they are read.
+
+Everything in a file must have its place in the checkpoint: a LoRA for another model gives no picture worth having.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from diffusion_convert.checkpoint.lora import file as lora_file
+from diffusion_convert.checkpoint.lora.kinds import Layer
+from diffusion_convert.checkpoint.lora.places import TEXT_LAYER, Place, places, text_layers
+from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.checkpoint.torch_networks import listed
+from diffusion_convert.options import Lora
+from diffusion_runtime.bundle.manifest import FusedLora
+from diffusion_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+_FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one LoRA does to one tensor of a network, the "weight" or the "bias" (``target``) of a module."""
+
+    layer: Layer
+    target: str
+    strength: float
+
+    def apply(self, value: torch.Tensor) -> torch.Tensor:
+        """``value`` (float32) with the LoRA in it. Raises ValueError where it does not fit."""
+        return self.layer.change(self.target, value, self.strength)
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """What one LoRA does to a checkpoint: (subfolder, tensor's name, update), what is left out, what to tell."""
+
+    updates: Sequence[tuple[str, str, Update]]
+    left_out: Sequence[str]
+    notes: Sequence[str]
+
+
+def fuse(checkpoint: Checkpoint, loras: Sequence[Lora], partial_: bool = False) -> Checkpoint:
+    """The checkpoint with ``loras`` fused into its weights one after another, each weight when it is read, in
+    float32, rounded once. With ``partial_``, what has no place in the checkpoint is left out, and recorded in
+    ``source.loras`` and the notes. Raises InputError for what is no LoRA, not whole or for another model,
+    CheckpointError for a damaged file."""
+    updates: dict[str, dict[str, list[Update]]] = {}
+    records: list[FusedLora] = []
+    notes: list[str] = []
+    for lora in loras:
+        match = _matched(checkpoint, lora, partial_)
+        for subfolder, name, update in match.updates:
+            updates.setdefault(subfolder, {}).setdefault(name, []).append(update)
+        records.append(
+            FusedLora(
+                name=lora.path.name, weight=lora.weight, parts=dict(lora.parts), left_out=tuple(match.left_out)
+            )
+        )
+        notes += match.notes
+    models = {
+        subfolder: replace(model, tensors=partial(_fused, model.tensors, updates[subfolder]))
+        if subfolder in updates
+        else model
+        for subfolder, model in checkpoint.models.items()
+    }
+    source = checkpoint.source.model_copy(update={"loras": (*checkpoint.source.loras, *records)})
+    return replace(checkpoint, models=models, source=source, notes=(*checkpoint.notes, *notes))
+
+
+class Fused(Mapping[str, "torch.Tensor"]):
+    """Weights of which some have updates, computed at access: nothing is held but views of the files."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], updates: Mapping[str, Sequence[Update]]) -> None:
+        self._tensors, self._updates = tensors, updates
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self._tensors[name]
+        if name not in self._updates:
+            return weight
+        fused = weight.float()
+        for update in self._updates[name]:
+            try:
+                fused = update.apply(fused)
+            except ValueError as error:
+                raise InputError(f"--lora {update.layer.path}: {update.layer.title}: {error}") from error
+        if not _storable(fused) and _storable(weight):
+            raise InputError(_blame(name, weight, self._updates[name]))
+        return fused.to(_dtype(weight))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _fused(
+    tensors: Callable[[], Mapping[str, torch.Tensor]], updates: Mapping[str, Sequence[Update]]
+) -> Mapping[str, torch.Tensor]:
+    return Fused(tensors(), updates)
+
+
+def _dtype(weight: torch.Tensor) -> torch.dtype:
+    """Of the fused weight: of its own type, but float16 where that would round coarser than the models do."""
+    import torch
+
+    return weight.dtype if weight.dtype in (torch.float16, torch.float32, torch.float64) else torch.float16
+
+
+def _storable(weight: torch.Tensor) -> bool:
+    """Whether float16 has room for every element; no NaN has."""
+    low, high = (float(value) for value in weight.float().aminmax())
+    return low >= -_FLOAT16_MAX and high <= _FLOAT16_MAX
+
+
+def _blame(name: str, weight: torch.Tensor, updates: Sequence[Update]) -> str:
+    """Which of the updates makes a weight that cannot be stored, and how."""
+    value = weight.float()
+    for update in updates:
+        value = update.apply(value)
+        if not _storable(value):
+            break
+    layer = update.layer
+    for part, tensor in layer.parts.items():
+        if not bool(tensor.float().isfinite().all()):
+            return (
+                f"--lora {layer.path}: {layer.names[part]} holds infinite or undefined values: the file is damaged"
+            )
+    return (
+        f"--lora {layer.path}: {layer.title} makes {name} too large for float16 (over {_FLOAT16_MAX:.0f}) at "
+        f"weight {update.strength:g}: the file is damaged, or for another model"
+    )
+
+
+def _matched(checkpoint: Checkpoint, lora: Lora, partial_: bool) -> _Match:
+    """Every layer of a LoRA with its place; all must have one unless ``partial_``."""
+    file = lora_file.read(lora.path)
+    found = {subfolder: places(checkpoint, subfolder) for subfolder in {layer.subfolder for layer in file.layers}}
+    _check_blocks(lora, found.get("unet") or places(checkpoint, "unet"))
+    updates: list[tuple[str, str, Update]] = []
+    strangers, beyond = list(file.unknown), list[str]()
+    for layer in file.layers:
+        network = found[layer.subfolder]
+        place = network.get(layer.module)
+        if place is None:
+            (beyond if _is_beyond(layer, network) else strangers).extend(layer.names.values())
+            continue
+        try:
+            updates += _updates(layer, place, _strength(lora, layer.subfolder, place.block))
+        except ValueError as error:
+            if not partial_:
+                raise InputError(
+                    f"{file.path}: made for another model than this {checkpoint.family}: {layer.title}: {error}"
+                ) from error
+            strangers += layer.names.values()
+    if (strangers and not partial_) or not updates:
+        raise InputError(
+            f"{file.path}: {len(strangers)} of its {file.size} tensors match nothing in this {checkpoint.family} "
+            f"checkpoint: {listed(strangers)}; expected a LoRA made for this kind of model"
+            + ("" if not updates else " (with --lora-partial, the rest is fused)")
+        )
+    notes = list(file.notes)
+    if beyond:
+        notes.append(f"{file.path.name}: for a text encoder with more layers; left out: {listed(beyond)}")
+    if strangers:
+        notes.append(f"{file.path.name}: fused in part; left out {len(strangers)} tensors: {listed(strangers)}")
+    used = [entry for entry in updates if entry[2].strength]
+    return _Match(used, [*beyond, *strangers], notes)
+
+
+def _updates(layer: Layer, place: Place, strength: float) -> Iterator[tuple[str, str, Update]]:
+    """Raises ValueError where the module lacks what the layer changes, or has it in another shape."""
+    import torch
+
+    on_meta = replace(layer, parts={part: value.to("meta") for part, value in layer.parts.items()})
+    for target in layer.targets():
+        if target not in place.tensors:
+            if layer.optional(target):
+                continue
+            raise ValueError(f"this model has no {target} there")
+        name, shape = place.tensors[target]
+        try:
+            on_meta.change(target, torch.empty(shape, device="meta"), strength)
+        except ValueError as error:
+            raise ValueError(f"{error}, but {layer.subfolder}'s {name} has {shape}") from error
+        yield layer.subfolder, name, Update(layer, target, strength)
+
+
+def _is_beyond(layer: Layer, network: Mapping[str, Place]) -> bool:
+    """Whether a layer is for the end of a text encoder that this checkpoint's lacks: "skipped" layers are often cut
+    off, as the last one of Stable Diffusion 2 is."""
+    number = TEXT_LAYER.match(layer.module)
+    return number is not None and int(number[1]) >= text_layers(network) > 0
+
+
+def _check_blocks(lora: Lora, unet: Mapping[str, Place]) -> None:
+    blocks = sorted({place.block for place in unet.values()} - {""})
+    for part, _ in lora.parts:
+        if part.startswith(("in", "out", "mid")) and part not in blocks:
+            raise InputError(
+                f"{lora.path}: weight for {part}, which this UNet does not have: it has {', '.join(blocks)}"
+            )
+
+
+_PARTS = {"unet": ("unet",), "text_encoder": ("te1", "te"), "text_encoder_2": ("te2", "te")}
+
+
+def _strength(lora: Lora, subfolder: str, block: str) -> float:
+    """The most particular weight that was given: of the block, of the network, of all."""
+    given = dict(lora.parts)
+    return next((given[name] for name in (block, *_PARTS[subfolder]) if name in given), lora.weight)
