@@ -61,7 +61,7 @@ def full_size_unet(folder: Path, attention: AttentionKind = AttentionKind.ORIGIN
     """``folder/unet.mlpackage`` (of another attention: ``unet_split_einsum….mlpackage``), made once: 512x512,
     batch 2, macOS 13."""
     from diffusion_convert.checkpoint.model import Checkpoint, Submodel
-    from diffusion_convert.components import Shape
+    from diffusion_convert.components.component import Shape
     from diffusion_convert.components.unet import UNET
     from diffusion_convert.export.export import Recipe, export
     from diffusion_runtime.bundle.manifest import Source

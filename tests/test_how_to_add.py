@@ -56,7 +56,7 @@ def attend(query, key, value, heads, scale, mask=None):
 COMPONENT_FILE = """
 import numpy as np
 from diffusion_convert.checkpoint import torch_networks
-from diffusion_convert.components import Component, Graph, Port
+from diffusion_convert.components.component import Component, Graph, Port
 from diffusion_convert.components.text_encoder import Reference, prompt_ids
 from diffusion_convert.networks import text_encoder
 

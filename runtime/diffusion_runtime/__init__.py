@@ -12,6 +12,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.families import FAMILIES
+from diffusion_runtime.schedulers import canonical
+
 if TYPE_CHECKING:
     from diffusion_runtime.backends import ComputeUnits
     from diffusion_runtime.bundle.find import Bundle
@@ -47,11 +51,8 @@ def load_pipeline(
     from diffusion_runtime.bundle import find as bundle
     from diffusion_runtime.bundle import manifest
     from diffusion_runtime.bundle.foreign import Assumed
-    from diffusion_runtime.errors import InputError
-    from diffusion_runtime.families import FAMILIES
     from diffusion_runtime.pipeline import Pipeline
     from diffusion_runtime.prompt import tokenizer as tokenizers
-    from diffusion_runtime.schedulers import canonical
 
     name = resolve(backend)
     units = bundle.parse_units(compute_units) if isinstance(compute_units, str) else compute_units
@@ -88,7 +89,6 @@ def load_pipeline(
 
 def _check_told(found: Bundle, prediction_type: str | None, latent_scale: float | None) -> None:
     """Raise InputError where the caller contradicts a manifest, which knows better."""
-    from diffusion_runtime.errors import InputError
 
     known = found.manifest.prediction_type, found.manifest.latents.scale
     for name, told, value in zip(

@@ -11,8 +11,7 @@ from diffusion_runtime.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from diffusion_runtime.denoising import Step
-    from diffusion_runtime.pipeline import Pipeline, Run
+    from diffusion_runtime.denoising import Start, Step
 
 AtStepEnd = Callable[[Any, int, Any, dict[str, Any]], Mapping[str, Any] | None]
 """(pipeline, index, timestep, {"latents": …}) -> {"latents": …} to go on from, or nothing."""
@@ -38,10 +37,10 @@ NEUTRAL: Mapping[str, object] = {
 
 @dataclass(slots=True)
 class Control:
-    """What a callback is given as its pipeline. Setting ``_interrupt`` ends the loop after this step, and the
-    picture is decoded as it is then: diffusers' way to stop early."""
+    """What a callback is given as its pipeline; ``pipeline`` is the `Pipeline`. Setting ``_interrupt`` ends the
+    loop after this step, and the picture is decoded as it is then: diffusers' way to stop early."""
 
-    pipeline: Pipeline
+    pipeline: Any
     scheduler: Any
     num_timesteps: int
     guidance_scale: float
@@ -65,20 +64,19 @@ def refuse(others: Mapping[str, object]) -> None:
 
 
 def run_steps(
-    pipeline: Pipeline,
-    run: Run,
+    control: Control,
+    steps: Generator[Step, torch.Tensor | None, None],
+    start: Start,
     on_step: Callable[[Step], None] | None,
     at_step_end: AtStepEnd | None,
     tensors: Sequence[str] = ("latents",),
 ) -> torch.Tensor:
-    """Denoise a prepared run and tell both callbacks of each step; the last latents.
+    """Go through the steps of a run that begins at ``start`` and tell both callbacks of each; the last latents.
 
     Raises InputError where a callback asks for other tensors than the latents or gives latents that do not fit."""
     if set(tensors) - {"latents"}:
         raise InputError(f"callback_on_step_end_tensor_inputs {list(tensors)}: only 'latents' can be had")
-    control = Control(pipeline, run.job.scheduler, run.total, run.job.request.guidance_scale)
-    steps: Generator[Step, torch.Tensor | None, None] = pipeline.denoise(run)
-    latents, changed = run.start.latents, None
+    latents, changed = start.latents, None
     try:
         while not control.interrupt:
             step = steps.send(changed)
@@ -87,7 +85,7 @@ def run_steps(
                 on_step(step)
             if at_step_end is not None:
                 given = dict.fromkeys(tensors, latents)
-                result = at_step_end(control, step.index, run.start.timesteps[step.index], given)
+                result = at_step_end(control, step.index, start.timesteps[step.index], given)
                 changed = latents = _checked((result or {}).get("latents", latents), latents)
     except StopIteration:
         pass

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from diffusion_runtime.backends.coreml import default_cache
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InstallationError
 
 LIBRARIES = (
@@ -86,7 +88,6 @@ def _library(name: str) -> Finding:
 
 def _writing() -> Finding:
     """coremltools imports anywhere, but writes weights only where its native library is there."""
-    from diffusion_runtime.coremltools_import import import_coremltools
 
     try:
         import_coremltools()
@@ -123,7 +124,6 @@ def _coreml_backend() -> Finding:
 def _compute_units() -> Finding:
     if platform.system() != "Darwin":
         return Finding("compute units", State.NOTE, "cpu-only (the torch backend takes no notice of others)")
-    from diffusion_runtime.coremltools_import import import_coremltools
 
     try:
         devices = import_coremltools("models.compute_device").MLComputeDevice.get_all_compute_devices()
@@ -143,7 +143,6 @@ def _compiler() -> Finding:
 
 def _cache() -> tuple[Finding, ...]:
     """Where Core ML's compiled models are kept, and how much they take."""
-    from diffusion_runtime.backends.coreml import default_cache
 
     folder = default_cache()
     if platform.system() != "Darwin" or not folder.is_dir():

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_runtime import images, noise
+from diffusion_runtime import images, noise, schedulers
 from diffusion_runtime import png_record as records
 from diffusion_runtime.backends import resolve
 from diffusion_runtime.errors import InputError
@@ -119,7 +119,6 @@ def plan(settings: Settings, prompts: tuple[str, ...], count: int, output: Path)
 
 def _check(planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) -> None:
     """Raise InputError for settings that no models could use."""
-    from diffusion_runtime import schedulers
 
     one = planned[0].settings
     _request(planned, inputs)
@@ -228,7 +227,6 @@ def _request(planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) ->
 def _written(
     pipeline: Pipeline, run: Run, latents: Any, planned: tuple[Planned, ...], record: Mapping[str, Any]
 ) -> Iterator[Made]:
-    from diffusion_runtime import schedulers
 
     result = pipeline.finish(run, latents)
     flags = result.nsfw_content_detected or [False] * len(planned)

@@ -176,7 +176,15 @@ class Pipeline:
             long_prompt=long_prompt,
         )
         run = self.prepare(request, _noise(generator, seed, rng))
-        finished = callbacks.run_steps(self, run, on_step, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        control = callbacks.Control(self, run.job.scheduler, run.total, guidance_scale)
+        finished = callbacks.run_steps(
+            control,
+            self.denoise(run),
+            run.start,
+            on_step,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
         result = self.finish(run, finished, output_type)
         for note in result.notes:
             warnings.warn(note, RuntimeNote, stacklevel=2)

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import ValidationError
+
 from diffusion_runtime.errors import DiffusionError
 
 if TYPE_CHECKING:
@@ -86,8 +88,6 @@ def parse_object(data: str | bytes, where: str, error: type[DiffusionError]) -> 
 def as_model(model: type[Model], value: object, where: str, what: str, error: type[DiffusionError]) -> Model:
     """``value`` as a pydantic model. Raises ``error``, in one line with the first field that is wrong: "``where``:
     not ``what``: field: reason"."""
-    from pydantic import ValidationError
-
     try:
         return model.model_validate(value)
     except ValidationError as fault:

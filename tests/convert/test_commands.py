@@ -23,7 +23,8 @@ from diffusion_convert.cli import inspect as inspecting
 from diffusion_convert.cli import share as sharing
 from diffusion_convert.cli import verify as verifying
 from diffusion_convert.compile import compile_package
-from diffusion_convert.components import Shape, table
+from diffusion_convert.components import table
+from diffusion_convert.components.component import Shape
 from diffusion_convert.export.export import Recipe, export
 from diffusion_convert.options import Lora
 from diffusion_convert.palettize.package import palettize_package

@@ -14,7 +14,7 @@ import torch
 import tiny_checkpoints
 from diffusion_convert import networks as nets
 from diffusion_convert.checkpoint.diffusers_folder import open_folder
-from diffusion_convert.components import Shape
+from diffusion_convert.components.component import Shape
 from diffusion_convert.components.depth_estimator import DEPTH_ESTIMATOR
 from diffusion_convert.export.export import Recipe, export
 from diffusion_convert.verification.package import widened

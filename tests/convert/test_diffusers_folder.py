@@ -15,7 +15,8 @@ from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.diffusers_folder import weight_files
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.open import open_checkpoint
-from diffusion_convert.components import Shape, table
+from diffusion_convert.components import table
+from diffusion_convert.components.component import Shape
 from diffusion_convert.conversion.plan import make_plan
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.errors import CheckpointError

@@ -12,7 +12,8 @@ import pytest
 
 from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.open import open_checkpoint
-from diffusion_convert.components import Shape, table
+from diffusion_convert.components import table
+from diffusion_convert.components.component import Shape
 from diffusion_convert.export import coremltools_patches as lean
 from diffusion_convert.export.export import Recipe, export
 from diffusion_convert.export.placeholders import Placeholders

@@ -14,7 +14,7 @@ import tiny_checkpoints
 from diffusion_convert import networks as nets
 from diffusion_convert.checkpoint.diffusers_folder import open_folder
 from diffusion_convert.checkpoint.model import Checkpoint
-from diffusion_convert.components import Shape
+from diffusion_convert.components.component import Shape
 from diffusion_convert.components.safety_checker import SAFETY_CHECKER
 from diffusion_convert.export.export import Recipe, export
 from diffusion_convert.networks.safety import ROUNDS_TO_POSITIVE, SPECIAL_CARE_ADJUSTMENT

@@ -12,7 +12,8 @@ import torch
 
 from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.open import open_checkpoint
-from diffusion_convert.components import Shape, table
+from diffusion_convert.components import table
+from diffusion_convert.components.component import Shape
 from diffusion_convert.export.trace import trace
 from diffusion_convert.verification.package import widened
 from diffusion_runtime.families import AttentionKind

@@ -16,7 +16,8 @@ from diffusion_convert import convert
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.torch_networks import build
-from diffusion_convert.components import Shape, table
+from diffusion_convert.components import table
+from diffusion_convert.components.component import Shape
 from diffusion_convert.components.unet import UNet
 from diffusion_convert.export import export as export_module
 from diffusion_convert.export.export import Exported, Recipe, export

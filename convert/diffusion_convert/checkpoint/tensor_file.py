@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffusion_convert.checkpoint import unpickle
 from diffusion_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ class TensorFile:
 
 def read(path: Path) -> TensorFile:
     """Map the tensors of a file; no values are read. Raises CheckpointError for anything else."""
-    from diffusion_convert.checkpoint import unpickle
 
     try:
         with path.open("rb") as file:

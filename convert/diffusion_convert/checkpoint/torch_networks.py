@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,6 @@ def check(submodel: Submodel, tensors: Mapping[str, torch.Tensor], where: str) -
 @contextmanager
 def silent() -> Iterator[None]:
     """In this context, the libraries' hints to their own developers are not printed."""
-    import warnings
 
     import diffusers.utils.logging as of_diffusers
     import transformers.utils.logging as of_transformers

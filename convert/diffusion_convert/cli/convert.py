@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusion_convert import convert as run
 from diffusion_convert.bundle.zip_names import PATTERN as ZIP_PATTERN
+from diffusion_convert.conversion.workspace import kept
 from diffusion_convert.options import (
     DEFAULT_ATTENTION,
     ConvertOptions,
@@ -110,7 +112,6 @@ def convert(
     ] = True,
     verify: Annotated[bool, _option("Verify every model. Default: yes.", "--verify/--no-verify")] = True,
 ) -> None:
-    from diffusion_convert import convert as run
 
     kinds = tuple(parse_choice(AttentionKind, "attention", name) for name in attention or ())
     options = ConvertOptions(
@@ -224,7 +225,6 @@ def _what_next(made: Conversion) -> Iterator[str]:
 
 
 def _say_kept(output: Path) -> None:
-    from diffusion_convert.conversion.workspace import kept
 
     names = kept(output)
     what = (

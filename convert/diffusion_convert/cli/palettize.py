@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,7 +103,6 @@ def _recipe_plan(package: Path, recipe: Path) -> Plan:
 
 
 def _mix(package: Path, plan: Plan, target_bits: float) -> _Mixed:
-    from dataclasses import replace
 
     from diffusion_convert.palettize.damage import measure_damage
     from diffusion_convert.palettize.plan import widths_for

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffusion_convert.options import parse_lora
+
 if TYPE_CHECKING:
     from diffusion_convert.options import Lora
 
@@ -29,7 +31,6 @@ def verify(
 ) -> None:
     """Compare every component, packages and compiled, with the source's own networks. Exit code 1: one differs."""
     from diffusion_convert.checkpoint.open import open_checkpoint
-    from diffusion_convert.options import parse_lora
     from diffusion_convert.verification.folder import verify_models
 
     loras = tuple(parse_lora(text) for text in lora or ())

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.model import Checkpoint
-from diffusion_convert.components import Component, Graph, Port, Shape
+from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.networks import depth_estimator
 from diffusion_runtime.families import AttentionKind
 

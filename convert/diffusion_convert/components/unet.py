@@ -12,7 +12,7 @@ from torch import nn
 from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
-from diffusion_convert.components import Component, Graph, Port, Shape
+from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.components.text_encoder import Reference, prompt_ids
 from diffusion_convert.networks import put_attention
 from diffusion_convert.verification.package import widened

@@ -11,7 +11,7 @@ from torch import nn
 from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.family import latent_factor, latent_scale
 from diffusion_convert.checkpoint.model import Checkpoint
-from diffusion_convert.components import Component, Graph, Port, Shape
+from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.networks import put_attention
 from diffusion_runtime.families import AttentionKind
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from diffusion_convert.bundle import variants as bundle
+from diffusion_convert.bundle.model_card import CARD_NAME, write_model_card
 from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.family import latent_factor, latent_scale
 from diffusion_convert.checkpoint.open import open_checkpoint
@@ -143,8 +145,6 @@ def _put_together(plan: Plan, place: Workspace, progress: Progress) -> None:
 
 
 def _compile(plan: Plan, place: Workspace, progress: Progress) -> None:
-    from diffusion_convert.bundle import variants as bundle
-    from diffusion_convert.bundle.model_card import CARD_NAME, write_model_card
 
     for number, kind in enumerate(plan.options.attention):
         progress(Event("", f"compile {kind.value}", number / len(plan.options.attention)))

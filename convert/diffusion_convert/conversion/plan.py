@@ -19,7 +19,7 @@ from diffusion_convert.checkpoint.diffusers_folder import NETWORKS, SCHEDULERS
 from diffusion_convert.checkpoint.family import default_size, latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import check_vocabulary
-from diffusion_convert.components import Component, Shape
+from diffusion_convert.components.component import Component, Shape
 from diffusion_convert.options import ConvertOptions, Precision
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import TARGETS, AttentionKind, compiles

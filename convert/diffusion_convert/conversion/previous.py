@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from diffusion_convert.bundle.model_card import CARD_NAME
 from diffusion_convert.bundle.zip_names import zip_attentions, zip_name, zip_names
 from diffusion_convert.conversion.plan import Plan, Unit
 from diffusion_convert.conversion.unit import RECORD, Record, read_record
@@ -139,7 +140,6 @@ def _finished(unit: Unit, plan: Plan, output: Path) -> tuple[Path, manifest.Comp
 
 def obsolete(plan: Plan, place: Workspace) -> tuple[Path, ...]:
     """Variants, zips and the card of an earlier conversion to the same folder that this one did not make."""
-    from diffusion_convert.bundle.model_card import CARD_NAME
 
     old = variants(place.output)
     found = [folder for name, folder in old.items() if name not in {kind.value for kind in plan.options.attention}]

@@ -14,10 +14,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.chunk import chunk
 from diffusion_convert.conversion.plan import Plan, Unit, tool_versions
 from diffusion_convert.export import export
 from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_convert.options import Precision
+from diffusion_convert.palettize.checked import palettize_checked
+from diffusion_convert.palettize.plan import Plan as Palettes
 from diffusion_convert.verification import package as verify
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_folder
@@ -201,8 +204,6 @@ def _palettize(job: Job, record: Record) -> Record:
     nbits = job.unit.component.bits(job.plan.options)
     if nbits is None:
         return record
-    from diffusion_convert.palettize.checked import palettize_checked
-    from diffusion_convert.palettize.plan import Plan as Palettes
 
     started = time.perf_counter()
     checked = palettize_checked(
@@ -228,7 +229,6 @@ def _cut(job: Job, record: Record) -> Record:
     """Two packages in place of a UNet, checked to compute the same one after the other."""
     if not (job.plan.options.chunk_unet and job.unit.component.name == "unet"):
         return record
-    from diffusion_convert.chunk import chunk
 
     job.report("cut", 0.0)
     started = time.perf_counter()

@@ -13,7 +13,7 @@ import numpy as np
 
 from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
-from diffusion_convert.components import Component, Graph, Port, Shape
+from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.export.coremltools_patches import lean
 from diffusion_convert.export.placeholders import Misplaced, Placeholders
 from diffusion_convert.export.trace import trace

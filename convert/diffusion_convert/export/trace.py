@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from diffusion_convert.components import Graph
+    from diffusion_convert.components.component import Graph
 
 _MAX_COMPUTED = 4096
 """Operations on tensors of at most this many elements are computed: a network may look at a mask or an index."""

@@ -11,7 +11,8 @@ import numpy as np
 
 from diffusion_convert.bundle import foreign as adopt
 from diffusion_convert.checkpoint.model import Checkpoint
-from diffusion_convert.components import Shape, table
+from diffusion_convert.components import table
+from diffusion_convert.components.component import Shape
 from diffusion_convert.inspect import main_function, palettized_weights
 from diffusion_convert.verification import package as verify
 from diffusion_convert.verification.bounds import bound_db
@@ -23,6 +24,7 @@ from diffusion_runtime.bundle.manifest import FILE_NAME, Manifest
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS
 from diffusion_runtime.mil.package import open_package
+from diffusion_runtime.models import chained
 
 _SLACK_DB = 1.0
 """By how much a figure may be below what its record leads to: other processors round otherwise."""
@@ -135,7 +137,6 @@ def _palette_widths(paths: Iterable[Path]) -> set[int]:
 def _measure(paths: list[Path], expected: Reference) -> dict[str, float]:
     """PSNR of each output, the worst over all runs; chunks run one after the other."""
     from diffusion_runtime.backends.torch_mil import TorchBackend
-    from diffusion_runtime.models import chained
 
     backend = TorchBackend(stream_weights=True)
     model = chained([lambda path=path: backend.load(path) for path in paths])()  # type: ignore[misc]

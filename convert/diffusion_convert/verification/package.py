@@ -19,10 +19,12 @@ import numpy as np
 
 from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.model import Checkpoint
-from diffusion_convert.components import Component, Shape
+from diffusion_convert.components.component import Component, Shape
 from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import VerificationError
+from diffusion_runtime.mil.package import open_package
+from diffusion_runtime.mil.program import DType, TensorType, operations
 
 if TYPE_CHECKING:
     import torch
@@ -140,9 +142,6 @@ def psnr_db(expected: np.ndarray, found: np.ndarray) -> float:
 def overflowing(path: Path, largest: Mapping[str, float], limit: float) -> dict[str, float]:
     """The values of the package at ``path`` that are float16 and were larger than ``limit``, and what is computed
     of them, by name, with the size."""
-    from diffusion_runtime.mil.package import open_package
-    from diffusion_runtime.mil.program import DType, TensorType, operations
-
     package = open_package(path)
     found: dict[str, float] = {}
     for operation in operations(_block(package)):

@@ -13,6 +13,8 @@ from diffusion_runtime.backends.interface import specs
 from diffusion_runtime.bundle.manifest import Component, Latents, Manifest, Source, Tensor
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import COMPONENTS, LATENT_SCALE, attention_of, compiled_names, family_of
+from diffusion_runtime.mil.package import open_package
+from diffusion_runtime.mil.program import TensorType, operations
 
 if TYPE_CHECKING:
     from diffusion_runtime.mil.program import Feature, Function, Model
@@ -131,7 +133,6 @@ def _files(folder: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _model(path: Path) -> Model:
-    from diffusion_runtime.mil.package import open_package
 
     return open_package(path).model
 
@@ -177,7 +178,6 @@ def _factor(components: Mapping[str, Component], inputs: Mapping[str, tuple[int,
 
 def einsum_shapes(function: Function) -> list[tuple[int | None, ...]]:
     """The shapes of the results of einsum operations."""
-    from diffusion_runtime.mil.program import TensorType, operations
 
     types = [operation.outputs[0].type for operation in operations(function.block) if operation.type == "einsum"]
     return [kind.shape for kind in types if isinstance(kind, TensorType)]

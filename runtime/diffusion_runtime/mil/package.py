@@ -14,7 +14,7 @@ import numpy as np
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.mil import proto
+from diffusion_runtime.mil import proto, text
 from diffusion_runtime.mil.program import Blob, Model, TensorType, Value
 from diffusion_runtime.mil.weights import WeightFile
 
@@ -87,8 +87,6 @@ def open_package(path: Path) -> Package:
         specification = specification_path(path)
         return Package(path, specification.parent, proto.read_model(specification))
     if (path / "model.mil").is_file():
-        from diffusion_runtime.mil import text
-
         return Package(path, path, text.read_compiled(path))
     if path.is_file():
         return Package(path, path.parent, proto.read_model(path))

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from diffusion_runtime.errors import InputError
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from diffusion_runtime.bundle.manifest import Manifest
     from diffusion_runtime.denoising import Start
@@ -100,7 +101,6 @@ class Request:
 
     def _check_pictures(self) -> None:
         import torch
-        from PIL import Image
 
         for name, value in (("image", self.image), ("mask", self.mask)):
             if value is not None and not isinstance(value, Image.Image):

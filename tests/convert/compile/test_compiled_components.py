@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from diffusion_convert.checkpoint.diffusers_folder import open_folder
-from diffusion_convert.components import Shape, table
+from diffusion_convert.components import table
+from diffusion_convert.components.component import Shape
 from diffusion_convert.export.export import Recipe, export
 from diffusion_convert.palettize.package import palettize_package
 from diffusion_convert.palettize.plan import PER_GROUPED_CHANNEL, Plan

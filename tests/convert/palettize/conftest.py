@@ -67,7 +67,7 @@ def _convert(target: str, precision: str) -> Any:
 def tiny_unet(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The UNet of the tiny SD 1 checkpoint, converted for macOS 13."""
     from diffusion_convert.checkpoint.diffusers_folder import open_folder
-    from diffusion_convert.components import Shape
+    from diffusion_convert.components.component import Shape
     from diffusion_convert.components.unet import UNET
     from diffusion_convert.export.export import Recipe, export
     from diffusion_runtime.bundle.manifest import Source

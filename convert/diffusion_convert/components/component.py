@@ -1,0 +1,98 @@
+"""What a convertible submodule is: interface, how it is built, and the bounds that it has to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffusion_convert.verification.bounds import MIN_PSNR_DB
+from diffusion_runtime.families import COMPONENTS
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffusion_convert.checkpoint.model import Checkpoint
+    from diffusion_convert.options import ConvertOptions
+    from diffusion_runtime.families import AttentionKind
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output of a converted model: name, shape, element type at the interface, description.
+
+    Whatever the type at the interface, the torch module receives and gives float32."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float16"
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes that a conversion is for. ``height`` and ``width`` are of the picture, in pixels."""
+
+    height: int
+    width: int
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A component ready to be traced: a module that takes ``inputs`` in order and returns ``outputs`` in order, a
+    tensor where there is one, else a tuple.
+
+    ``sample`` draws seeded inputs in the range that the model meets in use, for verification. ``exact`` names
+    torch modules whose operations stay in float32 whatever the precision.
+    """
+
+    module: torch.nn.Module
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    sample: Callable[[int], Mapping[str, np.ndarray]]
+    description: str = ""
+    exact: tuple[str, ...] = ()
+
+
+Build = Callable[["Checkpoint", "AttentionKind | None", Shape], Graph]
+"""Builds a component on the tensors that the checkpoint gives, whatever they are: real ones as stored, or
+placeholders (`export.placeholders`), which must reach the traced module as they are or reshaped, never
+transposed, concatenated or computed with. For None, the module is as its library built it: what the others are
+verified against."""
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One convertible submodule.
+
+    ``min_psnr_db`` is the bound below which nothing is published, against the torch module in float32 over ``runs``
+    draws of inputs. ``uses_attention``: it is converted once for each attention kind and runs on that kind's
+    compute units; else on ``default_units``.
+    ``palettized``: `--nbits` alone palettizes it; ``min_palettized_psnr_db`` is the bound by bit width, against the
+    float16 package.
+    """
+
+    name: str
+    build: Build
+    min_psnr_db: float
+    uses_attention: bool = False
+    runs: int = 1
+    default_units: str = "cpu-and-gpu"
+    palettized: bool = False
+    min_palettized_psnr_db: Mapping[int, float] = field(default_factory=lambda: MIN_PSNR_DB)
+
+    @property
+    def subfolder(self) -> str:
+        """Where its network lies in a checkpoint in diffusers' layout."""
+        return COMPONENTS[self.name].subfolder
+
+    def compute_units(self, attention: AttentionKind) -> str:
+        """What its models of that attention kind run on, unless the user says otherwise."""
+        return attention.about.compute_units if self.uses_attention else self.default_units
+
+    def bits(self, options: ConvertOptions) -> int | None:
+        """Bits per weight that ``options`` ask for, None for 16-bit weights."""
+        return options.nbits_for.get(self.name, options.nbits if self.palettized else None)
