@@ -61,8 +61,9 @@ def load_pipeline(
         found = bundle.find(
             Path(path), backend=name, compute_units=units, assumed=Assumed(prediction_type, latent_scale)
         )
-    except OSError as error:  # a name that is too long, a folder that may not be read
-        raise InputError(f"{path}: the folder of models cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a name that is too long or has a NUL, a folder that may not be read
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{str(path)!r}: the folder of models cannot be read: {reason}") from error
     if (found.folder / manifest.FILE_NAME).is_file():
         _check_told(found, prediction_type, latent_scale)
     place = Path(tokenizer) if tokenizer is not None else found.tokenizer

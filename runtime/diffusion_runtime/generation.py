@@ -77,6 +77,8 @@ def order(
 
     Raises InputError for what is missing, contradictory or cannot be written, and for what no models could do: it
     is said before any are loaded."""
+    for what, name in (("models", models), ("tokenizer", loading.get("tokenizer")), ("prompts file", prompts_file)):
+        images.check_name(Path(name or ""), what)
     past = None if from_picture is None else records.read(from_picture, overridden=options.keys())
     settings = Settings(**{"prompt": "", "seed": noise.fresh_seed(), **options})
     settings = settings if past is None else replace(past.settings, **options)
@@ -122,7 +124,7 @@ def _check(planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) -> N
 
     one = planned[0].settings
     _request(planned, inputs)
-    noise.from_seeds([one.seed], one.rng)
+    noise.from_seeds([one.seed, planned[-1].settings.seed], one.rng)
     if one.scheduler is not None:
         schedulers.canonical(one.scheduler)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-from collections.abc import Mapping
+import stat
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,29 +23,66 @@ if TYPE_CHECKING:
     import torch
 
 MAX_NAME = 255  # what the file systems of macOS and Linux take
+MAX_PIXELS = 100_000_000  # 300 MB as RGB; larger than what phones and scanners make
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 METADATA_KEY = "coreml-sd"
 OLD_METADATA_KEY = "coreml-diffusion"
 """What this project was called until version 0.1: pictures (and manifests) of that time name it, and are read."""
 
 
 def load(path: Path, what: str = "image", mode: str = "RGB") -> Image.Image:
-    """A picture file as RGB (or ``mode``: "L" for a mask, "F" for depths as they are), turned upright. Raises
-    InputError where it is none."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
+    """A picture file as RGB (or ``mode``: "L" for a mask, "F" for depths as they are), turned upright. Its content
+    says what it is, whatever its name. Raises InputError where it is none of `FORMATS` or too large."""
+    with _opened(path, what, formats()) as image:
+        upright = ImageOps.exif_transpose(image)
         if mode == "F":
             return upright.convert("F")
         return grey(upright) if mode == "L" else in_bytes(upright).convert(mode)
+
+
+@contextmanager
+def _opened(path: Path, what: str, kinds: tuple[str, ...]) -> Iterator[Image.Image]:
+    """The decoded picture. Every error, of the block too, becomes an InputError that names the file."""
+    check_name(path, what)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise InputError("not a file")
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            image = Image.open(path, formats=kinds)
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                size = f"{image.width}x{image.height}"
+                raise InputError(f"{size} pixels: expected at most {MAX_PIXELS // 10**6} million")
+            image.load()
+            yield image
     except FileNotFoundError:
         raise InputError(f"{what} {path}: no such file") from None
     except InputError as error:
         raise InputError(f"{what} {path}: {error}") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        known = "not a picture that can be read" if isinstance(error, UnidentifiedImageError) else ""
-        reason = known or getattr(error, "strerror", None) or error
-        raise InputError(f"{what} {path}: {reason}; expected a PNG, JPEG or WebP file") from error
+    except UnidentifiedImageError as error:
+        listed = ", ".join(kinds)
+        raise InputError(f"{what} {path}: not a picture that can be read; expected one of {listed}") from error
+    except Exception as error:  # Pillow's decoders let through whatever they stumble on
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{what} {path}: damaged: {reason}") from error
+
+
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are opened: `FORMATS`, and HEIF where pillow-heif is installed. There are
+    more that Pillow opens, some by other programs: Ghostscript for an EPS file, whatever it is called."""
+    try:
+        heif = importlib.import_module("pillow_heif")
+    except ImportError:
+        return FORMATS
+    heif.register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
+def check_name(path: Path, what: str) -> None:
+    """Raise InputError for a path that is no Unicode or holds a NUL: no record and no message could name it."""
+    text = str(path)
+    if "\0" in text or (not text.isascii() and text.encode("utf-8", "ignore").decode() != text):
+        raise InputError(f"{what} {text!r}: the name is not valid Unicode: rename it")
 
 
 def in_bytes(image: Image.Image) -> Image.Image:
@@ -109,6 +150,7 @@ def write_png(image: Image.Image, path: Path, metadata: Mapping[str, Any] | None
 
 def check_writable(path: Path) -> None:
     """Raise InputError or StorageError where a file at ``path`` could not be written, before any work is done."""
+    check_name(path, "output")
     if len(os.fsencode(path.name)) > MAX_NAME:
         raise InputError(f"{path}: cannot be written: expected a file name of at most {MAX_NAME} bytes")
     try:
@@ -125,15 +167,9 @@ def check_writable(path: Path) -> None:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """What `write_png` wrote beside the pixels. Raises InputError where there is nothing."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            texts = getattr(image, "text", {})
-            text = texts.get(METADATA_KEY, texts.get(OLD_METADATA_KEY))
-    except FileNotFoundError:
-        raise InputError(f"picture {path}: no such file") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"picture {path}: cannot be read: {error}") from error
+    with _opened(path, "picture", ("PNG",)) as image:
+        texts = getattr(image, "text", {})
+        text = texts.get(METADATA_KEY, texts.get(OLD_METADATA_KEY))
     if text is None:
         raise InputError(f"picture {path}: it does not say how it was made (no {METADATA_KEY!r} entry in the PNG)")
     return strict_json.parse_object(text, f"picture {path}: its record", InputError)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     Generators = torch.Generator | list[torch.Generator] | None
 
-MAX_SEED = 2**32 - 1  # what every source takes
+MAX_SEED = 2**64 - 1
+MAX_FRESH_SEED = 2**32 - 1  # what every source takes, numpy's too
 
 Source = Callable[[Sequence[int]], "torch.Tensor"]
 """Standard normal float32 values of the shape asked for; every call draws the next ones."""
@@ -52,10 +53,6 @@ class Noise:
                 f"{len(self.sources)} generators or seeds for {shape[0]} pictures: give one, or one each"
             )
         return torch.cat([source((1, *shape[1:])) for source in self.sources])
-
-    def of_picture(self, index: int) -> Noise:
-        """The noise of one picture; all pictures' where one source serves all."""
-        return Noise((self.sources[index],)) if self.per_picture else self
 
     def drawing(self) -> AbstractContextManager[None]:
         """While it is open, ``torch.randn`` draws from this noise where torch's generators cannot be used: a
@@ -87,11 +84,18 @@ def from_seeds(seeds: Sequence[int], rng: str = "torch") -> Noise:
     if not seeds:
         raise InputError("an empty list of seeds: give one, or one for each picture")
     for seed in seeds:
-        if not isinstance(seed, (int, np.integer)) or not 0 <= seed <= MAX_SEED:
-            raise InputError(f"seed {seed!r}: expected a whole number, 0 to {MAX_SEED}")
+        _check_seed(seed, rng)
     if rng == "torch":
         return from_generators([torch.Generator().manual_seed(seed) for seed in map(int, seeds)])
     return Noise(tuple(RNGS[rng](seed) for seed in map(int, seeds)))
+
+
+def _check_seed(seed: object, rng: str) -> None:
+    most = MAX_FRESH_SEED if rng == "numpy" else MAX_SEED
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed <= most:
+        remedy = "; for a random one, give no seed" if seed == -1 else ""
+        of = " with rng numpy" if rng == "numpy" else ""
+        raise InputError(f"seed {seed!r}{of}: expected a whole number, 0 to {most}{remedy}")
 
 
 def _torch_source(generator: torch.Generator) -> Source:
@@ -191,4 +195,4 @@ def _randn_from(noise: Noise) -> Iterator[None]:
 
 def fresh_seed() -> int:
     """A seed that nobody chose."""
-    return secrets.randbelow(MAX_SEED + 1)
+    return secrets.randbelow(MAX_FRESH_SEED + 1)

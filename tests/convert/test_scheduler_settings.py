@@ -12,6 +12,7 @@ import pytest
 
 from diffusion_convert import ConvertOptions, convert
 from diffusion_runtime.bundle import manifest
+from diffusion_runtime.errors import CheckpointError, InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers says what it imposes
 OPTIONS = ConvertOptions(attention="original", components="vae_decoder", compiled=False, zip=False, verify=False)  # type: ignore[arg-type]
@@ -46,3 +47,25 @@ def test_the_manifest_says_what_the_pipeline_imposes(
         assert found[key] == theirs[key], key
     imposed = {"steps_offset": 1, "clip_sample": False, "skip_prk_steps": True}
     assert {key: found.get(key) for key in keys} == {key: imposed[key] for key in keys}
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("scheduler/scheduler_config.json", "num_train_timesteps", -1),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),
+        ("scheduler/scheduler_config.json", "prediction_type", "velocity"),
+        ("scheduler/scheduler_config.json", "beta_start", "x"),
+        ("vae/config.json", "scaling_factor", 1e12),
+        ("vae/config.json", "shift_factor", 1e12),
+    ],
+)
+def test_what_no_runtime_could_use_is_refused_before_any_work(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, file: str, key: str, value: object
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint("sd1"), tmp_path / "checkpoint")
+    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), key: value}))
+    with pytest.raises((CheckpointError, InputError)) as caught:
+        convert(folder, tmp_path / "models", OPTIONS)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "models").exists()

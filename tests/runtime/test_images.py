@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import struct
+import subprocess
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +110,7 @@ def bad_files(folder: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("kind", ["cut", "text", "empty"])
 def test_what_is_no_picture_is_one_clear_line(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(InputError, match=rf"--image .*{kind}\.png: .*expected a PNG, JPEG or WebP file") as caught:
+    with pytest.raises(InputError, match=rf"--image .*{kind}\.png: (damaged|not a picture)") as caught:
         images.load(bad_files(tmp_path)[kind], "--image")
     assert "\n" not in str(caught.value)
 
@@ -114,7 +118,7 @@ def test_what_is_no_picture_is_one_clear_line(tmp_path: Path, kind: str) -> None
 def test_a_missing_picture_and_a_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         images.load(tmp_path / "none.png")
-    with pytest.raises(InputError, match="expected a PNG"):
+    with pytest.raises(InputError, match="not a file"):
         images.load(tmp_path)
 
 
@@ -156,3 +160,78 @@ def test_pictures_of_the_time_before_the_new_name_still_tell_how_they_were_made(
     info.add_itxt("coreml-diffusion", '{"seed": 3}')
     noise_picture(8, 8).save(tmp_path / "old.png", pnginfo=info)
     assert images.read_metadata(tmp_path / "old.png") == {"seed": 3}
+
+
+def other(picture: Image.Image, kind: str, path: Path) -> None:
+    """A file that Pillow would open in a format that is not ours, under any name."""
+    if kind == "EPS":  # Pillow hands it to Ghostscript
+        picture.save(path, format="EPS")
+    elif kind == "XPM":
+        path.write_text('/* XPM */\nstatic char *x[] = {\n"1 1 1 1",\n"a c #ff0000",\n"a"\n};\n')
+    else:
+        picture.save(path, format=kind)
+
+
+@pytest.mark.filterwarnings("ignore:IM image format is deprecated")
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "TGA", "PCX", "ICO", "SGI", "PDF", "XPM", "IM", "MSP"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".eps", ""])
+def test_other_formats_are_not_opened_whatever_they_are_called(
+    tmp_path: Path, kind: str, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a program was started")
+
+    path = tmp_path / f"picture{suffix}"
+    other(noise_picture(8, 8, "1" if kind == "MSP" else "RGB"), kind, path)
+    monkeypatch.setattr(subprocess, "Popen", started)
+    monkeypatch.setattr(subprocess, "check_call", started)
+    with pytest.raises(InputError, match=r"--image .*: not a picture that can be read; expected one of PNG, JPEG"):
+        images.load(path, "--image")
+    with pytest.raises(InputError, match=r"not a picture that can be read; expected one of PNG$"):
+        images.read_metadata(path)
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+@pytest.mark.parametrize("suffix", [".png", ".eps", ""])
+def test_content_says_what_a_picture_is(tmp_path: Path, kind: str, suffix: str) -> None:
+    picture = noise_picture(16, 8)
+    picture.save(tmp_path / f"picture{suffix}", format=kind)
+    assert images.load(tmp_path / f"picture{suffix}").size == (16, 8)
+
+
+@pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (1, 2**31 - 1), (10_001, 10_000)])
+def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path, width: int, height: int) -> None:
+    path = tmp_path / "large.png"
+    noise_picture(8, 8).save(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"pixels: expected at most 100 million|exceeds limit of"):
+        images.load(path)
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "\udc80.png", "a\ud800.png"])
+def test_names_that_are_no_unicode_are_refused(tmp_path: Path, name: str) -> None:
+    for use in (images.load, images.read_metadata, images.check_writable):
+        with pytest.raises(InputError, match="the name is not valid Unicode") as caught:
+            use(tmp_path / name)
+        str(caught.value).encode("utf-8")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", tmp_path):
+        with pytest.raises(InputError, match="not a file"):
+            images.load(path)
+
+
+def test_the_mask_of_the_process_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may be making a file."""
+    before, umask = os.umask(0o027), os.umask
+    try:
+        monkeypatch.setattr(os, "umask", None)
+        images.write_png(noise_picture(8, 8), tmp_path / "a.png")
+        assert (tmp_path / "a.png").stat().st_mode & 0o777 == 0o640
+    finally:
+        umask(before)

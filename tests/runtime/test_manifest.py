@@ -80,3 +80,73 @@ def test_manifests_of_the_time_before_the_new_name_are_read(tmp_path: Path) -> N
     tools = {"coreml-diffusion": "0.1.0", "torch": "2.13.0"}
     (tmp_path / manifest.FILE_NAME).write_text(json.dumps({**MADE, "tools": tools}))
     assert manifest.read(tmp_path).tools == tools
+
+
+def changed(*path: str | int, value: Any) -> dict[str, Any]:
+    data = json.loads(json.dumps(MADE))
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return dict(data)
+
+
+LATENTS, INPUT = ("latents",), ("components", "unet", "inputs", 0)
+WRONG: dict[tuple[str | int, ...], tuple[Any, ...]] = {
+    (*LATENTS, "channels"): (0, -4, 10**9, 10**30, 4.5, "x", None, [4]),
+    (*LATENTS, "factor"): (0, -8, 10**9, float("inf")),
+    (*LATENTS, "scale"): (0, 0.0, -0.0, 1e-300, 1e300, float("inf"), None, "x"),
+    (*LATENTS, "shift"): (float("-inf"), 1e9, []),
+    ("height",): (0, -64, 1, 63, 10**9, 64.5),
+    ("width",): (0, 100, 10**12),
+    ("batch_size",): (0, -1, 10**9),
+    ("prediction_type",): ("", "v", "velocity", None),
+    (*INPUT, "shape"): ([], [1, -7], [0], [1, 10**12], [1] * 9, "4", [None]),
+    (*INPUT, "dtype"): ("", "float128", "object", "O"),
+    ("scheduler",): ([], None, "x"),
+    ("scheduler", "num_train_timesteps"): (0, -1000, 10**9, "x", 1.5, None),
+    ("scheduler", "beta_start"): (-1, 1, float("inf"), "x", None, []),
+    ("scheduler", "beta_end"): (0, 2, -0.1),
+    ("scheduler", "trained_betas"): ([], [2], ["x"], [0.1] * 200_000, 7),
+    ("scheduler", "steps_offset"): (10**9, "x", -(10**9)),
+    ("scheduler", "prediction_type"): ("v", 3),
+    ("noise_scheduler",): ({"num_train_timesteps": -1}, 3),
+    ("tokenizer",): ("a\0b", "../x"),
+    ("components", "unet", "files"): (["a\0.mlpackage"],),
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        pytest.param(path, value, id=f"{'.'.join(map(str, path))}-{str(value)[:12]!r}")
+        for path, values in WRONG.items()
+        for value in values
+    ],
+)
+def test_values_that_no_model_can_have_are_refused(tmp_path: Path, path: tuple[str | int, ...], value: Any) -> None:
+    (tmp_path / manifest.FILE_NAME).write_text(json.dumps(changed(*path, value=value)))
+    with pytest.raises(PackageError, match=r"manifest\.json: not a valid manifest: ") as caught:
+        manifest.read(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(path[-1]) in str(caught.value) or str(path[0]) in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("latents", "scale"), 0.08333),
+        (("latents", "scale"), -1.5),
+        (("latents", "shift"), -0.0609),
+        (("latents", "channels"), 16),
+        (("scheduler", "lambda_min_clipped"), float("-inf")),
+        (("scheduler", "trained_betas"), None),
+        (("scheduler", "steps_offset"), 0),
+        (("components", "unet", "outputs", 0, "shape"), []),
+        (("height",), 2048),
+    ],
+)
+def test_values_that_models_have_are_read(tmp_path: Path, path: tuple[str | int, ...], value: Any) -> None:
+    (tmp_path / manifest.FILE_NAME).write_text(json.dumps(changed(*path, value=value)))
+    manifest.read(tmp_path)

@@ -80,3 +80,22 @@ def test_seeds_that_no_source_takes_are_refused(seed: int) -> None:
 def test_a_fresh_seed_can_be_used() -> None:
     assert len({noise.fresh_seed() for _ in range(8)}) > 1
     noise.from_seeds([noise.fresh_seed()], "nvidia").normal((1,))
+
+
+@pytest.mark.parametrize("seed", [0, 2**32, 2**63, 2**64 - 1, np.uint64(2**64 - 1)])
+def test_seeds_of_node_editors_draw_what_diffusers_draws(seed: int) -> None:
+    from diffusers.utils.torch_utils import randn_tensor
+
+    theirs = randn_tensor((1, 4, 4, 4), generator=torch.Generator().manual_seed(int(seed)))
+    assert torch.equal(noise.from_seeds([seed]).normal((1, 4, 4, 4)), theirs)
+    assert noise.from_seeds([seed], "nvidia").normal((4,)).isfinite().all()
+
+
+def test_seeds_that_a_source_does_not_take_are_refused() -> None:
+    with pytest.raises(InputError, match=r"seed 4294967296 with rng numpy: expected .* 0 to 4294967295"):
+        noise.from_seeds([2**32], "numpy")
+    with pytest.raises(InputError, match=r"seed -1: .*; for a random one, give no seed"):
+        noise.from_seeds([-1])
+    for wrong in (True, 1.0, "1", None, 2**64):
+        with pytest.raises(InputError, match="expected a whole number"):
+            noise.from_seeds([wrong])  # type: ignore[list-item]

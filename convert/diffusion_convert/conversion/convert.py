@@ -32,10 +32,11 @@ from diffusion_convert.conversion.workspace import (
     workspace,
 )
 from diffusion_convert.options import ConvertOptions
+from diffusion_runtime import strict_json
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.coremltools_import import import_coremltools
-from diffusion_runtime.errors import InputError
+from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import FAMILIES, AttentionKind
 from diffusion_runtime.schedulers import imposed_on, settled
 
@@ -81,6 +82,7 @@ def convert(source: str, output: Path, options: ConvertOptions, progress: Progre
         places = _places(source, options)
         options = earlier.widened(options, output, fingerprint(checkpoint, options, places))
         plan = make_plan(checkpoint, options, places)
+    _manifest(plan, options.attention[0], {})  # what no runtime could use is refused before any work
     plan = replace(plan, notes=(*plan.notes, *earlier.replaced_note(plan, output)))
     for line in (f"family {FAMILIES[checkpoint.family].title}", *(f"note: {note}" for note in plan.notes)):
         progress(Event("", line, 0.0))
@@ -178,30 +180,31 @@ def _variant(plan: Plan, place: Workspace, kind: AttentionKind, folder: Path) ->
 
 def _manifest(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Component]) -> Manifest:
     checkpoint, vae = plan.checkpoint, plan.checkpoint.models["vae"].config
-    return Manifest(
-        name=checkpoint.name,
-        family=checkpoint.family,
-        source=checkpoint.source,
-        kind="packages",
-        attention=kind.value,
-        height=plan.shape.height,
-        width=plan.shape.width,
-        batch_size=plan.shape.batch_size,
-        target=plan.options.target,
-        latents=manifest.Latents(
-            channels=int(vae["latent_channels"]),
-            factor=latent_factor(vae),
-            scale=latent_scale(vae),
-            shift=float(vae.get("shift_factor") or 0.0),
-        ),
-        prediction_type=str(checkpoint.schedulers["scheduler"].get("prediction_type", "epsilon")),
-        components=dict(entries),
-        scheduler=settled(checkpoint.schedulers["scheduler"], imposed_on(checkpoint.family)),
-        noise_scheduler=_optional(checkpoint.schedulers.get("low_res_scheduler")),
-        force_zeros_for_empty_prompt=bool(checkpoint.pipeline_config.get("force_zeros_for_empty_prompt", False)),
-        requires_safety_checker=bool(checkpoint.pipeline_config.get("requires_safety_checker", False)),
-        tools={**tool_versions(), "conversion": plan.fingerprint},
-    )
+    values = {
+        "name": checkpoint.name,
+        "family": checkpoint.family,
+        "source": checkpoint.source,
+        "kind": "packages",
+        "attention": kind.value,
+        "height": plan.shape.height,
+        "width": plan.shape.width,
+        "batch_size": plan.shape.batch_size,
+        "target": plan.options.target,
+        "latents": {
+            "channels": int(vae["latent_channels"]),
+            "factor": latent_factor(vae),
+            "scale": latent_scale(vae),
+            "shift": float(vae.get("shift_factor") or 0.0),
+        },
+        "prediction_type": str(checkpoint.schedulers["scheduler"].get("prediction_type", "epsilon")),
+        "components": dict(entries),
+        "scheduler": settled(checkpoint.schedulers["scheduler"], imposed_on(checkpoint.family)),
+        "noise_scheduler": _optional(checkpoint.schedulers.get("low_res_scheduler")),
+        "force_zeros_for_empty_prompt": bool(checkpoint.pipeline_config.get("force_zeros_for_empty_prompt", False)),
+        "requires_safety_checker": bool(checkpoint.pipeline_config.get("requires_safety_checker", False)),
+        "tools": {**tool_versions(), "conversion": plan.fingerprint},
+    }
+    return strict_json.as_model(Manifest, values, checkpoint.name, "a checkpoint that can be run", CheckpointError)
 
 
 def _optional(config: Mapping[str, object] | None) -> dict[str, object] | None:

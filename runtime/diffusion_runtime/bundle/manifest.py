@@ -10,7 +10,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import PackageError
@@ -21,12 +21,42 @@ FILE_NAME = "manifest.json"
 
 def _inside(path: str) -> str:
     pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in path or not path:
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path or not path:
         raise ValueError(f"{path!r} does not stay inside the folder")
     return path
 
 
+class _SchedulerLimits(BaseModel):
+    """Bounds for the keys of a scheduler's configuration that say how large its tables are and what is in them."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    class_name: str | None = Field(default=None, alias="_class_name")
+    num_train_timesteps: int = Field(default=1000, ge=1, le=100_000)
+    beta_start: float = Field(default=0.0001, ge=0, lt=1)
+    beta_end: float = Field(default=0.02, gt=0, lt=1)
+    trained_betas: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(
+        default=None, min_length=1, max_length=100_000
+    )
+    steps_offset: int | None = Field(default=None, ge=-1000, le=1000)
+    prediction_type: Prediction | None = None
+
+
+def _usable(config: dict[str, Any]) -> dict[str, Any]:
+    try:
+        _SchedulerLimits.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{first['loc'][0]} {first['input']!r:.60}: {first['msg']}") from error
+    return config
+
+
+Prediction = Annotated[str, Field(pattern="^(epsilon|v_prediction|sample)$")]
 RelativePath = Annotated[str, AfterValidator(_inside)]
+SchedulerConfig = Annotated[dict[str, Any], AfterValidator(_usable)]
+Extent = Annotated[int, Field(ge=1, le=1 << 31)]
+Pixels = Annotated[int, Field(ge=1, le=1 << 15)]
+Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1000, le=1000)]
 
 
 class _Frozen(BaseModel):
@@ -34,11 +64,18 @@ class _Frozen(BaseModel):
 
 
 class Tensor(_Frozen):
-    """One input or output: numpy's dtype name and the default shape."""
+    """One input or output: numpy's dtype name and the default shape, empty where the model does not declare it."""
 
     name: str
-    dtype: str
-    shape: tuple[int, ...]
+    dtype: Annotated[str, Field(pattern="^(float16|float32|float64|int32|int8)$")]
+    shape: tuple[Extent, ...] = Field(max_length=5)
+
+
+def _declared(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    for tensor in inputs:
+        if not tensor.shape:
+            raise ValueError(f"input {tensor.name} has no shape")
+    return inputs
 
 
 class Palettization(_Frozen):
@@ -56,7 +93,7 @@ class Component(_Frozen):
     chunked UNet); ``sha256`` maps each regular file below them, relative to the manifest, to its hash."""
 
     files: tuple[RelativePath, ...]
-    inputs: tuple[Tensor, ...]
+    inputs: Annotated[tuple[Tensor, ...], AfterValidator(_declared)]
     outputs: tuple[Tensor, ...]
     compute_units: str = "all"
     precision: str = "float16"
@@ -91,10 +128,17 @@ class Latents(_Frozen):
     """Images are ``factor`` times larger than latents, which are multiplied by ``scale`` (after subtracting
     ``shift``) on the way into the UNet, and divided on the way out."""
 
-    channels: int
-    factor: int
-    scale: float
-    shift: float = 0.0
+    channels: int = Field(ge=1, le=1024)
+    factor: int = Field(ge=1, le=64)
+    scale: Finite
+    shift: Finite = 0.0
+
+    @field_validator("scale")
+    @classmethod
+    def _divides(cls, scale: float) -> float:
+        if abs(scale) < 1e-6:
+            raise ValueError("latents are divided by it: it must not be zero")
+        return scale
 
 
 class Manifest(_Frozen):
@@ -106,21 +150,28 @@ class Manifest(_Frozen):
     source: Source
     kind: Literal["packages", "compiled"]
     attention: str
-    height: int
-    width: int
-    batch_size: int
+    height: Pixels
+    width: Pixels
+    batch_size: int = Field(ge=1, le=64)
     target: str
     latents: Latents
-    prediction_type: str
+    prediction_type: Prediction
     components: dict[str, Component]
-    scheduler: dict[str, Any] = Field(description="diffusers' scheduler_config.json, `_class_name` included")
-    noise_scheduler: dict[str, Any] | None = Field(
+    scheduler: SchedulerConfig = Field(description="diffusers' scheduler_config.json, `_class_name` included")
+    noise_scheduler: SchedulerConfig | None = Field(
         default=None, description="the x4 upscaler's low_res_scheduler: how its input image is noised"
     )
     tokenizer: RelativePath | None = Field(default=".", description="folder of vocab.json and merges.txt")
     force_zeros_for_empty_prompt: bool = False
     requires_safety_checker: bool = False
     tools: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _fits(self) -> Manifest:
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size % self.latents.factor:
+                raise ValueError(f"{name} {size} is no multiple of {self.latents.factor}, as latents are enlarged")
+        return self
 
 
 def read(folder: Path) -> Manifest:

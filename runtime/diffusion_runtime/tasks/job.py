@@ -43,6 +43,17 @@ def _is_whole(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, Integral)
 
 
+def _check_text(text: object) -> None:
+    """Raise InputError for anything but Unicode text: half of a surrogate pair, as bad arguments of a shell become,
+    is none."""
+    if not isinstance(text, str):
+        raise InputError(f"a prompt is a {type(text).__name__}: expected a text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt {text[:60]!r} is not valid Unicode at character {error.start + 1}") from error
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What is asked for. ``prompts`` and ``negative_prompts`` have one entry per picture; no negative prompts are
@@ -71,6 +82,8 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompts or not all(isinstance(text, str) for text in self.prompts):
             raise InputError("no prompt: expected a text or a list of texts (an empty text is allowed)")
+        for text in (*self.prompts, *self.negative_prompts):
+            _check_text(text)
         if len(self.negative_prompts) not in (0, len(self.prompts)):
             raise InputError(
                 f"{len(self.negative_prompts)} negative prompts for {len(self.prompts)} prompts: give one, or one "
