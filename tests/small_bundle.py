@@ -133,7 +133,7 @@ def _manifest(attention: str, components: Mapping[str, Component]) -> Manifest:
     return Manifest(
         name="maker/tiny-diffusion-v1-4",
         family="sd1",
-        source=Source(name="maker/tiny-diffusion-v1-4", revision="0" * 40, licence="creativeml-openrail-m"),
+        source=Source(name="maker/tiny-diffusion-v1-4", revision="0" * 40, license="creativeml-openrail-m"),
         kind="packages",
         attention=attention,
         height=PICTURE,

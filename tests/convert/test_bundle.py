@@ -325,20 +325,20 @@ def test_the_cards_commands_are_those_that_the_program_has(bundle: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("licence", "header"),
+    ("license", "header"),
     [
         ("creativeml-openrail-m", {"license": "creativeml-openrail-m", "license_name": None}),
-        ("My Own Licence: v2!", {"license": "other", "license_name": "my-own-licence-v2"}),
+        ("My Own License: v2!", {"license": "other", "license_name": "my-own-license-v2"}),
         (None, {"license": "unknown", "license_name": None}),
     ],
 )
-def test_the_licence_is_carried_over(bundle: Path, licence: str | None, header: dict[str, str | None]) -> None:
+def test_the_license_is_carried_over(bundle: Path, license: str | None, header: dict[str, str | None]) -> None:
     made = manifest.read(bundle / "original" / "compiled")
-    made = made.model_copy(update={"source": made.source.model_copy(update={"licence": licence})})
+    made = made.model_copy(update={"source": made.source.model_copy(update={"license": license})})
     text = model_card({"original": made}, {})
     data = vars(ModelCard(text).data)
     assert {key: data.get(key) for key in header} == header
-    assert (licence or "names no licence") in text
+    assert (license or "names no license") in text
 
 
 def test_what_is_no_picture_is_not_put_on_the_card(bundle: Path, tmp_path: Path) -> None:

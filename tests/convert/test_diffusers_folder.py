@@ -91,10 +91,10 @@ def test_attention_of_old_vaes_is_renamed(folder: Path) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
 
 
-def test_licence_is_the_model_cards(folder: Path) -> None:
-    assert open_checkpoint(str(folder)).source.licence is None
+def test_license_is_the_model_cards(folder: Path) -> None:
+    assert open_checkpoint(str(folder)).source.license is None
     (folder / "README.md").write_text("---\nlicense: creativeml-openrail-m\ntags: []\n---\n# Model\n")
-    assert open_checkpoint(str(folder)).source.licence == "creativeml-openrail-m"
+    assert open_checkpoint(str(folder)).source.license == "creativeml-openrail-m"
 
 
 def test_parts_that_are_optional_may_lack(folder: Path) -> None:

@@ -48,7 +48,7 @@ def test_one_commit_and_only_what_is_needed(hub: Hub, tiny_checkpoint: Callable[
     checkpoint = open_checkpoint(REPO)
     assert checkpoint.family == "sd2-base"
     assert (checkpoint.source.name, checkpoint.source.revision) == (REPO, hub.commit)
-    assert checkpoint.source.licence == "openrail++"
+    assert checkpoint.source.license == "openrail++"
     expected = load_file(tiny_checkpoint("sd2-base") / "unet" / "diffusion_pytorch_model.safetensors")
     found = checkpoint.models["unet"].tensors()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -14,7 +14,7 @@ from diffusion_runtime.errors import PackageError
 MADE: dict[str, Any] = {
     "name": "tiny",
     "family": "sd2-v",
-    "source": {"name": "org/tiny", "revision": "abc", "licence": "mit"},
+    "source": {"name": "org/tiny", "revision": "abc", "license": "mit"},
     "kind": "packages",
     "attention": "original",
     "height": 96,
@@ -78,8 +78,16 @@ def test_the_future_is_refused_politely(tmp_path: Path) -> None:
 
 def test_manifests_of_the_time_before_the_new_name_are_read(tmp_path: Path) -> None:
     tools = {"coreml-diffusion": "0.1.0", "torch": "2.13.0"}
-    (tmp_path / manifest.FILE_NAME).write_text(json.dumps({**MADE, "tools": tools}))
-    assert manifest.read(tmp_path).tools == tools
+    source = {"name": "org/tiny", "licence": "mit"}
+    (tmp_path / manifest.FILE_NAME).write_text(json.dumps({**MADE, "tools": tools, "source": source}))
+    read = manifest.read(tmp_path)
+    assert (read.tools, read.source.license) == (tools, "mit")
+    manifest.write(read, tmp_path)
+    assert json.loads((tmp_path / manifest.FILE_NAME).read_text())["source"] == {
+        "name": "org/tiny",
+        "license": "mit",
+        "loras": [],
+    }
 
 
 def changed(*path: str | int, value: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ REPOSITORY = "REPOSITORY"
 """Stands in the card for the repository's id until it is published."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _SAMPLE = "sample"
-_HUB_LICENCES = frozenset(
+_HUB_LICENSES = frozenset(
     {
         "afl-3.0",
         "agpl-3.0",
@@ -44,9 +44,9 @@ _HUB_LICENCES = frozenset(
     }
 )
 _OPENRAIL = (
-    "The licence of the source restricts use, and these restrictions go with the converted models: nothing illegal "
+    "The license of the source restricts use, and these restrictions go with the converted models: nothing illegal "
     "or harmful, no deceiving or harassing of people, no medical or legal advice, no exploitation of the "
-    "vulnerable. You must pass the same restrictions on. Read the licence's attachment A before you use or share "
+    "vulnerable. You must pass the same restrictions on. Read the license's attachment A before you use or share "
     "the models."
 )
 
@@ -100,22 +100,22 @@ def model_card(variants: Mapping[str, Manifest], zips: Mapping[str, int], pictur
         _parity_note(variants),
         "\n".join(_parity_table(variants)),
         *_palettization(variants),
-        "## Licence and restrictions",
-        _licence(first),
+        "## License and restrictions",
+        _license(first),
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _header(made: Manifest) -> Iterator[str]:
-    licence = _hub_licence(made)
+    license = _hub_license(made)
     from diffusion_runtime.tasks import starts_from
 
     needs = starts_from(FAMILIES[made.family].in_channels) if made.family in FAMILIES else ()
     task = "image-to-image" if needs else "text-to-image"
     yield "---"
-    yield f"license: {licence}"
-    if licence == "other":
-        yield f"license_name: {re.sub(r'[^a-z0-9.]+', '-', (made.source.licence or '').lower()).strip('-')}"
+    yield f"license: {license}"
+    if license == "other":
+        yield f"license_name: {re.sub(r'[^a-z0-9.]+', '-', (made.source.license or '').lower()).strip('-')}"
     if _is_hub_id(made.source.name):
         yield f"base_model: {json.dumps(made.source.name)}"
     yield f"pipeline_tag: {task}"
@@ -133,9 +133,9 @@ def _is_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(parts) and not name.startswith(".")
 
 
-def _hub_licence(made: Manifest) -> str:
-    licence = (made.source.licence or "unknown").lower()
-    return licence if licence in _HUB_LICENCES else "other"
+def _hub_license(made: Manifest) -> str:
+    license = (made.source.license or "unknown").lower()
+    return license if license in _HUB_LICENSES else "other"
 
 
 def _origin(made: Manifest) -> str:
@@ -264,9 +264,9 @@ def _palettization(variants: Mapping[str, Manifest]) -> Iterator[str]:
         yield "\n".join([*head, *rows])
 
 
-def _licence(made: Manifest) -> str:
-    licence = made.source.licence
-    if licence is None:
-        return "The source names no licence. Ask its authors before you use or share these models."
-    text = f"The source's licence, `{licence}`, holds for these models as well."
-    return f"{text}\n\n{_OPENRAIL}" if "openrail" in licence.lower() else text
+def _license(made: Manifest) -> str:
+    license = made.source.license
+    if license is None:
+        return "The source names no license. Ask its authors before you use or share these models."
+    text = f"The source's license, `{license}`, holds for these models as well."
+    return f"{text}\n\n{_OPENRAIL}" if "openrail" in license.lower() else text

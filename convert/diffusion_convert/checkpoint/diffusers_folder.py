@@ -75,8 +75,8 @@ def part_names(index: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name, value in index.items() if _is_part(value))
 
 
-def read_licence(folder: Path) -> str | None:
-    """The licence that the model card of a checkpoint names, if there is one."""
+def read_license(folder: Path) -> str | None:
+    """The license that the model card of a checkpoint names, if there is one."""
     try:
         lines = (folder / CARD).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

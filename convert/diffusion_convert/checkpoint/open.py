@@ -34,7 +34,7 @@ def open_checkpoint(
     if revision is not None and path.exists():
         raise InputError(f"--revision {revision}: {source} is on this machine, where there is but one")
     if path.is_dir():
-        origin = Source(name=path.resolve().name, licence=diffusers_folder.read_licence(path))
+        origin = Source(name=path.resolve().name, license=diffusers_folder.read_license(path))
         checkpoint = diffusers_folder.open_folder(path, origin, family)
     elif path.is_file():
         checkpoint = single_file.open_single_file(path, family, without_vae=vae is not None)

@@ -13,7 +13,7 @@ from diffusion_convert.checkpoint.diffusers_folder import (
     SCHEDULERS,
     open_folder,
     part_names,
-    read_licence,
+    read_license,
     weight_files,
 )
 from diffusion_convert.checkpoint.model import Checkpoint
@@ -36,7 +36,7 @@ def open_repository(repo_id: str, revision: str | None = None, family: str | Non
     set, what the cache has of that revision is used. Raises CheckpointError or InputError, in one line.
     """
     folder = _fetch(repo_id, revision, checkpoint_files)
-    source = Source(name=repo_id, revision=folder.name, licence=read_licence(folder))
+    source = Source(name=repo_id, revision=folder.name, license=read_license(folder))
     return open_folder(folder, source, family)
 
 

@@ -282,7 +282,7 @@ def _metadata(plan: Plan) -> Metadata:
     return Metadata(
         version=checkpoint.source.revision or checkpoint.name,
         author=f"See the model card of {checkpoint.name}; converted with coreml-sd",
-        license=checkpoint.source.licence or "see the checkpoint's own",
+        license=checkpoint.source.license or "see the checkpoint's own",
         user_defined={
             "com.github.apple.coremltools.version": versions["coremltools"],
             "com.github.apple.coremltools.source": f"torch=={versions['torch']}",

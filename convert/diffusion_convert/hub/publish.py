@@ -137,7 +137,7 @@ def _groups(names: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def _published(path: Path) -> bool:
-    """Models, tokenizers, manifests, zips, card, licence and pictures; nothing hidden or left over."""
+    """Models, tokenizers, manifests, zips, card, license and pictures; nothing hidden or left over."""
     if any(part.startswith(".") for part in path.parts):
         return False
     if len(path.parts) > 2:

@@ -10,7 +10,16 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import PackageError
@@ -119,7 +128,7 @@ class Source(_Frozen):
 
     name: str
     revision: str | None = None
-    licence: str | None = None
+    license: str | None = Field(default=None, validation_alias=AliasChoices("license", "licence"))  # as it was once
     sha256: str | None = None
     loras: tuple[FusedLora, ...] = ()
 
