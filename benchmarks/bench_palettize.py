@@ -36,9 +36,9 @@ _CHUNK = 1 << 20
 
 def ours(source: Path, output: Path, bits: int) -> None:
     from diffusion_convert.palettize.package import palettize_package
-    from diffusion_convert.palettize.plan import Plan
+    from diffusion_convert.palettize.palettize_options import PalettizeOptions
 
-    palettize_package(source, output, Plan(bits))
+    palettize_package(source, output, PalettizeOptions(bits))
 
 
 def theirs(source: Path, output: Path, bits: int) -> None:

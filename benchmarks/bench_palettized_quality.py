@@ -55,16 +55,18 @@ def variant(packages: Path, name: str, folder: Path) -> Path:
 def _palettize(source: Path, output: Path, name: str) -> None:
     from diffusion_convert.palettize.checked import palettize_checked
     from diffusion_convert.palettize.damage import measure_damage
-    from diffusion_convert.palettize.plan import Plan, widths_for
+    from diffusion_convert.palettize.palettize_options import PalettizeOptions, widths_for
     from diffusion_convert.palettize.recipe import choose_bits
     from diffusion_runtime.mil.package import open_package
 
     if name.startswith("mixed-"):
         target = float(name.removeprefix("mixed-"))
         widths = widths_for(open_package(source))
-        plan = Plan(bits_by_weight=choose_bits(measure_damage(source, Plan(), widths), target, widths))
+        plan = PalettizeOptions(
+            bits_by_weight=choose_bits(measure_damage(source, PalettizeOptions(), widths), target, widths)
+        )
     else:
-        plan = Plan(int(name))
+        plan = PalettizeOptions(int(name))
     shutil.rmtree(output)
     checked = palettize_checked(source, output, plan, bounds={1: 0.0})
     print(f"{name} {source.name}: {dict(checked.psnr_db)} dB", file=sys.stderr)

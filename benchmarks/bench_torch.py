@@ -84,11 +84,11 @@ def apart(package: str, steps: int, threads: int) -> dict[str, float]:
 
 def six_bits(folder: Path) -> Path:
     from diffusion_convert.palettize.package import palettize_package
-    from diffusion_convert.palettize.plan import Plan
+    from diffusion_convert.palettize.palettize_options import PalettizeOptions
 
     path = folder / "unet_6bit.mlpackage"
     if not path.exists():
-        palettize_package(full_size_unet(folder), path, Plan(bits=6))
+        palettize_package(full_size_unet(folder), path, PalettizeOptions(bits=6))
     return path
 
 

@@ -63,7 +63,7 @@ def full_size_unet(folder: Path, attention: AttentionKind = AttentionKind.ORIGIN
     from diffusion_convert.checkpoint.model import Checkpoint, Submodel
     from diffusion_convert.components.component import Shape
     from diffusion_convert.components.unet import UNET
-    from diffusion_convert.export.export import Recipe, export
+    from diffusion_convert.export.export import ExportOptions, export
     from diffusion_runtime.bundle.manifest import Source
     from diffusion_runtime.mil.program import Metadata
 
@@ -84,8 +84,8 @@ def full_size_unet(folder: Path, attention: AttentionKind = AttentionKind.ORIGIN
         tokenizer={},
     )
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(attention, Shape(512, 512, 2), "macOS13")
-    export(UNET, checkpoint, recipe, path, Metadata())
+    export_options = ExportOptions(attention, Shape(512, 512, 2), "macOS13")
+    export(UNET, checkpoint, export_options, path, Metadata())
     return path
 
 

@@ -25,38 +25,38 @@ SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class Preset:
     """A class of diffusers and what is set on top of the checkpoint's own configuration."""
 
     class_name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-SCHEDULERS: Mapping[str, Recipe] = {
-    "pndm": Recipe("PNDMScheduler"),
-    "ddim": Recipe("DDIMScheduler"),
-    "ddpm": Recipe("DDPMScheduler"),
-    "lms": Recipe("LMSDiscreteScheduler"),
-    "lms karras": Recipe("LMSDiscreteScheduler", KARRAS),
-    "euler": Recipe("EulerDiscreteScheduler"),
-    "euler karras": Recipe("EulerDiscreteScheduler", KARRAS),
-    "euler-ancestral": Recipe("EulerAncestralDiscreteScheduler"),
-    "heun": Recipe("HeunDiscreteScheduler"),
-    "heun karras": Recipe("HeunDiscreteScheduler", KARRAS),
-    "dpm2": Recipe("KDPM2DiscreteScheduler"),
-    "dpm2-ancestral": Recipe("KDPM2AncestralDiscreteScheduler"),
-    "dpm++ 2m": Recipe("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "dpm++ 2m karras": Recipe(
+SCHEDULERS: Mapping[str, Preset] = {
+    "pndm": Preset("PNDMScheduler"),
+    "ddim": Preset("DDIMScheduler"),
+    "ddpm": Preset("DDPMScheduler"),
+    "lms": Preset("LMSDiscreteScheduler"),
+    "lms karras": Preset("LMSDiscreteScheduler", KARRAS),
+    "euler": Preset("EulerDiscreteScheduler"),
+    "euler karras": Preset("EulerDiscreteScheduler", KARRAS),
+    "euler-ancestral": Preset("EulerAncestralDiscreteScheduler"),
+    "heun": Preset("HeunDiscreteScheduler"),
+    "heun karras": Preset("HeunDiscreteScheduler", KARRAS),
+    "dpm2": Preset("KDPM2DiscreteScheduler"),
+    "dpm2-ancestral": Preset("KDPM2AncestralDiscreteScheduler"),
+    "dpm++ 2m": Preset("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpm++ 2m karras": Preset(
         "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2, **KARRAS}
     ),
-    "dpm++ 2m sde": Recipe("DPMSolverMultistepScheduler", SDE),
-    "dpm++ 2m sde karras": Recipe("DPMSolverMultistepScheduler", {**SDE, **KARRAS}),
-    "dpm++ sde": Recipe("DPMSolverSinglestepScheduler", {**SDE, "lower_order_final": True}),
-    "dpm++ sde karras": Recipe("DPMSolverSinglestepScheduler", {**SDE, "lower_order_final": True, **KARRAS}),
-    "unipc": Recipe("UniPCMultistepScheduler"),
-    "deis": Recipe("DEISMultistepScheduler"),
-    "lcm": Recipe("LCMScheduler"),
-    "tcd": Recipe("TCDScheduler"),
+    "dpm++ 2m sde": Preset("DPMSolverMultistepScheduler", SDE),
+    "dpm++ 2m sde karras": Preset("DPMSolverMultistepScheduler", {**SDE, **KARRAS}),
+    "dpm++ sde": Preset("DPMSolverSinglestepScheduler", {**SDE, "lower_order_final": True}),
+    "dpm++ sde karras": Preset("DPMSolverSinglestepScheduler", {**SDE, "lower_order_final": True, **KARRAS}),
+    "unipc": Preset("UniPCMultistepScheduler"),
+    "deis": Preset("DEISMultistepScheduler"),
+    "lcm": Preset("LCMScheduler"),
+    "tcd": Preset("TCDScheduler"),
 }
 
 
@@ -105,12 +105,12 @@ def build(config: Mapping[str, Any], name: str | None = None, imposed: Mapping[s
     if name is None:
         class_name, settings = str(config.get("_class_name", "PNDMScheduler")), dict[str, Any]()
     else:
-        recipe = SCHEDULERS[canonical(name)]
-        class_name, settings = recipe.class_name, {**dict.fromkeys(SIGMAS, False), **recipe.settings}
+        preset = SCHEDULERS[canonical(name)]
+        class_name, settings = preset.class_name, {**dict.fromkeys(SIGMAS, False), **preset.settings}
     if not class_name.endswith("Scheduler") or not hasattr(diffusers, class_name):
         raise InputError(f"the models ask for an unknown scheduler class {class_name!r}: choose one of {known()}")
     kind = getattr(diffusers, class_name)
-    kinds = {kind, *(getattr(diffusers, recipe.class_name) for recipe in SCHEDULERS.values())}
+    kinds = {kind, *(getattr(diffusers, preset.class_name) for preset in SCHEDULERS.values())}
     understood = frozenset[str]().union(*map(_arguments, kinds))
     wanted = {**settled(config, imposed), **settings}
     try:
@@ -147,10 +147,10 @@ def _arguments(kind: type) -> frozenset[str]:
 def name_of(scheduler: Any) -> str:
     """The name in `SCHEDULERS` that this scheduler would be asked for by, else its class name."""
     class_name, found = type(scheduler).__name__, ""
-    for name, recipe in SCHEDULERS.items():
-        expected = {**dict.fromkeys(("use_karras_sigmas",), False), **recipe.settings}
+    for name, preset in SCHEDULERS.items():
+        expected = {**dict.fromkeys(("use_karras_sigmas",), False), **preset.settings}
         config = scheduler.config
-        if recipe.class_name == class_name and all(config.get(k, v) == v for k, v in expected.items()):
+        if preset.class_name == class_name and all(config.get(k, v) == v for k, v in expected.items()):
             found = found or name
     return found or class_name
 

@@ -13,9 +13,9 @@ from diffusion_convert.checkpoint.diffusers_folder import open_folder
 from diffusion_convert.chunk import MAX_IMBALANCE, Cut, chunk, find_cut, halves
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
-from diffusion_convert.export.export import Recipe, export
+from diffusion_convert.export.export import ExportOptions, export
 from diffusion_convert.palettize.package import palettize_package
-from diffusion_convert.palettize.plan import Plan
+from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import InputError, UnsupportedError
@@ -41,7 +41,7 @@ def chunked(
     whole = unet
     if request.param == "palettized":
         whole = folder / "whole.mlpackage"
-        palettize_package(unet, whole, Plan(bits=6))
+        palettize_package(unet, whole, PalettizeOptions(bits=6))
     first, second = folder / "first.mlpackage", folder / "second.mlpackage"
     return whole, first, second, chunk(whole, first, second)
 
@@ -50,8 +50,8 @@ def chunked(
 def unet(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = open_folder(tiny_checkpoint("sd1"), Source(name="tiny"))
     path = tmp_path_factory.mktemp("unet") / "unet.mlpackage"
-    recipe = Recipe(AttentionKind.SPLIT_EINSUM, Shape(64, 64, 2), "macOS13")
-    export(table()["unet"], checkpoint, recipe, path, Metadata(description="A UNet.", license="MIT"))
+    export_options = ExportOptions(AttentionKind.SPLIT_EINSUM, Shape(64, 64, 2), "macOS13")
+    export(table()["unet"], checkpoint, export_options, path, Metadata(description="A UNet.", license="MIT"))
     return path
 
 

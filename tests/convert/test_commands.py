@@ -25,10 +25,10 @@ from diffusion_convert.cli import verify as verifying
 from diffusion_convert.compile import compile_package
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
-from diffusion_convert.export.export import Recipe, export
+from diffusion_convert.export.export import ExportOptions, export
 from diffusion_convert.options import Lora
 from diffusion_convert.palettize.package import palettize_package
-from diffusion_convert.palettize.plan import Plan
+from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_runtime.bundle import integrity, manifest
 from diffusion_runtime.bundle.find import find
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError
@@ -164,7 +164,7 @@ def write_text_encoder(folder: Path, checkpoint: Checkpoint) -> Path:
     packages.mkdir(parents=True)
     component = table()["text_encoder"]
     file = f"{small_bundle.NAME}_text_encoder.mlpackage"
-    recipe = Recipe(AttentionKind.ORIGINAL, Shape(64, 64, 2), "macOS13")
+    recipe = ExportOptions(AttentionKind.ORIGINAL, Shape(64, 64, 2), "macOS13")
     export(component, checkpoint, recipe, packages / file, Metadata())
     small = manifest.read(small_bundle.write_bundle(folder / "small", ("original",)) / "original" / "packages")
     shutil.move(folder / "small" / "original" / "packages" / "vocab.json", packages)
@@ -198,13 +198,13 @@ def test_verify_takes_models_of_other_tools(
     app: typer.Typer, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
-    recipe = Recipe(AttentionKind.ORIGINAL, Shape(64, 64, 2), "macOS13")
+    recipe = ExportOptions(AttentionKind.ORIGINAL, Shape(64, 64, 2), "macOS13")
     for name in ("text_encoder", "unet", "vae_decoder"):
         path = tmp_path / f"Stable_Diffusion_version_tiny_{name}.mlpackage"
         export(table()[name], checkpoint, recipe, path, Metadata())
     whole, unet = tmp_path / "whole.mlpackage", tmp_path / "Stable_Diffusion_version_tiny_unet.mlpackage"
     unet.rename(whole)
-    palettize_package(whole, unet, Plan(bits=6))
+    palettize_package(whole, unet, PalettizeOptions(bits=6))
     shown = [
         line.split() for line in run(app, "verify", tmp_path, "--against", tiny_checkpoint("sd1")).splitlines()
     ]

@@ -16,7 +16,7 @@ from diffusion_convert import networks as nets
 from diffusion_convert.checkpoint.diffusers_folder import open_folder
 from diffusion_convert.components.component import Shape
 from diffusion_convert.components.depth_estimator import DEPTH_ESTIMATOR
-from diffusion_convert.export.export import Recipe, export
+from diffusion_convert.export.export import ExportOptions, export
 from diffusion_convert.verification.package import widened
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.bundle.manifest import Source
@@ -66,7 +66,7 @@ def test_package_agrees_with_transformers(
     models = {**checkpoint.models, "depth_estimator": replace(whole, tensors=lambda: tensors)}
     checkpoint = replace(checkpoint, models=models)
     path = tmp_path / "depth_estimator.mlpackage"
-    export(DEPTH_ESTIMATOR, checkpoint, Recipe(AttentionKind.ORIGINAL, SHAPE, "macOS13"), path, Metadata())
+    export(DEPTH_ESTIMATOR, checkpoint, ExportOptions(AttentionKind.ORIGINAL, SHAPE, "macOS13"), path, Metadata())
     package = TorchBackend().load(path)
     reference = DEPTH_ESTIMATOR.build(checkpoint, None, SHAPE)
     arrays = reference.sample(0)

@@ -11,7 +11,7 @@ import pytest
 import small_bundle
 from diffusion_convert.bundle.variants import compile_variant, variants, zip_variants
 from diffusion_convert.hub.download import download
-from diffusion_convert.hub.publish import plan, publish
+from diffusion_convert.hub.publish import planned_upload, publish
 from diffusion_runtime.atomic import WORK_FOLDER
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.integrity import check_files
@@ -84,7 +84,7 @@ def test_dry_run_lists_files_and_neither_writes_nor_asks_a_server(bundle: Path, 
     folder = tmp_path / "copy"
     shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("README.md"))
     before = contents(folder)
-    planned = plan(folder, REPO)
+    planned = planned_upload(folder, REPO)
     assert planned.private
     assert "original/compiled/Unet.mlmodelc/model.mil" in planned.files
     assert "README.md" in planned.files
@@ -100,8 +100,8 @@ def test_models_that_were_never_verified_are_published_only_on_demand(bundle: Pa
     unet = made.components["unet"].model_copy(update={"psnr_db": {}})
     manifest.write(made.model_copy(update={"components": {**made.components, "unet": unet}}), compiled)
     with pytest.raises(InputError, match=r"not verified: original/compiled unet; .* --unverified"):
-        plan(folder, REPO)
-    assert "original/compiled/manifest.json" in plan(folder, REPO, unverified=True).files
+        planned_upload(folder, REPO)
+    assert "original/compiled/manifest.json" in planned_upload(folder, REPO, unverified=True).files
 
 
 def test_a_changed_file_is_not_published(hub: Hub, bundle: Path, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_the_card_names_the_repository_and_a_name_that_apps_will_not_find_is_not
     assert f"coreml-sd download {REPO} --variant original" in card
     assert f'modelId: "{REPO}"' in card
     assert any("named like them: maker/coreml-tiny-diffusion-v1-4" in line for line in lines)
-    assert plan(bundle, "maker/coreml-tiny-diffusion-v1-4").notes == ()
+    assert planned_upload(bundle, "maker/coreml-tiny-diffusion-v1-4").notes == ()
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, TEXT])

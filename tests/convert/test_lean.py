@@ -15,7 +15,7 @@ from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
 from diffusion_convert.export import coremltools_patches as lean
-from diffusion_convert.export.export import Recipe, export
+from diffusion_convert.export.export import ExportOptions, export
 from diffusion_convert.export.placeholders import Placeholders
 from diffusion_convert.export.trace import trace
 from diffusion_convert.networks import teach_coremltools
@@ -24,7 +24,7 @@ from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import Blob, Metadata, Value, operations
 
-RECIPE = Recipe(AttentionKind.SPLIT_EINSUM, Shape(64, 64, 2), "macOS13")
+RECIPE = ExportOptions(AttentionKind.SPLIT_EINSUM, Shape(64, 64, 2), "macOS13")
 
 
 @pytest.fixture(params=["text_encoder", "vae_encoder"])
@@ -99,7 +99,7 @@ REPLACED = {
 def test_everything_is_put_back(module: str, owner: str, name: str) -> None:
     place = getattr(import_coremltools(module), owner)
     before = place.__dict__[name]
-    with pytest.raises(RuntimeError), lean.lean(Placeholders(), lambda _: 0):
+    with pytest.raises(RuntimeError), lean.patched_coremltools(Placeholders(), lambda _: 0):
         assert place.__dict__[name] is not before
         raise RuntimeError
     assert place.__dict__[name] is before

@@ -16,7 +16,7 @@ from diffusion_convert.checkpoint.diffusers_folder import open_folder
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Shape
 from diffusion_convert.components.safety_checker import SAFETY_CHECKER
-from diffusion_convert.export.export import Recipe, export
+from diffusion_convert.export.export import ExportOptions, export
 from diffusion_convert.networks.safety import ROUNDS_TO_POSITIVE, SPECIAL_CARE_ADJUSTMENT
 from diffusion_convert.verification.package import widened
 from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
@@ -36,8 +36,8 @@ def checkpoint(tiny_checkpoint: Callable[[str], Path]) -> Checkpoint:
 @pytest.fixture(scope="module")
 def package(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> TorchModel:
     path = tmp_path_factory.mktemp("safety") / "safety_checker.mlpackage"
-    recipe = Recipe(AttentionKind.ORIGINAL, SHAPE, "macOS13")
-    export(SAFETY_CHECKER, checkpoint, recipe, path, Metadata())
+    export_options = ExportOptions(AttentionKind.ORIGINAL, SHAPE, "macOS13")
+    export(SAFETY_CHECKER, checkpoint, export_options, path, Metadata())
     return TorchBackend().load(path)
 
 

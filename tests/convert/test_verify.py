@@ -20,7 +20,7 @@ from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
 from diffusion_convert.components.unet import UNet
 from diffusion_convert.export import export as export_module
-from diffusion_convert.export.export import Exported, Recipe, export
+from diffusion_convert.export.export import Exported, ExportOptions, export
 from diffusion_convert.networks.attention import ATTENTION, original
 from diffusion_convert.options import ConvertOptions
 from diffusion_convert.verification import package as verify
@@ -41,7 +41,9 @@ def checkpoint(tiny_checkpoint: Callable[[str], Path]) -> Checkpoint:
 @pytest.fixture
 def package(checkpoint: Checkpoint, tmp_path: Path) -> tuple[Path, Exported]:
     path = tmp_path / "encoder.mlpackage"
-    return path, export(ENCODER, checkpoint, Recipe(AttentionKind.ORIGINAL, SHAPE, "macOS13"), path, Metadata())
+    return path, export(
+        ENCODER, checkpoint, ExportOptions(AttentionKind.ORIGINAL, SHAPE, "macOS13"), path, Metadata()
+    )
 
 
 def silent(_: float) -> None:
@@ -117,7 +119,7 @@ def test_no_mistake_is_published(
 def test_reference_survives_the_disk(checkpoint: Checkpoint, tmp_path: Path) -> None:
     expected = verify.reference(table()["text_encoder"], checkpoint, SHAPE, silent)
     expected.save(tmp_path / "reference.npz")
-    loaded = verify.Reference.load(tmp_path / "reference.npz")
+    loaded = verify.Expected.load(tmp_path / "reference.npz")
     assert len(loaded.inputs) == table()["text_encoder"].runs
     for before, after in zip((*expected.inputs, *expected.outputs), (*loaded.inputs, *loaded.outputs), strict=True):
         assert before.keys() == after.keys()

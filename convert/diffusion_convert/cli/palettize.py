@@ -1,4 +1,4 @@
-"""`coreml-sd palettize`: options -> plan -> a checked package, and tables of what it cost."""
+"""`coreml-sd palettize`: options -> a checked package, and tables of what it cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from diffusion_convert.palettize.checked import Checked
     from diffusion_convert.palettize.damage import Damage
     from diffusion_convert.palettize.package import Progress
-    from diffusion_convert.palettize.plan import Plan
+    from diffusion_convert.palettize.palettize_options import PalettizeOptions
 
 _DEFAULT_BITS = 6
 
@@ -51,22 +51,24 @@ def palettize(
 ) -> None:
     """Palettize the weights of any ML Program, and check the result."""
     from diffusion_convert.palettize.checked import palettize_checked
-    from diffusion_convert.palettize.plan import Plan
+    from diffusion_convert.palettize.palettize_options import PalettizeOptions
 
     if sum(value is not None for value in (nbits, target_bits, recipe)) > 1:
         raise InputError("--nbits, --target-bits and --recipe exclude each other: give one")
     _check_output(package, output)
     if plot is not None and target_bits is None:
         raise InputError("--plot shows the recipes that --target-bits chooses from: give both")
-    plan = Plan(_DEFAULT_BITS if nbits is None else nbits, None, granularity.value, group_size, embeddings)
+    options = PalettizeOptions(
+        _DEFAULT_BITS if nbits is None else nbits, None, granularity.value, group_size, embeddings
+    )
     mixed = None
     if recipe is not None:
-        plan = _recipe_plan(package, recipe)
+        options = _recipe_options(package, recipe)
     elif target_bits is not None:
-        mixed = _mix(package, plan, target_bits)
-        plan = mixed.plan
+        mixed = _mix(package, options, target_bits)
+        options = mixed.options
     with _progress() as progress:
-        checked = palettize_checked(package, output, plan, compare=check, progress=progress)
+        checked = palettize_checked(package, output, options, compare=check, progress=progress)
     if mixed is not None and plot is not None:
         _plot(mixed, plot, package.name)
     if save_recipe is not None:
@@ -90,36 +92,36 @@ def _check_output(package: Path, output: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Mixed:
-    plan: Plan
+    options: PalettizeOptions
     damage: Damage
     widths: Sequence[int]
 
 
-def _recipe_plan(package: Path, recipe: Path) -> Plan:
+def _recipe_options(package: Path, recipe: Path) -> PalettizeOptions:
     from diffusion_convert.palettize.recipe import load_recipe
     from diffusion_runtime.mil.package import open_package
 
-    return load_recipe(recipe).plan(open_package(package))
+    return load_recipe(recipe).options(open_package(package))
 
 
-def _mix(package: Path, plan: Plan, target_bits: float) -> _Mixed:
+def _mix(package: Path, options: PalettizeOptions, target_bits: float) -> _Mixed:
 
     from diffusion_convert.palettize.damage import measure_damage
-    from diffusion_convert.palettize.plan import widths_for
+    from diffusion_convert.palettize.palettize_options import widths_for
     from diffusion_convert.palettize.recipe import choose_bits
     from diffusion_runtime.mil.package import open_package
 
     widths = widths_for(open_package(package))
     if not widths[0] <= target_bits <= widths[-1]:
         raise InputError(f"--target-bits {target_bits:g}: expected {widths[0]} to {widths[-1]}")
-    damage = measure_damage(package, plan, widths)
-    return _Mixed(replace(plan, bits_by_weight=choose_bits(damage, target_bits, widths)), damage, widths)
+    damage = measure_damage(package, options, widths)
+    return _Mixed(replace(options, bits_by_weight=choose_bits(damage, target_bits, widths)), damage, widths)
 
 
 def _plot(mixed: _Mixed, path: Path, title: str) -> None:
     from diffusion_convert.palettize.plot import candidate, plot_recipes
 
-    chosen = candidate(mixed.damage, mixed.plan.bits_by_weight or {})
+    chosen = candidate(mixed.damage, mixed.options.bits_by_weight or {})
     plot_recipes(mixed.damage, mixed.widths, path, title, chosen)
 
 
@@ -132,8 +134,8 @@ def _save(package: Path, checked: Checked, path: Path) -> None:
         package=package.name,
         sha256=package_identity(open_package(package)),
         average_bits=round(report.average_bits, 4),
-        granularity=report.plan.granularity,
-        group_size=report.plan.group_size,
+        granularity=report.options.granularity,
+        group_size=report.options.group_size,
         bits={weight.name: weight.bits for weight in report.weights},
     )
     save_recipe(recipe, path)

@@ -30,19 +30,21 @@ def publish(
 
     Models that were never verified, those of other tools among them, are refused without --unverified.
     """
-    from diffusion_convert.hub.publish import plan
-    from diffusion_convert.hub.publish import publish as upload
+    from diffusion_convert.hub.publish import planned_upload
+    from diffusion_convert.hub.publish import publish as publish_folder
 
     if dry_run:
-        planned = plan(folder, repo_id, not public, unverified)
-        for name in planned.files:
+        upload = planned_upload(folder, repo_id, not public, unverified)
+        for name in upload.files:
             typer.echo(name)
-        for note in planned.notes:
+        for note in upload.notes:
             typer.echo(f"note: {note}", err=True)
-        kind = "private" if planned.private else "public"
-        typer.echo(f"{len(planned.files)} files, {planned.size_bytes / 1e6:.1f} MB, to {repo_id} ({kind} if new)")
+        kind = "private" if upload.private else "public"
+        typer.echo(f"{len(upload.files)} files, {upload.size_bytes / 1e6:.1f} MB, to {repo_id} ({kind} if new)")
         return
-    url = upload(folder, repo_id, private=not public, unverified=unverified, endpoint=endpoint, report=typer.echo)
+    url = publish_folder(
+        folder, repo_id, private=not public, unverified=unverified, endpoint=endpoint, report=typer.echo
+    )
     typer.echo(url)
 
 

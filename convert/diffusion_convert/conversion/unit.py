@@ -20,7 +20,7 @@ from diffusion_convert.export import export
 from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_convert.options import Precision
 from diffusion_convert.palettize.checked import palettize_checked
-from diffusion_convert.palettize.plan import Plan as Palettes
+from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.verification import package as verify
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_folder
@@ -52,7 +52,7 @@ class Job:
     unit: Unit
     plan: Plan
     folder: Path
-    expected: verify.Reference | None
+    expected: verify.Expected | None
     report: export.Progress
 
     @property
@@ -87,31 +87,31 @@ def read_record(folder: Path) -> Record | None:
         return None
 
 
-def _reference(unit: Unit, plan: Plan, references: Path, report: export.Progress) -> verify.Reference:
+def _reference(unit: Unit, plan: Plan, references: Path, report: export.Progress) -> verify.Expected:
     """What the checkpoint's own network computes, from disk if another variant has asked."""
     path = references / f"{unit.component.name}.npz"
     if not path.is_file():
         report("reference", 0.0)
         verify.reference(unit.component, plan.checkpoint, plan.shape, partial(report, "reference")).save(path)
         gc.collect()  # networks are cycles, and hold files mapped
-    return verify.Reference.load(path)
+    return verify.Expected.load(path)
 
 
 def _convert(job: Job) -> Record:
     """Write the package. Where float16 has no room for an operation's values, it is converted anew with that
     operation in float32."""
     unit, options = job.unit, job.plan.options
-    recipe = export.Recipe(unit.attention, job.plan.shape, options.target, options.precision)
+    export_options = export.ExportOptions(unit.attention, job.plan.shape, options.target, options.precision)
     seconds: dict[str, float] = {}
     for _ in range(MAX_ATTEMPTS):
         made = export.export(
-            unit.component, job.plan.checkpoint, recipe, job.package, _metadata(job.plan), job.report
+            unit.component, job.plan.checkpoint, export_options, job.package, _metadata(job.plan), job.report
         )
         gc.collect()  # so are coremltools' programs
         _add(seconds, made.seconds)
         _refuse_wide_weights(job, made)
         if job.expected is None:
-            return _record(job, made, recipe, {}, seconds)
+            return _record(job, made, export_options, {}, seconds)
         started = time.perf_counter()
         verdict = verify.measure(job.package, job.expected, partial(job.report, "verify"))
         verify.check(unit.component, job.package, verdict, partial(_explain, job, made, job.expected))
@@ -119,27 +119,29 @@ def _convert(job: Job) -> Record:
         limit = FLOAT16_MAX if options.precision is Precision.FLOAT16 else verify.NEAR_LIMIT
         hot = verify.overflowing(job.package, verdict.largest, limit)
         if not hot:
-            return _record(job, made, recipe, verdict.psnr_db, seconds)
+            return _record(job, made, export_options, verdict.psnr_db, seconds)
         if options.precision is Precision.FLOAT16:
             raise VerificationError(
                 f"{unit.component.name}: float16 overflows at {_listed(hot, made.modules)}; use --precision auto"
             )
-        recipe = _widened(recipe, hot, made.modules)
+        export_options = _widened(export_options, hot, made.modules)
     raise VerificationError(
         f"{unit.component.name}: float16 still overflows at {_listed(hot, made.modules)} after {MAX_ATTEMPTS} "
         "attempts to keep that in float32; use --precision float32"
     )
 
 
-def _widened(recipe: export.Recipe, hot: Mapping[str, float], modules: Mapping[str, str]) -> export.Recipe:
-    """The recipe with those operations in float32; what was in float32 already and yet comes out as float16, with
+def _widened(
+    export_options: export.ExportOptions, hot: Mapping[str, float], modules: Mapping[str, str]
+) -> export.ExportOptions:
+    """The options with those operations in float32; what was in float32 already and yet comes out as float16, with
     its whole torch module."""
     names = {name: export.mil_name(name) for name in hot}
-    again = {modules.get(name, "") for name in hot if names[name] in recipe.float32_ops} - {""}
+    again = {modules.get(name, "") for name in hot if names[name] in export_options.float32_ops} - {""}
     return replace(
-        recipe,
-        float32_ops=recipe.float32_ops | set(names.values()),
-        float32_modules=recipe.float32_modules | again,
+        export_options,
+        float32_ops=export_options.float32_ops | set(names.values()),
+        float32_modules=export_options.float32_modules | again,
     )
 
 
@@ -157,7 +159,7 @@ def _listed(hot: Mapping[str, float], modules: Mapping[str, str]) -> str:
     )
 
 
-def _explain(job: Job, made: export.Exported, expected: verify.Reference) -> str:
+def _explain(job: Job, made: export.Exported, expected: verify.Expected) -> str:
     graph = job.unit.component.build(job.plan.checkpoint, job.unit.attention, job.plan.shape)
     return verify.first_divergence(job.package, graph.module, made.modules, expected.inputs[0])
 
@@ -165,18 +167,18 @@ def _explain(job: Job, made: export.Exported, expected: verify.Reference) -> str
 def _record(
     job: Job,
     made: export.Exported,
-    recipe: export.Recipe,
+    export_options: export.ExportOptions,
     psnr_db: Mapping[str, float],
     seconds: Mapping[str, float],
 ) -> Record:
-    kept = [name for name in made.modules if export.mil_name(name) in recipe.float32_ops]
+    kept = [name for name in made.modules if export.mil_name(name) in export_options.float32_ops]
     return Record(
         component=manifest.Component(
             files=(job.package.name,),
             inputs=tuple(manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape) for p in made.inputs),
             outputs=tuple(manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape) for p in made.outputs),
             compute_units=job.unit.component.compute_units(job.unit.attention),
-            precision="float32" if recipe.precision is Precision.FLOAT32 else "float16",
+            precision="float32" if export_options.precision is Precision.FLOAT32 else "float16",
             float32_ops=tuple(kept),
             psnr_db=dict(psnr_db),
         ),
@@ -209,7 +211,7 @@ def _palettize(job: Job, record: Record) -> Record:
     checked = palettize_checked(
         job.package,
         job.package,
-        Palettes(bits=nbits),
+        PalettizeOptions(bits=nbits),
         samples=job.expected.inputs if job.expected else None,
         bounds=job.unit.component.min_palettized_psnr_db,
         compare=job.expected is not None,

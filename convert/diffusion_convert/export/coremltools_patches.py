@@ -26,7 +26,9 @@ Progress = Callable[[float], None]
 
 
 @contextmanager
-def lean(placeholders: Placeholders, write: Write, progress: Progress = lambda _: None) -> Iterator[None]:
+def patched_coremltools(
+    placeholders: Placeholders, write: Write, progress: Progress = lambda _: None
+) -> Iterator[None]:
     """In this context, one ``ct.convert`` is fast, and its large constants go to ``write`` one by one: a
     placeholder as itself, for the caller to look up."""
     passes = import_coremltools("converters.mil.mil.passes.pass_pipeline")

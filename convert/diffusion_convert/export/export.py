@@ -14,7 +14,7 @@ import numpy as np
 from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.components.component import Component, Graph, Port, Shape
-from diffusion_convert.export.coremltools_patches import lean
+from diffusion_convert.export.coremltools_patches import patched_coremltools
 from diffusion_convert.export.placeholders import Misplaced, Placeholders
 from diffusion_convert.export.trace import trace
 from diffusion_convert.options import Precision
@@ -43,7 +43,7 @@ DTYPES = {np.dtype(dtype.value.replace("fp", "float")): dtype for dtype in (DTyp
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class ExportOptions:
     """How a component is converted. ``float32_ops`` and ``float32_modules`` are MIL operations (`mil_name`) and
     torch modules that stay in float32."""
 
@@ -70,7 +70,7 @@ class Exported:
 def export(
     component: Component,
     checkpoint: Checkpoint,
-    recipe: Recipe,
+    options: ExportOptions,
     path: Path,
     metadata: Metadata,
     progress: Progress = lambda *_: None,
@@ -82,7 +82,7 @@ def export(
     """
 
     def attempt(placeholders: Placeholders) -> Exported:
-        return _export(component, checkpoint, recipe, path, metadata, progress, placeholders)
+        return _export(component, checkpoint, options, path, metadata, progress, placeholders)
 
     by_value: frozenset[str] = frozenset()
     for _ in range(TRIES_WITH_PLACEHOLDERS):
@@ -96,7 +96,7 @@ def export(
 def _export(
     component: Component,
     checkpoint: Checkpoint,
-    recipe: Recipe,
+    options: ExportOptions,
     path: Path,
     metadata: Metadata,
     progress: Progress,
@@ -108,7 +108,7 @@ def _export(
     clock.start("load")
     stand_ins = placeholders.view(checkpoint.models[component.subfolder].tensors())
     with Derivations(stand_ins) as derived:
-        graph = component.build(_on(stand_ins, checkpoint, component), recipe.attention, recipe.shape)
+        graph = component.build(_on(stand_ins, checkpoint, component), options.attention, options.shape)
     placeholders.check_unused(derived.used)
     placeholders.keep(graph.module.state_dict().values())
     clock.start("trace")
@@ -118,7 +118,7 @@ def _export(
     with work(path.parent) as slot:
         weights = slot / "weight.bin"
         with WeightWriter(weights) as writer:
-            model, modules = _convert(graph, traced, recipe, placeholders, writer, clock)
+            model, modules = _convert(graph, traced, options, placeholders, writer, clock)
         placeholders.check_all_taken()
         clock.start("save")
         write_package(_described(model, graph, metadata), path, weights)
@@ -135,7 +135,7 @@ def _on(tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint, component: 
 def _convert(
     graph: Graph,
     traced: torch.jit.ScriptModule,
-    recipe: Recipe,
+    options: ExportOptions,
     placeholders: Placeholders,
     writer: WeightWriter,
     clock: _Clock,
@@ -148,12 +148,12 @@ def _convert(
     def write(array: np.ndarray) -> int:
         return writer.add(_stored(array, placeholders), DTYPES[array.dtype])
 
-    with networks.silent(), lean(placeholders, write, clock.progress):
+    with networks.silent(), patched_coremltools(placeholders, write, clock.progress):
         converted = ct.convert(
             traced,
             convert_to="mlprogram",
-            minimum_deployment_target=getattr(ct.target, recipe.target),
-            compute_precision=_precision(ct, graph, recipe),
+            minimum_deployment_target=getattr(ct.target, options.target),
+            compute_precision=_precision(ct, graph, options),
             inputs=[ct.TensorType(port.name, port.shape, np.dtype(port.dtype)) for port in graph.inputs],
             outputs=[ct.TensorType(port.name, dtype=np.dtype(port.dtype)) for port in graph.outputs],
             skip_model_load=True,
@@ -177,16 +177,16 @@ def _stored(array: np.ndarray, placeholders: Placeholders) -> np.ndarray:
     return stored.contiguous().numpy()
 
 
-def _precision(ct: Any, graph: Graph, recipe: Recipe) -> Any:
-    if recipe.precision is Precision.FLOAT32:
+def _precision(ct: Any, graph: Graph, options: ExportOptions) -> Any:
+    if options.precision is Precision.FLOAT32:
         return ct.precision.FLOAT32
 
-    wide, module_of = (*graph.exact, *recipe.float32_modules), _module_reader()
+    wide, module_of = (*graph.exact, *options.float32_modules), _module_reader()
 
     def in_float16(operation: Any) -> bool:
         module = module_of(operation)
         exact = any(module == name or module.startswith(f"{name}.") for name in wide)
-        return mil_name(operation.name) not in recipe.float32_ops and not exact
+        return mil_name(operation.name) not in options.float32_ops and not exact
 
     return ct.transform.FP16ComputePrecision(op_selector=in_float16)
 

@@ -25,7 +25,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Upload:
     """What would be uploaded: paths relative to the folder, and bytes in all. ``card`` is the model card that names
     the repository; ``notes`` are for the user."""
 
@@ -37,7 +37,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def plan(folder: Path, repo_id: str, private: bool = True, unverified: bool = False) -> Plan:
+def planned_upload(folder: Path, repo_id: str, private: bool = True, unverified: bool = False) -> Upload:
     """Check the folder against its manifests and list its files; nothing is written.
 
     Raises InputError for no such folder and, unless ``unverified``, for components that nothing was compared with
@@ -63,7 +63,7 @@ def plan(folder: Path, repo_id: str, private: bool = True, unverified: bool = Fa
     written = found[CARD_NAME].read_bytes() if CARD_NAME in found else card_of(folder).encode()
     card = _naming(written, repo_id)
     sizes[CARD_NAME] = len(card)
-    return Plan(repo_id, private, tuple(sorted(sizes)), sum(sizes.values()), card, _notes(repo_id, sizes))
+    return Upload(repo_id, private, tuple(sorted(sizes)), sum(sizes.values()), card, _notes(repo_id, sizes))
 
 
 def publish(
@@ -81,16 +81,16 @@ def publish(
     Raises as ``plan`` does. The model card is written where there is none, and names the repository. One commit for
     each variant's packages and compiled models, the zips, and last the model card.
     """
-    planned = plan(folder, repo_id, private, unverified)
-    _write_card(folder / CARD_NAME, planned.card)
-    for note in planned.notes:
+    upload = planned_upload(folder, repo_id, private, unverified)
+    _write_card(folder / CARD_NAME, upload.card)
+    for note in upload.notes:
         report(f"note: {note}")
     api = open_api(endpoint, token)
     with hub_errors(repo_id, "upload"):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         there = remote_files(api, repo_id, "main")
-        missing = [name for name in planned.files if name not in there or not there[name].equals(folder / name)]
-        report(f"{len(planned.files) - len(missing)} of {len(planned.files)} files are there already")
+        missing = [name for name in upload.files if name not in there or not there[name].equals(folder / name)]
+        report(f"{len(upload.files) - len(missing)} of {len(upload.files)} files are there already")
         for group, names in _groups(missing):
             report(f"uploading {group}: {len(names)} files")
             _commit(api, folder, repo_id, group, names)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffusion_convert.palettize.outputs import Samples, compare_outputs, require_outputs
 from diffusion_convert.palettize.package import Progress, palettize_package
-from diffusion_convert.palettize.plan import Plan, Report
+from diffusion_convert.palettize.palettize_options import PalettizeOptions, Report
 from diffusion_convert.verification.bounds import MIN_PSNR_DB
 from diffusion_runtime.atomic import unfinished_folder
 
@@ -24,7 +24,7 @@ class Checked:
 def palettize_checked(
     source: Path,
     output: Path,
-    plan: Plan,
+    options: PalettizeOptions,
     *,
     samples: Samples | None = None,
     bounds: Mapping[int, float] = MIN_PSNR_DB,
@@ -38,7 +38,7 @@ def palettize_checked(
     VerificationError below the bound, StorageError where another process is writing ``output``.
     """
     with unfinished_folder(output) as unchecked:
-        report = palettize_package(source, unchecked, plan, progress)
+        report = palettize_package(source, unchecked, options, progress)
         psnr: Mapping[str, float] = {}
         if compare:
             psnr = compare_outputs(source, unchecked, samples)

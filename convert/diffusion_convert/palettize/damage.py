@@ -22,7 +22,7 @@ import numpy as np
 
 from diffusion_convert.palettize.outputs import Samples, seeded_inputs, token_count
 from diffusion_convert.palettize.package import palettize_as, stored_array
-from diffusion_convert.palettize.plan import Plan
+from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.palettize.select import Weight, palettizable
 from diffusion_runtime.mil.package import Package, open_package
 
@@ -48,9 +48,9 @@ class Damage:
 
 
 def measure_damage(
-    path: Path, plan: Plan, candidates: Sequence[int], samples: Samples | None = None, seed: int = 0
+    path: Path, options: PalettizeOptions, candidates: Sequence[int], samples: Samples | None = None, seed: int = 0
 ) -> Damage:
-    """The damage of each of ``candidates`` (bits) to each weight that ``plan`` may palettize in ``path``.
+    """The damage of each of ``candidates`` (bits) to each weight that ``options`` may palettize in ``path``.
 
     One forward and one backward pass per sample (None: four, over the timesteps).
     """
@@ -58,13 +58,13 @@ def measure_damage(
     from diffusion_runtime.mil.fuse import DIFFERENTIABLE, fuse
 
     package = open_package(path)
-    weights = palettizable(package, plan.embeddings)
+    weights = palettizable(package, options.embeddings)
     model = TorchBackend(fuse=False).load(path)
     fuse(model.module, DIFFERENTIABLE)  # less time and, at full size, half of the memory
     inputs = samples or seeded_inputs(model.inputs, SAMPLES, seed, token_count(package))
     sensitivity, ratio = _sensitivities(model, weights, inputs, seed)
     del model
-    errors = _squared_errors(package, plan, weights, candidates)
+    errors = _squared_errors(package, options, weights, candidates)
     relative = {
         name: {bits: sensitivity[name] * error for bits, error in by_bits.items()}
         for name, by_bits in errors.items()
@@ -73,11 +73,11 @@ def measure_damage(
 
 
 def _squared_errors(
-    package: Package, plan: Plan, weights: Mapping[str, Weight], candidates: Sequence[int]
+    package: Package, options: PalettizeOptions, weights: Mapping[str, Weight], candidates: Sequence[int]
 ) -> dict[str, dict[int, float]]:
     def errors(weight: Weight) -> dict[int, float]:
         array = stored_array(package, weight.value)
-        return {bits: palettize_as(plan, weight, array, bits).squared_error for bits in candidates}
+        return {bits: palettize_as(options, weight, array, bits).squared_error for bits in candidates}
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return dict(zip(weights, pool.map(errors, weights.values()), strict=True))

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_convert.palettize.palette import Palette, palettize, palettize_groups, snr_db, stored_energies
-from diffusion_convert.palettize.plan import (
+from diffusion_convert.palettize.palettize_options import (
     PER_GROUPED_CHANNEL,
-    Plan,
+    PalettizeOptions,
     Report,
     WeightReport,
     chosen_weights,
@@ -37,29 +37,31 @@ Progress = Callable[[str, int, int], None]
 """Called with a weight's name, how many weights are done, and how many there are."""
 
 
-def palettize_package(source: Path, output: Path, plan: Plan, progress: Progress | None = None) -> Report:
-    """Write ``source``, an ML Program, to ``output`` with its weights palettized as ``plan`` says.
+def palettize_package(
+    source: Path, output: Path, options: PalettizeOptions, progress: Progress | None = None
+) -> Report:
+    """Write ``source``, an ML Program, to ``output`` with its weights palettized as ``options`` says.
 
     ``output`` appears whole or not at all. Memory: a few weights at a time, one per core and one in hand. Every
     weight is decompressed from the written file and compared with the original before ``output`` appears.
 
-    Raises InputError (a plan that cannot be carried out, a palettized input, a program without weights),
+    Raises InputError (options that cannot be carried out, a palettized input, a program without weights),
     UnsupportedError (not an ML Program), PackageError (damaged), VerificationError (the file does not decompress to
     what was meant), StorageError (what the disk refuses).
     """
     package = _open(source, output)
-    targets = chosen_weights(package, plan)
+    targets = chosen_weights(package, options)
     with disk_errors(output), work(output.parent) as slot:
         unfinished = slot / "weight.bin"
         with WeightWriter(unfinished) as writer, ThreadPoolExecutor(_threads()) as pool:
-            palettes = _palettes(package, plan, targets, pool)
+            palettes = _palettes(package, options, targets, pool)
             rewriter = _Rewriter(package, writer, targets, palettes, progress or _silent)
             program = rewriter.program()
         with ThreadPoolExecutor(_threads()) as pool:
             reports = tuple(pool.map(lambda written: _checked(package, unfinished, written), rewriter.written))
         before = folder_bytes(source)
         write_package(replace(package.model, program=program), output, unfinished)
-    return Report(reports, plan, before, folder_bytes(output))
+    return Report(reports, options, before, folder_bytes(output))
 
 
 def stored_array(package: Package, value: Value) -> np.ndarray:
@@ -110,33 +112,33 @@ class _Packed:
 
 
 def _palettes(
-    package: Package, plan: Plan, targets: Mapping[str, tuple[Weight, int]], pool: ThreadPoolExecutor
+    package: Package, options: PalettizeOptions, targets: Mapping[str, tuple[Weight, int]], pool: ThreadPoolExecutor
 ) -> Iterator[_Packed]:
     """The palettes of ``targets`` in order, made by ``pool`` but a few ahead of what is taken."""
     by_type = packs_by_type(package)
     pending: deque[Future[_Packed]] = deque()
     for weight, bits in targets.values():
-        pending.append(pool.submit(_palette, package, plan, weight, bits, by_type))
+        pending.append(pool.submit(_palette, package, options, weight, bits, by_type))
         if len(pending) > _threads():
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
 
 
-def _palette(package: Package, plan: Plan, weight: Weight, bits: int, by_type: bool) -> _Packed:
+def _palette(package: Package, options: PalettizeOptions, weight: Weight, bits: int, by_type: bool) -> _Packed:
     array = stored_array(package, weight.value)
-    palette = palettize_as(plan, weight, array, bits)
+    palette = palettize_as(options, weight, array, bits)
     if by_type:
         return _Packed(_as_blocks(palette), palette.indices, palette.squared_error)
     packed = palette.indices.reshape(-1) if bits == 8 else pack(palette.indices, bits)
     return _Packed(palette.lut, packed, palette.squared_error)
 
 
-def palettize_as(plan: Plan, weight: Weight, array: np.ndarray, bits: int) -> Palette:
-    """``array``, which is ``weight``'s, at ``plan``'s granularity: one palette where groups do not divide it."""
-    grouped = plan.granularity == PER_GROUPED_CHANNEL
-    if grouped and weight.axis is not None and weight.shape[weight.axis] % plan.group_size == 0:
-        return palettize_groups(array, bits, weight.axis, plan.group_size, weight.name)
+def palettize_as(options: PalettizeOptions, weight: Weight, array: np.ndarray, bits: int) -> Palette:
+    """``array``, the values of ``weight``, palettized: with one palette where groups do not divide it."""
+    grouped = options.granularity == PER_GROUPED_CHANNEL
+    if grouped and weight.axis is not None and weight.shape[weight.axis] % options.group_size == 0:
+        return palettize_groups(array, bits, weight.axis, options.group_size, weight.name)
     return palettize(array, bits, weight.name)
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_convert.palettize.damage import Damage
-from diffusion_convert.palettize.plan import PER_TENSOR, Plan
+from diffusion_convert.palettize.palettize_options import PER_TENSOR, PalettizeOptions
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import InputError
@@ -32,15 +32,17 @@ class Recipe(BaseModel):
     group_size: int = 16
     bits: Mapping[str, int] = Field(min_length=1)
 
-    def plan(self, package: Package) -> Plan:
-        """The plan for ``package``. Raises InputError where the recipe was made for another."""
+    def options(self, package: Package) -> PalettizeOptions:
+        """The options for ``package``. Raises InputError where the recipe was made for another."""
         found = package_identity(package)
         if found != self.sha256:
             raise InputError(
                 f"{package.path}: the recipe was made for {self.package} with hash {self.sha256[:12]}…, this "
                 f"package has {found[:12]}…; make a recipe for it with --target-bits and --save-recipe"
             )
-        return Plan(bits_by_weight=dict(self.bits), granularity=self.granularity, group_size=self.group_size)
+        return PalettizeOptions(
+            bits_by_weight=dict(self.bits), granularity=self.granularity, group_size=self.group_size
+        )
 
 
 def load_recipe(path: Path) -> Recipe:

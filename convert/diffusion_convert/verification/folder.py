@@ -16,7 +16,7 @@ from diffusion_convert.components.component import Shape
 from diffusion_convert.inspect import main_function, palettized_weights
 from diffusion_convert.verification import package as verify
 from diffusion_convert.verification.bounds import bound_db
-from diffusion_convert.verification.package import Reference
+from diffusion_convert.verification.package import Expected
 from diffusion_runtime.bundle import foreign, manifest
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import check_files
@@ -55,7 +55,7 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
     for folder, described in made.items():
         check_files(described, folder)
         _check_source(described, checkpoint, folder, guessed=not (folder / FILE_NAME).is_file())
-    references: dict[tuple[str, Shape], Reference] = {}
+    references: dict[tuple[str, Shape], Expected] = {}
     for folder, described in made.items():
         shape = Shape(described.height, described.width, described.batch_size)
         for name, component in described.components.items():
@@ -134,7 +134,7 @@ def _palette_widths(paths: Iterable[Path]) -> set[int]:
     return {bits for function in functions for bits in palettized_weights(function)}
 
 
-def _measure(paths: list[Path], expected: Reference) -> dict[str, float]:
+def _measure(paths: list[Path], expected: Expected) -> dict[str, float]:
     """PSNR of each output, the worst over all runs; chunks run one after the other."""
     from diffusion_runtime.backends.torch_mil import TorchBackend
 

@@ -41,7 +41,7 @@ BEST_PSNR_DB = 200.0
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class Expected:
     """What the checkpoint's own network computes: inputs and outputs of each run."""
 
     inputs: tuple[Arrays, ...]
@@ -58,7 +58,7 @@ class Reference:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, path: Path) -> Reference:
+    def load(cls, path: Path) -> Expected:
         runs: dict[str, list[dict[str, np.ndarray]]] = {"inputs": [], "outputs": []}
         with np.load(path, allow_pickle=False) as file:
             for key in file.files:
@@ -78,7 +78,7 @@ class Verdict:
     largest: Mapping[str, float]
 
 
-def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progress: Progress) -> Reference:
+def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progress: Progress) -> Expected:
     """Run the checkpoint's own network. Its weights are widened to float32 one module at a time."""
     import torch
 
@@ -97,10 +97,10 @@ def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progre
                 f"{checkpoint.name}: its own {component.name} computes infinite or undefined values in {name}: "
                 "the checkpoint is damaged"
             )
-    return Reference(inputs, tuple(outputs))
+    return Expected(inputs, tuple(outputs))
 
 
-def measure(path: Path, expected: Reference, progress: Progress) -> Verdict:
+def measure(path: Path, expected: Expected, progress: Progress) -> Verdict:
     """Run the package at ``path`` on the reference's inputs and watch every value."""
     import torch
 

@@ -13,9 +13,9 @@ import pytest
 from diffusion_convert.checkpoint.diffusers_folder import open_folder
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
-from diffusion_convert.export.export import Recipe, export
+from diffusion_convert.export.export import ExportOptions, export
 from diffusion_convert.palettize.package import palettize_package
-from diffusion_convert.palettize.plan import PER_GROUPED_CHANNEL, Plan
+from diffusion_convert.palettize.palettize_options import PER_GROUPED_CHANNEL, PalettizeOptions
 from diffusion_convert.verification.package import psnr_db
 from diffusion_runtime.backends import ComputeUnits, Model
 from diffusion_runtime.backends.torch_mil import TorchBackend
@@ -37,14 +37,16 @@ class Case:
     attention: AttentionKind = AttentionKind.ORIGINAL
     target: str = "macOS13"
     pixels: int = 64
-    palettes: Plan | None = None
+    palettes: PalettizeOptions | None = None
     wide: frozenset[str] = frozenset()
 
 
 CASES = (
-    Case("sd1", "text_encoder", target="macOS14", palettes=Plan(bits=6)),
+    Case("sd1", "text_encoder", target="macOS14", palettes=PalettizeOptions(bits=6)),
     Case("sd1", "unet", AttentionKind.SPLIT_EINSUM_V2, pixels=256),
-    Case("sd1", "unet", AttentionKind.ORIGINAL, "macOS15", palettes=Plan(3, None, PER_GROUPED_CHANNEL, 4)),
+    Case(
+        "sd1", "unet", AttentionKind.ORIGINAL, "macOS15", palettes=PalettizeOptions(3, None, PER_GROUPED_CHANNEL, 4)
+    ),
     Case("sd1", "vae_decoder", wide=frozenset({"decoder.mid_block"})),
     Case("sd1", "safety_checker"),
     Case("sd2-depth", "depth_estimator"),
@@ -62,9 +64,11 @@ def models(
     component = table()[case.component]
     folder = tmp_path_factory.mktemp("components")
     checkpoint = open_folder(tiny_checkpoint(case.family), Source(name="tiny"))
-    recipe = Recipe(case.attention, Shape(case.pixels, case.pixels, 2), case.target, float32_modules=case.wide)
+    export_options = ExportOptions(
+        case.attention, Shape(case.pixels, case.pixels, 2), case.target, float32_modules=case.wide
+    )
     path = folder / "a.mlpackage"
-    export(component, checkpoint, recipe, path, Metadata("tiny", user_defined={"b": "1", "a": "2"}))
+    export(component, checkpoint, export_options, path, Metadata("tiny", user_defined={"b": "1", "a": "2"}))
     if case.palettes is not None:
         path, whole = folder / "palettized.mlpackage", path
         palettize_package(whole, path, case.palettes)

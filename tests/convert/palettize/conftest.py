@@ -69,12 +69,12 @@ def tiny_unet(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.T
     from diffusion_convert.checkpoint.diffusers_folder import open_folder
     from diffusion_convert.components.component import Shape
     from diffusion_convert.components.unet import UNET
-    from diffusion_convert.export.export import Recipe, export
+    from diffusion_convert.export.export import ExportOptions, export
     from diffusion_runtime.bundle.manifest import Source
     from diffusion_runtime.families import AttentionKind
     from diffusion_runtime.mil.program import Metadata
 
     path = tmp_path_factory.mktemp("unet") / "unet.mlpackage"
     checkpoint = open_folder(tiny_checkpoint("sd1"), Source(name="tiny"))
-    export(UNET, checkpoint, Recipe(AttentionKind.ORIGINAL, Shape(64, 64, 2), "macOS13"), path, Metadata())
+    export(UNET, checkpoint, ExportOptions(AttentionKind.ORIGINAL, Shape(64, 64, 2), "macOS13"), path, Metadata())
     return path

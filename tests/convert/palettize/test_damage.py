@@ -17,7 +17,7 @@ from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.damage import Damage, measure_damage
 from diffusion_convert.palettize.outputs import require_outputs, seeded_inputs
 from diffusion_convert.palettize.package import palettize_as, stored_array
-from diffusion_convert.palettize.plan import Plan
+from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.palettize.plot import candidate, mixed_candidates, plot_recipes, uniform_candidates
 from diffusion_convert.palettize.recipe import (
     Recipe,
@@ -39,7 +39,7 @@ WIDTHS = (1, 2, 4, 6, 8)
 
 @pytest.fixture(scope="module")
 def damage(tiny_unet: Path) -> Damage:
-    return measure_damage(tiny_unet, Plan(), WIDTHS)
+    return measure_damage(tiny_unet, PalettizeOptions(), WIDTHS)
 
 
 def errors_one_by_one(path: Path, bits: int) -> dict[str, float]:
@@ -53,7 +53,7 @@ def errors_one_by_one(path: Path, bits: int) -> dict[str, float]:
     for name, weight in palettizable(package).items():
         buffer = getattr(model.module, str(holders[name]))
         kept = buffer.clone()
-        palette = palettize_as(Plan(), weight, stored_array(package, weight.value), bits)
+        palette = palettize_as(PalettizeOptions(), weight, stored_array(package, weight.value), bits)
         buffer.copy_(torch.from_numpy(palette.decoded().astype(np.float32)))
         found = [model(**arrays)["noise_pred"] for arrays in samples]
         buffer.copy_(kept)
@@ -82,8 +82,8 @@ def test_damage_is_what_one_weight_at_a_time_does(tiny_unet: Path, damage: Damag
 def test_mixed_bits_beat_one_width_of_the_same_size(tiny_unet: Path, damage: Damage, tmp_path: Path) -> None:
     chosen = choose_bits(damage, 4, WIDTHS)
     assert average_bits(damage, chosen) <= 4
-    mixed = palettize_checked(tiny_unet, tmp_path / "mixed.mlpackage", Plan(bits_by_weight=chosen))
-    plain = palettize_checked(tiny_unet, tmp_path / "plain.mlpackage", Plan(4))
+    mixed = palettize_checked(tiny_unet, tmp_path / "mixed.mlpackage", PalettizeOptions(bits_by_weight=chosen))
+    plain = palettize_checked(tiny_unet, tmp_path / "plain.mlpackage", PalettizeOptions(4))
     assert mixed.report.bytes_after <= plain.report.bytes_after * 1.01
     assert mixed.psnr_db["noise_pred"] > plain.psnr_db["noise_pred"] + 1
     predicted = candidate(damage, chosen).psnr_db
@@ -133,8 +133,8 @@ def recipe_for(path: Path, bits: Mapping[str, int]) -> Recipe:
 def test_a_recipe_is_kept_and_applied(tiny_unet: Path, damage: Damage, tmp_path: Path) -> None:
     chosen = choose_bits(damage, 4.5, WIDTHS)
     save_recipe(recipe_for(tiny_unet, chosen), tmp_path / "recipe.json")
-    plan = load_recipe(tmp_path / "recipe.json").plan(open_package(tiny_unet))
-    report = palettize_checked(tiny_unet, tmp_path / "out.mlpackage", plan, compare=False).report
+    options = load_recipe(tmp_path / "recipe.json").options(open_package(tiny_unet))
+    report = palettize_checked(tiny_unet, tmp_path / "out.mlpackage", options, compare=False).report
     assert {weight.name: weight.bits for weight in report.weights} == chosen
 
 
@@ -142,7 +142,7 @@ def test_a_recipe_for_another_package_is_refused(tiny_unet: Path, tmp_path: Path
     recipe = recipe_for(tiny_unet, {"w": 4})
     other = recipe.model_copy(update={"sha256": "0" * 64})
     with pytest.raises(InputError, match=r"the recipe was made for unet\.mlpackage with hash 000000000000"):
-        other.plan(open_package(tiny_unet))
+        other.options(open_package(tiny_unet))
 
 
 @pytest.mark.parametrize(

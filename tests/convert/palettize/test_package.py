@@ -14,7 +14,7 @@ import pytest
 from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.outputs import seeded_inputs
 from diffusion_convert.palettize.package import palettize_package
-from diffusion_convert.palettize.plan import PER_GROUPED_CHANNEL, Plan
+from diffusion_convert.palettize.palettize_options import PER_GROUPED_CHANNEL, PalettizeOptions
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError, UnsupportedError, VerificationError
@@ -55,24 +55,24 @@ def _is_weight(operation: Operation) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("target", "plan"),
-    [("iOS16", Plan(bits)) for bits in (1, 2, 4, 6, 8)]
-    + [("iOS18", Plan(bits)) for bits in (1, 2, 3, 4, 6, 8)]
-    + [("iOS18", Plan(4, granularity=PER_GROUPED_CHANNEL, group_size=8))],
+    ("target", "options"),
+    [("iOS16", PalettizeOptions(bits)) for bits in (1, 2, 4, 6, 8)]
+    + [("iOS18", PalettizeOptions(bits)) for bits in (1, 2, 3, 4, 6, 8)]
+    + [("iOS18", PalettizeOptions(4, granularity=PER_GROUPED_CHANNEL, group_size=8))],
     ids=lambda value: value if isinstance(value, str) else f"{value.bits}-{value.granularity}",
 )
 def test_both_readers_decompress_to_the_same_weights(
-    tiny_package: Package, tmp_path: Path, target: str, plan: Plan
+    tiny_package: Package, tmp_path: Path, target: str, options: PalettizeOptions
 ) -> None:
     source, output = tiny_package(target), tmp_path / "out.mlpackage"
-    report = palettize_package(source, output, plan)
+    report = palettize_package(source, output, options)
     theirs, original = dense_weights(output), float_weights(source)
     assert {weight.name for weight in report.weights} == set(theirs)
     assert len(theirs) == len(WEIGHTS)
     for weight in report.weights:
         noise = np.sum((theirs[weight.name].astype(np.float64) - original[weight.name]) ** 2)
         assert noise == pytest.approx(weight.squared_error, rel=1e-3)
-        assert weight.snr_db > 5.5 * plan.bits - 2.5
+        assert weight.snr_db > 5.5 * options.bits - 2.5
     kinds = {op.type for op in operations(open_package(output).model.program.functions["main"].block)}
     assert "constexpr_lut_to_dense" in kinds
     model = TorchBackend().load(output)
@@ -108,8 +108,10 @@ def test_written_as_coremltools_writes_it(
     )
     model = ct.models.MLModel(str(source), skip_model_load=True)
     optimize.palettize_weights(model, config).save(str(tmp_path / "theirs.mlpackage"))
-    plan = Plan(4, granularity=granularity.replace("_", "-"), group_size=8, embeddings=target == "iOS16")
-    palettize_package(source, tmp_path / "ours.mlpackage", plan)
+    options = PalettizeOptions(
+        4, granularity=granularity.replace("_", "-"), group_size=8, embeddings=target == "iOS16"
+    )
+    palettize_package(source, tmp_path / "ours.mlpackage", options)
 
     def shapes(path: Path) -> list[Any]:
         return [
@@ -131,7 +133,7 @@ def test_every_error_is_at_most_coremltools(tiny_package: Package, tmp_path: Pat
     clustering is forced instead, which is better than what it would do."""
     quantization = import_coremltools("models.neural_network.quantization_utils")
     source = tiny_package("iOS16")
-    report = palettize_package(source, tmp_path / "out.mlpackage", Plan(4))
+    report = palettize_package(source, tmp_path / "out.mlpackage", PalettizeOptions(4))
     original = float_weights(source)
     for weight in report.weights:
         values = original[weight.name]
@@ -141,21 +143,23 @@ def test_every_error_is_at_most_coremltools(tiny_package: Package, tmp_path: Pat
 
 
 def test_float32_weights_stay_float32(tiny_package: Package, tmp_path: Path) -> None:
-    report = palettize_package(tiny_package("iOS16", "FLOAT32"), tmp_path / "out.mlpackage", Plan(6))
+    report = palettize_package(tiny_package("iOS16", "FLOAT32"), tmp_path / "out.mlpackage", PalettizeOptions(6))
     assert {array.dtype for array in dense_weights(tmp_path / "out.mlpackage").values()} == {np.dtype(np.float32)}
     assert report.worst(1)[0].snr_db > 28
 
 
 def test_embeddings_only_on_request(tiny_package: Package, tmp_path: Path) -> None:
-    without = palettize_package(tiny_package("iOS16"), tmp_path / "a.mlpackage", Plan(6))
-    with_tables = palettize_package(tiny_package("iOS16"), tmp_path / "b.mlpackage", Plan(6, embeddings=True))
+    without = palettize_package(tiny_package("iOS16"), tmp_path / "a.mlpackage", PalettizeOptions(6))
+    with_tables = palettize_package(
+        tiny_package("iOS16"), tmp_path / "b.mlpackage", PalettizeOptions(6, embeddings=True)
+    )
     added = {weight.name for weight in with_tables.weights} - {weight.name for weight in without.weights}
     assert [weight.shape for weight in with_tables.weights if weight.name in added] == [(70, 32)]
 
 
 def test_what_is_not_palettized_is_copied_bit_for_bit(tiny_package: Package, tmp_path: Path) -> None:
     source, output = tiny_package("iOS16"), tmp_path / "out.mlpackage"
-    report = palettize_package(source, output, Plan(4))
+    report = palettize_package(source, output, PalettizeOptions(4))
     changed = {weight.name for weight in report.weights}
     before, after = float_weights(source), float_weights(output)
     assert set(before) - set(after) == changed
@@ -164,7 +168,7 @@ def test_what_is_not_palettized_is_copied_bit_for_bit(tiny_package: Package, tmp
 
 def test_the_same_input_gives_the_same_bytes(tiny_package: Package, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        palettize_package(tiny_package("iOS18"), tmp_path / f"{name}.mlpackage", Plan(3))
+        palettize_package(tiny_package("iOS18"), tmp_path / f"{name}.mlpackage", PalettizeOptions(3))
     one, two = (
         [path.read_bytes() for path in sorted((tmp_path / f"{name}.mlpackage").rglob("*")) if path.is_file()]
         for name in ("a", "b")
@@ -174,7 +178,7 @@ def test_the_same_input_gives_the_same_bytes(tiny_package: Package, tmp_path: Pa
 
 def test_sizes_are_what_the_bits_say(tiny_unet: Path, tmp_path: Path) -> None:
     weights = tiny_unet / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
-    report = palettize_package(tiny_unet, tmp_path / "out.mlpackage", Plan(4))
+    report = palettize_package(tiny_unet, tmp_path / "out.mlpackage", PalettizeOptions(4))
     elements = sum(weight.size for weight in report.weights)
     tables = len(report.weights) * (16 * 2 + 192)
     saved = report.bytes_before - report.bytes_after
@@ -193,34 +197,38 @@ def test_the_weight_is_stored_once_however_often_it_is_used(tiny_package: Packag
     weights = tmp_path / "weight.bin"
     shutil.copy(source / "Data" / "com.apple.CoreML" / "weights" / "weight.bin", weights)
     write_package(replace(package.model, program=both), tmp_path / "both.mlpackage", weights)
-    single = palettize_package(source, tmp_path / "one.mlpackage", Plan(4))
-    double = palettize_package(tmp_path / "both.mlpackage", tmp_path / "two.mlpackage", Plan(4))
+    single = palettize_package(source, tmp_path / "one.mlpackage", PalettizeOptions(4))
+    double = palettize_package(tmp_path / "both.mlpackage", tmp_path / "two.mlpackage", PalettizeOptions(4))
     one, two = (tmp_path / f"{name}.mlpackage/Data/com.apple.CoreML/weights/weight.bin" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     assert len(single.weights) == len(double.weights)
 
 
 @pytest.mark.parametrize(
-    ("target", "plan", "message"),
+    ("target", "options", "message"),
     [
-        ("iOS16", Plan(3), "3 bits needs a package for iOS 18"),
-        ("iOS16", Plan(4, granularity=PER_GROUPED_CHANNEL), "per-grouped-channel needs a package for iOS 18"),
-        ("iOS15", Plan(6), "need a package for iOS 16"),
-        ("iOS16", Plan(bits_by_weight={"nowhere": 4}), "names 1 weights that are not there.*nowhere"),
+        ("iOS16", PalettizeOptions(3), "3 bits needs a package for iOS 18"),
+        (
+            "iOS16",
+            PalettizeOptions(4, granularity=PER_GROUPED_CHANNEL),
+            "per-grouped-channel needs a package for iOS 18",
+        ),
+        ("iOS15", PalettizeOptions(6), "need a package for iOS 16"),
+        ("iOS16", PalettizeOptions(bits_by_weight={"nowhere": 4}), "names 1 weights that are not there.*nowhere"),
     ],
 )
 def test_plans_that_cannot_be_carried_out(
-    tiny_package: Package, tmp_path: Path, target: str, plan: Plan, message: str
+    tiny_package: Package, tmp_path: Path, target: str, options: PalettizeOptions, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        palettize_package(tiny_package(target), tmp_path / "out.mlpackage", plan)
+        palettize_package(tiny_package(target), tmp_path / "out.mlpackage", options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_palettized_input_is_refused(tiny_package: Package, tmp_path: Path) -> None:
-    palettize_package(tiny_package("iOS16"), tmp_path / "once.mlpackage", Plan(6))
+    palettize_package(tiny_package("iOS16"), tmp_path / "once.mlpackage", PalettizeOptions(6))
     with pytest.raises(InputError, match=r"compressed already.*give the float16 package"):
-        palettize_package(tmp_path / "once.mlpackage", tmp_path / "twice.mlpackage", Plan(4))
+        palettize_package(tmp_path / "once.mlpackage", tmp_path / "twice.mlpackage", PalettizeOptions(4))
 
 
 def test_a_program_without_weights_is_refused(tiny_package: Package, tmp_path: Path) -> None:
@@ -233,7 +241,7 @@ def test_a_program_without_weights_is_refused(tiny_package: Package, tmp_path: P
     shutil.copy(package.root / "weights" / "weight.bin", weights)
     write_package(model, tmp_path / "empty.mlpackage", weights)
     with pytest.raises(InputError, match="no weights to palettize"):
-        palettize_package(tmp_path / "empty.mlpackage", tmp_path / "out.mlpackage", Plan(6))
+        palettize_package(tmp_path / "empty.mlpackage", tmp_path / "out.mlpackage", PalettizeOptions(6))
 
 
 def test_a_neural_network_is_refused(tmp_path: Path) -> None:
@@ -245,7 +253,7 @@ def test_a_neural_network_is_refused(tmp_path: Path) -> None:
     builder.add_activation("act", "RELU", "x", "y")
     ct.models.MLModel(builder.spec, skip_model_load=True).save(str(tmp_path / "old.mlmodel"))
     with pytest.raises(UnsupportedError, match="expected an ML Program"):
-        palettize_package(tmp_path / "old.mlmodel", tmp_path / "out.mlpackage", Plan(6))
+        palettize_package(tmp_path / "old.mlmodel", tmp_path / "out.mlpackage", PalettizeOptions(6))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "overwritten"])
@@ -260,7 +268,7 @@ def test_a_damaged_weight_file_is_refused(tiny_package: Package, tmp_path: Path,
     else:
         weights.write_bytes(weights.read_bytes()[:64] + bytes(weights.stat().st_size - 64))
     with pytest.raises(PackageError, match=r"weight\.bin"):
-        palettize_package(source, tmp_path / "out.mlpackage", Plan(6))
+        palettize_package(source, tmp_path / "out.mlpackage", PalettizeOptions(6))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.mlpackage"]
 
 
@@ -268,18 +276,18 @@ def test_names_are_checked_first(tiny_package: Package, tmp_path: Path) -> None:
     source = tiny_package("iOS16")
     for output, message in ((source, "the output is the input"), (tmp_path / "out", "must end in .mlpackage")):
         with pytest.raises(InputError, match=message):
-            palettize_package(source, output, Plan(6))
+            palettize_package(source, output, PalettizeOptions(6))
     with pytest.raises(InputError, match="5 bits"):
-        Plan(5)
+        PalettizeOptions(5)
 
 
 def test_outputs_are_compared_before_anything_is_published(tiny_package: Package, tmp_path: Path) -> None:
     output = tmp_path / "out.mlpackage"
-    checked = palettize_checked(tiny_package("iOS16"), output, Plan(8))
+    checked = palettize_checked(tiny_package("iOS16"), output, PalettizeOptions(8))
     assert min(checked.psnr_db.values()) > 34
     before = (output / "Manifest.json").read_bytes()
     with pytest.raises(VerificationError, match=r"at 1 bits .* expected at least 200.0 dB: not published"):
-        palettize_checked(tiny_package("iOS16"), output, Plan(1), bounds={1: 200.0})
+        palettize_checked(tiny_package("iOS16"), output, PalettizeOptions(1), bounds={1: 200.0})
     assert (output / "Manifest.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["out.mlpackage"]
 
@@ -291,5 +299,5 @@ def test_a_file_that_decompresses_to_something_else_is_not_published(
 
     monkeypatch.setattr(package, "pack", lambda indices, bits: np.zeros(indices.size * bits // 8, np.uint8))
     with pytest.raises(DiffusionError, match="decompresses with a squared error"):
-        palettize_package(tiny_package("iOS16"), tmp_path / "out.mlpackage", Plan(4))
+        palettize_package(tiny_package("iOS16"), tmp_path / "out.mlpackage", PalettizeOptions(4))
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ _IOS18_OPSET = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PalettizeOptions:
     """How to palettize. ``bits_by_weight`` (a recipe) names weights and their bits, others are kept; where it is
     None every weight that can be palettized gets ``bits``. Groups need iOS 18, as 3 bits do."""
 
@@ -59,7 +59,7 @@ class Report:
     """What was done: weights in the program's order, and both packages' sizes."""
 
     weights: tuple[WeightReport, ...]
-    plan: Plan
+    options: PalettizeOptions
     bytes_before: int
     bytes_after: int
 
@@ -75,33 +75,33 @@ class Report:
     @property
     def palettization(self) -> Palettization:
         """The entry of the manifest."""
-        grouped = self.plan.granularity == PER_GROUPED_CHANNEL
+        grouped = self.options.granularity == PER_GROUPED_CHANNEL
         return Palettization(
             nbits=round(self.average_bits, 4),
-            granularity=self.plan.granularity.replace("-", "_"),
-            group_size=self.plan.group_size if grouped else None,
+            granularity=self.options.granularity.replace("-", "_"),
+            group_size=self.options.group_size if grouped else None,
             worst_snr_db=round(min(200.0, self.worst(1)[0].snr_db), 2),
             bits_by_weight={weight.name: weight.bits for weight in self.weights},
         )
 
 
-def chosen_weights(package: Package, plan: Plan) -> dict[str, tuple[Weight, int]]:
-    """The weights that ``plan`` palettizes in ``package``, with their bits. Raises InputError where it cannot."""
-    weights = palettizable(package, plan.embeddings or plan.bits_by_weight is not None)
-    if plan.bits_by_weight is None:
-        chosen = {name: (weight, plan.bits) for name, weight in weights.items()}
+def chosen_weights(package: Package, options: PalettizeOptions) -> dict[str, tuple[Weight, int]]:
+    """The weights of ``package`` that are palettized, with their bits. Raises InputError where it cannot."""
+    weights = palettizable(package, options.embeddings or options.bits_by_weight is not None)
+    if options.bits_by_weight is None:
+        chosen = {name: (weight, options.bits) for name, weight in weights.items()}
     else:
-        if unknown := sorted(set(plan.bits_by_weight) - set(weights)):
+        if unknown := sorted(set(options.bits_by_weight) - set(weights)):
             raise InputError(
                 f"{package.path}: the recipe names {len(unknown)} weights that are not there or cannot be "
                 f"palettized: {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}"
             )
-        chosen = {name: (weights[name], bits) for name, bits in plan.bits_by_weight.items()}
+        chosen = {name: (weights[name], bits) for name, bits in options.bits_by_weight.items()}
         if not chosen:
             raise InputError(f"{package.path}: the recipe names no weights")
     opset = _opset(package)
     needs_ios18 = [f"{bits} bits" for _, bits in chosen.values() if bits == 3]
-    needs_ios18 += [PER_GROUPED_CHANNEL] if plan.granularity == PER_GROUPED_CHANNEL else []
+    needs_ios18 += [PER_GROUPED_CHANNEL] if options.granularity == PER_GROUPED_CHANNEL else []
     if needs_ios18 and opset < _IOS18_OPSET:
         raise InputError(
             f"{package.path}: {needs_ios18[0]} needs a package for iOS 18 / macOS 15; "
