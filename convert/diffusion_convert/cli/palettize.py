@@ -16,7 +16,7 @@ from diffusion_runtime.errors import InputError
 if TYPE_CHECKING:
     from diffusion_convert.palettize.checked import Checked
     from diffusion_convert.palettize.damage import Damage
-    from diffusion_convert.palettize.package import Progress
+    from diffusion_convert.palettize.package import OnWeight
     from diffusion_convert.palettize.palettize_options import PalettizeOptions
 
 _DEFAULT_BITS = 6
@@ -142,7 +142,7 @@ def _save(package: Path, checked: Checked, path: Path) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def _progress() -> Iterator[OnWeight]:
     from rich.console import Console
     from rich.progress import Progress as Bar
 

@@ -53,7 +53,7 @@ class Job:
     plan: Plan
     folder: Path
     expected: verify.Expected | None
-    report: export.Progress
+    report: export.OnPhase
 
     @property
     def package(self) -> Path:
@@ -61,7 +61,7 @@ class Job:
         return self.folder / f"{prefix}_{self.unit.component.name}.mlpackage"
 
 
-def make(unit: Unit, plan: Plan, units: Path, references: Path, report: export.Progress) -> None:
+def make(unit: Unit, plan: Plan, units: Path, references: Path, report: export.OnPhase) -> None:
     """Make ``units/{unit.name}``, unless it is there. It appears whole or not at all.
 
     Raises VerificationError where the package does not compute what the checkpoint's own network computes."""
@@ -87,7 +87,7 @@ def read_record(folder: Path) -> Record | None:
         return None
 
 
-def _reference(unit: Unit, plan: Plan, references: Path, report: export.Progress) -> verify.Expected:
+def _reference(unit: Unit, plan: Plan, references: Path, report: export.OnPhase) -> verify.Expected:
     """What the checkpoint's own network computes, from disk if another variant has asked."""
     path = references / f"{unit.component.name}.npz"
     if not path.is_file():

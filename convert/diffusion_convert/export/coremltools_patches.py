@@ -22,12 +22,12 @@ from diffusion_runtime.coremltools_import import import_coremltools
 
 Write = Callable[[np.ndarray], int]
 """Stores a constant in the weight file and returns its offset."""
-Progress = Callable[[float], None]
+OnFraction = Callable[[float], None]
 
 
 @contextmanager
 def patched_coremltools(
-    placeholders: Placeholders, write: Write, progress: Progress = lambda _: None
+    placeholders: Placeholders, write: Write, progress: OnFraction = lambda _: None
 ) -> Iterator[None]:
     """In this context, one ``ct.convert`` is fast, and its large constants go to ``write`` one by one: a
     placeholder as itself, for the caller to look up."""
@@ -62,7 +62,7 @@ def patched_coremltools(
         yield
 
 
-def _counter(progress: Progress) -> Callable[[], None]:
+def _counter(progress: OnFraction) -> Callable[[], None]:
     """Each call reports another of the passes that ``ct.convert`` makes in all."""
     total, done = 100, 0
 

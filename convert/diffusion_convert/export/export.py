@@ -30,7 +30,7 @@ from diffusion_runtime.mil.weights import WeightWriter
 if TYPE_CHECKING:
     import torch
 
-Progress = Callable[[str, float], None]
+OnPhase = Callable[[str, float], None]
 """Told what is being done ("load", "trace", "convert", "save") and how much of it is done, from 0 to 1."""
 
 TRIES_WITH_PLACEHOLDERS = 3
@@ -73,7 +73,7 @@ def export(
     options: ExportOptions,
     path: Path,
     metadata: Metadata,
-    progress: Progress = lambda *_: None,
+    progress: OnPhase = lambda *_: None,
 ) -> Exported:
     """Write ``component`` to the package ``path``, which appears whole or not at all.
 
@@ -99,7 +99,7 @@ def _export(
     options: ExportOptions,
     path: Path,
     metadata: Metadata,
-    progress: Progress,
+    progress: OnPhase,
     placeholders: Placeholders,
 ) -> Exported:
     from diffusion_convert.export.derivations import Derivations
@@ -243,7 +243,7 @@ def _described(model: Model, graph: Graph, metadata: Metadata) -> Model:
 class _Clock:
     """Tells the time of each phase, and its progress."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: OnPhase) -> None:
         self._report = progress
         self._phase = ""
         self._since = 0.0

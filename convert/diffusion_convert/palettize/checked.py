@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_convert.palettize.outputs import Samples, compare_outputs, require_outputs
-from diffusion_convert.palettize.package import Progress, palettize_package
+from diffusion_convert.palettize.package import OnWeight, palettize_package
 from diffusion_convert.palettize.palettize_options import PalettizeOptions, Report
 from diffusion_convert.verification.bounds import MIN_PSNR_DB
 from diffusion_runtime.atomic import unfinished_folder
@@ -29,7 +29,7 @@ def palettize_checked(
     samples: Samples | None = None,
     bounds: Mapping[int, float] = MIN_PSNR_DB,
     compare: bool = True,
-    progress: Progress | None = None,
+    progress: OnWeight | None = None,
 ) -> Checked:
     """`palettize_package`, and then run both packages with the torch backend on ``samples`` (None: seeded ones by
     the inputs' names). ``output`` appears only where every output keeps the bound of its bit width.

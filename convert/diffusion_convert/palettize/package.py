@@ -33,12 +33,12 @@ _WEIGHT_PATH = f"{MODEL_PATH}/weights/weight.bin"
 _INDEX_TYPES = {1: DType.UINT1, 2: DType.UINT2, 3: DType.UINT3, 4: DType.UINT4, 6: DType.UINT6, 8: DType.UINT8}
 _ERROR_TOLERANCE = 1e-3  # sums of squares are taken in float32 over 65,536 elements at a time
 
-Progress = Callable[[str, int, int], None]
+OnWeight = Callable[[str, int, int], None]
 """Called with a weight's name, how many weights are done, and how many there are."""
 
 
 def palettize_package(
-    source: Path, output: Path, options: PalettizeOptions, progress: Progress | None = None
+    source: Path, output: Path, options: PalettizeOptions, progress: OnWeight | None = None
 ) -> Report:
     """Write ``source``, an ML Program, to ``output`` with its weights palettized as ``options`` says.
 
@@ -168,7 +168,7 @@ class _Rewriter:
     writer: WeightWriter
     targets: Mapping[str, tuple[Weight, int]]
     palettes: Iterator[_Packed]
-    progress: Progress
+    progress: OnWeight
     written: list[_Written] = field(default_factory=list)
     _moved: dict[Blob, Blob] = field(default_factory=dict)
     _stored: dict[str, _Written] = field(default_factory=dict)

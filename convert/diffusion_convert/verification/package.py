@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from diffusion_runtime.mil.package import Package
 
-Progress = Callable[[float], None]
+OnFraction = Callable[[float], None]
 Arrays = Mapping[str, np.ndarray]
 
 NEAR_LIMIT = FLOAT16_MAX / 2
@@ -78,7 +78,7 @@ class Verdict:
     largest: Mapping[str, float]
 
 
-def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progress: Progress) -> Expected:
+def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progress: OnFraction) -> Expected:
     """Run the checkpoint's own network. Its weights are widened to float32 one module at a time."""
     import torch
 
@@ -100,7 +100,7 @@ def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progre
     return Expected(inputs, tuple(outputs))
 
 
-def measure(path: Path, expected: Expected, progress: Progress) -> Verdict:
+def measure(path: Path, expected: Expected, progress: OnFraction) -> Verdict:
     """Run the package at ``path`` on the reference's inputs and watch every value."""
     import torch
 
