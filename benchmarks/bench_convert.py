@@ -95,13 +95,13 @@ SCHEDULER = {
 def write_checkpoint(folder: Path) -> Path:
     """A diffusers folder of SD 1.5's sizes; weights are normal with variance 1 / (3 fan-in), norms 1, biases 0."""
     import tiny_checkpoints
-    from diffusion_convert.checkpoint import torch_networks as networks
+    from diffusion_convert.checkpoint import torch_networks
     from diffusion_convert.checkpoint.model import Submodel
 
     if (folder / "model_index.json").exists():
         return folder
     for name, (_, class_name, config, file) in PARTS.items():
-        network = networks.empty(Submodel(class_name, config, dict), name)
+        network = torch_networks.empty(Submodel(class_name, config, dict), name)
         write_safetensors(folder / name / file, {key: tuple(v.shape) for key, v in network.state_dict().items()})
         (folder / name / "config.json").write_text(json.dumps(config))
     tiny_checkpoints.write_tokenizer(folder / "tokenizer")

@@ -35,8 +35,8 @@ _CHUNK = 1 << 20
 
 
 def ours(source: Path, output: Path, bits: int) -> None:
-    from diffusion_convert.palettize.package import palettize_package
     from diffusion_convert.palettize.palettize_options import PalettizeOptions
+    from diffusion_convert.palettize.palettize_package import palettize_package
 
     palettize_package(source, output, PalettizeOptions(bits))
 
@@ -79,7 +79,7 @@ def run_one(way: str, source: Path, output: Path, bits: int) -> None:
 
 def squared_errors(source: Path, palettized: Path) -> dict[str, float]:
     """By weight: the squared error of what the torch backend's reader decompresses."""
-    from diffusion_convert.palettize.package import stored_array
+    from diffusion_convert.palettize.palettize_package import stored_array
     from diffusion_convert.palettize.select import palettizable
     from diffusion_runtime.mil.package import open_package
     from diffusion_runtime.mil.packing import unpack

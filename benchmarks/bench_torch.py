@@ -83,8 +83,8 @@ def apart(package: str, steps: int, threads: int) -> dict[str, float]:
 
 
 def six_bits(folder: Path) -> Path:
-    from diffusion_convert.palettize.package import palettize_package
     from diffusion_convert.palettize.palettize_options import PalettizeOptions
+    from diffusion_convert.palettize.palettize_package import palettize_package
 
     path = folder / "unet_6bit.mlpackage"
     if not path.exists():

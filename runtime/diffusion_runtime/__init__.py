@@ -50,7 +50,7 @@ def load_pipeline(
     from diffusion_runtime.backends import load_backend, resolve
     from diffusion_runtime.bundle import find as bundle
     from diffusion_runtime.bundle import manifest
-    from diffusion_runtime.bundle.foreign import Assumed
+    from diffusion_runtime.bundle.without_manifest import Assumed
     from diffusion_runtime.pipeline import Pipeline
     from diffusion_runtime.prompt import tokenizer as tokenizers
 

@@ -24,7 +24,7 @@ from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.models import Models
-from diffusion_runtime.prompt.text import TextStates
+from diffusion_runtime.prompt.text_states import TextStates
 from diffusion_runtime.safety import is_flagged
 from diffusion_runtime.tasks import Request
 

@@ -14,8 +14,8 @@ from diffusion_convert.chunk import MAX_IMBALANCE, Cut, chunk, find_cut, halves
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
 from diffusion_convert.export.export import ExportOptions, export
-from diffusion_convert.palettize.package import palettize_package
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
+from diffusion_convert.palettize.palettize_package import palettize_package
 from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import InputError, UnsupportedError

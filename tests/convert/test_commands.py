@@ -27,8 +27,8 @@ from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
 from diffusion_convert.export.export import ExportOptions, export
 from diffusion_convert.options import Lora
-from diffusion_convert.palettize.package import palettize_package
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
+from diffusion_convert.palettize.palettize_package import palettize_package
 from diffusion_runtime.bundle import integrity, manifest
 from diffusion_runtime.bundle.find import find
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError

@@ -17,7 +17,7 @@ from diffusion_convert.checkpoint.diffusers_folder import open_folder
 from diffusion_convert.components.component import Shape
 from diffusion_convert.components.depth_estimator import DEPTH_ESTIMATOR
 from diffusion_convert.export.export import ExportOptions, export
-from diffusion_convert.verification.package import widened
+from diffusion_convert.verification.compare import widened
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import UnsupportedError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.diffusers_folder import weight_files
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.open import open_checkpoint
@@ -87,7 +87,7 @@ def test_attention_of_old_vaes_is_renamed(folder: Path) -> None:
         renamed = {key.replace(f"attentions.0.{new}.", f"attentions.0.{name}."): v for key, v in renamed.items()}
     assert renamed.keys() != expected.keys()
     save_file(renamed, path)
-    network = networks.build(open_checkpoint(str(folder)), "vae")
+    network = torch_networks.build(open_checkpoint(str(folder)), "vae")
     assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
 
 
@@ -115,7 +115,7 @@ def test_what_training_left_beside_the_weights_is_left_out(folder: Path) -> None
     save_file({**load_file(text), "vision_model.x": torch.ones(2), "text_projection.weight": torch.ones(2)}, text)
     checkpoint = open_checkpoint(str(folder))
     make_plan(checkpoint, ConvertOptions())
-    built = networks.build(checkpoint, "unet").state_dict()
+    built = torch_networks.build(checkpoint, "unet").state_dict()
     assert all(torch.equal(built[name], weights[name]) for name in weights)
 
 

@@ -16,7 +16,7 @@ from diffusion_convert.components import table
 from diffusion_convert.conversion.convert import Conversion
 from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_convert.options import ConvertOptions, Precision
-from diffusion_convert.verification.package import NEAR_LIMIT
+from diffusion_convert.verification.compare import NEAR_LIMIT
 from diffusion_runtime.errors import VerificationError
 from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.package import open_package

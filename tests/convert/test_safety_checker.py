@@ -17,8 +17,8 @@ from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Shape
 from diffusion_convert.components.safety_checker import SAFETY_CHECKER
 from diffusion_convert.export.export import ExportOptions, export
-from diffusion_convert.networks.safety import ROUNDS_TO_POSITIVE, SPECIAL_CARE_ADJUSTMENT
-from diffusion_convert.verification.package import widened
+from diffusion_convert.networks.clip_safety import ROUNDS_TO_POSITIVE, SPECIAL_CARE_ADJUSTMENT
+from diffusion_convert.verification.compare import widened
 from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.families import AttentionKind

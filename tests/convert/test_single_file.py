@@ -13,8 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compvis_layout
-from diffusion_convert.checkpoint import ldm_configs, ldm_names, ldm_shapes, single_file, tensor_file
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import (
+    ldm_configs,
+    ldm_names,
+    ldm_shapes,
+    single_file,
+    tensor_file,
+    torch_networks,
+)
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.single_file import CLIP_VOCABULARY_SIZE, open_single_file
@@ -57,11 +63,11 @@ def edit(path: Path, **tensors: torch.Tensor | None) -> Path:
 
 
 def empty(class_name: str, config: Mapping[str, Any]) -> Any:
-    return networks.empty(Submodel(class_name, config, dict), class_name)
+    return torch_networks.empty(Submodel(class_name, config, dict), class_name)
 
 
 def check(class_name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    networks.check(Submodel(class_name, config, dict), tensors, class_name)
+    torch_networks.check(Submodel(class_name, config, dict), tensors, class_name)
 
 
 def effective(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,7 +170,7 @@ def test_what_files_are_is_seen_in_them(write: Callable[..., Path], tiny_checkpo
     """Names mislead: a .safetensors file called .ckpt; and a text encoder that has the rest of its CLIP with it."""
     path = edit(write("sd1"), cond_stage_model__transformer__text_projection__weight=torch.ones(32, 32))
     renamed = path.rename(path.with_suffix(".ckpt"))
-    found = networks.build(open_single_file(renamed), "text_encoder").state_dict()
+    found = torch_networks.build(open_single_file(renamed), "text_encoder").state_dict()
     expected = compvis_layout.read_weights(tiny_checkpoint("sd1"), "text_encoder")
     assert len(found) == len(expected)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import compvis_layout
 import tiny_checkpoints
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.single_file import open_single_file
 from diffusion_runtime.errors import CheckpointError, InputError
@@ -41,7 +41,7 @@ def pipeline(path: Path, folder: Path) -> Any:
     """What diffusers makes of a single file, told the configurations of the folder that it stands for."""
     from diffusers import StableDiffusionPipeline
 
-    with networks.silent():
+    with torch_networks.silent():
         return StableDiffusionPipeline.from_single_file(
             str(path), config=str(folder), local_files_only=True, safety_checker=None, torch_dtype=torch.float32
         )
@@ -50,7 +50,7 @@ def pipeline(path: Path, folder: Path) -> Any:
 def from_folder(folder: Path) -> Any:
     from diffusers import DiffusionPipeline
 
-    with networks.silent():
+    with torch_networks.silent():
         return DiffusionPipeline.from_pretrained(
             folder, safety_checker=None, torch_dtype=torch.float32, requires_safety_checker=False
         )
@@ -62,7 +62,7 @@ def assert_computes(checkpoint: Checkpoint, expected: Any) -> None:
     ids = torch.randint(0, 400, (1, 77))
     latents, times = torch.randn(1, 4, 8, 8), torch.tensor([501])
     with torch.inference_mode():
-        text_encoder, unet, vae = (networks.build(checkpoint, part).float() for part in PARTS)
+        text_encoder, unet, vae = (torch_networks.build(checkpoint, part).float() for part in PARTS)
         text = text_encoder(ids).last_hidden_state
         torch.testing.assert_close(text, expected.text_encoder(ids).last_hidden_state)
         torch.testing.assert_close(unet(latents, times, text).sample, expected.unet(latents, times, text).sample)
@@ -362,7 +362,7 @@ def test_a_yamls_clip_skip_is_that_of_diffusers(
     expected, _ = pipe.encode_prompt("a photo of a cat", "cpu", 1, False, clip_skip=clip_skip or None)
     ids = pipe.tokenizer("a photo of a cat", padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.inference_mode():
-        found = networks.build(checkpoint, "text_encoder").float()(ids).last_hidden_state
+        found = torch_networks.build(checkpoint, "text_encoder").float()(ids).last_hidden_state
     torch.testing.assert_close(found, expected)
     assert any("clip skip" in note for note in checkpoint.notes) == bool(clip_skip)
 

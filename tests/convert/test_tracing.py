@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
 from diffusion_convert.export.trace import trace
-from diffusion_convert.verification.package import widened
+from diffusion_convert.verification.compare import widened
 from diffusion_runtime.families import AttentionKind
 
 
@@ -27,7 +27,7 @@ def test_graph_and_results_are_those_of_ordinary_tracing(name: str, tiny_checkpo
         parameter.data = parameter.data.float()
     arrays = graph.sample(0)
     inputs = tuple(torch.from_numpy(arrays[port.name]).float() for port in graph.inputs)
-    with networks.silent(), widened(graph.module), torch.no_grad():
+    with torch_networks.silent(), widened(graph.module), torch.no_grad():
         by_shape = trace(graph)
         by_value = torch.jit.trace(graph.module, inputs, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
         results = [traced(*inputs) for traced in (by_shape, by_value)]

@@ -23,7 +23,7 @@ from diffusion_convert.export import export as export_module
 from diffusion_convert.export.export import Exported, ExportOptions, export
 from diffusion_convert.networks.attention import ATTENTION, original
 from diffusion_convert.options import ConvertOptions
-from diffusion_convert.verification import package as verify
+from diffusion_convert.verification import compare
 from diffusion_runtime.errors import VerificationError
 from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.package import open_package
@@ -64,17 +64,17 @@ def damage(path: Path, weight: str) -> None:
 
 def test_first_divergence_is_named(checkpoint: Checkpoint, package: tuple[Path, Exported]) -> None:
     path, made = package
-    expected = verify.reference(ENCODER, checkpoint, SHAPE, silent)
-    assert verify.measure(path, expected, silent).psnr_db["latent"] > ENCODER.min_psnr_db
+    expected = compare.reference(ENCODER, checkpoint, SHAPE, silent)
+    assert compare.measure(path, expected, silent).psnr_db["latent"] > ENCODER.min_psnr_db
     damage(path, "encoder_down_blocks_1_resnets_0_conv1_weight")
-    verdict = verify.measure(path, expected, silent)
+    verdict = compare.measure(path, expected, silent)
     network = ENCODER.build(checkpoint, AttentionKind.ORIGINAL, SHAPE).module
 
     def explain() -> str:
-        return verify.first_divergence(path, network, made.modules, expected.inputs[0])
+        return compare.first_divergence(path, network, made.modules, expected.inputs[0])
 
     with pytest.raises(VerificationError, match=r"encoder\.down_blocks\.1\.resnets\.0\.conv1\)") as raised:
-        verify.check(ENCODER, path, verdict, explain)
+        compare.check(ENCODER, path, verdict, explain)
     assert "latent" in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -117,9 +117,9 @@ def test_no_mistake_is_published(
 
 
 def test_reference_survives_the_disk(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    expected = verify.reference(table()["text_encoder"], checkpoint, SHAPE, silent)
+    expected = compare.reference(table()["text_encoder"], checkpoint, SHAPE, silent)
     expected.save(tmp_path / "reference.npz")
-    loaded = verify.Expected.load(tmp_path / "reference.npz")
+    loaded = compare.Expected.load(tmp_path / "reference.npz")
     assert len(loaded.inputs) == table()["text_encoder"].runs
     for before, after in zip((*expected.inputs, *expected.outputs), (*loaded.inputs, *loaded.outputs), strict=True):
         assert before.keys() == after.keys()
@@ -140,7 +140,7 @@ def test_widened_network_is_the_float32_one(checkpoint: Checkpoint) -> None:
     network = build(checkpoint, "vae")
     stored = {name: value.data_ptr() for name, value in network.state_dict().items()}
     x = torch.randn(1, 3, 64, 64)
-    with verify.widened(network), torch.no_grad():
+    with compare.widened(network), torch.no_grad():
         found = network.encode(x).latent_dist.mean  # type: ignore[operator]
     # The whole is not called, but its modules are; quant_conv is one of them.
     assert {name: value.data_ptr() for name, value in network.state_dict().items()} == stored
@@ -152,8 +152,8 @@ def test_widened_network_is_the_float32_one(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("expected", "found", "psnr"),
     [
-        ([1.0, -2.0], [1.0, -2.0], verify.BEST_PSNR_DB),
-        ([0.0, 0.0], [0.0, 0.0], verify.BEST_PSNR_DB),
+        ([1.0, -2.0], [1.0, -2.0], compare.BEST_PSNR_DB),
+        ([0.0, 0.0], [0.0, 0.0], compare.BEST_PSNR_DB),
         ([0.0, 0.0], [0.0, 1.0], -math.inf),
         ([1.0, 2.0], [1.0, math.nan], -math.inf),
         ([1.0, 2.0], [1.0, math.inf], -math.inf),
@@ -161,5 +161,5 @@ def test_widened_network_is_the_float32_one(checkpoint: Checkpoint) -> None:
     ],
 )
 def test_psnr(expected: list[float], found: list[float], psnr: float) -> None:
-    value = verify.psnr_db(np.array(expected, np.float32), np.array(found, np.float32))
+    value = compare.psnr_db(np.array(expected, np.float32), np.array(found, np.float32))
     assert value == pytest.approx(psnr, abs=1e-4)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.prompt.text import TextStates
-from diffusion_runtime.prompt.weights import Fragment, is_weighted, parse
+from diffusion_runtime.prompt.emphasis import Fragment, is_weighted, parse
+from diffusion_runtime.prompt.text_states import TextStates
 
 
 @pytest.mark.parametrize(

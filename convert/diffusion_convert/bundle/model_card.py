@@ -97,8 +97,8 @@ def model_card(variants: Mapping[str, Manifest], zips: Mapping[str, int], pictur
         "## How to run",
         _running(variants, first),
         "## How close to the source",
-        _parity_note(variants),
-        "\n".join(_parity_table(variants)),
+        _quality_note(variants),
+        "\n".join(_quality_table(variants)),
         *_palettization(variants),
         "## License and restrictions",
         _license(first),
@@ -220,7 +220,7 @@ def _camel(units: str) -> str:
     return first + "".join({"ne": "NeuralEngine", "gpu": "GPU"}.get(part, part.capitalize()) for part in rest)
 
 
-def _parity_note(variants: Mapping[str, Manifest]) -> str:
+def _quality_note(variants: Mapping[str, Manifest]) -> str:
     components = [component for made in variants.values() for component in made.components.values()]
     measured = [component for component in components if component.psnr_db]
     if not measured:
@@ -235,7 +235,7 @@ def _parity_note(variants: Mapping[str, Manifest]) -> str:
     return text
 
 
-def _parity_table(variants: Mapping[str, Manifest]) -> Iterator[str]:
+def _quality_table(variants: Mapping[str, Manifest]) -> Iterator[str]:
     yield "| variant | component | weights | size | PSNR |"
     yield "|---|---|---|---|---|"
     for attention, made in variants.items():

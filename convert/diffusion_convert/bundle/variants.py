@@ -21,7 +21,7 @@ from diffusion_runtime.bundle.integrity import check_files, hashes, size_bytes
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import ATTENTIONS, compiled_names
-from diffusion_runtime.prompt.tokenizer import FILES as VOCABULARY
+from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 
 Report = Callable[[str], None]
 
@@ -95,7 +95,7 @@ def _copy_tokenizer(source: Manifest, packages: Path, target: Path) -> str | Non
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name != manifest.FILE_NAME and file.suffix in (".json", ".txt"):
             shutil.copyfile(file, target / file.name)
-    missing = [name for name in VOCABULARY if not (target / name).is_file()]
+    missing = [name for name in VOCABULARY_FILES if not (target / name).is_file()]
     if missing:
         raise InputError(f"{folder}: no {' and no '.join(missing)}: apps need them beside the compiled models")
     return "."

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffusion_convert.checkpoint import diffusers_folder, lora, single_file
-from diffusion_convert.checkpoint import repository as hub
-from diffusion_convert.checkpoint import vae as vaes
+from diffusion_convert.checkpoint import diffusers_folder, lora, repository, single_file
 from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.checkpoint.vae import with_vae
 from diffusion_convert.options import Lora
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, DiffusionError, InputError
@@ -39,12 +38,12 @@ def open_checkpoint(
     elif path.is_file():
         checkpoint = single_file.open_single_file(path, family, without_vae=vae is not None)
     elif is_repository_id(source):
-        checkpoint = hub.open_repository(source, revision, family)
+        checkpoint = repository.open_repository(source, revision, family)
     else:
         raise CheckpointError(f"{source}: no such file or folder")
     if vae is not None:
         with _given_as("--vae"):
-            checkpoint = vaes.with_vae(checkpoint, vae, hub.fetch_vae if is_repository_id(vae) else None)
+            checkpoint = with_vae(checkpoint, vae, repository.fetch_vae if is_repository_id(vae) else None)
     with _given_as("--lora"):
         return lora.fuse(checkpoint, loras, lora_partial) if loras else checkpoint
 

@@ -18,7 +18,7 @@ from diffusion_convert.checkpoint.diffusers_folder import (
 )
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import TOKENIZER_FILES
-from diffusion_convert.hub import client as hub
+from diffusion_convert.hub import client
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.bundle.manifest import Source
@@ -96,12 +96,12 @@ def _weights(part: str, inside: set[str], read_json: ReadJson) -> set[str]:
 def _fetch(repo_id: str, revision: str | None, needed: Needed) -> Path:
     from huggingface_hub import constants, errors
 
-    hub.check_repo_id(repo_id)
+    client.check_repo_id(repo_id)
     if constants.HF_HUB_OFFLINE:
         return _cached(repo_id, revision)
-    api = hub.open_api(None, None)
+    api = client.open_api(None, None)
     transport: type[Exception] = getattr(errors, "HTTPError", OSError)  # httpx's, for lost connections
-    with hub.hub_errors(repo_id, "downloading"):
+    with client.hub_errors(repo_id, "downloading"):
         try:
             info = api.model_info(repo_id, revision=revision)
         except errors.HfHubHTTPError:

@@ -12,8 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_convert.checkpoint import config_models, ldm_configs, ldm_marks, ldm_names, ldm_shapes, tensor_file
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import (
+    config_models,
+    ldm_configs,
+    ldm_marks,
+    ldm_names,
+    ldm_shapes,
+    tensor_file,
+    torch_networks,
+)
 from diffusion_convert.checkpoint.ldm_layout import NETWORKS, OTHER_LAYOUTS, Network, only_averaged, split
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.vocabulary import TOKENIZER_FILES
@@ -21,7 +28,7 @@ from diffusion_runtime.bundle.integrity import sha256
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import FAMILIES, TEXT_WIDTHS
-from diffusion_runtime.prompt.tokenizer import FILES as VOCABULARY
+from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +126,7 @@ def submodel(
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     found = Submodel(network.class_name, config, partial(_map_tensors, path, network.kind, config))
-    networks.check(found, mapped, f"{path}: {network.subfolder}")
+    torch_networks.check(found, mapped, f"{path}: {network.subfolder}")
     return found
 
 
@@ -138,7 +145,7 @@ def _check_all_used(part: ldm_shapes.Tensors, mapped: ldm_shapes.Tensors) -> Non
     """A UNet with something more than the family's has another meaning: nothing of it is left out in silence."""
     used = {id(value) for value in mapped.values()}
     if left := [name for name, value in part.items() if id(value) not in used]:
-        raise CheckpointError(f"its UNet has parts that no covered family has: {networks.listed(left)}")
+        raise CheckpointError(f"its UNet has parts that no covered family has: {torch_networks.listed(left)}")
 
 
 def _check_layout(
@@ -246,7 +253,7 @@ def _tokenizer(path: Path, settings: str, vocabulary_size: int) -> dict[str, Pat
     """Files by name: those beside the checkpoint, else CLIP's vocabulary with the family's settings."""
     for folder in (path.parent / "tokenizer", path.parent):
         there = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
-        if "tokenizer.json" in there or there.keys() >= set(VOCABULARY):
+        if "tokenizer.json" in there or there.keys() >= set(VOCABULARY_FILES):
             return _files(ldm_configs.FOLDER / "clip" / settings) | there
     if vocabulary_size < CLIP_VOCABULARY_SIZE:
         raise CheckpointError(

@@ -15,8 +15,8 @@ from diffusion_convert.checkpoint import (
     ldm_names,
     ldm_shapes,
     tensor_file,
+    torch_networks,
 )
-from diffusion_convert.checkpoint import torch_networks as networks
 from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_runtime.errors import CheckpointError, InputError
@@ -49,7 +49,7 @@ def with_vae(checkpoint: Checkpoint, source: str, fetch: Callable[[str], Path] |
         vae = _from_folder(fetch(source))
     else:
         raise InputError(f"--vae {source}: no such file or folder")
-    networks.check(vae, vae.tensors(), f"{source}: vae")
+    torch_networks.check(vae, vae.tensors(), f"{source}: vae")
     _check_fits(source, vae.config, checkpoint)
     return replace(checkpoint, models={**checkpoint.models, "vae": vae})
 

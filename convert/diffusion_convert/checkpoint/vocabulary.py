@@ -12,12 +12,12 @@ from typing import Any
 
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError
-from diffusion_runtime.prompt.tokenizer import FILES as VOCABULARY
+from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 
 FAST = "tokenizer.json"
 ADDED = "added_tokens.json"
 CONFIG = "tokenizer_config.json"
-TOKENIZER_FILES = (*VOCABULARY, FAST, CONFIG, "special_tokens_map.json", ADDED)
+TOKENIZER_FILES = (*VOCABULARY_FILES, FAST, CONFIG, "special_tokens_map.json", ADDED)
 """What a tokenizer's folder may hold that matters here."""
 
 _HEADER = "#version: 0.2"
@@ -27,7 +27,7 @@ def check_vocabulary(files: Mapping[str, Path]) -> None:
     """Raises CheckpointError where `write_vocabulary` would."""
     if FAST in files:
         _load(files)
-    elif not files.keys() >= set(VOCABULARY):
+    elif not files.keys() >= set(VOCABULARY_FILES):
         raise CheckpointError(
             "the tokenizer has neither vocab.json and merges.txt nor tokenizer.json "
             f"(found: {', '.join(sorted(files)) or 'nothing'})"

@@ -58,7 +58,7 @@ def bundle(
 
     Models that Apple's tools made get a manifest and, where they are in no variant's place, are linked to one.
     """
-    from diffusion_convert.bundle.foreign import adopt
+    from diffusion_convert.bundle.add_manifests import add_manifests
     from diffusion_convert.bundle.model_card import put_picture, write_model_card
     from diffusion_convert.bundle.variants import (
         compile_variant,
@@ -67,10 +67,12 @@ def bundle(
         variants,
         zip_variants,
     )
-    from diffusion_runtime.bundle.foreign import Assumed
+    from diffusion_runtime.bundle.without_manifest import Assumed
 
     chosen = _compiler(compiler)
-    adopt(folder, Assumed(prediction_type, latent_scale), name, lambda note: typer.echo(f"note: {note}", err=True))
+    add_manifests(
+        folder, Assumed(prediction_type, latent_scale), name, lambda note: typer.echo(f"note: {note}", err=True)
+    )
     found = variants(folder)
     if picture is not None:
         put_picture(picture, folder)

@@ -16,8 +16,8 @@ from diffusion_runtime.errors import InputError
 if TYPE_CHECKING:
     from diffusion_convert.palettize.checked import Checked
     from diffusion_convert.palettize.damage import Damage
-    from diffusion_convert.palettize.package import OnWeight
     from diffusion_convert.palettize.palettize_options import PalettizeOptions
+    from diffusion_convert.palettize.palettize_package import OnWeight
 
 _DEFAULT_BITS = 6
 

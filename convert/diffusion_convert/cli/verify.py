@@ -38,11 +38,11 @@ def verify(
         against, revision=revision, family=family, vae=vae, loras=loras, lora_partial=lora_partial
     )
     rows = [("models", "component", "worst output", "PSNR", "at least", "")]
-    for parity in verify_models(models, checkpoint, lambda text: typer.echo(text, err=True)):
-        output, value = min(parity.psnr_db.items(), key=lambda item: item[1])
-        verdict = "ok" if parity.holds else "FAILED"
-        figures = (f"{value:.1f} dB", f"{parity.bound_db:.1f} dB")
-        rows.append((parity.folder, parity.component, output, *figures, verdict))
+    for comparison in verify_models(models, checkpoint, lambda text: typer.echo(text, err=True)):
+        output, value = min(comparison.psnr_db.items(), key=lambda item: item[1])
+        verdict = "ok" if comparison.holds else "FAILED"
+        figures = (f"{value:.1f} dB", f"{comparison.bound_db:.1f} dB")
+        rows.append((comparison.folder, comparison.component, output, *figures, verdict))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

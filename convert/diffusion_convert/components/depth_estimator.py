@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.networks import depth_estimator
@@ -31,7 +31,7 @@ class Reference(nn.Module):
 
 
 def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:  # noqa: ARG001
-    model: Any = networks.build(checkpoint, "depth_estimator")
+    model: Any = torch_networks.build(checkpoint, "depth_estimator")
     size = int(model.config.image_size)
     channels = int(model.config.num_channels)
     pixels = (1, channels, size, size)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.networks import safety_checker
-from diffusion_convert.networks.safety import SPECIAL_CARE_ADJUSTMENT
+from diffusion_convert.networks.clip_safety import SPECIAL_CARE_ADJUSTMENT
 from diffusion_runtime.families import AttentionKind
 
 
@@ -30,7 +30,7 @@ class Reference(nn.Module):
         self, clip_input: torch.Tensor, images: torch.Tensor, adjustment: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         del adjustment
-        with networks.silent():
+        with torch_networks.silent():
             filtered, flagged = self.checker(clip_input, images.clone())
         picture = self.checker.visual_projection(self.checker.vision_model(clip_input)[1])
         special = _scores(picture, self.checker.special_care_embeds, self.checker.special_care_embeds_weights)
@@ -45,7 +45,7 @@ def _scores(picture: torch.Tensor, embeddings: torch.Tensor, thresholds: torch.T
 
 
 def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:
-    checker: Any = networks.build(checkpoint, "safety_checker")
+    checker: Any = torch_networks.build(checkpoint, "safety_checker")
     size = int(checker.config.vision_config.image_size)
     concepts = int(checker.concept_embeds.shape[0])
     clip, picture = (1, 3, size, size), (1, shape.height, shape.width, 3)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.networks import text_encoder
@@ -30,7 +30,7 @@ class Reference(nn.Module):
 
 
 def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:  # noqa: ARG001
-    model = networks.build(checkpoint, "text_encoder")
+    model = torch_networks.build(checkpoint, "text_encoder")
     config = checkpoint.models["text_encoder"].config
     length, width = int(config.get("max_position_embeddings", 77)), int(config["hidden_size"])
     return Graph(

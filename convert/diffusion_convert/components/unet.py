@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.components.text_encoder import Reference, prompt_ids
 from diffusion_convert.networks import put_attention
-from diffusion_convert.verification.package import widened
+from diffusion_convert.verification.compare import widened
 from diffusion_runtime.families import AttentionKind
 
 TOKENS = 77
@@ -51,7 +51,7 @@ class UNet(nn.Module):
 
 
 def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:
-    network = networks.build(checkpoint, "unet")
+    network = torch_networks.build(checkpoint, "unet")
     if attention is not None:
         put_attention(network, attention)
     config = checkpoint.models["unet"].config
@@ -114,7 +114,7 @@ def _encode(checkpoint: Checkpoint, shape: tuple[int, ...], seed: int) -> np.nda
     config = checkpoint.models["text_encoder"].config if "text_encoder" in checkpoint.models else {}
     if config.get("hidden_size") != shape[1]:
         return np.random.default_rng(seed).standard_normal(shape)
-    encoder = Reference(networks.build(checkpoint, "text_encoder"))
+    encoder = Reference(torch_networks.build(checkpoint, "text_encoder"))
     with widened(encoder), torch.inference_mode():
         rows = [
             encoder(torch.from_numpy(prompt_ids(config, seed * shape[0] + row)))[0].numpy()[0]

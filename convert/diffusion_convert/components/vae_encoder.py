@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
@@ -30,7 +30,7 @@ class Encoder(nn.Module):
 
 
 def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:
-    vae = networks.build(checkpoint, "vae")
+    vae = torch_networks.build(checkpoint, "vae")
     if attention is not None:
         put_attention(vae, attention)
     config = checkpoint.models["vae"].config

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from diffusion_convert.bundle import variants as bundle
 from diffusion_convert.bundle.model_card import CARD_NAME, write_model_card
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.family import latent_factor, latent_scale
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.vocabulary import write_vocabulary
@@ -78,7 +78,7 @@ def convert(source: str, output: Path, options: ConvertOptions, progress: Progre
         loras=options.loras,
         lora_partial=options.lora_partial,
     )
-    with networks.silent():
+    with torch_networks.silent():
         places = _places(source, options)
         options = earlier.widened(options, output, fingerprint(checkpoint, options, places))
         plan = make_plan(checkpoint, options, places)

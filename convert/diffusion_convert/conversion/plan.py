@@ -14,7 +14,7 @@ from typing import Any
 
 from diffusion_convert import components
 from diffusion_convert.bundle.zip_names import zip_attentions
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.diffusers_folder import NETWORKS, SCHEDULERS
 from diffusion_convert.checkpoint.family import default_size, latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
@@ -82,7 +82,7 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[
     weights = {}
     for subfolder in dict.fromkeys(component.subfolder for component in chosen):
         submodel = checkpoint.models[subfolder]
-        network = networks.check(submodel, submodel.tensors(), f"{checkpoint.name}: {subfolder}")
+        network = torch_networks.check(submodel, submodel.tensors(), f"{checkpoint.name}: {subfolder}")
         weights[subfolder] = sum(parameter.numel() for parameter in network.parameters())
     units = tuple(
         Unit(component, attention, shared=not component.uses_attention)

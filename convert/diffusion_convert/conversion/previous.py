@@ -24,7 +24,7 @@ from diffusion_runtime.bundle.integrity import check_files
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS, AttentionKind
-from diffusion_runtime.prompt.tokenizer import FILES as VOCABULARY
+from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 
 KINDS = ("packages", "compiled")
 
@@ -100,7 +100,7 @@ def _checked(plan: Plan, attention: AttentionKind, folder: Path) -> Manifest:
     wanted = {unit.component.name for unit in plan.variant(attention)}
     if made.tools.get("conversion") != plan.fingerprint or made.components.keys() != wanted:
         raise PackageError(f"{folder}: made with other options")
-    if not all((folder / name).is_file() for name in VOCABULARY):
+    if not all((folder / name).is_file() for name in VOCABULARY_FILES):
         raise PackageError(f"{folder}: without its vocabulary")
     check_files(made, folder)
     return made

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.chunk import chunk
 from diffusion_convert.conversion.plan import Plan, Unit, tool_versions
 from diffusion_convert.export import export
@@ -21,7 +21,7 @@ from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_convert.options import Precision
 from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
-from diffusion_convert.verification import package as verify
+from diffusion_convert.verification import compare
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
@@ -52,7 +52,7 @@ class Job:
     unit: Unit
     plan: Plan
     folder: Path
-    expected: verify.Expected | None
+    expected: compare.Expected | None
     report: export.OnPhase
 
     @property
@@ -87,14 +87,14 @@ def read_record(folder: Path) -> Record | None:
         return None
 
 
-def _reference(unit: Unit, plan: Plan, references: Path, report: export.OnPhase) -> verify.Expected:
+def _reference(unit: Unit, plan: Plan, references: Path, report: export.OnPhase) -> compare.Expected:
     """What the checkpoint's own network computes, from disk if another variant has asked."""
     path = references / f"{unit.component.name}.npz"
     if not path.is_file():
         report("reference", 0.0)
-        verify.reference(unit.component, plan.checkpoint, plan.shape, partial(report, "reference")).save(path)
+        compare.reference(unit.component, plan.checkpoint, plan.shape, partial(report, "reference")).save(path)
         gc.collect()  # networks are cycles, and hold files mapped
-    return verify.Expected.load(path)
+    return compare.Expected.load(path)
 
 
 def _convert(job: Job) -> Record:
@@ -113,11 +113,11 @@ def _convert(job: Job) -> Record:
         if job.expected is None:
             return _record(job, made, export_options, {}, seconds)
         started = time.perf_counter()
-        verdict = verify.measure(job.package, job.expected, partial(job.report, "verify"))
-        verify.check(unit.component, job.package, verdict, partial(_explain, job, made, job.expected))
+        verdict = compare.measure(job.package, job.expected, partial(job.report, "verify"))
+        compare.check(unit.component, job.package, verdict, partial(_explain, job, made, job.expected))
         _add(seconds, {"verify": time.perf_counter() - started})
-        limit = FLOAT16_MAX if options.precision is Precision.FLOAT16 else verify.NEAR_LIMIT
-        hot = verify.overflowing(job.package, verdict.largest, limit)
+        limit = FLOAT16_MAX if options.precision is Precision.FLOAT16 else compare.NEAR_LIMIT
+        hot = compare.overflowing(job.package, verdict.largest, limit)
         if not hot:
             return _record(job, made, export_options, verdict.psnr_db, seconds)
         if options.precision is Precision.FLOAT16:
@@ -149,19 +149,19 @@ def _refuse_wide_weights(job: Job, made: export.Exported) -> None:
     if made.float32_weights and job.plan.options.precision is Precision.FLOAT16:
         raise VerificationError(
             f"{job.unit.component.name}: weights are beyond float16: "
-            f"{networks.listed(list(made.float32_weights))}; use --precision auto"
+            f"{torch_networks.listed(list(made.float32_weights))}; use --precision auto"
         )
 
 
 def _listed(hot: Mapping[str, float], modules: Mapping[str, str]) -> str:
-    return networks.listed(
+    return torch_networks.listed(
         [f"{name} ({size:.3g}, torch module {modules.get(name) or 'the whole'})" for name, size in hot.items()]
     )
 
 
-def _explain(job: Job, made: export.Exported, expected: verify.Expected) -> str:
+def _explain(job: Job, made: export.Exported, expected: compare.Expected) -> str:
     graph = job.unit.component.build(job.plan.checkpoint, job.unit.attention, job.plan.shape)
-    return verify.first_divergence(job.package, graph.module, made.modules, expected.inputs[0])
+    return compare.first_divergence(job.package, graph.module, made.modules, expected.inputs[0])
 
 
 def _record(
@@ -190,13 +190,13 @@ def _record(
 def _notes(job: Job, made: export.Exported, kept: list[str]) -> tuple[str, ...]:
     notes = []
     if kept:
-        modules = networks.listed(list(dict.fromkeys(made.modules[name] or "the whole" for name in kept)))
+        modules = torch_networks.listed(list(dict.fromkeys(made.modules[name] or "the whole" for name in kept)))
         notes.append(
             f"{job.unit.name}: {len(kept)} operations stay in float32, as their values come near float16's limit: "
-            f"{networks.listed(kept)} (torch modules {modules})"
+            f"{torch_networks.listed(kept)} (torch modules {modules})"
         )
     if made.float32_weights:
-        wide = networks.listed(list(made.float32_weights))
+        wide = torch_networks.listed(list(made.float32_weights))
         notes.append(f"{job.unit.name}: weights beyond float16 stay in float32: {wide}")
     return tuple(notes)
 
@@ -220,7 +220,7 @@ def _palettize(job: Job, record: Record) -> Record:
     component = record.component.model_copy(
         update={
             "palettization": checked.report.palettization,
-            "psnr_db": {name: min(verify.BEST_PSNR_DB, value) for name, value in checked.psnr_db.items()},
+            "psnr_db": {name: min(compare.BEST_PSNR_DB, value) for name, value in checked.psnr_db.items()},
         }
     )
     seconds = {**record.seconds, "palettize": time.perf_counter() - started}
@@ -257,7 +257,7 @@ def _check_chain(whole: Path, halves: tuple[Path, ...], inputs: Mapping[str, np.
     for path in halves:
         model = backend.load(path)
         arrays |= model(**{name: arrays[name] for name in model.inputs})
-    quality = {name: verify.psnr_db(array, arrays[name]) for name, array in expected.items()}
+    quality = {name: compare.psnr_db(array, arrays[name]) for name, array in expected.items()}
     low = {name: value for name, value in quality.items() if not value >= MIN_CHAIN_PSNR_DB}
     if low:
         raise VerificationError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.export.coremltools_patches import patched_coremltools
@@ -107,12 +107,12 @@ def _export(
     clock = _Clock(progress)
     clock.start("load")
     stand_ins = placeholders.view(checkpoint.models[component.subfolder].tensors())
-    with Derivations(stand_ins) as derived:
+    with Derivations(stand_ins) as derivations:
         graph = component.build(_on(stand_ins, checkpoint, component), options.attention, options.shape)
-    placeholders.check_unused(derived.used)
+    placeholders.check_unused(derivations.used)
     placeholders.keep(graph.module.state_dict().values())
     clock.start("trace")
-    with networks.silent():
+    with torch_networks.silent():
         traced = trace(graph)
     clock.start("convert")
     with work(path.parent) as slot:
@@ -148,7 +148,7 @@ def _convert(
     def write(array: np.ndarray) -> int:
         return writer.add(_stored(array, placeholders), DTYPES[array.dtype])
 
-    with networks.silent(), patched_coremltools(placeholders, write, clock.progress):
+    with torch_networks.silent(), patched_coremltools(placeholders, write, clock.progress):
         converted = ct.convert(
             traced,
             convert_to="mlprogram",

@@ -17,7 +17,7 @@ from diffusion_convert.inspect.obstacles import Obstacle, obstacles
 from diffusion_convert.inspect.work import Work, floating_point_work
 from diffusion_runtime import zips
 from diffusion_runtime.bundle import manifest
-from diffusion_runtime.bundle.foreign import einsum_shapes
+from diffusion_runtime.bundle.without_manifest import einsum_shapes
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import SYSTEMS, attention_of
 from diffusion_runtime.mil.package import open_package

@@ -13,9 +13,9 @@ from torch import nn
 from diffusion_convert.networks.attention import ATTENTION
 from diffusion_convert.networks.channel_norm import teach_coremltools
 from diffusion_convert.networks.clip import TextEncoder, VisionEncoder
+from diffusion_convert.networks.clip_safety import SafetyChecker
 from diffusion_convert.networks.depth import DepthEstimator
 from diffusion_convert.networks.pointwise import pointwise, reshaped
-from diffusion_convert.networks.safety import SafetyChecker
 from diffusion_convert.networks.transformer import SpatialAttention, SpatialTransformer
 from diffusion_runtime.errors import UnsupportedError
 from diffusion_runtime.families import AttentionKind

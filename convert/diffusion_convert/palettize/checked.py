@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_convert.palettize.outputs import Samples, compare_outputs, require_outputs
-from diffusion_convert.palettize.package import OnWeight, palettize_package
 from diffusion_convert.palettize.palettize_options import PalettizeOptions, Report
+from diffusion_convert.palettize.palettize_package import OnWeight, palettize_package
 from diffusion_convert.verification.bounds import MIN_PSNR_DB
 from diffusion_runtime.atomic import unfinished_folder
 

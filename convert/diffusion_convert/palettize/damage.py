@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffusion_convert.palettize.outputs import Samples, seeded_inputs, token_count
-from diffusion_convert.palettize.package import palettize_as, stored_array
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
+from diffusion_convert.palettize.palettize_package import palettize_as, stored_array
 from diffusion_convert.palettize.select import Weight, palettizable
 from diffusion_runtime.mil.package import Package, open_package
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_convert.verification.bounds import MIN_PSNR_DB, bound_db
-from diffusion_convert.verification.package import psnr_db
+from diffusion_convert.verification.compare import psnr_db
 from diffusion_runtime.backends import TensorSpec
 from diffusion_runtime.errors import VerificationError
 from diffusion_runtime.mil.package import Package, open_package

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion_convert.bundle import foreign as adopt
+from diffusion_convert.bundle import add_manifests
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
 from diffusion_convert.inspect import main_function, palettized_weights
-from diffusion_convert.verification import package as verify
+from diffusion_convert.verification import compare
 from diffusion_convert.verification.bounds import bound_db
-from diffusion_convert.verification.package import Expected
-from diffusion_runtime.bundle import foreign, manifest
+from diffusion_convert.verification.compare import Expected
+from diffusion_runtime.bundle import manifest, without_manifest
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import check_files
 from diffusion_runtime.bundle.manifest import FILE_NAME, Manifest
@@ -31,7 +31,7 @@ _SLACK_DB = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Parity:
+class Comparison:
     """One component of one folder. ``bound_db`` is what every output must reach."""
 
     folder: str
@@ -44,7 +44,7 @@ class Parity:
         return all(value >= self.bound_db for value in self.psnr_db.values())
 
 
-def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], None]) -> Iterator[Parity]:
+def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], None]) -> Iterator[Comparison]:
     """Compare every component of every folder of models below ``models`` with the checkpoint's own network.
 
     Files are compared with the manifests first; models of other tools may have none. Raises InputError where there
@@ -61,12 +61,12 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
         for name, component in described.components.items():
             if (name, shape) not in references:
                 report(f"running the source's own {name}")
-                references[name, shape] = verify.reference(table()[name], checkpoint, shape, lambda _: None)
+                references[name, shape] = compare.reference(table()[name], checkpoint, shape, lambda _: None)
             shown = folder.relative_to(models).as_posix() if folder != models else folder.name
             report(f"running {shown}: {name}")
             paths = [folder / file for file in component.files]
             bound = _bound(name, component, _palette_widths(paths) if component.palettization else ())
-            yield Parity(shown, name, _measure(paths, references[name, shape]), bound)
+            yield Comparison(shown, name, _measure(paths, references[name, shape]), bound)
 
 
 def _folders(models: Path) -> list[Path]:
@@ -90,13 +90,13 @@ def _folders(models: Path) -> list[Path]:
 
 
 def _holds_models(folder: Path) -> bool:
-    return (folder / FILE_NAME).is_file() or foreign.is_one(folder)
+    return (folder / FILE_NAME).is_file() or without_manifest.holds_unet(folder)
 
 
 def _described(folder: Path) -> Manifest:
     if (folder / FILE_NAME).is_file():
         return manifest.read(folder)
-    return adopt.describe(folder, foreign.Assumed()).manifest
+    return add_manifests.describe(folder, without_manifest.Assumed()).manifest
 
 
 def _check_source(described: Manifest, checkpoint: Checkpoint, folder: Path, guessed: bool) -> None:
@@ -146,7 +146,7 @@ def _measure(paths: list[Path], expected: Expected) -> dict[str, float]:
         for name, array in outputs.items():
             if name not in found:
                 raise PackageError(f"{paths[-1]}: has no output {name} (it has {', '.join(found)})")
-            psnr = verify.psnr_db(array, found[name])
+            psnr = compare.psnr_db(array, found[name])
             worst[name] = min(worst.get(name, psnr), psnr)
     return worst
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from diffusion_runtime.backends import Backend, ComputeUnits
-from diffusion_runtime.bundle import foreign, manifest
+from diffusion_runtime.bundle import manifest, without_manifest
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS, PROCESSORS, AttentionKind, preferred
@@ -41,7 +41,7 @@ def find(
     *,
     backend: str = "torch",
     compute_units: ComputeUnits | None = None,
-    assumed: foreign.Assumed | None = None,
+    assumed: without_manifest.Assumed | None = None,
 ) -> Bundle:
     """The best variant at ``path`` for a backend ("coreml" or "torch") and compute units.
 
@@ -53,7 +53,9 @@ def find(
     if path.suffix == ".zip":
         raise InputError(f"{path}: is a zip: unpack it (`unzip {path.name} -d {path.stem}`) and name the folder")
     found = [
-        folder for folder in _candidates(path) if (folder / manifest.FILE_NAME).is_file() or foreign.is_one(folder)
+        folder
+        for folder in _candidates(path)
+        if (folder / manifest.FILE_NAME).is_file() or without_manifest.holds_unet(folder)
     ]
     if not found:
         raise InputError(
@@ -62,7 +64,7 @@ def find(
         )
     described = [folder for folder in found if (folder / manifest.FILE_NAME).is_file()]
     chosen = min(described or found, key=lambda folder: _rank(folder, backend, compute_units))
-    bundle = _open(chosen, assumed or foreign.Assumed())
+    bundle = _open(chosen, assumed or without_manifest.Assumed())
     if len(found) == 1:
         return bundle
     others = ", ".join(sorted(_shown(folder, path) for folder in found if folder != chosen))
@@ -140,9 +142,9 @@ def _rank(folder: Path, backend: str, units: ComputeUnits | None) -> tuple[int, 
     return order.index(attention), int(compiled != wants_compiled)
 
 
-def _open(folder: Path, assumed: foreign.Assumed) -> Bundle:
+def _open(folder: Path, assumed: without_manifest.Assumed) -> Bundle:
     if not (folder / manifest.FILE_NAME).is_file():
-        described = foreign.describe(folder, assumed)
+        described = without_manifest.describe(folder, assumed)
         return Bundle(folder, described.manifest, described.tokenizer, described.notes)
     read = manifest.read(folder)
     missing = [name for part in read.components.values() for name in part.files if not (folder / name).exists()]

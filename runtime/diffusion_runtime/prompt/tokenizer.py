@@ -10,10 +10,10 @@ import numpy as np
 
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.prompt import weights as prompts
+from diffusion_runtime.prompt import emphasis
 
 LENGTH = 77
-FILES = ("vocab.json", "merges.txt")
+VOCABULARY_FILES = ("vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Tokenizer:
         """Up to ``pieces`` pieces of ``length`` tokens; pieces without text are those of an empty prompt."""
         ids: list[int] = []
         weights: list[float] = []
-        for fragment in prompts.parse(prompt):
+        for fragment in emphasis.parse(prompt):
             part = self.clip(fragment.text, add_special_tokens=False, verbose=False)["input_ids"]
             ids += part
             weights += [fragment.weight] * len(part)
@@ -62,7 +62,7 @@ def load(folder: Path, length: int = LENGTH, pad_token: str | None = None) -> To
     """The tokenizer of a folder with vocab.json and merges.txt; settings from tokenizer_config.json where it lies
     beside them. ``pad_token`` is used where no file says what pads. Raises InputError where files are missing and
     PackageError where they are damaged."""
-    missing = [name for name in FILES if not (folder / name).is_file()]
+    missing = [name for name in VOCABULARY_FILES if not (folder / name).is_file()]
     if missing:
         raise InputError(
             f"{folder}: no {' and no '.join(missing)}: name the tokenizer's folder with --tokenizer "

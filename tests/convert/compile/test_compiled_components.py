@@ -14,9 +14,9 @@ from diffusion_convert.checkpoint.diffusers_folder import open_folder
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
 from diffusion_convert.export.export import ExportOptions, export
-from diffusion_convert.palettize.package import palettize_package
 from diffusion_convert.palettize.palettize_options import PER_GROUPED_CHANNEL, PalettizeOptions
-from diffusion_convert.verification.package import psnr_db
+from diffusion_convert.palettize.palettize_package import palettize_package
+from diffusion_convert.verification.compare import psnr_db
 from diffusion_runtime.backends import ComputeUnits, Model
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.bundle.manifest import Source

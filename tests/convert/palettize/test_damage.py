@@ -16,8 +16,8 @@ import torch
 from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.damage import Damage, measure_damage
 from diffusion_convert.palettize.outputs import require_outputs, seeded_inputs
-from diffusion_convert.palettize.package import palettize_as, stored_array
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
+from diffusion_convert.palettize.palettize_package import palettize_as, stored_array
 from diffusion_convert.palettize.plot import candidate, mixed_candidates, plot_recipes, uniform_candidates
 from diffusion_convert.palettize.recipe import (
     Recipe,

@@ -13,8 +13,8 @@ import pytest
 
 from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.outputs import seeded_inputs
-from diffusion_convert.palettize.package import palettize_package
 from diffusion_convert.palettize.palettize_options import PER_GROUPED_CHANNEL, PalettizeOptions
+from diffusion_convert.palettize.palettize_package import palettize_package
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError, UnsupportedError, VerificationError
@@ -295,7 +295,7 @@ def test_outputs_are_compared_before_anything_is_published(tiny_package: Package
 def test_a_file_that_decompresses_to_something_else_is_not_published(
     tiny_package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffusion_convert.palettize import package
+    from diffusion_convert.palettize import palettize_package as package
 
     monkeypatch.setattr(package, "pack", lambda indices, bits: np.zeros(indices.size * bits // 8, np.uint8))
     with pytest.raises(DiffusionError, match="decompresses with a squared error"):

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from diffusion_convert.cli.palettize import register
-from diffusion_convert.palettize.package import folder_bytes
+from diffusion_convert.palettize.palettize_package import folder_bytes
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ _SCHEDULE: Mapping[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Assumed:
-    """What the user says of foreign models; None is the family's default."""
+    """What the user says of models without a manifest; None is the family's default."""
 
     prediction_type: str | None = None
     scale: float | None = None
@@ -59,13 +59,13 @@ class Described:
     notes: tuple[str, ...]
 
 
-def is_one(folder: Path) -> bool:
+def holds_unet(folder: Path) -> bool:
     """Whether a folder holds a UNet under a name that Apple's tools give it."""
     return folder.is_dir() and "unet" in _files(folder)
 
 
 def describe(folder: Path, assumed: Assumed) -> Described:
-    """The manifest of a folder of foreign models. Raises InputError for SDXL's, PackageError for damaged ones."""
+    """The manifest of a folder that has none. Raises InputError for SDXL's, PackageError for damaged ones."""
     files = _files(folder)
     opened = {name: [_model(folder / file) for file in listed] for name, listed in files.items()}
     attention = attention_of(shape for model in opened["unet"] for shape in _einsums(model))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from diffusion_convert.conversion.workspace import link_tree
 from diffusion_convert.inspect import main_function, palettized_weights
-from diffusion_runtime.bundle import foreign, manifest
+from diffusion_runtime.bundle import manifest, without_manifest
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import hashes, size_bytes
 from diffusion_runtime.bundle.manifest import Manifest, Palettization
@@ -23,10 +23,12 @@ from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import ATTENTIONS, SYSTEMS, compiled_names
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import Model
-from diffusion_runtime.prompt.tokenizer import FILES as VOCABULARY
+from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 
 
-def adopt(folder: Path, assumed: foreign.Assumed, name: str | None, report: Callable[[str], None]) -> None:
+def add_manifests(
+    folder: Path, assumed: without_manifest.Assumed, name: str | None, report: Callable[[str], None]
+) -> None:
     """Write a manifest for all models below ``folder`` that have none; those that lie in no variant's place are
     linked to one. ``name`` is the checkpoint's, else as their files say.
 
@@ -44,10 +46,10 @@ def adopt(folder: Path, assumed: foreign.Assumed, name: str | None, report: Call
             )
         if target != place:
             _link(described.manifest, place, target)
-        for file in VOCABULARY:
+        for file in VOCABULARY_FILES:
             if not (target / file).exists():
                 shutil.copyfile(tokenizer / file, target / file)
-        made = _adopted(described.manifest, target, chosen, kind)
+        made = _completed(described.manifest, target, chosen, kind)
         title = name or _name(made, place, folder, target)
         made = made.model_copy(update={"name": title, "source": made.source.model_copy(update={"name": title})})
         manifest.write(made, target)
@@ -55,9 +57,9 @@ def adopt(folder: Path, assumed: foreign.Assumed, name: str | None, report: Call
             report(note)
 
 
-def describe(place: Path, assumed: foreign.Assumed) -> foreign.Described:
+def describe(place: Path, assumed: without_manifest.Assumed) -> without_manifest.Described:
     """What the runtime makes out of models without a manifest, with their target and palettized weights."""
-    described = foreign.describe(place, assumed)
+    described = without_manifest.describe(place, assumed)
     components, versions = {}, []
     for name, component in described.manifest.components.items():
         models = [open_package(place / file).model for file in component.files]
@@ -73,12 +75,12 @@ def _found(folder: Path) -> Iterator[tuple[Path, str | None, str]]:
     """Where models without a manifest lie, the attention and kind that the place tells; packages come first."""
     for attention in ATTENTIONS:
         for kind in KINDS:
-            if _is_foreign(folder / attention / kind):
+            if _lacks_manifest(folder / attention / kind):
                 yield folder / attention / kind, attention, kind
     if any((folder / attention).is_dir() for attention in ATTENTIONS):
         return
     for place in (folder, folder / "packages", folder / "compiled", folder / "Resources"):
-        if _is_foreign(place):
+        if _lacks_manifest(place):
             names = (compiled_names("unet", count)[0] for count in (1, 2))
             compiled = any((place / f"{name}.mlmodelc").is_dir() for name in names)
             yield place, None, KINDS[int(compiled)]
@@ -92,14 +94,14 @@ def _name(made: Manifest, place: Path, folder: Path, target: Path) -> str:
     return folder.resolve().name if made.name == place.name else made.name
 
 
-def _is_foreign(place: Path) -> bool:
-    return not (place / manifest.FILE_NAME).is_file() and foreign.is_one(place)
+def _lacks_manifest(place: Path) -> bool:
+    return not (place / manifest.FILE_NAME).is_file() and without_manifest.holds_unet(place)
 
 
 def _beside(folder: Path, target: Path) -> Path | None:
     """The tokenizer's files beside another kind of the same variant, or in the whole folder."""
     places = (*(target.parent / kind for kind in KINDS), folder, folder / "Resources", folder / "tokenizer")
-    return next((place for place in places if all((place / file).is_file() for file in VOCABULARY)), None)
+    return next((place for place in places if all((place / file).is_file() for file in VOCABULARY_FILES)), None)
 
 
 def _link(made: Manifest, place: Path, target: Path) -> None:
@@ -111,7 +113,7 @@ def _link(made: Manifest, place: Path, target: Path) -> None:
             link_tree(place / file, target / file)
 
 
-def _adopted(made: Manifest, target: Path, attention: str, kind: str) -> Manifest:
+def _completed(made: Manifest, target: Path, attention: str, kind: str) -> Manifest:
     components = {
         name: component.model_copy(
             update={

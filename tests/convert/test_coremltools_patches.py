@@ -10,11 +10,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
-from diffusion_convert.export import coremltools_patches as lean
+from diffusion_convert.export import coremltools_patches
 from diffusion_convert.export.export import ExportOptions, export
 from diffusion_convert.export.placeholders import Placeholders
 from diffusion_convert.export.trace import trace
@@ -39,7 +39,7 @@ def packages(
     graph.module.float()
     ct = import_coremltools()
     teach_coremltools()
-    with networks.silent():
+    with torch_networks.silent():
         ct.convert(
             trace(graph),
             convert_to="mlprogram",
@@ -99,7 +99,7 @@ REPLACED = {
 def test_everything_is_put_back(module: str, owner: str, name: str) -> None:
     place = getattr(import_coremltools(module), owner)
     before = place.__dict__[name]
-    with pytest.raises(RuntimeError), lean.patched_coremltools(Placeholders(), lambda _: 0):
+    with pytest.raises(RuntimeError), coremltools_patches.patched_coremltools(Placeholders(), lambda _: 0):
         assert place.__dict__[name] is not before
         raise RuntimeError
     assert place.__dict__[name] is before
@@ -109,7 +109,7 @@ def test_everything_is_put_back(module: str, owner: str, name: str) -> None:
 def test_every_replacement_is_used(name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """A release of coremltools that calls something else would make the replacement useless, without an error."""
     called: list[str] = []
-    make = getattr(lean, name)
+    make = getattr(coremltools_patches, name)
 
     def watched(*arguments: Any) -> Callable[..., Any]:
         function = make(*arguments)
@@ -121,6 +121,6 @@ def test_every_replacement_is_used(name: str, tiny_checkpoint: Callable[[str], P
         return call
 
     checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
-    with mock.patch.object(lean, name, watched):
+    with mock.patch.object(coremltools_patches, name, watched):
         export(table()["text_encoder"], checkpoint, RECIPE, tmp_path / "model.mlpackage", Metadata())
     assert called

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Shape
 from diffusion_convert.export.placeholders import FLOAT16_MAX
@@ -85,7 +85,7 @@ def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progre
     graph = component.build(checkpoint, None, shape)
     inputs = tuple(graph.sample(seed) for seed in range(component.runs))
     outputs = []
-    with networks.silent(), widened(graph.module), torch.inference_mode():
+    with torch_networks.silent(), widened(graph.module), torch.inference_mode():
         for run, arrays in enumerate(inputs):
             found = graph.module(*(torch.from_numpy(arrays[port.name]).float() for port in graph.inputs))
             tensors = found if isinstance(found, tuple) else (found,)
