@@ -156,7 +156,8 @@ def _layer(
 
 def _titles(parts: Sequence[str]) -> str:
     """The parts as most files call them."""
-    return ", ".join(f"lora_{part}.weight" if part in ("down", "up") else part for part in parts)
+    titles = {"down": "lora_down.weight", "up": "lora_up.weight", "ia3": "weight"}
+    return ", ".join(titles.get(part, part) for part in parts)
 
 
 def _check(path: Path, name: str, part: str, value: torch.Tensor) -> None:

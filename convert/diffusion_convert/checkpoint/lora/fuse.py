@@ -146,7 +146,7 @@ def _matched(checkpoint: Checkpoint, lora: Lora, partial_: bool) -> _Match:
     found = {subfolder: places(checkpoint, subfolder) for subfolder in {layer.subfolder for layer in file.layers}}
     _check_blocks(lora, found.get("unet") or places(checkpoint, "unet"))
     updates: list[tuple[str, str, Update]] = []
-    strangers, beyond = list(file.unknown), list[str]()
+    strangers, beyond, misfits = list(file.unknown), list[str](), dict[str, Layer]()
     for layer in file.layers:
         network = found[layer.subfolder]
         place = network.get(layer.module)
@@ -156,17 +156,18 @@ def _matched(checkpoint: Checkpoint, lora: Lora, partial_: bool) -> _Match:
         try:
             updates += _updates(layer, place, _strength(lora, layer.subfolder, place.block))
         except ValueError as error:
-            if not partial_:
-                raise InputError(
-                    f"{file.path}: made for another model than this {checkpoint.family}: {layer.title}: {error}"
-                ) from error
-            strangers += layer.names.values()
+            misfits[f"{layer.title}: {error}"] = layer
+    if misfits and not (partial_ or strangers):
+        raise InputError(
+            f"{file.path}: made for another model than this {checkpoint.family}: {next(iter(misfits))}"
+        )
     if (strangers and not partial_) or not updates:
         raise InputError(
             f"{file.path}: {len(strangers)} of its {file.size} tensors match nothing in this {checkpoint.family} "
             f"checkpoint: {listed(strangers)}; expected a LoRA made for this kind of model"
-            + ("" if not updates else " (with --lora-partial, the rest is fused)")
+            + (" (with --lora-partial, the rest is fused)" if updates else "")
         )
+    strangers += [name for layer in misfits.values() for name in layer.names.values()]
     notes = list(file.notes)
     if beyond:
         notes.append(f"{file.path.name}: for a text encoder with more layers; left out: {listed(beyond)}")

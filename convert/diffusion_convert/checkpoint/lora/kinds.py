@@ -38,7 +38,7 @@ class Kind:
         """Of every entry of which no set is there, what the set that is nearest lacks."""
         lacking = []
         for entry in self.needs:
-            nearest = min(entry, key=lambda choice: len(choice - parts.keys()))
+            nearest = min(entry, key=lambda choice: (not choice & parts.keys(), len(choice - parts.keys())))
             lacking += sorted(nearest - parts.keys())
         return lacking
 
@@ -59,8 +59,8 @@ class Layer:
 
     @property
     def title(self) -> str:
-        """Its first tensor's name, for messages."""
-        return next(iter(self.names.values()))
+        """The name of its first tensor that counts, for messages."""
+        return next(name for part, name in self.names.items() if part != "alpha")
 
     def targets(self) -> tuple[str, ...]:
         """ "weight", "bias" or both: what it changes of its module."""
@@ -191,7 +191,7 @@ def _lokr(parts: Parts) -> torch.Tensor:
         return (out.float() @ into.float().flatten(1)).reshape(out.shape[0], *into.shape[1:])
 
     first, second = factor(1), factor(2)
-    return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second)
+    return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous())
 
 
 def _lokr_rank(parts: Parts) -> int | None:
