@@ -10,6 +10,8 @@ import numpy as np
 
 from diffusion_runtime.bundle import integrity, manifest
 from diffusion_runtime.bundle.manifest import Component, Latents, Manifest, Palettization, Source, Tensor
+from diffusion_runtime.mil.description import serialize
+from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import write_package
 from diffusion_runtime.mil.program import (
     Blob,
@@ -19,7 +21,6 @@ from diffusion_runtime.mil.program import (
     Function,
     FunctionInterface,
     Metadata,
-    Model,
     Operation,
     Program,
     TensorType,
@@ -100,7 +101,7 @@ def small_model(name: str, einsum: bool) -> tuple[Model, np.ndarray]:
         tuple(Feature(key, "multiArray", "Float32", shape) for key, shape in outputs.items()),
     )
     about = Metadata("A tiny model", "1", "maker", "mit", {"z": "last", "a": "first"})
-    return Model(7, (interface,), Program({"main": function}), about), weight
+    return Model(7, Program({"main": function}), serialize((interface,), about)), weight
 
 
 def ints(*values: int) -> Value:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,9 @@ import numpy as np
 
 from diffusion_runtime.atomic import work
 from diffusion_runtime.errors import InputError, UnsupportedError
-from diffusion_runtime.mil.package import MODEL_PATH, Package, open_package, write_package
+from diffusion_runtime.mil.description import serialize
+from diffusion_runtime.mil.model import Model
+from diffusion_runtime.mil.package import Package, open_package, write_package
 from diffusion_runtime.mil.packing import packed_size
 from diffusion_runtime.mil.program import (
     Blob,
@@ -27,7 +29,6 @@ from diffusion_runtime.mil.program import (
     Feature,
     Function,
     FunctionInterface,
-    Model,
     Operation,
     TensorType,
     Value,
@@ -36,12 +37,12 @@ from diffusion_runtime.mil.program import (
     operations,
     packed_bits,
 )
+from diffusion_runtime.mil.rewrite import rewrite, stored_in
 from diffusion_runtime.mil.weights import ALIGNMENT, WeightWriter
 
 MAX_IMBALANCE = 0.1
 """By how much the heavier half may outweigh the lighter one, as a part of the lighter one."""
 
-_WEIGHT_PATH = f"{MODEL_PATH}/weights/weight.bin"
 _CARRIED = "A value that the first half hands to the second"
 _DECLARED = {DType.FLOAT16: "Float32", DType.FLOAT32: "Float32", DType.INT32: "Int32"}
 
@@ -275,14 +276,9 @@ def _half(
     (name, function), *_ = program.functions.items()
     block = replace(block, attributes=function.block.attributes)
     function = replace(function, inputs=inputs, blocks={function.opset: block})
-    description = f"{model.metadata.description} The {which} of two halves, which run one after the other.".strip()
-    return replace(
-        model,
-        interfaces=(interface,),
-        program=replace(program, functions={name: function}),
-        metadata=replace(model.metadata, description=description),
-        description_bytes=b"",
-    )
+    text = f"{model.metadata.description} The {which} of two halves, which run one after the other.".strip()
+    described = serialize((interface,), replace(model.metadata, description=text), model.default_function)
+    return replace(model, program=replace(program, functions={name: function}), description=described)
 
 
 def _cast(source: Variable, target: Variable, dtype: DType) -> Operation:
@@ -293,36 +289,8 @@ def _cast(source: Variable, target: Variable, dtype: DType) -> Operation:
 
 def _write(package: Package, model: Model, path: Path) -> None:
     """Write one half with a weight file of its own: each stored value once, in the program's order."""
-    moved: dict[Blob, Blob] = {}
     with work(path.parent) as slot:
         unfinished = slot / "weight.bin"
         with WeightWriter(unfinished) as writer:
-
-            def move(value: Value) -> Value:
-                if not isinstance(value.data, Blob) or not isinstance(value.type, TensorType):
-                    return value
-                if value.data not in moved:
-                    offset = writer.add(package.array(value), value.type.dtype)
-                    package.weight_file(value.data).release()
-                    moved[value.data] = Blob(_WEIGHT_PATH, offset)
-                return replace(value, data=moved[value.data])
-
-            (name, function), *_ = model.program.functions.items()
-            function = replace(function, blocks={function.opset: _moved(function.block, move)})
-        program = replace(model.program, functions={name: function})
-        write_package(replace(model, program=program), path, unfinished if moved else None)
-
-
-def _moved(block: Block, move: Callable[[Value], Value]) -> Block:
-    """``block`` with every literal, however deep, replaced by what ``move`` makes of it."""
-
-    def one(operation: Operation) -> Operation:
-        inputs = {
-            name: tuple(move(binding) if isinstance(binding, Value) else binding for binding in bindings)
-            for name, bindings in operation.inputs.items()
-        }
-        attributes = {name: move(value) for name, value in operation.attributes.items()}
-        blocks = tuple(_moved(nested, move) for nested in operation.blocks)
-        return replace(operation, inputs=inputs, attributes=attributes, blocks=blocks)
-
-    return replace(block, operations=tuple(one(operation) for operation in block.operations))
+            program = rewrite(model.program, stored_in(writer, package))
+        write_package(replace(model, program=program), path, unfinished if writer.count else None)

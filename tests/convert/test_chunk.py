@@ -20,8 +20,9 @@ from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import InputError, UnsupportedError
 from diffusion_runtime.families import AttentionKind
+from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import open_package, write_package
-from diffusion_runtime.mil.program import DType, Metadata, Model, TensorType, Variable
+from diffusion_runtime.mil.program import DType, Metadata, TensorType, Variable
 from read_back import check_read_back
 
 # Bits are equal up to the cut; after it, torch sums in another order where a value's layout in memory is another.

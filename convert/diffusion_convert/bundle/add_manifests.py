@@ -14,15 +14,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 from diffusion_convert.conversion.workspace import link_tree
-from diffusion_convert.inspect import main_function, palettized_weights
+from diffusion_convert.inspect import palettized_weights
 from diffusion_runtime.bundle import manifest, without_manifest
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import hashes, size_bytes
 from diffusion_runtime.bundle.manifest import Manifest, Palettization
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import ATTENTIONS, SYSTEMS, compiled_names
+from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import open_package
-from diffusion_runtime.mil.program import Model
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 
 
@@ -139,5 +139,5 @@ def _palettization(models: list[Model]) -> Palettization | None:
     """The bits that most of the palettized weights have, if there are any."""
     counts: Counter[int] = Counter()
     for model in models:
-        counts.update(palettized_weights(main_function(model)))
+        counts.update(palettized_weights(model.function))
     return Palettization(nbits=counts.most_common(1)[0][0]) if counts else None

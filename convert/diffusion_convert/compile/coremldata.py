@@ -8,8 +8,9 @@ import struct
 
 from diffusion_runtime.families import SYSTEMS
 from diffusion_runtime.mil import description
-from diffusion_runtime.mil.program import Model
-from diffusion_runtime.mil.text import CONTAINER, ML_PROGRAM
+from diffusion_runtime.mil.model import Model
+from diffusion_runtime.mil.proto import ML_PROGRAM
+from diffusion_runtime.mil.text import CONTAINER
 
 _TRAILER = struct.Struct("<I12x")
 _LENGTH = struct.Struct("<Q")
@@ -17,7 +18,7 @@ _LENGTH = struct.Struct("<Q")
 
 def container(model: Model) -> bytes:
     """The whole coremldata.bin. User metadata are sorted: Apple's order is random, ours the same each time."""
-    described = description.canonical(model.description_bytes)
+    described = description.canonical(model.description)
     version = model.specification_version
     head = CONTAINER.pack(ML_PROGRAM, SYSTEMS[version].writer, 7, b"generic", version, len(described))
     return head + described + _TRAILER.pack(ML_PROGRAM) * len(model.program.functions)

@@ -10,7 +10,8 @@ import numpy as np
 from diffusion_convert.compile.op_versions import histogram_key
 from diffusion_runtime.errors import UnsupportedError
 from diffusion_runtime.families import SYSTEMS, compiles
-from diffusion_runtime.mil.program import Feature, Function, Model, Value, operations
+from diffusion_runtime.mil.model import Model
+from diffusion_runtime.mil.program import Feature, Function, Value, operations
 from diffusion_runtime.mil.text import OPSETS
 
 UNCOUNTED = frozenset({"const"})

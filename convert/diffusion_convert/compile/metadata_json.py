@@ -11,12 +11,12 @@ from typing import Any
 from diffusion_convert.compile.coverage import UNCOUNTED, opset_number
 from diffusion_convert.compile.op_versions import histogram_key
 from diffusion_runtime.families import SYSTEMS
+from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.program import (
     Blob,
     DType,
     Feature,
     Function,
-    Model,
     Operation,
     TensorType,
     Value,

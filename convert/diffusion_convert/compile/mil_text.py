@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.program import (
     DictType,
     DType,
@@ -14,7 +15,6 @@ from diffusion_runtime.mil.program import (
     Function,
     FunctionInterface,
     ListType,
-    Model,
     Program,
     TensorType,
     TupleType,

@@ -22,9 +22,10 @@ from diffusion_runtime.atomic import work
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import CheckpointError
 from diffusion_runtime.families import AttentionKind
-from diffusion_runtime.mil import proto
+from diffusion_runtime.mil import description, proto
+from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import write_package
-from diffusion_runtime.mil.program import DType, FunctionInterface, Metadata, Model
+from diffusion_runtime.mil.program import DType, FunctionInterface, Metadata
 from diffusion_runtime.mil.weights import WeightWriter
 
 if TYPE_CHECKING:
@@ -232,12 +233,9 @@ def _described(model: Model, graph: Graph, metadata: Metadata) -> Model:
             outputs=tuple(replace(feature, description=texts[feature.name]) for feature in interface.outputs),
         )
 
-    return replace(
-        model,
-        interfaces=tuple(described(interface) for interface in model.interfaces),
-        metadata=replace(metadata, description=graph.description),
-        description_bytes=b"",
-    )
+    interfaces = [described(interface) for interface in model.interfaces]
+    about = replace(metadata, description=graph.description)
+    return replace(model, description=description.serialize(interfaces, about, model.default_function))
 
 
 class _Clock:

@@ -20,8 +20,9 @@ from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.without_manifest import einsum_shapes
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import SYSTEMS, attention_of
+from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import open_package
-from diffusion_runtime.mil.program import Feature, Function, Model, operations
+from diffusion_runtime.mil.program import Feature, Function, operations
 from diffusion_runtime.mil.text import OPSETS
 
 _MODELS = (".mlpackage", ".mlmodelc", ".mlmodel")
@@ -144,7 +145,7 @@ def _sizes(path: Path) -> dict[str, int]:
 
 def _report(path: Path, name: str, sizes: Mapping[str, int], with_weights: bool = True) -> ModelReport:
     package = open_package(path)
-    model, function = package.model, main_function(package.model)
+    model, function = package.model, package.model.function
     if with_weights:
         check_weights(package, function)
     weight_bytes = sum(size for file, size in sizes.items() if "weights" in Path(file).parts)
@@ -177,12 +178,6 @@ def palettized_weights(function: Function) -> dict[int, int]:
     """Bits per palettized weight -> the number of such weights."""
     counts = Counter(bits for op in operations(function.block) if (bits := palette_bits(op)) is not None)
     return dict(sorted(counts.items()))
-
-
-def main_function(model: Model) -> Function:
-    """The function that is called where none is named."""
-    functions = model.program.functions
-    return functions.get(model.default_function or "main") or next(iter(functions.values()))
 
 
 def attention_kind(function: Function) -> str | None:

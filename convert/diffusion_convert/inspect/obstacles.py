@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from diffusion_runtime.families import preferred
-from diffusion_runtime.mil.program import DType, Function, Model, Operation, TensorType, operations
+from diffusion_runtime.mil.model import Model
+from diffusion_runtime.mil.program import DType, Function, Operation, TensorType, operations
 
 _MAX_RANK = 5
 _MAX_DIMENSION = 16_384
@@ -48,8 +49,7 @@ class Obstacle:
 
 def obstacles(model: Model, weight_bytes: int) -> tuple[Obstacle, ...]:
     """All obstacles, those of the whole model first."""
-    function = model.program.functions[model.default_function or next(iter(model.program.functions))]
-    return (*_of_model(model, weight_bytes), *_of_operations(function))
+    return (*_of_model(model, weight_bytes), *_of_operations(model.function))
 
 
 def _of_model(model: Model, weight_bytes: int) -> Iterator[Obstacle]:

@@ -24,12 +24,12 @@ from diffusion_convert.palettize.palettize_options import (
 from diffusion_convert.palettize.select import Weight
 from diffusion_runtime.atomic import disk_errors, work
 from diffusion_runtime.errors import InputError, PackageError, VerificationError
-from diffusion_runtime.mil.package import MODEL_PATH, Package, open_package, resolve, write_package
+from diffusion_runtime.mil.package import Package, open_package, resolve, write_package
 from diffusion_runtime.mil.packing import pack, unpack
-from diffusion_runtime.mil.program import Blob, Block, DType, Operation, Program, TensorType, Value
+from diffusion_runtime.mil.program import Blob, DType, Operation, TensorType, Value
+from diffusion_runtime.mil.rewrite import WEIGHT_PATH, rewrite, stored_in
 from diffusion_runtime.mil.weights import WeightFile, WeightWriter
 
-_WEIGHT_PATH = f"{MODEL_PATH}/weights/weight.bin"
 _INDEX_TYPES = {1: DType.UINT1, 2: DType.UINT2, 3: DType.UINT3, 4: DType.UINT4, 6: DType.UINT6, 8: DType.UINT8}
 _ERROR_TOLERANCE = 1e-3  # sums of squares are taken in float32 over 65,536 elements at a time
 
@@ -55,10 +55,10 @@ def palettize_package(
         unfinished = slot / "weight.bin"
         with WeightWriter(unfinished) as writer, ThreadPoolExecutor(_threads()) as pool:
             palettes = _palettes(package, options, targets, pool)
-            rewriter = _Rewriter(package, writer, targets, palettes, progress or _silent)
-            program = rewriter.program()
+            palettizer = _Palettizer(package, writer, targets, palettes, progress or _silent)
+            program = rewrite(package.model.program, stored_in(writer, package), palettizer)
         with ThreadPoolExecutor(_threads()) as pool:
-            reports = tuple(pool.map(lambda written: _checked(package, unfinished, written), rewriter.written))
+            reports = tuple(pool.map(lambda written: _checked(package, unfinished, written), palettizer.written))
         before = folder_bytes(source)
         write_package(replace(package.model, program=program), output, unfinished)
     return Report(reports, options, before, folder_bytes(output))
@@ -161,8 +161,8 @@ class _Written:
 
 
 @dataclass(slots=True)
-class _Rewriter:
-    """Copies a program; its stored values go to ``writer`` in the program's order, each once however often used."""
+class _Palettizer:
+    """Puts look-ups in the place of the constants that are ``targets``, for `rewrite`."""
 
     package: Package
     writer: WeightWriter
@@ -170,41 +170,11 @@ class _Rewriter:
     palettes: Iterator[_Packed]
     progress: OnWeight
     written: list[_Written] = field(default_factory=list)
-    _moved: dict[Blob, Blob] = field(default_factory=dict)
     _stored: dict[str, _Written] = field(default_factory=dict)
 
-    def program(self) -> Program:
-        program = self.package.model.program
-        functions = {
-            name: replace(function, blocks={opset: self._block(block) for opset, block in function.blocks.items()})
-            for name, function in program.functions.items()
-        }
-        return replace(program, functions=functions)
-
-    def _block(self, block: Block) -> Block:
-        return replace(block, operations=tuple(self._operation(op) for op in block.operations))
-
-    def _operation(self, operation: Operation) -> Operation:
-        if operation.type == "const" and operation.outputs[0].name in self.targets:
-            return self._palettized(operation)
-        return replace(
-            operation,
-            inputs={
-                name: tuple(self._value(item) if isinstance(item, Value) else item for item in bindings)
-                for name, bindings in operation.inputs.items()
-            },
-            attributes={name: self._value(value) for name, value in operation.attributes.items()},
-            blocks=tuple(self._block(block) for block in operation.blocks),
-        )
-
-    def _value(self, value: Value) -> Value:
-        """A literal, with its bytes copied to the new file where they are stored."""
-        if not isinstance(value.data, Blob) or not isinstance(value.type, TensorType):
-            return value
-        if value.data not in self._moved:
-            array = stored_array(self.package, value)
-            self._moved[value.data] = Blob(_WEIGHT_PATH, self.writer.add(array, value.type.dtype))
-        return Value(value.type, self._moved[value.data])
+    def __call__(self, operation: Operation) -> Operation | None:
+        is_target = operation.type == "const" and operation.outputs[0].name in self.targets
+        return self._palettized(operation) if is_target else None
 
     def _palettized(self, operation: Operation) -> Operation:
         name = operation.outputs[0].name
@@ -235,7 +205,7 @@ class _Rewriter:
         )
 
     def _add(self, array: np.ndarray, dtype: DType) -> Value:
-        return Value(TensorType(dtype, array.shape), Blob(_WEIGHT_PATH, self.writer.add(array, dtype)))
+        return Value(TensorType(dtype, array.shape), Blob(WEIGHT_PATH, self.writer.add(array, dtype)))
 
 
 def _checked(package: Package, path: Path, written: _Written) -> WeightReport:

@@ -29,7 +29,6 @@ from diffusion_runtime.mil.program import DType, TensorType, operations
 if TYPE_CHECKING:
     import torch
 
-    from diffusion_runtime.mil.package import Package
 
 OnFraction = Callable[[float], None]
 Arrays = Mapping[str, np.ndarray]
@@ -144,7 +143,7 @@ def overflowing(path: Path, largest: Mapping[str, float], limit: float) -> dict[
     of them, by name, with the size."""
     package = open_package(path)
     found: dict[str, float] = {}
-    for operation in operations(_block(package)):
+    for operation in operations(package.model.function.block):
         taken = max((largest.get(name, 0.0) for name in _taken(operation)), default=0.0)
         for variable in operation.outputs:
             half = isinstance(variable.type, TensorType) and variable.type.dtype is DType.FLOAT16
@@ -255,11 +254,6 @@ def _statistics(value: torch.Tensor) -> tuple[float, ...]:
     wide = value.double()
     low, high = wide.aminmax()
     return (float(value.numel()), float(wide.mean()), float(wide.square().mean().sqrt()), float(low), float(high))
-
-
-def _block(package: Package) -> Any:
-    functions = package.model.program.functions
-    return functions[package.model.default_function or "main"].block
 
 
 def _taken(operation: Any) -> Iterator[str]:

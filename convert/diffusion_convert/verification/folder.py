@@ -13,7 +13,7 @@ from diffusion_convert.bundle import add_manifests
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
-from diffusion_convert.inspect import main_function, palettized_weights
+from diffusion_convert.inspect import palettized_weights
 from diffusion_convert.verification import compare
 from diffusion_convert.verification.bounds import bound_db
 from diffusion_convert.verification.compare import Expected
@@ -130,7 +130,7 @@ def _bound(name: str, component: manifest.Component, bits: Iterable[int]) -> flo
 
 def _palette_widths(paths: Iterable[Path]) -> set[int]:
     """Bits of the palettized weights in the models at ``paths``; none where all weights are whole."""
-    functions = (main_function(open_package(path).model) for path in paths)
+    functions = (open_package(path).model.function for path in paths)
     return {bits for function in functions for bits in palettized_weights(function)}
 
 

@@ -17,7 +17,8 @@ from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import TensorType, operations
 
 if TYPE_CHECKING:
-    from diffusion_runtime.mil.program import Feature, Function, Model
+    from diffusion_runtime.mil.model import Model
+    from diffusion_runtime.mil.program import Feature, Function
 
 _CHUNKS = ("unet_chunk1", "unet_chunk2")
 _PACKAGE = re.compile(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from diffusion_runtime.coremltools_import import import_messages
 from diffusion_runtime.errors import PackageError
 from diffusion_runtime.mil import wire
-from diffusion_runtime.mil.program import Feature, FunctionInterface, Metadata, Model
+from diffusion_runtime.mil.program import Feature, FunctionInterface, Metadata
 
 _ELEMENTS = {65568: "Float32", 65600: "Double", 131104: "Int32", 65552: "Float16", 131080: "Int8"}
 _ELEMENT_CODES = {name: code for code, name in _ELEMENTS.items()}
@@ -44,15 +45,17 @@ def parse(data: bytes) -> Parts:
     return tuple(_interface(name, item) for name, item in described), metadata, spec.defaultFunctionName
 
 
-def serialize(model: Model) -> bytes:
-    """A ModelDescription for ``model``'s interfaces and metadata, the same bytes each time.
+def serialize(
+    interfaces: Sequence[FunctionInterface], metadata: Metadata | None = None, default_function: str = ""
+) -> bytes:
+    """A ModelDescription that says this, the same bytes each time.
 
     Raises ValueError for features other than multi-arrays and states: their source's own bytes must be kept.
     """
     pb = import_messages("Model_pb2")
-    spec = pb.ModelDescription(defaultFunctionName=model.default_function)
-    for interface in model.interfaces:
-        target = spec.functions.add(name=interface.name) if model.default_function else spec
+    spec = pb.ModelDescription(defaultFunctionName=default_function)
+    for interface in interfaces:
+        target = spec.functions.add(name=interface.name) if default_function else spec
         for features, field in (
             (interface.inputs, target.input),
             (interface.outputs, target.output),
@@ -60,8 +63,8 @@ def serialize(model: Model) -> bytes:
         ):
             for feature in features:
                 _fill_feature(field.add(), feature)
-    interfaces: bytes = spec.SerializeToString(deterministic=True)
-    return interfaces + wire.message_field(_METADATA_FIELD, _metadata(model.metadata))
+    described: bytes = spec.SerializeToString(deterministic=True)
+    return described + wire.message_field(_METADATA_FIELD, _metadata(metadata or Metadata()))
 
 
 def canonical(data: bytes) -> bytes:

@@ -15,7 +15,8 @@ from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.mil import proto, text
-from diffusion_runtime.mil.program import Blob, Model, TensorType, Value
+from diffusion_runtime.mil.model import Model
+from diffusion_runtime.mil.program import Blob, TensorType, Value
 from diffusion_runtime.mil.weights import WeightFile
 
 MODEL_PATH = "@model_path"

@@ -205,31 +205,6 @@ class Metadata:
     user_defined: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A whole ML Program model: what ``model.mlmodel`` says.
-
-    ``description_bytes`` is the source's own serialised ModelDescription, unchanged: the compiled format carries
-    it verbatim. ``default_function`` is "" where the description declares no functions.
-    """
-
-    specification_version: int
-    interfaces: tuple[FunctionInterface, ...]
-    program: Program
-    metadata: Metadata = field(default_factory=Metadata)
-    default_function: str = ""
-    is_updatable: bool = False
-    description_bytes: bytes = b""
-
-    @property
-    def interface(self) -> FunctionInterface:
-        """The interface of the default function."""
-        for interface in self.interfaces:
-            if interface.name == (self.default_function or "main"):
-                return interface
-        return self.interfaces[0]
-
-
 _NUMPY = {
     DType.BOOL: "bool",
     DType.STRING: "object",

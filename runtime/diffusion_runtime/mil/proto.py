@@ -1,6 +1,6 @@
 """Core ML's protobuf messages <-> frozen values. Protobuf is touched here and in ``description.py``.
 
-A serialised description is kept verbatim (``Model.description_bytes``). Maps whose order protobuf does not define
+A serialised description is kept verbatim (``Model.description``). Maps whose order protobuf does not define
 (inputs, attributes, functions) are sorted by key, so that equal files give equal and equally ordered programs. Doc
 strings of single values are not kept; nothing that coremltools writes has them.
 """
@@ -15,7 +15,8 @@ import numpy as np
 
 from diffusion_runtime.coremltools_import import import_messages
 from diffusion_runtime.errors import PackageError, UnsupportedError
-from diffusion_runtime.mil import description, wire
+from diffusion_runtime.mil import wire
+from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.packing import pack, packed_size, unpack
 from diffusion_runtime.mil.program import (
     Blob,
@@ -24,7 +25,6 @@ from diffusion_runtime.mil.program import (
     DType,
     Function,
     ListType,
-    Model,
     Operation,
     Program,
     StateType,
@@ -70,7 +70,11 @@ _LISTED = {  # the field of TensorValue; every other type is written as bytes
     DType.INT64: "longInts",
     DType.UINT64: "longInts",
 }
-_ML_PROGRAM = "mlProgram"
+# Fields of Core ML's Model message. It is put together from its parts here: protobuf would write the description's
+# map of user metadata in an order of its own, and what this protobuf schema does not know would be lost.
+_VERSION, _DESCRIPTION, _UPDATABLE = 1, 2, 10
+ML_PROGRAM = 502
+"""The number of the field that holds an ML Program. Compiled models name their kind by it."""
 
 
 def read_model(path: Path) -> Model:
@@ -95,40 +99,24 @@ def model_from_bytes(data: bytes) -> Model:
 
     try:
         spec = import_messages("Model_pb2").Model.FromString(data)
-        description_bytes = wire.payload(data, 2)
+        described = wire.payload(data, _DESCRIPTION)
     except (DecodeError, ValueError) as error:
         raise PackageError(f"not a Core ML model, or truncated ({len(data)} bytes): {error}") from error
     kind = spec.WhichOneof("Type")
     if kind is None:
         raise PackageError(f"not a Core ML model, or truncated ({len(data)} bytes): it holds no model")
-    if kind != _ML_PROGRAM:
+    if kind != "mlProgram":
         raise UnsupportedError(f"a model of kind {kind}, expected an ML Program; convert it anew as an ML Program")
-    interfaces, metadata, default_function = description.parse(description_bytes)
-    return Model(
-        specification_version=spec.specificationVersion,
-        interfaces=interfaces,
-        program=program_from_proto(spec.mlProgram),
-        metadata=metadata,
-        default_function=default_function,
-        is_updatable=spec.isUpdatable,
-        description_bytes=description_bytes,
-    )
+    return Model(spec.specificationVersion, program_from_proto(spec.mlProgram), described, spec.isUpdatable)
 
 
 def model_to_bytes(model: Model) -> bytes:
-    """The specification file's bytes; the same model always gives the same bytes.
-
-    ``description_bytes`` is written verbatim; where it is empty (``replace(model, interfaces=…,
-    description_bytes=b"")`` changes an interface) the description is built from ``interfaces`` and ``metadata``.
-    Raises ValueError where both are there and disagree.
-    """
-    described = model.description_bytes or description.serialize(model)
-    if description.parse(described) != (model.interfaces, model.metadata, model.default_function):
-        raise ValueError("description_bytes do not describe the model's interfaces and metadata: clear one of them")
+    """The specification file's bytes; the same model always gives the same bytes."""
     program = program_to_proto(model.program).SerializeToString(deterministic=True)
-    updatable = wire.varint_field(10, 1) if model.is_updatable else b""
-    head = wire.varint_field(1, model.specification_version) + wire.message_field(2, described)
-    return head + updatable + wire.message_field(502, program)
+    updatable = wire.varint_field(_UPDATABLE, 1) if model.is_updatable else b""
+    head = wire.varint_field(_VERSION, model.specification_version)
+    described = wire.message_field(_DESCRIPTION, model.description)
+    return head + described + updatable + wire.message_field(ML_PROGRAM, program)
 
 
 def write_model(model: Model, path: Path) -> None:

@@ -6,8 +6,8 @@ import struct
 from pathlib import Path
 
 from diffusion_runtime.errors import PackageError, UnsupportedError
-from diffusion_runtime.mil import description
-from diffusion_runtime.mil.program import Model
+from diffusion_runtime.mil.model import Model
+from diffusion_runtime.mil.proto import ML_PROGRAM
 from diffusion_runtime.mil.text_parse import parse_text, read_text
 from diffusion_runtime.mil.text_print import OPSETS, Dialect, program_text, write_text
 
@@ -25,9 +25,6 @@ __all__ = [
 ]
 
 TEXT_NAME = "model.mil"
-ML_PROGRAM = 502
-"""The number of the field that holds an ML Program in Core ML's Model message; it marks the model's kind."""
-
 CONTAINER = struct.Struct("<II20xQ7sQ24xQ")
 """The head of coremldata.bin: kind, writer's version, length and text of "generic", specification version, and the
 length of the serialised ModelDescription that follows. A record (u32 kind, 12 zeros) per function ends the file."""
@@ -41,17 +38,9 @@ def read_compiled(path: Path) -> Model:
     version, described = _read_container(path / "coremldata.bin")
     program = read_text(path / TEXT_NAME)
     try:
-        interfaces, metadata, default_function = description.parse(described)
+        return Model(version, program, described)
     except PackageError as error:
         raise PackageError(f"{path / 'coremldata.bin'}: {error}") from error
-    return Model(
-        specification_version=version,
-        interfaces=interfaces,
-        program=program,
-        metadata=metadata,
-        default_function=default_function,
-        description_bytes=described,
-    )
 
 
 def _read_container(path: Path) -> tuple[int, bytes]:

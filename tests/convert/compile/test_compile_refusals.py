@@ -14,6 +14,8 @@ import pytest
 
 from diffusion_convert.compile import Compiler, compile_package, op_versions
 from diffusion_runtime.errors import InputError, PackageError, StorageError, UnsupportedError
+from diffusion_runtime.mil.description import serialize
+from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import write_package
 from diffusion_runtime.mil.program import (
     Blob,
@@ -22,7 +24,6 @@ from diffusion_runtime.mil.program import (
     Feature,
     Function,
     FunctionInterface,
-    Model,
     Operation,
     Program,
     TensorType,
@@ -41,7 +42,7 @@ def model(*operations: Operation) -> Model:
     block = Block((*operations, relu), ("y",))
     program = Program({"main": Function((Variable("x", VECTOR),), "CoreML6", {"CoreML6": block})})
     interface = FunctionInterface("main", (INPUT,), (replace(INPUT, name="y"),))
-    return Model(7, (interface,), program)
+    return Model(7, program, serialize((interface,)))
 
 
 def operation(kind: str) -> Operation:
@@ -57,13 +58,14 @@ def of_function(**changes: object) -> Model:
 def of_input(**changes: object) -> Model:
     base = model()
     feature = replace(INPUT, **changes)  # type: ignore[arg-type]
-    return replace(base, interfaces=(replace(base.interface, inputs=(feature,)),))
+    return replace(base, description=serialize((replace(base.interface, inputs=(feature,)),)))
 
 
 def with_state() -> Model:
     base = model()
     state = Feature("cache", "state", "Float16", (4,))
-    return replace(base, specification_version=9, interfaces=(replace(base.interface, states=(state,)),))
+    described = serialize((replace(base.interface, states=(state,)),))
+    return replace(base, specification_version=9, description=described)
 
 
 def two_functions() -> Model:
