@@ -42,7 +42,6 @@ _CODES = {
     DType.INT32: 14,
     DType.UINT32: 15,
 }
-STORABLE = frozenset(_CODES)
 
 
 class WeightFile:

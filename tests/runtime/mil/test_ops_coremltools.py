@@ -15,7 +15,6 @@ from diffusion_runtime.mil.ops import OPS, Kind, Op
 RANDOM = np.random.default_rng(0)
 A = RANDOM.standard_normal((2, 3, 4, 5)).astype(np.float32)
 B = RANDOM.standard_normal((2, 3, 4, 5)).astype(np.float32)
-UNIT = RANDOM.uniform(-0.9, 0.9, (2, 6)).astype(np.float32)
 POSITIVE = RANDOM.uniform(0.1, 3, (2, 6)).astype(np.float32)
 INTS = np.array([[7, -7, 5], [0, 3, -1]], np.int32)
 DIVISORS = np.array([[2, 2, -3], [4, -2, 5]], np.int32)
@@ -26,35 +25,16 @@ PLACES = np.array([2, 0, -1], np.int32)
 Row = tuple[str, dict[str, Any]]
 
 UNARY: list[Row] = [
-    *((op, {"x": A}) for op in ("abs", "atan", "ceil", "cos", "cosh", "erf", "exp", "exp2", "floor", "identity")),
-    *(
-        (op, {"x": A})
-        for op in ("relu", "relu6", "sigmoid", "sign", "sin", "sinh", "softplus", "softsign", "square")
-    ),
-    *((op, {"x": A}) for op in ("tan", "tanh", "softmax", "l2_norm", "reverse")),
-    *((op, {"x": UNIT}) for op in ("acos", "asin", "atanh")),
-    *((op, {"x": POSITIVE}) for op in ("sqrt", "rsqrt", "log", "inverse")),
+    *((op, {"x": A}) for op in ("abs", "cos", "erf", "exp", "floor", "identity")),
+    *((op, {"x": A}) for op in ("relu", "sigmoid", "sin", "square")),
+    *((op, {"x": A}) for op in ("tanh", "softmax", "l2_norm")),
+    *((op, {"x": POSITIVE}) for op in ("sqrt", "rsqrt", "inverse")),
     ("abs", {"x": INTS}),
     ("square", {"x": INTS}),
     ("logical_not", {"x": BOOLS}),
-    ("round", {"x": np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.4], np.float32)}),
     ("rsqrt", {"x": POSITIVE, "epsilon": np.float32(0.1)}),
-    ("log", {"x": POSITIVE, "epsilon": np.float32(0.1)}),
     ("inverse", {"x": POSITIVE, "epsilon": np.float32(0.1)}),
     ("clip", {"x": A, "alpha": np.float32(-0.5), "beta": np.float32(0.3)}),
-    ("threshold", {"x": A, "alpha": np.float32(0.2)}),
-    ("thresholded_relu", {"x": A, "alpha": np.float32(0.2)}),
-    ("leaky_relu", {"x": A, "alpha": np.float32(0.2)}),
-    ("elu", {"x": A, "alpha": np.float32(0.7)}),
-    ("clamped_relu", {"x": A, "alpha": np.float32(0.2), "beta": np.float32(0.6)}),
-    ("linear_activation", {"x": A, "alpha": np.float32(0.2), "beta": np.float32(0.6)}),
-    ("scaled_tanh", {"x": A, "alpha": np.float32(0.2), "beta": np.float32(0.6)}),
-    ("sigmoid_hard", {"x": A, "alpha": np.float32(0.2), "beta": np.float32(0.4)}),
-    ("prelu", {"x": A, "alpha": np.array([0.1, 0.5, -0.2], np.float32)}),
-    (
-        "softplus_parametric",
-        {"x": A, "alpha": np.array([0.1, 0.5, 2], np.float32), "beta": np.array([1, 0.5, -2], np.float32)},
-    ),
     ("softmax", {"x": A, "axis": 1}),
     ("gelu", {"x": A}),
     ("gelu", {"x": A, "mode": "TANH_APPROXIMATION"}),
@@ -65,17 +45,15 @@ UNARY: list[Row] = [
     ),
     ("cast", {"x": INTS, "dtype": "fp32"}),
     ("cast", {"x": BOOLS, "dtype": "int32"}),
-    ("quantize", {"input": A, "zero_point": np.int8(3), "scale": np.float32(0.1), "output_dtype": "int8"}),
-    ("quantize", {"input": A, "scale": np.array([0.1, 0.2, 0.3], np.float32), "axis": 1, "output_dtype": "uint8"}),
 ]
 BINARY: list[Row] = [
     *((op, {"x": A, "y": B}) for op in ("add", "sub", "mul", "real_div", "maximum", "minimum", "equal", "less")),
-    *((op, {"x": A, "y": B}) for op in ("greater", "greater_equal", "less_equal", "not_equal", "floor_div", "mod")),
+    *((op, {"x": A, "y": B}) for op in ("greater", "greater_equal", "less_equal", "not_equal", "floor_div")),
     *((op, {"x": A, "y": np.float32(0.5)}) for op in ("add", "mul")),
     ("mul", {"x": A, "y": B[:1, :, :1]}),
     ("pow", {"x": POSITIVE, "y": np.float32(1.5)}),
-    *((op, {"x": INTS, "y": DIVISORS}) for op in ("floor_div", "mod", "add", "mul", "equal", "maximum")),
-    *((op, {"x": BOOLS, "y": OTHERS}) for op in ("logical_and", "logical_or", "logical_xor")),
+    *((op, {"x": INTS, "y": DIVISORS}) for op in ("floor_div", "add", "mul", "equal", "maximum")),
+    *((op, {"x": BOOLS, "y": OTHERS}) for op in ("logical_and", "logical_or")),
     ("select", {"cond": A > 0, "a": A, "b": B}),
     ("matmul", {"x": A, "y": B, "transpose_y": True}),
     ("matmul", {"x": A, "y": B, "transpose_x": True}),
@@ -88,12 +66,10 @@ BINARY: list[Row] = [
 ]
 REDUCTIONS: list[Row] = [
     (f"reduce_{name}", {"x": POSITIVE.reshape(2, 3, 2), **options})
-    for name in ("l1_norm", "l2_norm", "log_sum", "log_sum_exp", "max", "mean", "min", "prod", "sum", "sum_square")
+    for name in ("l2_norm", "max", "mean", "min", "sum", "sum_square")
     for options in ({}, {"axes": [1]}, {"axes": [0, -1], "keep_dims": True})
-    if (name, options) != ("log_sum_exp", {"axes": [0, -1], "keep_dims": True})  # coremltools cannot, itself
 ] + [
     ("reduce_argmax", {"x": A, "axis": 1}),
-    ("reduce_argmin", {"x": A, "axis": -1, "keep_dims": True}),
     ("reduce_sum", {"x": INTS, "axes": [1]}),
     ("reduce_max", {"x": INTS}),
 ]
@@ -104,14 +80,11 @@ SHAPES: list[Row] = [
     ("expand_dims", {"x": A, "axes": [0, -1, 3]}),
     ("squeeze", {"x": A[:1, :, :, :1], "axes": [0, 3]}),
     ("squeeze", {"x": A[:1, :, :, :1]}),
-    ("flatten2d", {"x": A, "axis": 2}),
-    ("flatten2d", {"x": A, "axis": -1}),
     ("concat", {"values": [A, B], "axis": -2}),
     ("stack", {"values": [A, B], "axis": 1}),
     ("split", {"x": A, "axis": 3, "split_sizes": [1, 3, 1]}),
     ("split", {"x": A, "axis": -2, "num_splits": 2}),
     ("tile", {"x": A, "reps": [1, 2, 1, 3]}),
-    ("reverse", {"x": A, "axes": [1, -1]}),
     ("shape", {"x": A}),
     ("slice_by_index", {"x": A, "begin": [0, 1, -3, 0], "end": [2, 3, -1, 5], "stride": [1, 1, 1, 2]}),
     (
@@ -130,10 +103,6 @@ SHAPES: list[Row] = [
         {"x": A, "begin": [0, -1, 0, 2], "end": [1, 0, 4, 5], "squeeze_mask": [True, True, False, False]},
     ),
     ("slice_by_size", {"x": A, "begin": [0, 1, -3, 0], "size": [2, 1, 2, -1]}),
-    (
-        "slice_update",
-        {"x": A, "update": B[:, :1, :, 1:4:2], "begin": [0, 1, 0, 0], "end": [2, 2, 4, 3], "stride": [1, 1, 1, 2]},
-    ),
     ("pad", {"x": A, "pad": [1, 2, 0, 3], "constant_val": np.float32(0.5)}),
     ("pad", {"x": A, "pad": [0, 0, 1, 2, 2, 1, 0, 3], "mode": "reflect"}),
     ("pad", {"x": A, "pad": [1, 2, 2, 1], "mode": "replicate"}),
@@ -145,24 +114,11 @@ INDEXING: list[Row] = [
     ("gather", {"x": A, "indices": np.array([[0, 2, 1], [1, 1, 0]], np.int32), "axis": 2, "batch_dims": 1}),
     ("gather", {"x": INTS, "indices": PLACES, "axis": 1}),
     ("gather_along_axis", {"x": A, "indices": np.argsort(A, 2).astype(np.int32), "axis": 2}),
-    (
-        "scatter_along_axis",
-        {"data": A, "indices": np.argsort(A, 3).astype(np.int32), "updates": B, "axis": -1, "mode": "update"},
-    ),
-    ("topk", {"x": A, "k": 2, "axis": 3}),
-    ("topk", {"x": A, "k": 3, "axis": 2, "ascending": True}),
-    ("argsort", {"x": A, "axis": 2}),
-    ("argsort", {"x": A, "ascending": True}),
-    ("non_zero", {"x": np.array([[0, 1, 2], [3, 0, 0]], np.int32)}),
     ("band_part", {"x": A, "lower": 1, "upper": 0}),
     ("band_part", {"x": A, "lower": -1, "upper": 1}),
     ("band_part", {"x": A}),
-    ("cumsum", {"x": A, "axis": 2}),
-    ("cumsum", {"x": A, "axis": 1, "reverse": True}),
-    ("cumsum", {"x": INTS, "axis": 1}),
     ("fill", {"shape": [2, 3], "value": np.float32(1.5)}),
     ("fill", {"shape": [2, 3], "value": np.int32(4)}),
-    ("fill_like", {"ref_tensor": A, "value": np.float32(1.5)}),
     ("range_1d", {"start": np.int32(2), "end": np.int32(11), "step": np.int32(3)}),
     ("range_1d", {"start": np.float32(0), "end": np.float32(1), "step": np.float32(0.25)}),
     ("layer_norm", {"x": A, "axes": [-1], "gamma": A[0, 0, 0], "beta": B[0, 0, 0]}),
@@ -180,7 +136,7 @@ def reference(op: str, inputs: dict[str, Any]) -> list[np.ndarray]:
     mil = import_coremltools("converters.mil")
     target = import_coremltools().target.iOS18
     with mil.mil.Function({}, opset_version=target):
-        result = getattr(mil.Builder, op)(**copy.deepcopy(inputs))  # its thresholded_relu writes to its operand
+        result = getattr(mil.Builder, op)(**copy.deepcopy(inputs))
     return [np.asarray(item.val) for item in (result if isinstance(result, (list, tuple)) else [result])]
 
 

@@ -14,12 +14,13 @@ from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import PackageError
 from diffusion_runtime.mil.packing import pack, packed_size, unpack
 from diffusion_runtime.mil.program import DType, numpy_dtype
-from diffusion_runtime.mil.weights import STORABLE, WeightFile, WeightWriter
+from diffusion_runtime.mil.weights import _CODES as CODES
+from diffusion_runtime.mil.weights import WeightFile, WeightWriter
 
 WRITE = {  # the method of coremltools' writer
     DType.FLOAT16: "write_fp16_data",
     DType.FLOAT32: "write_float_data",
-    **{dtype: f"write_{dtype.value}_data" for dtype in STORABLE - {DType.FLOAT16, DType.FLOAT32}},
+    **{dtype: f"write_{dtype.value}_data" for dtype in CODES.keys() - {DType.FLOAT16, DType.FLOAT32}},
 }
 LIMITS = {DType.INT4: (-8, 8), DType.UINT1: (0, 2), DType.UINT2: (0, 4), DType.UINT3: (0, 8), DType.UINT6: (0, 64)}
 COUNTS = (1, 5, 64, 77)
@@ -35,7 +36,7 @@ def weights(tmp_path: Path) -> tuple[Path, dict[tuple[DType, int], int]]:
     """A file with one blob of each type and length, and their offsets."""
     path = tmp_path / "weight.bin"
     with WeightWriter(path) as writer:
-        order = sorted(STORABLE, key=lambda dtype: dtype.value)
+        order = sorted(CODES, key=lambda dtype: dtype.value)
         offsets = {(dtype, count): writer.add(values(dtype, count), dtype) for dtype in order for count in COUNTS}
     return path, offsets
 

@@ -1,5 +1,8 @@
-"""What each MIL op computes. To add one: a function with ``@mil_op`` in the file where it belongs, and a row in
-``tests/runtime/mil/test_ops.py``."""
+"""What each MIL op computes: the ops that our packages hold, and those that other converters put into packages of
+Stable Diffusion. Every other op is refused by name (`check.check_package`).
+
+To add one: a function with ``@mil_op`` in the file where it belongs, and a row in ``test_ops_coremltools.py`` where
+coremltools evaluates the op, else in ``test_ops_torch.py``."""
 
 from diffusion_runtime.mil.ops import (
     activation,
@@ -10,7 +13,6 @@ from diffusion_runtime.mil.ops import (
     normalization,
     packed,
     pooling,
-    recurrent,
     reduction,
     resizing,
     shaping,
@@ -31,7 +33,6 @@ __all__ = [
     "normalization",
     "packed",
     "pooling",
-    "recurrent",
     "reduction",
     "resizing",
     "shaping",

@@ -20,39 +20,9 @@ def abs_(x: Tensor) -> Tensor:
     return torch.abs(x)
 
 
-@mil_op("acos")
-def acos(x: Tensor) -> Tensor:
-    return torch.acos(x)
-
-
-@mil_op("asin")
-def asin(x: Tensor) -> Tensor:
-    return torch.asin(x)
-
-
-@mil_op("atan")
-def atan(x: Tensor) -> Tensor:
-    return torch.atan(x)
-
-
-@mil_op("atanh")
-def atanh(x: Tensor) -> Tensor:
-    return torch.atanh(x)
-
-
-@mil_op("ceil")
-def ceil(x: Tensor) -> Tensor:
-    return torch.ceil(x)
-
-
 @mil_op("cos")
 def cos(x: Tensor) -> Tensor:
     return torch.cos(x)
-
-
-@mil_op("cosh")
-def cosh(x: Tensor) -> Tensor:
-    return torch.cosh(x)
 
 
 @mil_op("erf")
@@ -63,11 +33,6 @@ def erf(x: Tensor) -> Tensor:
 @mil_op("exp")
 def exp(x: Tensor) -> Tensor:
     return torch.exp(x)
-
-
-@mil_op("exp2")
-def exp2(x: Tensor) -> Tensor:
-    return torch.exp2(x)
 
 
 @mil_op("floor")
@@ -85,24 +50,9 @@ def logical_not(x: Tensor) -> Tensor:
     return torch.logical_not(x)
 
 
-@mil_op("round")
-def round_(x: Tensor) -> Tensor:
-    return torch.round(x)
-
-
-@mil_op("sign")
-def sign(x: Tensor) -> Tensor:
-    return torch.sign(x)
-
-
 @mil_op("sin")
 def sin(x: Tensor) -> Tensor:
     return torch.sin(x)
-
-
-@mil_op("sinh")
-def sinh(x: Tensor) -> Tensor:
-    return torch.sinh(x)
 
 
 @mil_op("sqrt")
@@ -113,11 +63,6 @@ def sqrt(x: Tensor) -> Tensor:
 @mil_op("square")
 def square(x: Tensor) -> Tensor:
     return x * x
-
-
-@mil_op("tan")
-def tan(x: Tensor) -> Tensor:
-    return torch.tan(x)
 
 
 @mil_op("tanh")
@@ -170,11 +115,6 @@ def logical_or(x: Tensor, y: Tensor) -> Tensor:
     return torch.logical_or(x, y)
 
 
-@mil_op("logical_xor")
-def logical_xor(x: Tensor, y: Tensor) -> Tensor:
-    return torch.logical_xor(x, y)
-
-
 @mil_op("maximum")
 def maximum(x: Tensor, y: Tensor) -> Tensor:
     return torch.maximum(x, y)
@@ -183,11 +123,6 @@ def maximum(x: Tensor, y: Tensor) -> Tensor:
 @mil_op("minimum")
 def minimum(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(x, y)
-
-
-@mil_op("mod")
-def mod(x: Tensor, y: Tensor) -> Tensor:
-    return torch.remainder(x, y)
 
 
 @mil_op("mul")
@@ -222,11 +157,6 @@ def inverse(x: Tensor, epsilon: float = 1e-4) -> Tensor:
     return torch.reciprocal(x + epsilon)
 
 
-@mil_op("log")
-def log(x: Tensor, epsilon: float = 1e-45) -> Tensor:
-    return torch.log(x + epsilon)
-
-
 @mil_op("rsqrt")
 def rsqrt(x: Tensor, epsilon: float = 1e-12) -> Tensor:
     return torch.rsqrt(x + epsilon)
@@ -235,11 +165,6 @@ def rsqrt(x: Tensor, epsilon: float = 1e-12) -> Tensor:
 @mil_op("clip")
 def clip(x: Tensor, alpha: float, beta: float) -> Tensor:
     return torch.clamp(x, alpha, beta)
-
-
-@mil_op("threshold")
-def threshold(x: Tensor, alpha: float) -> Tensor:
-    return torch.clamp(x, min=alpha)
 
 
 @mil_op("select")
@@ -251,44 +176,3 @@ def select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def cast(x: Tensor, dtype: Castable, out_dtype: torch.dtype) -> Tensor:
     """Towards integers the fraction is dropped; towards any float type the run's own is taken, without rounding."""
     return x.to(out_dtype)
-
-
-@mil_op("quantize")
-def quantize(
-    input: Tensor,  # MIL's name
-    scale: Tensor,
-    output_dtype: Literal["int8", "uint8"],
-    out_dtype: torch.dtype,
-    zero_point: Tensor | None = None,
-    axis: int | None = None,
-) -> Tensor:
-    """clip(round(input / scale) + zero_point)."""
-    low, high = (-128, 127) if output_dtype == "int8" else (0, 255)
-    quotient = torch.round(input / _along(scale, input, axis))
-    if zero_point is not None:
-        quotient = quotient + _along(zero_point, input, axis)
-    return quotient.clamp(low, high).to(out_dtype)
-
-
-@mil_op("dequantize")
-def dequantize(
-    input: Tensor,  # MIL's name
-    scale: Tensor,
-    out_dtype: torch.dtype,
-    zero_point: Tensor | None = None,
-    axis: int | None = None,
-) -> Tensor:
-    """scale * (input - zero_point)."""
-    shifted = input.to(out_dtype)
-    if zero_point is not None:
-        shifted = shifted - _along(zero_point, input, axis).to(out_dtype)
-    return shifted * _along(scale, input, axis)
-
-
-def _along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
-    """A vector of one number per index of ``axis``, shaped to broadcast against ``x``; a scalar as it is."""
-    if parameter.ndim == 0 or axis is None:
-        return parameter
-    shape = [1] * x.ndim
-    shape[axis] = -1
-    return parameter.reshape(shape)

@@ -51,9 +51,3 @@ def layer_norm(
     order = rest + over
     normal = F.layer_norm(x.permute(order), [x.shape[axis] for axis in over], gamma, beta, epsilon)
     return normal.permute([order.index(axis) for axis in range(x.ndim)])
-
-
-@mil_op("local_response_norm")
-def local_response_norm(x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
-    """x / (k + alpha / size * sum of squares over ``size`` neighbouring channels) ** beta."""
-    return F.local_response_norm(x, size, alpha, beta, k)

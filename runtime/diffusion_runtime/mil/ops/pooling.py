@@ -59,25 +59,6 @@ def avg_pool(
     return pooled / average(counted, list(kernel_sizes), list(strides))
 
 
-@mil_op("l2_pool")
-def l2_pool(
-    x: Tensor,
-    kernel_sizes: Sequence[int],
-    pad_type: PadType,
-    strides: Sequence[int] | None = None,
-    pad: Sequence[int] | None = None,
-    ceil_mode: bool = False,
-) -> Tensor:
-    """The square root of the sum of squares."""
-    strides = strides or [1] * len(kernel_sizes)
-    pads, rest = _windows("l2_pool", x, kernel_sizes, strides, pad_type, pad, ceil_mode)
-    whole = [(before, after + extra) for (before, after), extra in zip(pads, rest, strict=True)]
-    size = 1
-    for length in kernel_sizes:
-        size *= length
-    return (_AVERAGE[len(kernel_sizes)](_pad(x * x, whole, 0.0), list(kernel_sizes), list(strides)) * size).sqrt()
-
-
 def _windows(
     op: str,
     x: Tensor,

@@ -14,24 +14,9 @@ def _all(x: Tensor, axes: Sequence[int] | None) -> list[int]:
     return list(range(x.ndim)) if axes is None else list(axes)
 
 
-@mil_op("reduce_l1_norm")
-def reduce_l1_norm(x: Tensor, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Tensor:
-    return x.abs().sum(_all(x, axes), keep_dims, dtype=x.dtype)
-
-
 @mil_op("reduce_l2_norm")
 def reduce_l2_norm(x: Tensor, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Tensor:
     return (x * x).sum(_all(x, axes), keep_dims).sqrt()
-
-
-@mil_op("reduce_log_sum")
-def reduce_log_sum(x: Tensor, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Tensor:
-    return x.sum(_all(x, axes), keep_dims).log()
-
-
-@mil_op("reduce_log_sum_exp")
-def reduce_log_sum_exp(x: Tensor, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Tensor:
-    return torch.logsumexp(x, _all(x, axes), keep_dims)
 
 
 @mil_op("reduce_max")
@@ -62,24 +47,9 @@ def reduce_mean(x: Tensor, axes: Sequence[int] | None = None, keep_dims: bool = 
     return x.double().mean(_all(x, axes), keep_dims).to(x.dtype)
 
 
-@mil_op("reduce_prod")
-def reduce_prod(x: Tensor, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Tensor:
-    for axis in sorted((axis % x.ndim for axis in _all(x, axes)), reverse=True):
-        x = x.prod(axis, keep_dims, dtype=x.dtype)
-    return x
-
-
 @mil_op("reduce_argmax")
 def reduce_argmax(
     x: Tensor, out_dtype: torch.dtype, axis: int = -1, keep_dims: bool = False, output_dtype: str = "int32"
 ) -> Tensor:
     """Of equal elements the first; ``output_dtype`` is what ``out_dtype`` says as well."""
     return torch.argmax(x, axis, keep_dims).to(out_dtype)
-
-
-@mil_op("reduce_argmin")
-def reduce_argmin(
-    x: Tensor, out_dtype: torch.dtype, axis: int = -1, keep_dims: bool = False, output_dtype: str = "int32"
-) -> Tensor:
-    """As ``reduce_argmax``."""
-    return torch.argmin(x, axis, keep_dims).to(out_dtype)

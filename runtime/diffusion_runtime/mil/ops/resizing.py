@@ -1,4 +1,4 @@
-"""Resizing and resampling of the last dimensions."""
+"""Resizing of the last two dimensions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_runtime.errors import UnsupportedError
-from diffusion_runtime.mil.ops.registry import Ints, ints, mil_op
+from diffusion_runtime.mil.ops.registry import mil_op
 
 Sampling = Literal["STRICT_ALIGN_CORNERS", "ALIGN_CORNERS", "UNALIGN_CORNERS", "DEFAULT", "OFFSET_CORNERS"]
 _NATIVE = {"STRICT_ALIGN_CORNERS": True, "UNALIGN_CORNERS": False}
@@ -48,48 +48,6 @@ def resize_bilinear(
     x: Tensor, target_size_height: int = 1, target_size_width: int = 1, sampling_mode: Sampling = "DEFAULT"
 ) -> Tensor:
     return _bilinear(x, target_size_height, target_size_width, sampling_mode)
-
-
-@mil_op("resize")
-def resize(
-    x: Tensor,
-    shape: Ints,
-    resized_dims: int,
-    interpolation_mode: Literal["LINEAR", "NEAREST_NEIGHBOR"] = "LINEAR",
-    sampling_mode: Sampling = "DEFAULT",
-) -> Tensor:
-    """The last ``resized_dims`` of ``shape`` are the new sizes of the last dimensions; 0 leaves one as it is."""
-    nearest = interpolation_mode == "NEAREST_NEIGHBOR"
-    if nearest and sampling_mode != "DEFAULT":
-        raise UnsupportedError(f"resize: NEAREST_NEIGHBOR with sampling_mode {sampling_mode!r} is not covered")
-    for axis, size in enumerate(ints(shape)[-resized_dims:] if resized_dims else [], start=x.ndim - resized_dims):
-        if size and size != x.shape[axis]:
-            x = _nearest(x, axis, size) if nearest else _linear(x, axis, size, sampling_mode)
-    return x
-
-
-@mil_op("crop")
-def crop(x: Tensor, crop_height: Ints, crop_width: Ints) -> Tensor:
-    """Both are (first, last) counts of rows or columns to drop."""
-    (top, bottom), (left, right) = ints(crop_height), ints(crop_width)
-    return x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right]
-
-
-@mil_op("resample")
-def resample(
-    x: Tensor,
-    coordinates: Tensor,
-    sampling_mode: Literal["bilinear", "nearest"],
-    padding_mode: Literal["constant", "border"],
-    padding_value: float,
-    coordinates_mode: Literal["normalized_minus_one_to_one"],
-    align_corners: bool,
-) -> Tensor:
-    """Values of (batch, channels, h, w) at (batch, h, w, 2) coordinates (x, y)."""
-    if padding_mode == "constant" and padding_value != 0:
-        raise UnsupportedError(f"resample: padding_value {padding_value} is not covered; known: 0")
-    padding = "zeros" if padding_mode == "constant" else "border"
-    return F.grid_sample(x, coordinates.to(x.dtype), sampling_mode, padding, align_corners)
 
 
 def _scaled(x: Tensor, height: float, width: float) -> tuple[int, int]:
@@ -131,8 +89,3 @@ def _linear(x: Tensor, axis: int, count: int, mode: Sampling) -> Tensor:
     high = (low + 1).clamp(max=x.shape[axis] - 1)
     weight = (places - low).to(x).reshape(-1, *[1] * (x.ndim - axis - 1))
     return torch.lerp(x.index_select(axis, low.to(x.device)), x.index_select(axis, high.to(x.device)), weight)
-
-
-def _nearest(x: Tensor, axis: int, count: int) -> Tensor:
-    index = torch.arange(count, device=x.device) * x.shape[axis] // count
-    return x.index_select(axis, index)

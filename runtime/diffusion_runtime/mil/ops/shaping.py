@@ -43,12 +43,6 @@ def squeeze(x: Tensor, axes: Sequence[int] | None = None) -> Tensor:
     return x.squeeze() if axes is None else x.squeeze(tuple(axes))
 
 
-@mil_op("flatten2d")
-def flatten2d(x: Tensor, axis: int = 1) -> Tensor:
-    """Everything before ``axis`` by everything from it on."""
-    return x.reshape(torch.Size(x.shape[:axis]).numel(), torch.Size(x.shape[axis:]).numel())
-
-
 @mil_op("concat")
 def concat(values: Sequence[Tensor], axis: int, interleave: bool = False) -> Tensor:
     """Scalars become a vector; ``interleave`` takes one element of each tensor in turn."""
@@ -81,11 +75,6 @@ def tile(x: Tensor, reps: Ints) -> Tensor:
     return x.tile(ints(reps))
 
 
-@mil_op("reverse")
-def reverse(x: Tensor, axes: Sequence[int] | None = None) -> Tensor:
-    return x.flip(list(range(x.ndim)) if axes is None else list(axes))
-
-
 @mil_op("slice_by_index")
 def slice_by_index(
     x: Tensor,
@@ -113,26 +102,6 @@ def slice_by_size(x: Tensor, begin: Ints, size: Ints) -> Tensor:
         start = positive(first, x.shape[axis])
         x = x.narrow(axis, start, x.shape[axis] - start if length == -1 else length)
     return x
-
-
-@mil_op("slice_update")
-def slice_update(
-    x: Tensor,
-    update: Tensor,
-    begin: Ints,
-    end: Ints,
-    stride: Sequence[int] | None = None,
-    begin_mask: Sequence[bool] | None = None,
-    end_mask: Sequence[bool] | None = None,
-    squeeze_mask: Sequence[bool] | None = None,
-) -> Tensor:
-    """``x`` with the slice of ``slice_by_index`` replaced."""
-    slices = _slices(x, ints(begin), ints(end), stride, begin_mask, end_mask, squeeze_mask)
-    if any(isinstance(item, slice) and item.step < 0 for item in slices):
-        raise UnsupportedError(f"slice_update: a negative stride is not covered ({list(stride or [])})")
-    result = x.clone()
-    result[tuple(slices)] = update
-    return result
 
 
 def _slices(
@@ -187,37 +156,3 @@ def pad(
 @mil_op("shape")
 def shape(x: Tensor) -> Tensor:
     return torch.tensor(x.shape, dtype=torch.int32, device=x.device if x.device.type != "meta" else None)
-
-
-@mil_op("pixel_shuffle")
-def pixel_shuffle(x: Tensor, upscale_factor: int) -> Tensor:
-    """(n, c f f, h, w) -> (n, c, h f, w f); the channel is the slowest of the three parts."""
-    return F.pixel_shuffle(x, upscale_factor)
-
-
-@mil_op("pixel_unshuffle")
-def pixel_unshuffle(x: Tensor, downscale_factor: int) -> Tensor:
-    return F.pixel_unshuffle(x, downscale_factor)
-
-
-@mil_op("depth_to_space")
-def depth_to_space(x: Tensor, block_size: int) -> Tensor:
-    """As ``pixel_shuffle``, but the channel is the fastest of the three parts."""
-    n, channels, height, width = x.shape
-    blocks = x.reshape(n, block_size, block_size, channels // block_size**2, height, width)
-    return blocks.permute(0, 3, 4, 1, 5, 2).reshape(n, -1, height * block_size, width * block_size)
-
-
-@mil_op("space_to_depth")
-def space_to_depth(x: Tensor, block_size: int) -> Tensor:
-    """The inverse of ``depth_to_space``."""
-    n, channels, height, width = x.shape
-    blocks = x.reshape(n, channels, height // block_size, block_size, width // block_size, block_size)
-    return blocks.permute(0, 3, 5, 1, 2, 4).reshape(n, -1, height // block_size, width // block_size)
-
-
-@mil_op("sliding_windows")
-def sliding_windows(x: Tensor, axis: int, size: int, stride: int = 1) -> Tensor:
-    """Windows along ``axis``; their elements follow as the next dimension."""
-    axis = positive(axis, x.ndim)
-    return x.unfold(axis, size, stride).movedim(-1, axis + 1)
