@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_convert.conversion.convert import Event
+from diffusion_convert.conversion.events import Event
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.families import AttentionKind
 

@@ -15,7 +15,8 @@ from diffusion_convert.options import ConvertOptions, Lora, Precision
 from diffusion_runtime.families import AttentionKind
 
 if TYPE_CHECKING:
-    from diffusion_convert.conversion.convert import Conversion, Progress
+    from diffusion_convert.conversion.convert import Conversion
+    from diffusion_convert.conversion.events import Progress
 
 __all__ = ["AttentionKind", "ConvertOptions", "Lora", "Precision", "convert"]
 

@@ -108,13 +108,14 @@ def work(place: Path, key: str | None = None, shown: Path | None = None) -> Iter
                     shutil.rmtree(slot, ignore_errors=True)
 
 
-def commit(slot: Path, obsolete: Iterable[str] = ()) -> None:
+def commit(slot: Path, obsolete: Iterable[str] = (), done: Iterable[str] = ()) -> None:
     """Rename everything in ``slot/new`` into place, in place of what is there, and remove the entries of the place
-    that are ``obsolete``. From the first rename on, whoever comes next would finish it.
+    that are ``obsolete`` and those of its work folder that are ``done``. From the first rename on, whoever comes
+    next would finish it.
 
     Where the only rename fails, what was there is there again, and OSError is raised."""
     entries = {entry.name: entry.lstat().st_ino for entry in (slot / _NEW).iterdir() if _is_plain(entry.name)}
-    text = json.dumps({"new": entries, "obsolete": list(obsolete)})
+    text = json.dumps({"new": entries, "obsolete": list(obsolete), "done": list(done)})
     (slot / f"{_COMMIT}.new").write_text(text, encoding="utf-8")
     (slot / f"{_COMMIT}.new").rename(slot / _COMMIT)
     try:
@@ -192,10 +193,14 @@ def share_file(source: Path, target: Path) -> None:
 def share_tree(source: Path, target: Path) -> None:
     """The folder ``source`` once more: its files as hard links where the file system has them, else as copies."""
     try:
-        shutil.copytree(source, target, copy_function=os.link)
+        shutil.copytree(source, target, copy_function=_link)
     except (OSError, shutil.Error):
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target)
+
+
+def _link(source: str, target: str) -> None:
+    os.link(os.path.realpath(source), target)  # Linux would link a symbolic link itself
 
 
 def check_writable(folder: Path) -> None:
@@ -286,17 +291,18 @@ def _finish(slot: Path) -> None:
     place = slot.parent.parent
     try:
         told = json.loads((slot / _COMMIT).read_text(encoding="utf-8"))
-        entries, obsolete = dict(told["new"]), list(told["obsolete"])
+        entries, obsolete, done = dict(told["new"]), list(told["obsolete"]), list(told["done"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        entries, obsolete = {}, []
+        entries, obsolete, done = {}, [], []
     for name, inode in filter(lambda item: _is_plain(item[0]), entries.items()):
         new, target = slot / _NEW / name, place / name
         # Two that are exchanged look as before, but for this number: it goes with what is renamed.
         if os.path.lexists(new) and not (os.path.lexists(target) and target.lstat().st_ino == inode):
             _put(new, target, slot / f"replaced-{name}")
-    for name in filter(_is_plain, obsolete):
-        with suppress(FileNotFoundError):
-            (place / name).rename(slot / f"obsolete-{name}")
+    for folder, names in ((place, obsolete), (slot.parent, done)):
+        for name in filter(_is_plain, names):
+            with suppress(FileNotFoundError):
+                (folder / name).rename(slot / f"removed-{secrets.token_hex(4)}")  # and with the slot, later
     (slot / _COMMIT).unlink()
 
 

@@ -15,13 +15,14 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import small_bundle
+from diffusion_convert.bundle.folder import BundleOptions, bundle_folder
 from diffusion_convert.bundle.model_card import model_card, put_picture, write_model_card
 from diffusion_convert.bundle.variants import (
     compile_variant,
     is_current,
+    read_variants,
+    required_variants,
     share_identical,
-    variants,
-    zip_variants,
 )
 from diffusion_convert.bundle.zip_names import zip_name
 from diffusion_convert.checkpoint.vocabulary import write_vocabulary
@@ -35,15 +36,14 @@ from diffusion_runtime.families import compiled_names
 from diffusion_runtime.mil.package import open_package
 
 ATTENTIONS = ("original", "split_einsum_v2")
+ZIPS = BundleOptions(zips=True, card=False)
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with compiled models and zips; shared: do not change it."""
     folder = small_bundle.write_bundle(tmp_path_factory.mktemp("bundle") / "out", ATTENTIONS)
-    for variant in variants(folder).values():
-        compile_variant(variant / "packages", variant / "compiled")
-    zip_variants(folder)
+    bundle_folder(folder, ZIPS)
     return folder
 
 
@@ -131,12 +131,10 @@ def test_a_chunked_unet_has_the_names_that_apps_prefer() -> None:
 
 def test_compiled_models_of_other_packages_are_not_current(tmp_path: Path) -> None:
     variant = small_bundle.write_bundle(tmp_path, ("original",)) / "original"
-    assert not is_current(variant / "packages", variant / "compiled")
-    compile_variant(variant / "packages", variant / "compiled")
-    assert is_current(variant / "packages", variant / "compiled")
+    compiled = compile_variant(variant / "packages", variant / "compiled")
     made = manifest.read(variant / "packages")
-    manifest.write(made.model_copy(update={"tools": {"conversion": "another"}}), variant / "packages")
-    assert not is_current(variant / "packages", variant / "compiled")
+    assert is_current(made, compiled)
+    assert not is_current(made.model_copy(update={"tools": {"conversion": "another"}}), compiled)
 
 
 def test_zips_are_named_for_apps_and_their_folder_is_the_stem(bundle: Path) -> None:
@@ -157,9 +155,7 @@ def test_zips_are_named_for_apps_and_their_folder_is_the_stem(bundle: Path) -> N
 
 def test_split_einsum_keeps_its_own_zip_name_and_palettized_models_say_so(tmp_path: Path) -> None:
     folder = small_bundle.write_bundle(tmp_path, ("split_einsum", "split_einsum_v2"), nbits=6)
-    for variant in variants(folder).values():
-        compile_variant(variant / "packages", variant / "compiled")
-    assert [path.name for path in zip_variants(folder)] == [
+    assert [path.name for path in bundle_folder(folder, ZIPS).zips] == [
         "coreml-tiny-diffusion-v1-4-palettized_split_einsum_v2_compiled.zip",
         "coreml-tiny-diffusion-v1-4-palettized_split_einsum_compiled.zip",
     ]
@@ -183,9 +179,7 @@ def test_zip_names_are_plain(bundle: Path, name: str, expected: str) -> None:
 
 def test_zipping_and_compiling_again_gives_the_same_bytes(bundle: Path, tmp_path: Path) -> None:
     again = small_bundle.write_bundle(tmp_path, ATTENTIONS)
-    for variant in variants(again).values():
-        compile_variant(variant / "packages", variant / "compiled")
-    for path in zip_variants(again):
+    for path in bundle_folder(again, ZIPS).zips:
         assert path.read_bytes() == (bundle / path.name).read_bytes()
 
 
@@ -201,8 +195,9 @@ def test_an_unpacked_zip_is_a_bundle(bundle: Path, tmp_path: Path) -> None:
 
 def test_equal_files_of_variants_become_one_on_disk(tmp_path: Path) -> None:
     folder = small_bundle.write_bundle(tmp_path, ATTENTIONS)
-    for variant in variants(folder).values():
-        compile_variant(variant / "packages", variant / "compiled")
+    for attention in ATTENTIONS:
+        compile_variant(folder / attention / "packages", folder / attention / "compiled")
+    found = read_variants(folder)
     weights = [
         folder
         / attention
@@ -215,12 +210,12 @@ def test_equal_files_of_variants_become_one_on_disk(tmp_path: Path) -> None:
     ]
     assert weights[0].samefile(weights[2])
     assert not weights[0].samefile(weights[1])
-    assert share_identical(folder) > 0
+    assert share_identical(folder, found) > 0
     assert all(weights[0].samefile(other) for other in weights)
-    for variant in variants(folder).values():
-        for kind in ("packages", "compiled"):
-            check_files(manifest.read(variant / kind), variant / kind)
-    assert share_identical(folder) == 0
+    for attention, kinds in found.items():
+        for kind, made in kinds.items():
+            check_files(made, folder / attention / kind)
+    assert share_identical(folder, found) == 0
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed", "link"])
@@ -251,9 +246,9 @@ def test_a_manifest_that_names_files_outside_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_variants_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=re.escape(str(tmp_path)) + ": holds no variant"):
-        variants(tmp_path)
+        required_variants(tmp_path)
     with pytest.raises(InputError, match="nowhere: no such folder"):
-        variants(tmp_path / "nowhere")
+        required_variants(tmp_path / "nowhere")
 
 
 def test_vocabulary_comes_from_slow_and_fast_tokenizers_alike(tmp_path: Path) -> None:
@@ -276,7 +271,7 @@ def test_vocabulary_comes_from_slow_and_fast_tokenizers_alike(tmp_path: Path) ->
 def test_model_card_has_the_hubs_header_and_what_a_user_needs(bundle: Path, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "drawn.PNG")
     put_picture(tmp_path / "drawn.PNG", bundle)
-    text = write_model_card(bundle).read_text()
+    text = write_model_card(bundle, read_variants(bundle)).read_text()
     header = vars(ModelCard(text).data)
     assert header["license"] == "creativeml-openrail-m"
     assert header["base_model"] == "maker/tiny-diffusion-v1-4"

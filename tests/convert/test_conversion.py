@@ -21,10 +21,12 @@ import pytest
 from diffusion_convert import convert
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.conversion import convert as conversion
-from diffusion_convert.conversion.convert import Event
+from diffusion_convert.conversion.events import Event
 from diffusion_convert.conversion.plan import make_plan
-from diffusion_convert.conversion.workspace import FOLDER, kept
+from diffusion_convert.conversion.workspace import kept
 from diffusion_convert.options import ConvertOptions
+from diffusion_runtime import atomic
+from diffusion_runtime.atomic import WORK_FOLDER
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError, StorageError
@@ -104,7 +106,7 @@ def test_a_stopped_conversion_goes_on(undisturbed: Path, tiny_checkpoint: Source
     with pytest.raises(KeyboardInterrupt):
         convert(tiny_checkpoint("sd1"), output, OPTIONS, StopAt("vae_encoder", "verify"))
     assert kept(output) == ("text_encoder",)
-    assert [path.name for path in output.iterdir()] == [FOLDER]
+    assert [path.name for path in output.iterdir()] == [WORK_FOLDER]
     rest = StopAt("", "never")
     convert(tiny_checkpoint("sd1"), output, OPTIONS, rest)
     assert ("text_encoder", "convert") not in rest.seen
@@ -118,7 +120,7 @@ def test_stopped_while_the_result_is_renamed_into_place(
 ) -> None:
     output = tmp_path / "models"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(conversion, "publish", _interrupt)
+        patch.setattr(conversion, "commit", _interrupt)
         convert(tiny_checkpoint("sd1"), output, OPTIONS)
     rest = StopAt("", "never")
     convert(tiny_checkpoint("sd1"), output, OPTIONS, rest)
@@ -204,25 +206,57 @@ def test_components_and_variants_are_added_to_those_of_the_same_options(
     assert not convert(tiny_checkpoint("sd1"), output, both).unchanged
 
 
-def test_stopped_between_two_renames_nothing_kept_is_lost(
-    undisturbed: Path, tiny_checkpoint: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("exchange", [True, False])
+def test_ctrl_c_between_two_renames_ends_well(
+    exchange: bool, undisturbed: Path, tiny_checkpoint: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The older variant is out of its place and the newer one not yet in it: what was kept comes back."""
+    """From the first rename on, the result is complete: the others are done, too, and what was kept is in it."""
     output = tmp_path / "models"
     convert(tiny_checkpoint("sd1"), output, replace(OPTIONS, components=PARTS[:1]))
-    rename = Path.rename
+    put: list[Path] = []
+    original = atomic._put
 
-    def stop(self: Path, target: Path) -> Path:
-        if Path(target) == output / "original":
+    def stop(new: Path, target: Path, replaced: Path) -> None:
+        nonlocal put
+        put += [target] if target == output / "original" else []
+        if len(put) == 1:
             raise KeyboardInterrupt
-        return rename(self, target)
+        original(new, target, replaced)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "rename", stop)
+    monkeypatch.setattr(atomic, "_put", stop)
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    with pytest.raises(KeyboardInterrupt):
         convert(tiny_checkpoint("sd1"), output, replace(OPTIONS, components=PARTS[1:]))
-    assert not (output / "original").exists()
-    convert(tiny_checkpoint("sd1"), output, replace(OPTIONS, components=PARTS[1:]))
+    assert len(put) == 2
     assert contents(output) == contents(undisturbed)
+
+
+def test_a_kill_in_the_last_clean_up_leaves_nothing_after_the_next_command(
+    undisturbed: Path, tiny_checkpoint: Source, tmp_path: Path
+) -> None:
+    """The commit names the work that is done, so that any command removes it, not only a conversion."""
+    output = shutil.copytree(undisturbed, tmp_path / "models")
+    slot = output / WORK_FOLDER / "work-1"
+    (slot / "new" / "original" / "old").mkdir(parents=True)
+    (output / WORK_FOLDER / "conversion-1" / "units").mkdir(parents=True)
+    (output / WORK_FOLDER / "lock").touch()
+    told = {"new": {"original": (output / "original").stat().st_ino}, "obsolete": [], "done": ["conversion-1"]}
+    (slot / "commit.json").write_text(json.dumps(told))
+    with atomic.unfinished_file(output / "picture.png") as unfinished:
+        unfinished.touch()
+    (output / "picture.png").unlink()
+    assert contents(output) == contents(undisturbed)
+    assert [path.name for path in output.iterdir()] == ["original"]
+
+
+def test_a_variant_that_is_a_symbolic_link_is_refused(tiny_checkpoint: Source, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "original").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="original: is a symbolic link"):
+        convert(tiny_checkpoint("sd1"), tmp_path / "models", OPTIONS)
+    assert (tmp_path / "models" / "original").is_symlink()
 
 
 TEXT = ConvertOptions(attention=(AttentionKind.SPLIT_EINSUM_V2,), components=("text_encoder",), verify=False)
@@ -292,7 +326,7 @@ def test_too_little_room_is_said_before_work(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
-    with pytest.raises(InputError, match=r"are needed, but its disk has 1 MB free"):
+    with pytest.raises(StorageError, match=r"are needed, but its disk has 1 MB free"):
         convert(tiny_checkpoint("sd1"), tmp_path / "models", OPTIONS)
     assert list(tmp_path.iterdir()) == []
 
@@ -328,7 +362,7 @@ def test_two_conversions_to_one_folder(tiny_checkpoint: Source, tmp_path: Path) 
 
     def second(event: Event) -> None:
         if (event.unit, event.phase) == ("text_encoder", "load"):
-            with pytest.raises(InputError, match="another conversion"):
+            with pytest.raises(StorageError, match=r"/models: is being written by process \d+, `"):
                 convert(tiny_checkpoint("sd1"), output, OPTIONS)
             raise KeyboardInterrupt
 

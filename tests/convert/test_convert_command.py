@@ -18,8 +18,8 @@ from diffusion_convert import convert
 from diffusion_convert.cli import convert as convert_command
 from diffusion_convert.cli import main as cli
 from diffusion_convert.conversion.convert import Conversion
-from diffusion_convert.conversion.workspace import FOLDER
 from diffusion_convert.options import ConvertOptions
+from diffusion_runtime.atomic import WORK_FOLDER
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.families import AttentionKind
 
@@ -61,7 +61,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tiny_checkpoint: Callable[[str], P
     options = ["--components", ",".join(PARTS), "--attention", "original", "--no-compiled"]
     process = start(tiny_checkpoint("sd1"), "-o", output, *options)
     deadline = time.monotonic() + 120
-    while not list(output.glob(f"{FOLDER}/*/units/{PARTS[0]}/record.json")) and time.monotonic() < deadline:
+    while not list(output.glob(f"{WORK_FOLDER}/*/units/{PARTS[0]}/record.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -72,7 +72,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tiny_checkpoint: Callable[[str], P
     )
     assert "Traceback" not in said
     assert shown == ""
-    assert [path.name for path in output.iterdir()] == [FOLDER]
+    assert [path.name for path in output.iterdir()] == [WORK_FOLDER]
 
     units = []
     again = ConvertOptions(attention=(AttentionKind.ORIGINAL,), components=PARTS, compiled=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import small_bundle
-from diffusion_convert.bundle.variants import compile_variant, variants, zip_variants
+from diffusion_convert.bundle.folder import BundleOptions, bundle_folder
 from diffusion_convert.hub.download import download
 from diffusion_convert.hub.publish import planned_upload, publish
 from diffusion_runtime.atomic import WORK_FOLDER
@@ -32,9 +32,7 @@ def without_xet(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = small_bundle.write_bundle(tmp_path_factory.mktemp("hub") / "out")
-    for variant in variants(folder).values():
-        compile_variant(variant / "packages", variant / "compiled")
-    zip_variants(folder)
+    bundle_folder(folder, BundleOptions(zips=True, card=False))
     return folder
 
 

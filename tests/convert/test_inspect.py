@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import small_bundle
-from diffusion_convert.bundle.variants import compile_variant, variants, zip_variants
+from diffusion_convert.bundle.folder import BundleOptions, bundle_folder
 from diffusion_convert.inspect import attention_kind, inspect
 from diffusion_convert.inspect.obstacles import obstacles
 from diffusion_convert.inspect.show import as_json, as_text
@@ -27,9 +27,7 @@ needs_pairs = pytest.mark.skipif(not NAMES, reason=f"no pairs of packages and Ap
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = small_bundle.write_bundle(tmp_path_factory.mktemp("inspect") / "out")
-    for variant in variants(folder).values():
-        compile_variant(variant / "packages", variant / "compiled")
-    zip_variants(folder)
+    bundle_folder(folder, BundleOptions(zips=True, card=False))
     return folder
 
 

@@ -208,7 +208,8 @@ def test_files_and_folders_are_not_mistaken(tmp_path: Path) -> None:
 
 
 def _names_outside(slot: Path, mine: Path) -> None:
-    told = {"new": {"../x": 1, str(mine): 1, "": 1, "..": 1}, "obsolete": [str(mine), "../mine", "..", ""]}
+    names = [str(mine), "../x", "../mine", "../../mine", "..", ""]
+    told = {"new": dict.fromkeys(names, 1), "obsolete": names, "done": names}
     (slot / "commit.json").write_text(json.dumps(told))
 
 
@@ -222,7 +223,7 @@ def _lock_is_a_link(slot: Path, mine: Path) -> None:
 
 def _new_is_a_link(slot: Path, mine: Path) -> None:
     (slot / "new").symlink_to(mine)
-    (slot / "commit.json").write_text(json.dumps({"new": {"file": 1}, "obsolete": []}))
+    (slot / "commit.json").write_text(json.dumps({"new": {"file": 1}, "obsolete": [], "done": []}))
 
 
 HOSTILE = (_names_outside, _no_json, _lock_is_a_link, _new_is_a_link)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from diffusion_convert.conversion.workspace import link_tree
 from diffusion_convert.inspect import palettized_weights
+from diffusion_runtime.atomic import share_tree, unfinished_file, unfinished_folder
 from diffusion_runtime.bundle import manifest, without_manifest
 from diffusion_runtime.bundle.find import KINDS
-from diffusion_runtime.bundle.integrity import hashes, size_bytes
+from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes
 from diffusion_runtime.bundle.manifest import Manifest, Palettization
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import ATTENTIONS, SYSTEMS, compiled_names
@@ -25,36 +25,54 @@ from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 
+Described = tuple[str, str, Manifest]
+"""Attention, kind and manifest of one folder of models."""
+
 
 def add_manifests(
-    folder: Path, assumed: without_manifest.Assumed, name: str | None, report: Callable[[str], None]
-) -> None:
-    """Write a manifest for all models below ``folder`` that have none; those that lie in no variant's place are
-    linked to one. ``name`` is the checkpoint's, else as their files say.
+    folder: Path,
+    found: Mapping[str, Mapping[str, Manifest]],
+    assumed: without_manifest.Assumed,
+    name: str | None,
+    known: Hashes,
+    note: Callable[[str], None],
+) -> Iterator[Described]:
+    """Write a manifest for all models below ``folder`` that have none, and yield it; those that lie in no variant's
+    place are linked to one. ``found`` are the manifests that are there, ``name`` is the checkpoint's, else as their
+    files say.
 
-    Raises InputError for models that this version does not cover, or where the tokenizer's files are nowhere.
+    Raises InputError for models that this version does not cover, that symbolic links lead out of the folder, or
+    where the tokenizer's files are nowhere.
     """
+    names = {attention: kinds["packages"].name for attention, kinds in found.items() if "packages" in kinds}
     for place, attention, kind in _found(folder):
         described = describe(place, assumed)
-        chosen = attention or described.manifest.attention
+        made, tokenizer = described.manifest, described.tokenizer
+        chosen = attention or made.attention
         target = folder / chosen / kind
-        tokenizer = described.tokenizer or _beside(folder, target)
+        tokenizer = tokenizer or _beside(folder, target)
         if tokenizer is None:
             raise InputError(
                 f"{place}: no vocab.json and merges.txt, which apps need: copy them there from the checkpoint's "
                 "tokenizer"
             )
-        if target != place:
-            _link(described.manifest, place, target)
-        for file in VOCABULARY_FILES:
-            if not (target / file).exists():
-                shutil.copyfile(tokenizer / file, target / file)
-        made = _completed(described.manifest, target, chosen, kind)
-        title = name or _name(made, place, folder, target)
+        _refuse_links(made, place, folder)
+        title = name or names.get(chosen) or (folder.resolve().name if made.name == place.name else made.name)
         made = made.model_copy(update={"name": title, "source": made.source.model_copy(update={"name": title})})
-        manifest.write(made, target)
-        for note in described.notes:
-            report(note)
+        if target == place:
+            made = _completed(made, place, tokenizer, chosen, kind, known)
+        elif target.exists():
+            raise InputError(f"{target}: is in the way of the models of {place}; remove it")
+        else:
+            with unfinished_folder(target) as unfinished:
+                for file in (file for component in made.components.values() for file in component.files):
+                    share_tree(place / file, unfinished / file)
+                made = _completed(made, unfinished, tokenizer, chosen, kind, known)
+        if kind == "packages":
+            names[chosen] = title
+        for line in described.notes:
+            note(line)
+        yield chosen, kind, made
 
 
 def describe(place: Path, assumed: without_manifest.Assumed) -> without_manifest.Described:
@@ -86,14 +104,6 @@ def _found(folder: Path) -> Iterator[tuple[Path, str | None, str]]:
             yield place, None, KINDS[int(compiled)]
 
 
-def _name(made: Manifest, place: Path, folder: Path, target: Path) -> str:
-    """The checkpoint's name as packages have it; compiled models that lie beside none have the whole folder's."""
-    packages = target.parent / "packages"
-    if target != packages and (packages / manifest.FILE_NAME).is_file():
-        return manifest.read(packages).name
-    return folder.resolve().name if made.name == place.name else made.name
-
-
 def _lacks_manifest(place: Path) -> bool:
     return not (place / manifest.FILE_NAME).is_file() and without_manifest.holds_unet(place)
 
@@ -104,21 +114,31 @@ def _beside(folder: Path, target: Path) -> Path | None:
     return next((place for place in places if all((place / file).is_file() for file in VOCABULARY_FILES)), None)
 
 
-def _link(made: Manifest, place: Path, target: Path) -> None:
-    if target.exists():
-        raise InputError(f"{target}: is in the way of the models of {place}; remove it")
-    target.mkdir(parents=True)
-    for component in made.components.values():
-        for file in component.files:
-            link_tree(place / file, target / file)
+def _refuse_links(made: Manifest, place: Path, folder: Path) -> None:
+    """Raise InputError for a symbolic link that leads out of the folder: what it names is not shared."""
+    for file in (file for component in made.components.values() for file in component.files):
+        for path in (place / file, *(place / file).rglob("*")):
+            if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"{path}: is a symbolic link out of {folder}; put the file there")
 
 
-def _completed(made: Manifest, target: Path, attention: str, kind: str) -> Manifest:
+def _completed(made: Manifest, place: Path, tokenizer: Path, attention: str, kind: str, known: Hashes) -> Manifest:
+    """Put the tokenizer's files and the manifest beside the models in ``place``."""
+    for file in VOCABULARY_FILES:
+        if not (place / file).exists():
+            with unfinished_file(place / file) as unfinished:
+                shutil.copyfile(tokenizer / file, unfinished)
+    made = _with_files(made, place, attention, kind, known)
+    manifest.write(made, place)
+    return made
+
+
+def _with_files(made: Manifest, place: Path, attention: str, kind: str, known: Hashes) -> Manifest:
     components = {
         name: component.model_copy(
             update={
-                "sha256": hashes(target, component.files),
-                "size_bytes": size_bytes(target, component.files),
+                "sha256": hashes(place, component.files, known),
+                "size_bytes": size_bytes(place, component.files),
             }
         )
         for name, component in made.components.items()

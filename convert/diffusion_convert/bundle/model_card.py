@@ -8,10 +8,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from diffusion_convert.bundle.variants import variants
 from diffusion_convert.bundle.zip_names import zip_names
 from diffusion_runtime.atomic import unfinished_file
-from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.manifest import Manifest, Source
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import FAMILIES, PROCESSORS, AttentionKind, preferred
@@ -64,21 +62,18 @@ def put_picture(picture: Path, folder: Path) -> Path:
     return target
 
 
-def write_model_card(folder: Path) -> Path:
-    """Write README.md for the variants in ``folder``, with the zips and the sample picture that lie in it."""
+def write_model_card(folder: Path, variants: Mapping[str, Mapping[str, Manifest]]) -> Path:
+    """Write README.md for the variants in ``folder``, whose manifests are given by attention and kind, with the
+    zips and the sample picture that lie in it."""
     path = folder / CARD_NAME
-    text = card_of(folder)
     with unfinished_file(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(card_of(folder, variants), encoding="utf-8")
     return path
 
 
-def card_of(folder: Path) -> str:
-    """What ``write_model_card`` would write. Raises InputError where ``folder`` holds no variant."""
-    found = {
-        attention: manifest.read(next(p for kind in ("compiled", "packages") if (p := variant / kind).is_dir()))
-        for attention, variant in variants(folder).items()
-    }
+def card_of(folder: Path, variants: Mapping[str, Mapping[str, Manifest]]) -> str:
+    """What ``write_model_card`` would write."""
+    found = {attention: kinds.get("compiled") or kinds["packages"] for attention, kinds in variants.items()}
     zips = {path.name: path.stat().st_size for path in sorted(folder.glob("*.zip"))}
     picture = next((name for suffix in PICTURES if (folder / (name := f"{_SAMPLE}{suffix}")).is_file()), None)
     return model_card(found, zips, picture)

@@ -15,9 +15,10 @@ from pathlib import Path
 from diffusion_convert.bundle.zip_names import zip_names
 from diffusion_convert.compile import Compiler, compile_package
 from diffusion_runtime import zips
-from diffusion_runtime.atomic import unfinished_folder
+from diffusion_runtime.atomic import sweep, unfinished_folder, work
 from diffusion_runtime.bundle import manifest
-from diffusion_runtime.bundle.integrity import check_files, hashes, size_bytes
+from diffusion_runtime.bundle.find import KINDS
+from diffusion_runtime.bundle.integrity import Hashes, check_files, hashes, size_bytes
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import ATTENTIONS, compiled_names
@@ -30,16 +31,56 @@ def _silent(_: str) -> None:
     pass
 
 
+def read_variants(folder: Path) -> dict[str, dict[str, Manifest]]:
+    """The manifests of what ``convert`` wrote, by attention and kind: each is read once.
+
+    Raises InputError where there is no such folder, PackageError for a damaged manifest."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {'is a file; expected a folder' if folder.exists() else 'no such folder'}")
+    found = {
+        attention: {
+            kind: manifest.read(folder / attention / kind)
+            for kind in KINDS
+            if (folder / attention / kind / manifest.FILE_NAME).is_file()
+        }
+        for attention in ATTENTIONS
+    }
+    return {attention: kinds for attention, kinds in found.items() if kinds}
+
+
+def sweep_variants(folder: Path) -> None:
+    """Put in place or remove what killed processes have left beside the models of the variants in ``folder``."""
+    for place in (place for name in ATTENTIONS for place in (folder / name, *(folder / name).glob("*"))):
+        sweep(place)
+
+
+def required_variants(folder: Path) -> dict[str, dict[str, Manifest]]:
+    """As `read_variants`; raises InputError where there is none."""
+    found = read_variants(folder)
+    if not found:
+        raise InputError(
+            f"{folder}: holds no variant: expected {ATTENTIONS[0]}/packages/{manifest.FILE_NAME} or the like"
+        )
+    return found
+
+
 def compile_variant(
-    packages: Path, compiled: Path, compiler: Compiler = Compiler.PYTHON, report: Report = _silent
+    packages: Path,
+    compiled: Path,
+    compiler: Compiler = Compiler.PYTHON,
+    report: Report = _silent,
+    source: Manifest | None = None,
+    known: Hashes | None = None,
 ) -> Manifest:
     """Compile the packages of one variant to ``compiled``, with tokenizer files and a manifest of its own.
 
-    The folder appears whole or not at all and replaces an older one. Raises as ``compile_package`` does, and
-    PackageError where the packages are not those of their manifest.
+    ``source`` is the packages' manifest where the caller has read it and checked the files. The folder appears
+    whole or not at all and replaces an older one. Raises as ``compile_package`` does, and PackageError where
+    the packages are not those of their manifest.
     """
-    source = manifest.read(packages)
-    check_files(source, packages)
+    if source is None:
+        source = manifest.read(packages)
+        check_files(source, packages, known)
     with unfinished_folder(compiled) as unfinished:
         components = {}
         for name, component in source.components.items():
@@ -52,7 +93,7 @@ def compile_variant(
             components[name] = component.model_copy(
                 update={
                     "files": tuple(files),
-                    "sha256": hashes(unfinished, files),
+                    "sha256": hashes(unfinished, files, known),
                     "size_bytes": size_bytes(unfinished, files),
                 }
             )
@@ -67,16 +108,12 @@ def compile_variant(
     return made
 
 
-def is_current(packages: Path, compiled: Path) -> bool:
-    """Whether ``compiled`` was made of ``packages`` as they are: their manifests agree in all but the files.
+def is_current(packages: Manifest, compiled: Manifest) -> bool:
+    """Whether the compiled models were made of the packages as they are: the manifests agree in all but the files.
 
     What another compiler made (its manifest names no tools) counts as such, so that it is kept.
     """
-    if not (compiled / manifest.FILE_NAME).is_file():
-        return False
-    if not (packages / manifest.FILE_NAME).is_file() or not manifest.read(compiled).tools:
-        return True
-    return _without_files(manifest.read(packages)) == _without_files(manifest.read(compiled))
+    return not compiled.tools or _without_files(packages) == _without_files(compiled)
 
 
 def _without_files(made: Manifest) -> Manifest:
@@ -101,68 +138,47 @@ def _copy_tokenizer(source: Manifest, packages: Path, target: Path) -> str | Non
     return "."
 
 
-def variants(folder: Path) -> Mapping[str, Path]:
-    """Attention -> folder of the variant, of what ``convert`` wrote. Raises InputError where there is none."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: {'is a file; expected a folder' if folder.exists() else 'no such folder'}")
-    found = {
-        name: folder / name
-        for name in ATTENTIONS
-        if any((folder / name / kind / manifest.FILE_NAME).is_file() for kind in ("packages", "compiled"))
-    }
-    if not found:
-        raise InputError(
-            f"{folder}: holds no variant: expected {ATTENTIONS[0]}/packages/{manifest.FILE_NAME} or the like"
-        )
-    return found
+def zip_variants(folder: Path, compiled: Mapping[str, Manifest], report: Report = _silent) -> tuple[Path, ...]:
+    """Zip the compiled models of the variants in ``folder``, whose manifests are given by attention.
 
-
-def zip_variants(folder: Path, report: Report = _silent) -> tuple[Path, ...]:
-    """Zip the compiled models of every variant in ``folder``; return the zips.
-
-    A variant that stands in for one that is not there is zipped under its name as well (`zip_names`).
+    Returns the zips. A variant that stands in for one that is not there is zipped under its name too (`zip_names`).
     """
-    found = variants(folder)
     written = []
-    for attention, variant in found.items():
-        compiled = variant / "compiled"
-        made = manifest.read(compiled)
-        check_files(made, compiled)
-        for name in zip_names(made, attention, found):
+    for attention, made in compiled.items():
+        for name in zip_names(made, attention, compiled):
             report(f"packing {name}")
-            zips.pack(compiled, folder / name)
+            zips.pack(folder / attention / "compiled", folder / name)
             written.append(folder / name)
     return tuple(written)
 
 
-def share_identical(folder: Path) -> int:
+def share_identical(folder: Path, variants: Mapping[str, Mapping[str, Manifest]]) -> int:
     """Make equal files of the variants' models one file on disk; return the bytes saved.
 
-    Files are taken for equal where their manifests' hashes are. Where the file system has no hard links, nothing
-    changes.
+    Files are taken for equal where their manifests' hashes are: check them before. Where the file system has no
+    hard links, nothing changes.
     """
     first: dict[str, Path] = {}
     saved = 0
-    for variant in variants(folder).values():
-        for kind in ("packages", "compiled"):
-            if not (variant / kind / manifest.FILE_NAME).is_file():
-                continue
-            for component in manifest.read(variant / kind).components.values():
-                for name, digest in component.sha256.items():
-                    path = variant / kind / name
-                    known = first.setdefault(digest, path)
-                    saved += 0 if known is path else _link(known, path)
+    with work(folder) as slot:
+        for attention, kinds in variants.items():
+            for kind, made in kinds.items():
+                for component in made.components.values():
+                    for name, digest in component.sha256.items():
+                        path = folder / attention / kind / name
+                        known = first.setdefault(digest, path)
+                        saved += 0 if known is path else _link(known, path, slot / "link")
     return saved
 
 
-def _link(known: Path, path: Path) -> int:
+def _link(known: Path, path: Path, unfinished: Path) -> int:
     """Replace ``path`` by a link to ``known``; the bytes that this saves."""
     if not path.is_file() or known.samefile(path) or known.stat().st_size != path.stat().st_size:
         return 0
-    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         os.link(known, unfinished)
+        unfinished.replace(path)
     except OSError:
+        unfinished.unlink(missing_ok=True)
         return 0
-    unfinished.replace(path)
     return path.stat().st_size

@@ -58,35 +58,15 @@ def bundle(
 
     Models that Apple's tools made get a manifest and, where they are in no variant's place, are linked to one.
     """
-    from diffusion_convert.bundle.add_manifests import add_manifests
-    from diffusion_convert.bundle.model_card import put_picture, write_model_card
-    from diffusion_convert.bundle.variants import (
-        compile_variant,
-        is_current,
-        share_identical,
-        variants,
-        zip_variants,
-    )
+    from diffusion_convert.bundle.folder import BundleOptions, bundle_folder
     from diffusion_runtime.bundle.without_manifest import Assumed
 
-    chosen = _compiler(compiler)
-    add_manifests(
-        folder, Assumed(prediction_type, latent_scale), name, lambda note: typer.echo(f"note: {note}", err=True)
-    )
-    found = variants(folder)
-    if picture is not None:
-        put_picture(picture, folder)
-    for variant in found.values():
-        if not is_current(variant / "packages", variant / "compiled"):
-            typer.echo(f"compiling {variant / 'packages'}")
-            compile_variant(variant / "packages", variant / "compiled", chosen, typer.echo)
-    saved = share_identical(folder)
-    if saved:
-        typer.echo(f"equal files are stored once: {saved / 1e6:.1f} MB saved")
-    for path in zip_variants(folder, typer.echo) if zips else ():
+    options = BundleOptions(zips, card, picture, Assumed(prediction_type, latent_scale), name, _compiler(compiler))
+    done = bundle_folder(folder, options, typer.echo, lambda note: typer.echo(f"note: {note}", err=True))
+    if done.saved_bytes:
+        typer.echo(f"equal files are stored once: {done.saved_bytes / 1e6:.1f} MB saved")
+    for path in (*done.zips, *filter(None, [done.card])):
         typer.echo(str(path))
-    if card:
-        typer.echo(str(write_model_card(folder)))
 
 
 def register(app: typer.Typer) -> None:

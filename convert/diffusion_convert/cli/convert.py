@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import typer
 
 from diffusion_convert import convert as run
 from diffusion_convert.bundle.zip_names import PATTERN as ZIP_PATTERN
+from diffusion_convert.conversion.events import Event, Phase, Progress
 from diffusion_convert.conversion.workspace import kept
 from diffusion_convert.options import (
     DEFAULT_ATTENTION,
@@ -24,12 +26,13 @@ from diffusion_convert.options import (
     parse_nbits,
 )
 from diffusion_runtime.cli import INTERRUPTED
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.families import DEFAULT_TARGET, FAMILIES, PALETTE_BITS, PROCESSORS, TARGETS, AttentionKind
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from diffusion_convert.conversion.convert import Conversion, Progress
+    from diffusion_convert.conversion.convert import Conversion
 
 CONVERT_HELP = """
 Convert a Stable Diffusion checkpoint to Core ML models, on any machine.
@@ -53,8 +56,6 @@ Examples:
     coreml-sd convert my-checkpoint -o models --height 768 \\
         --width 512 --lora style.safetensors:0.8
 """
-PHASES = {"compile": "compiling", "zip": "zipping"}
-"""What is done with all components together, and takes long enough to be said."""
 KINDS = ", ".join(f"{kind.value} ({PROCESSORS[kind.about.compute_units]})" for kind in AttentionKind)
 DEFAULT_KINDS = " and ".join(kind.value for kind in DEFAULT_ATTENTION)
 BITS = ", ".join(map(str, PALETTE_BITS))
@@ -149,18 +150,17 @@ def convert(
 @contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
     """A bar for what is done now, and a line for each component that is finished."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich import progress
 
-    from diffusion_convert.conversion.convert import Event
-
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
+    with progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TimeElapsedColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     ) as bars:
+        said = {Phase.FAMILY: "family", Phase.NOTE: "note:", Phase.COMPILE: "compiling", Phase.ZIP: "zipping"}
         bar = bars.add_task("opening the checkpoint", total=1.0)
         unit, since = "", time.perf_counter()
 
@@ -170,14 +170,21 @@ def _progress(console: Console) -> Iterator[Progress]:
                 if unit:
                     console.print(f"{unit}: done in {time.perf_counter() - since:.0f} s", highlight=False)
                 unit, since = event.unit, time.perf_counter()
-            if event.fraction == 0.0 and event.phase.startswith(("family ", "note: ")):
-                console.print(event.phase, highlight=False, markup=False)
-            what, _, which = event.phase.partition(" ")
-            if not event.unit and what in PHASES:
-                console.print(f"{PHASES[what]} {which}".strip(), highlight=False)
+            if event.phase in said:
+                console.print(f"{said[event.phase]} {event.text}".strip(), highlight=False, markup=False)
+            if event.phase is Phase.COMPONENTS and event.fraction == 0.0:
+                _settle_libraries()
             bars.update(bar, description=f"{event.unit} {event.phase}".strip(), completed=event.fraction)
 
         yield report
+
+
+def _settle_libraries() -> None:
+    """Let the garbage collector pass over what the libraries hold, a million objects that live as long as this
+    process: a conversion collects dozens of times, and would look at all of them each time."""
+    import_coremltools()
+    gc.collect()
+    gc.freeze()
 
 
 def _show(made: Conversion) -> None:

@@ -61,15 +61,9 @@ class Plan:
         """The units that a variant consists of."""
         return tuple(unit for unit in self.units if unit.shared or unit.attention is attention)
 
-    @property
-    def result(self) -> str:
-        """The same for the same result put together of units of the same fingerprint."""
-        told = [sorted(unit.name for unit in self.units), [kind.value for kind in self.options.attention]]
-        return _digest([self.fingerprint, told, self.compiled, self.options.zip])
 
-
-def make_plan(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[Path] = ()) -> Plan:
-    """``places`` are the files and folders that the checkpoint was read from.
+def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") -> Plan:
+    """``stamp`` is what `fingerprint` says.
 
     Raises InputError or CheckpointError for what cannot be converted so: every component's weights are compared
     with their network's, sizes with what the networks can do."""
@@ -89,7 +83,6 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[
         for component in chosen
         for attention in (options.attention if component.uses_attention else (AttentionKind.ORIGINAL,))
     )
-    stamp = fingerprint(checkpoint, options, places)
     compiled = options.compiled and compiles(TARGETS[options.target])
     notes = (*checkpoint.notes, *((_not_compiled(options.target),) if options.compiled and not compiled else ()))
     size = _size(weights, units, options, compiled)
@@ -159,7 +152,8 @@ def _size(weights: Mapping[str, int], units: Sequence[Unit], options: ConvertOpt
 
 
 def fingerprint(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[Path] = ()) -> str:
-    """See `Plan`; known without looking at weights."""
+    """See `Plan`; known without looking at weights. ``places`` are the files and folders that the checkpoint was
+    read from."""
     told = {
         "options": {name: value for name, value in asdict(options).items() if name not in CHOICES},
         "source": checkpoint.source.model_dump(),

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.chunk import chunk
 from diffusion_convert.conversion.plan import Plan, Unit, tool_versions
+from diffusion_convert.conversion.workspace import Workspace
 from diffusion_convert.export import export
 from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_convert.options import Precision
@@ -25,7 +26,7 @@ from diffusion_convert.verification import compare
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
-from diffusion_runtime.bundle.integrity import hashes, size_bytes
+from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes
 from diffusion_runtime.errors import PackageError, VerificationError
 from diffusion_runtime.mil.program import Metadata
 
@@ -53,6 +54,7 @@ class Job:
     plan: Plan
     folder: Path
     expected: compare.Expected | None
+    known: Hashes
     report: export.OnPhase
 
     @property
@@ -61,20 +63,27 @@ class Job:
         return self.folder / f"{prefix}_{self.unit.component.name}.mlpackage"
 
 
-def make(unit: Unit, plan: Plan, units: Path, references: Path, report: export.OnPhase) -> None:
-    """Make ``units/{unit.name}``, unless it is there. It appears whole or not at all.
+def make(unit: Unit, plan: Plan, place: Workspace, known: Hashes, report: export.OnPhase) -> Record:
+    """Make the folder of a unit, unless it is there. It appears whole or not at all.
 
     Raises VerificationError where the package does not compute what the checkpoint's own network computes."""
-    if read_record(units / unit.name) is not None:
-        return
-    expected = _reference(unit, plan, references, report) if plan.options.verify else None
-    with unfinished_folder(units / unit.name) as folder:
-        job = Job(unit, plan, folder, expected, report)
+    kept = read_record(place.unit(unit.name))
+    if kept is not None:
+        return kept
+    expected = _reference(unit, plan, place.references, report) if plan.options.verify else None
+    with unfinished_folder(place.unit(unit.name)) as folder:
+        job = Job(unit, plan, folder, expected, known, report)
         record = _convert(job)
         for stage in (_palettize, _cut):
             record = stage(job, record)
         record = _hashed(job, record)
-        (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_record(record, folder)
+    return record
+
+
+def write_record(record: Record, folder: Path) -> None:
+    """Say that the unit in ``folder`` is finished."""
+    (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def read_record(folder: Path) -> Record | None:
@@ -206,7 +215,6 @@ def _palettize(job: Job, record: Record) -> Record:
     nbits = job.unit.component.bits(job.plan.options)
     if nbits is None:
         return record
-
     started = time.perf_counter()
     checked = palettize_checked(
         job.package,
@@ -231,7 +239,6 @@ def _cut(job: Job, record: Record) -> Record:
     """Two packages in place of a UNet, checked to compute the same one after the other."""
     if not (job.plan.options.chunk_unet and job.unit.component.name == "unet"):
         return record
-
     job.report("cut", 0.0)
     started = time.perf_counter()
     whole = job.package
@@ -269,7 +276,7 @@ def _check_chain(whole: Path, halves: tuple[Path, ...], inputs: Mapping[str, np.
 def _hashed(job: Job, record: Record) -> Record:
     files = record.component.files
     component = record.component.model_copy(
-        update={"sha256": hashes(job.folder, files), "size_bytes": size_bytes(job.folder, files)}
+        update={"sha256": hashes(job.folder, files, job.known), "size_bytes": size_bytes(job.folder, files)}
     )
     return record.model_copy(update={"component": component})
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_convert.bundle.model_card import CARD_NAME, PICTURES, REPOSITORY, card_of
-from diffusion_convert.bundle.variants import variants
+from diffusion_convert.bundle.variants import required_variants
 from diffusion_convert.bundle.zip_names import stem_of
 from diffusion_convert.hub.client import check_repo_id, hub_errors, open_api, remote_files
 from diffusion_runtime.atomic import unfinished_file
-from diffusion_runtime.bundle import manifest
-from diffusion_runtime.bundle.find import KINDS
-from diffusion_runtime.bundle.integrity import check_files
+from diffusion_runtime.bundle.integrity import Hashes, check_files
 from diffusion_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,14 +43,13 @@ def planned_upload(folder: Path, repo_id: str, private: bool = True, unverified:
     """
     check_repo_id(repo_id)
     unmeasured: list[str] = []
-    for variant in variants(folder).values():
-        for kind in KINDS:
-            if (variant / kind / manifest.FILE_NAME).is_file():
-                made = manifest.read(variant / kind)
-                check_files(made, variant / kind)
-                unmeasured += [
-                    f"{variant.name}/{kind} {name}" for name, part in made.components.items() if not part.psnr_db
-                ]
+    described, known = required_variants(folder), Hashes()
+    for attention, kinds in described.items():
+        for kind, made in kinds.items():
+            check_files(made, folder / attention / kind, known)
+            unmeasured += [
+                f"{attention}/{kind} {name}" for name, part in made.components.items() if not part.psnr_db
+            ]
     if unmeasured and not unverified:
         raise InputError(
             f"{folder}: not verified: {', '.join(unmeasured)}; convert without --no-verify, or publish with "
@@ -60,7 +57,7 @@ def planned_upload(folder: Path, repo_id: str, private: bool = True, unverified:
         )
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     sizes = {name: path.stat().st_size for name, path in found.items() if _published(path.relative_to(folder))}
-    written = found[CARD_NAME].read_bytes() if CARD_NAME in found else card_of(folder).encode()
+    written = found[CARD_NAME].read_bytes() if CARD_NAME in found else card_of(folder, described).encode()
     card = _naming(written, repo_id)
     sizes[CARD_NAME] = len(card)
     return Upload(repo_id, private, tuple(sorted(sizes)), sum(sizes.values()), card, _notes(repo_id, sizes))

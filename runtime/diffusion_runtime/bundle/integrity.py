@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffusion_runtime.bundle.manifest import FILE_NAME, Manifest
 from diffusion_runtime.errors import PackageError
+
+_SHOWN = 5
+
+
+class Fault(enum.StrEnum):
+    """What is wrong with a file; the value completes a sentence about it."""
+
+    MISSING = "is missing"
+    CHANGED = "has changed"
+    OUTSIDE = "leads outside of the folder"
+
+
+@dataclass(frozen=True, slots=True)
+class Hashes:
+    """Files' SHA-256 in hexadecimal. Each file is read once, however often it is asked for, however many hard links
+    it has: a file that is written anew in place has another time, one that replaces it another number."""
+
+    _known: dict[tuple[int, int, int, int], str] = field(default_factory=dict)
+
+    def of(self, path: Path) -> str:
+        status = path.stat()
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if key not in self._known:
+            self._known[key] = sha256(path)
+        return self._known[key]
 
 
 def sha256(path: Path) -> str:
@@ -16,10 +43,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hashes(folder: Path, models: Iterable[str]) -> dict[str, str]:
+def hashes(folder: Path, models: Iterable[str], known: Hashes | None = None) -> dict[str, str]:
     """SHA-256 of each regular file below the named models, by its path relative to ``folder``, sorted."""
+    known = known or Hashes()
     files = sorted(file for name in models for file in (folder / name).rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
+    return {file.relative_to(folder).as_posix(): known.of(file) for file in files}
 
 
 def size_bytes(folder: Path, models: Iterable[str]) -> int:
@@ -27,29 +55,41 @@ def size_bytes(folder: Path, models: Iterable[str]) -> int:
     return sum(file.stat().st_size for name in models for file in (folder / name).rglob("*") if file.is_file())
 
 
-def check_files(manifest: Manifest, folder: Path) -> None:
-    """Raise one PackageError that lists what is missing, changed or leads outside of ``folder``.
+def faults(manifest: Manifest, folder: Path, known: Hashes | None = None) -> dict[str, dict[str, Fault]]:
+    """What is wrong with the models' files, by component and file; nothing for a component that is whole.
 
-    Models are compared by the manifest's hashes. A component without hashes is checked for presence alone.
-    """
-    wrong = [
-        f"{name} is missing"
-        for component in manifest.components.values()
-        for name in component.files
-        if not (folder / name).exists()
-    ]
-    for component in manifest.components.values():
-        for name, expected in component.sha256.items():
-            wrong += _wrong(folder, name, expected)
+    Files are compared by the manifest's hashes. A component without hashes is checked for presence alone."""
+    known = known or Hashes()
+    found: dict[str, dict[str, Fault]] = {}
+    for component, part in manifest.components.items():
+        wrong = {name: Fault.MISSING for name in part.files if not (folder / name).exists()}
+        for name, expected in part.sha256.items():
+            fault = _fault(folder, name, expected, known)
+            if fault is not None:
+                wrong[name] = fault
+        if wrong:
+            found[component] = wrong
+    return found
+
+
+def check_files(manifest: Manifest, folder: Path, known: Hashes | None = None) -> None:
+    """Raise one PackageError that lists what is missing, changed or leads outside of ``folder`` (`faults`)."""
+    wrong = faults(manifest, folder, known)
     if wrong:
-        shown = "; ".join(sorted(set(wrong))[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise PackageError(f"{folder / FILE_NAME}: does not fit the files: {shown}; convert or download them again")
+        raise damaged(folder, wrong)
 
 
-def _wrong(folder: Path, name: str, expected: str) -> list[str]:
+def damaged(folder: Path, wrong: Mapping[str, Mapping[str, Fault]]) -> PackageError:
+    """The error for faults of the models in ``folder``."""
+    told = sorted({f"{name} {fault}" for files in wrong.values() for name, fault in files.items()})
+    shown = "; ".join(told[:_SHOWN]) + (f"; and {len(told) - _SHOWN} more" if len(told) > _SHOWN else "")
+    return PackageError(f"{folder / FILE_NAME}: does not fit the files: {shown}; convert or download them again")
+
+
+def _fault(folder: Path, name: str, expected: str, known: Hashes) -> Fault | None:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        return [f"{name} leads outside of the folder"]
+        return Fault.OUTSIDE
     if not path.is_file():
-        return [f"{name} is missing"]
-    return [] if sha256(path) == expected else [f"{name} has changed"]
+        return Fault.MISSING
+    return None if known.of(path) == expected else Fault.CHANGED

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from diffusion_runtime import strict_json
+from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import PackageError
 
 FORMAT_VERSION = 1
@@ -199,4 +200,5 @@ def read(folder: Path) -> Manifest:
 def write(manifest: Manifest, folder: Path) -> None:
     """Write ``folder/manifest.json``, readable and with a stable order."""
     text = json.dumps(manifest.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False)
-    (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+    with unfinished_file(folder / FILE_NAME) as unfinished:
+        unfinished.write_text(text + "\n", encoding="utf-8")

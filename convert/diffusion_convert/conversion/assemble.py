@@ -1,0 +1,114 @@
+"""The folder that a conversion leaves, put together of its units: variants, compiled models, zips, a card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffusion_convert.bundle.model_card import CARD_NAME, write_model_card
+from diffusion_convert.bundle.variants import compile_variant, share_identical, zip_variants
+from diffusion_convert.checkpoint.family import latent_factor, latent_scale
+from diffusion_convert.checkpoint.vocabulary import write_vocabulary
+from diffusion_convert.conversion.events import Event, Phase, Progress
+from diffusion_convert.conversion.plan import Plan, tool_versions
+from diffusion_convert.conversion.previous import Previous
+from diffusion_convert.conversion.unit import Record
+from diffusion_convert.conversion.workspace import Workspace
+from diffusion_runtime import strict_json
+from diffusion_runtime.atomic import share_tree
+from diffusion_runtime.bundle import manifest
+from diffusion_runtime.bundle.find import KINDS
+from diffusion_runtime.bundle.integrity import Hashes
+from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.errors import CheckpointError
+from diffusion_runtime.families import AttentionKind
+from diffusion_runtime.schedulers import imposed_on, settled
+
+PACKAGES, COMPILED = KINDS
+
+
+def assemble(
+    plan: Plan,
+    place: Workspace,
+    records: Mapping[str, Record],
+    previous: Previous,
+    folder: Path,
+    known: Hashes,
+    progress: Progress,
+) -> dict[str, Manifest]:
+    """Make the new ``folder`` of the units in ``place``; return the packages' manifests by attention."""
+    found: dict[str, dict[str, Manifest]] = {}
+    for kind in plan.options.attention:
+        made = _packages(plan, place, records, kind, folder / kind.value / PACKAGES)
+        found[kind.value] = {PACKAGES: made}
+    if plan.compiled:
+        _compile(plan, found, folder, known, progress)
+        # A card that was there before any conversion is the user's own.
+        if previous.variants or not (previous.output / CARD_NAME).exists():
+            write_model_card(folder, found)
+    progress(Event("", Phase.FINISH, 1.0))
+    return {name: kinds[PACKAGES] for name, kinds in found.items()}
+
+
+def _compile(
+    plan: Plan, found: dict[str, dict[str, Manifest]], folder: Path, known: Hashes, progress: Progress
+) -> None:
+    for number, (name, kinds) in enumerate(found.items()):
+        progress(Event("", Phase.COMPILE, number / len(found), name))
+        variant, source = folder / name, kinds[PACKAGES]
+        kinds[COMPILED] = compile_variant(variant / PACKAGES, variant / COMPILED, source=source, known=known)
+    share_identical(folder, found)
+    if plan.options.zip:
+        progress(Event("", Phase.ZIP, 0.0))
+        zip_variants(folder, {name: kinds[COMPILED] for name, kinds in found.items()})
+
+
+def _packages(
+    plan: Plan, place: Workspace, records: Mapping[str, Record], kind: AttentionKind, folder: Path
+) -> Manifest:
+    folder.mkdir(parents=True)
+    entries = {}
+    for unit in plan.variant(kind):
+        component = records[unit.name].component
+        units = unit.component.compute_units(kind)
+        entries[unit.component.name] = component.model_copy(update={"compute_units": units})
+        for name in component.files:
+            share_tree(place.unit(unit.name) / name, folder / name)
+    write_vocabulary(plan.checkpoint.tokenizer, folder)
+    made = describe(plan, kind, entries)
+    manifest.write(made, folder)
+    return made
+
+
+def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Component]) -> Manifest:
+    """The manifest of a variant's packages. Raises CheckpointError for values that no runtime could use."""
+    checkpoint, vae = plan.checkpoint, plan.checkpoint.models["vae"].config
+    values = {
+        "name": checkpoint.name,
+        "family": checkpoint.family,
+        "source": checkpoint.source,
+        "kind": "packages",
+        "attention": kind.value,
+        "height": plan.shape.height,
+        "width": plan.shape.width,
+        "batch_size": plan.shape.batch_size,
+        "target": plan.options.target,
+        "latents": {
+            "channels": int(vae["latent_channels"]),
+            "factor": latent_factor(vae),
+            "scale": latent_scale(vae),
+            "shift": float(vae.get("shift_factor") or 0.0),
+        },
+        "prediction_type": str(checkpoint.schedulers["scheduler"].get("prediction_type", "epsilon")),
+        "components": dict(entries),
+        "scheduler": settled(checkpoint.schedulers["scheduler"], imposed_on(checkpoint.family)),
+        "noise_scheduler": _optional(checkpoint.schedulers.get("low_res_scheduler")),
+        "force_zeros_for_empty_prompt": bool(checkpoint.pipeline_config.get("force_zeros_for_empty_prompt", False)),
+        "requires_safety_checker": bool(checkpoint.pipeline_config.get("requires_safety_checker", False)),
+        "tools": {**tool_versions(), "conversion": plan.fingerprint},
+    }
+    return strict_json.as_model(Manifest, values, checkpoint.name, "a checkpoint that can be run", CheckpointError)
+
+
+def _optional(config: Mapping[str, object] | None) -> dict[str, object] | None:
+    return None if config is None else dict(config)

@@ -1,0 +1,54 @@
+"""How often a conversion reads manifests and hashes files, in a fresh run and in one that finds everything there:
+
+python tools/count_reads.py tests/checkpoints/shapes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from diffusion_convert import convert
+
+COUNTED: Counter[str] = Counter()
+
+
+def count(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: the manifests that are opened for reading."""
+    if (
+        event == "open"
+        and str(arguments[0]).endswith("/manifest.json")
+        and str(arguments[1] or "r").startswith("r")
+    ):
+        COUNTED["manifest reads"] += 1
+
+
+def counted_digest(file: Any, *arguments: Any) -> Any:
+    COUNTED["bytes hashed"] += os.fstat(file.fileno()).st_size
+    return digest(file, *arguments)
+
+
+def bytes_there(output: Path) -> int:
+    """Bytes of the models' files, each once however many links it has."""
+    models = [path for suffix in (".mlpackage", ".mlmodelc") for path in output.rglob(f"*{suffix}")]
+    files = [file.stat() for model in models for file in model.rglob("*") if file.is_file()]
+    return sum({(status.st_dev, status.st_ino): status.st_size for status in files}.values())
+
+
+digest = hashlib.file_digest
+
+if __name__ == "__main__":
+    hashlib.file_digest = counted_digest
+    sys.addaudithook(count)
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary) / "models"
+        for run in ("fresh", "all there"):
+            COUNTED.clear()
+            convert(sys.argv[1], place)
+            share = COUNTED["bytes hashed"] / bytes_there(place)
+            print(f"{run}: {COUNTED['manifest reads']} manifest reads, {share:.2f} times the bytes there hashed")
