@@ -27,7 +27,7 @@ from fuzz.targets import TARGETS
 
 BATCH = 250
 """Cases of one process: what one of them leaves in memory must not hide in thousands."""
-MAX_SILENCE_SECONDS = 300.0
+MAX_SILENCE_SECONDS = 180.0
 """Of a worker, by the wall clock: longer, and it waits for something that does not come."""
 
 

@@ -320,14 +320,12 @@ def hostile_programs() -> list[bytes]:
     ]
     itself: dict[str, Any] = {}
     itself["state_dict"] = itself
-    nested: Any = ()
-    for _ in range(60):
-        nested = (nested, nested)
+    nested = b")" + b"2\x86" * 60  # a pair of twice the same pair of …: to hash it takes for ever
     return [
         *(pickle.dumps({"state_dict": _Runs(call)}, protocol=2) for call in calls),
         pickle.dumps(itself, protocol=2),
-        pickle.dumps({nested: 1}, protocol=2),
-        pickle.dumps({"state_dict": {nested: 1}}, protocol=2),
+        b"\x80\x02}" + nested + b"K\x01s.",
+        b"\x80\x02}X\x0a\x00\x00\x00state_dict}" + nested + b"K\x01ss.",
         b"\x80\x02" + b"(" * 100_000,
         b"\x80\x02" + b"]" * 100_000 + b".",
         b"\x80\x02}" + b"2" * 500_000 + b".",
