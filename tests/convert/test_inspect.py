@@ -18,10 +18,7 @@ from diffusion_convert.inspect.show import as_json, as_text
 from diffusion_convert.inspect.work import floating_point_work
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.mil.program import Block, DType, Function, Operation, TensorType, Value, Variable
-
-PAIRS = Path(__file__).parents[3] / "shared" / "data" / "mlmodelc-pairs"
-NAMES = sorted(path.name for path in PAIRS.iterdir()) if PAIRS.is_dir() else []
-needs_pairs = pytest.mark.skipif(not NAMES, reason=f"no pairs of packages and Apple's compiled models in {PAIRS}")
+from shared_data import PAIRS, needs_pairs
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +200,9 @@ def test_operations_are_counted_as_apps_look_them_up(bundle: Path) -> None:
 
 
 @needs_pairs
-@pytest.mark.parametrize("name", NAMES)
-def test_apples_compiled_models_are_described_as_apple_does(name: str) -> None:
-    folder = PAIRS / name
+@pytest.mark.parametrize("folder", PAIRS, ids=lambda path: path.name)
+def test_apples_compiled_models_are_described_as_apple_does(folder: Path) -> None:
+    name = folder.name
     (entry,) = json.loads((folder / f"{name}.mlmodelc" / "metadata.json").read_text())
     reports = [inspect(folder / f"{name}{suffix}")[0].models[0] for suffix in (".mlmodelc", ".mlpackage")]
     for report in reports:

@@ -26,8 +26,7 @@ from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.single_file import CLIP_VOCABULARY_SIZE, open_single_file
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import FAMILIES
-
-SHARED_TOKENIZER = Path("/work/shared/data/clip-tokenizer")
+from shared_data import CLIP_TOKENIZER, needs_clip_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -345,11 +344,11 @@ def test_clips_own_vocabulary(write: Callable[..., Path]) -> None:
     assert '"pad_token": "!"' in files["tokenizer_config.json"].read_text()
 
 
-@pytest.mark.skipif(not SHARED_TOKENIZER.is_dir(), reason=f"the sample tokenizer is not at {SHARED_TOKENIZER}")
+@needs_clip_tokenizer
 def test_clips_own_vocabulary_is_that_of_the_published_checkpoints() -> None:
     ours = ldm_configs.FOLDER / "clip"
     for name in ("vocab.json", "merges.txt"):
-        first, second = ((folder / name).read_text(encoding="utf-8") for folder in (ours, SHARED_TOKENIZER))
+        first, second = ((folder / name).read_text(encoding="utf-8") for folder in (ours, CLIP_TOKENIZER))
         if name == "vocab.json":
             assert json.loads(first) == json.loads(second)
         else:

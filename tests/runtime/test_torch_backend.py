@@ -15,8 +15,7 @@ from diffusion_runtime.backends import load_backend
 from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError, PackageError
-
-PAIRS = sorted(Path("/work/shared/data/mlmodelc-pairs").glob("*"))
+from shared_data import PAIRS, needs_pairs
 
 
 class Block(torch.nn.Module):
@@ -168,7 +167,7 @@ def test_importing_the_backend_does_not_import_coremltools() -> None:
     assert shown.strip() == "False"
 
 
-@pytest.mark.skipif(not PAIRS, reason="the sample pairs lie beside the repository, on developers' machines only")
+@needs_pairs
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda path: path.name)
 def test_samples_compute_the_same_packed_compiled_streamed_and_fused(pair: Path) -> None:
     (package,), (compiled,) = pair.glob("*.mlpackage"), pair.glob("*.mlmodelc")

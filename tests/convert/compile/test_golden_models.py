@@ -17,10 +17,7 @@ from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.text import CONTAINER, parse_text, program_text, read_compiled, read_text
 from diffusion_runtime.mil.text_print import Dialect
 from diffusion_runtime.mil.wire import fields, message_field, varint_field
-
-PAIRS = Path(__file__).parents[4] / "shared" / "data" / "mlmodelc-pairs"
-NAMES = sorted(path.name for path in PAIRS.iterdir()) if PAIRS.is_dir() else []
-needs_pairs = pytest.mark.skipif(not NAMES, reason=f"no pairs of packages and Apple's compiled models in {PAIRS}")
+from shared_data import PAIRS, needs_pairs
 
 STRING, FLOAT16, FLOAT32, INT8, INT32 = 2, 10, 11, 21, 23
 FLOAT32_ARRAY = varint_field(2, 65568)
@@ -185,9 +182,9 @@ def split_container(data: bytes) -> tuple[bytes, bytes, list[bytes], bytes]:
 
 
 @needs_pairs
-@pytest.mark.parametrize("name", NAMES)
-def test_real_pair_is_reproduced(name: str, tmp_path: Path) -> None:
-    package, apple = PAIRS / name / f"{name}.mlpackage", PAIRS / name / f"{name}.mlmodelc"
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda path: path.name)
+def test_real_pair_is_reproduced(pair: Path, tmp_path: Path) -> None:
+    package, apple = pair / f"{pair.name}.mlpackage", pair / f"{pair.name}.mlmodelc"
     versions = {
         key: value
         for key, value in build_info(apple / "model.mil").items()
@@ -218,10 +215,10 @@ def build_info(path: Path) -> dict[str, str]:
 
 
 @needs_pairs
-@pytest.mark.parametrize("name", NAMES)
-def test_apples_compiled_model_reads_back_as_its_package(name: str) -> None:
-    package = open_package(PAIRS / name / f"{name}.mlpackage").model
-    compiled = read_compiled(PAIRS / name / f"{name}.mlmodelc")
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda path: path.name)
+def test_apples_compiled_model_reads_back_as_its_package(pair: Path) -> None:
+    package = open_package(pair / f"{pair.name}.mlpackage").model
+    compiled = read_compiled(pair / f"{pair.name}.mlmodelc")
     assert compiled.interfaces == package.interfaces
     assert compiled.metadata == package.metadata
     ours, theirs = compiled.program.functions["main"], package.program.functions["main"]
@@ -233,7 +230,7 @@ def test_apples_compiled_model_reads_back_as_its_package(name: str) -> None:
 
 @needs_pairs
 def test_compiling_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    package = PAIRS / NAMES[0] / f"{NAMES[0]}.mlpackage"
+    package = PAIRS[0] / f"{PAIRS[0].name}.mlpackage"
     shutil.copytree(package, tmp_path / "copy.mlpackage")
     first = compile_package(package, tmp_path / "1", "model").path
     second = compile_package(tmp_path / "copy.mlpackage", tmp_path / "2", "model").path

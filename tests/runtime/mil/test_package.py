@@ -40,8 +40,8 @@ from diffusion_runtime.mil.program import (
     numpy_dtype,
     operations,
 )
+from shared_data import PAIRS, needs_pairs
 
-PAIRS = sorted((Path(__file__).parents[4] / "shared/data/mlmodelc-pairs").glob("*/*.mlpackage"))
 MODEL = Path("Data/com.apple.CoreML/model.mlmodel")
 RANDOM = np.random.default_rng(0)
 
@@ -129,9 +129,10 @@ def test_what_coremltools_wrote_is_written_back_without_loss(network: Path) -> N
     assert wire.payload(proto.model_to_bytes(model), 2) == wire.payload(source, 2)
 
 
-@pytest.mark.skipif(not PAIRS, reason="the sample pairs lie beside the repository, on developers' machines only")
-@pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
-def test_samples_are_written_back_without_loss(path: Path) -> None:
+@needs_pairs
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda path: path.name)
+def test_samples_are_written_back_without_loss(pair: Path) -> None:
+    (path,) = pair.glob("*.mlpackage")
     package = open_package(path)
     source = (path / MODEL).read_bytes()
     assert same_message(proto.model_to_bytes(package.model), source)
