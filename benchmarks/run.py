@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-OUTPUT = HERE.parent.parent / "bench-out"
+OUTPUT = HERE.parent / "bench-out"
 PACKAGE = OUTPUT / "unet.mlpackage"
 BENCHES: dict[str, tuple[tuple[str, ...], ...]] = {
     "loop": (("bench_loop.py",),),
