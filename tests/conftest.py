@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+# The Hub's tests talk to a server of their own, which huggingface_hub refuses where it is told to stay offline.
+os.environ.pop("HF_HUB_OFFLINE", None)
+
+BuildOnce = Callable[[str, Callable[[Path], object]], Path]
+
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``tiny_checkpoint("sd2-v")``: the folder of a tiny random checkpoint of that family, written once per session
+def build_once(tmp_path_factory: pytest.TempPathFactory) -> BuildOnce:
+    """``build_once(name, write)``: a folder that ``write(folder)`` makes, once for all processes of a run: what one
+    is making, the others wait for. It is shared: do not change it."""
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "built-once"
+    shared.mkdir(exist_ok=True)
+
+    def built(name: str, write: Callable[[Path], object]) -> Path:
+        folder, unfinished = shared / name, shared / f".{name}"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                write(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(build_once: BuildOnce) -> Callable[[str], Path]:
+    """``tiny_checkpoint("sd2-v")``: the folder of a tiny random checkpoint of that family, written once per run
     (`tiny_checkpoints.RECIPES` lists the families). It is shared: do not change it."""
     import tiny_checkpoints
 
-    written: dict[str, Path] = {}
-
     def folder(family: str) -> Path:
-        if family not in written:
-            written[family] = tiny_checkpoints.build(family, tmp_path_factory.mktemp("checkpoints") / family)
-        return written[family]
+        return build_once(f"checkpoint-{family}", lambda to: tiny_checkpoints.build(family, to / family)) / family
 
     return folder

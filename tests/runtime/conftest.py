@@ -239,8 +239,9 @@ def psnr_db() -> Callable[[Any, Any], float]:
 
 
 @pytest.fixture(scope="session")
-def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toy_folder(build_once: Callable[..., Path]) -> Path:
     """Packages that compute next to nothing, with a manifest; shared, so copy it to change it."""
     import toy_models
 
-    return toy_models.write(tmp_path_factory.mktemp("toy") / "models" / "original" / "packages")
+    packages = Path("models", "original", "packages")
+    return build_once("toy", lambda to: toy_models.write(to / packages)) / packages

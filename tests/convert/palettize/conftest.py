@@ -13,17 +13,12 @@ from diffusion_runtime.coremltools_import import import_coremltools
 
 
 @pytest.fixture(scope="session")
-def tiny_package(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def tiny_package(build_once: Callable[..., Path]) -> Callable[..., Path]:
     """``tiny_package("iOS18", precision="FLOAT32")``: a package with a layer of each kind; shared."""
-    written: dict[tuple[str, str], Path] = {}
 
     def package(target: str = "iOS16", precision: str = "FLOAT16") -> Path:
-        key = (target, precision)
-        if key not in written:
-            path = tmp_path_factory.mktemp("packages") / f"{target}-{precision}.mlpackage"
-            _convert(target, precision).save(str(path))
-            written[key] = path
-        return written[key]
+        name = f"{target}-{precision}.mlpackage"
+        return build_once(name, lambda to: _convert(target, precision).save(str(to / name))) / name
 
     return package
 
@@ -64,8 +59,13 @@ def _convert(target: str, precision: str) -> Any:
 
 
 @pytest.fixture(scope="session")
-def tiny_unet(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The UNet of the tiny SD 1 checkpoint, converted for macOS 13."""
+def tiny_unet(tiny_checkpoint: Callable[[str], Path], build_once: Callable[..., Path]) -> Path:
+    """The UNet of the tiny SD 1 checkpoint, converted for macOS 13; shared."""
+    name = "unet.mlpackage"
+    return build_once("tiny-unet", lambda to: _export_unet(tiny_checkpoint("sd1"), to / name)) / name
+
+
+def _export_unet(source: Path, path: Path) -> None:
     from diffusion_convert.checkpoint.diffusers_folder import open_folder
     from diffusion_convert.components.component import Shape
     from diffusion_convert.components.unet import UNET
@@ -74,7 +74,5 @@ def tiny_unet(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.T
     from diffusion_runtime.families import AttentionKind
     from diffusion_runtime.mil.program import Metadata
 
-    path = tmp_path_factory.mktemp("unet") / "unet.mlpackage"
-    checkpoint = open_folder(tiny_checkpoint("sd1"), Source(name="tiny"))
+    checkpoint = open_folder(source, Source(name="tiny"))
     export(UNET, checkpoint, ExportOptions(AttentionKind.ORIGINAL, Shape(64, 64, 2), "macOS13"), path, Metadata())
-    return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import enum
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,8 +106,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 
 @pytest.fixture(scope="session")
-def small_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``y = x @ w`` with x of (2, 64) float16, as an .mlpackage."""
+def small_package(build_once: Callable[..., Path]) -> Path:
+    """``y = x @ w`` with x of (2, 64) float16, as an .mlpackage; shared."""
+    return build_once("small-package", lambda to: _save_product(to / "small.mlpackage")) / "small.mlpackage"
+
+
+def _save_product(path: Path) -> None:
     coremltools = import_coremltools()
     builder = import_coremltools("converters.mil").Builder
     types = import_coremltools("converters.mil.mil.types")
@@ -118,7 +123,6 @@ def small_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def program(x: Any) -> Any:
         return builder.matmul(x=x, y=weight, name="y")
 
-    path = tmp_path_factory.mktemp("packages") / "small.mlpackage"
     model = coremltools.convert(
         program,
         minimum_deployment_target=coremltools.target.iOS16,
@@ -126,4 +130,3 @@ def small_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
         skip_model_load=True,
     )
     model.save(str(path))
-    return path
