@@ -23,7 +23,11 @@ from diffusion_runtime.atomic import WORK_FOLDER
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.families import AttentionKind
 
-MAIN = "from diffusion_convert.cli.main import main; main()"
+# Where the tests' own parent ignores Ctrl-C, as nohup and background jobs of shells do, every child would too.
+MAIN = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from diffusion_convert.cli.main import main; main()"
+)
 PARTS = ("text_encoder", "vae_encoder")
 
 
