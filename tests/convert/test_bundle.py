@@ -13,6 +13,8 @@ import pytest
 import typer
 from huggingface_hub import ModelCard
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 import small_bundle
 from diffusion_convert.bundle.folder import BundleOptions, bundle_folder
@@ -252,13 +254,12 @@ def test_a_folder_without_variants_is_named(tmp_path: Path) -> None:
 
 
 def test_vocabulary_comes_from_slow_and_fast_tokenizers_alike(tmp_path: Path) -> None:
-    fast = {
-        "model": {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
-        "added_tokens": [{"id": 3, "content": "<|e|>"}],
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(fast))
+    fast = Tokenizer(BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    fast.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    fast.save(str(tmp_path / "tokenizer.json"))
     write_vocabulary({"tokenizer.json": tmp_path / "tokenizer.json"}, tmp_path)
-    assert json.loads((tmp_path / "vocab.json").read_text()) == {"a": 0, "b": 1, "ab": 2, "<|e|>": 3}
+    expected = {"a": 0, "b": 1, "ab": 2, "<|startoftext|>": 3, "<|endoftext|>": 4}
+    assert json.loads((tmp_path / "vocab.json").read_text()) == expected
     assert (tmp_path / "merges.txt").read_text() == "#version: 0.2\na b\n"
     slow = {name: tmp_path / name for name in ("vocab.json", "merges.txt")}
     (tmp_path / "copy").mkdir()
