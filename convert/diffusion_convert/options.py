@@ -63,9 +63,10 @@ class ConvertOptions:
     """Options of `convert`, with the command line's names and defaults.
 
     ``components`` empty: all that the checkpoint has. ``height`` and ``width`` in pixels, None: the checkpoint's
-    own sample size. Texts as the command line takes them ("float32", "unet,vae_decoder", "style.safetensors:0.8")
-    become what the fields are declared as, and one value stands for a tuple of one. Raises InputError for a value
-    that cannot be used.
+    own sample size. ``context_length``: text tokens that the UNet takes, None: as many as the text encoder; two or
+    three times as many are for long prompts, which are encoded in pieces. Texts as the command line takes them
+    ("float32", "unet,vae_decoder", "style.safetensors:0.8") become what the fields are declared as, and one value
+    stands for a tuple of one. Raises InputError for a value that cannot be used.
     """
 
     attention: tuple[AttentionKind, ...] = DEFAULT_ATTENTION
@@ -75,6 +76,7 @@ class ConvertOptions:
     height: int | None = None
     width: int | None = None
     batch_size: int = 2
+    context_length: int | None = None
     target: str = DEFAULT_TARGET
     chunk_unet: bool = False
     vae: str | None = None
@@ -108,7 +110,7 @@ class ConvertOptions:
 def _settled(options: ConvertOptions) -> dict[str, Any]:
     """The fields whose values may be given in other forms than they are declared, as declared. Raises InputError
     for a value of a wrong type in any field."""
-    for name in ("nbits", "height", "width", "batch_size"):
+    for name in ("nbits", "height", "width", "batch_size", "context_length"):
         if name == "batch_size" or getattr(options, name) is not None:
             _typed(name, getattr(options, name), (int,), "a whole number")
     for name in ("chunk_unet", "lora_partial", "compiled", "zip", "verify"):

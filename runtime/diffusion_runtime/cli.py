@@ -104,7 +104,7 @@ def generate(
     depth_image: Annotated[Path | None, _option("Depth of --image, brighter is nearer.")] = None,
     noise_level: Annotated[int | None, _option("Upscaling: noise put on --image, 0 to 350. Default: 20.")] = None,
     long_prompt: Annotated[
-        bool, _option("Encode long prompts in pieces, where the UNet has room.", "--long-prompt")
+        bool, _option("Refuse a prompt that is too long for the models, rather than cut it.", "--long-prompt")
     ] = False,
     preview: Annotated[
         bool, _option("Keep NAME-preview.png up to date while working, checked as pictures are.", "--preview")

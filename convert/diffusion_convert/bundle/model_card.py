@@ -176,10 +176,25 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
 
 
+def _long_prompts(made: Manifest) -> str:
+    """What to know of a UNet that takes more tokens than the text encoder gives; empty for any other."""
+    encoder, unet = made.components.get("text_encoder"), made.components.get("unet")
+    if encoder is None or unet is None:
+        return ""
+    length = next((tensor.shape[-1] for tensor in encoder.inputs), 0)
+    tokens = next((one.shape[-1] for one in unet.inputs if one.name == "encoder_hidden_states"), length)
+    if tokens == length:
+        return ""
+    return f"""**Long prompts**: the UNet of these models takes {tokens} text tokens, {tokens // length} pieces of
+{length} that are encoded one by one. `coreml-sd` does that; other apps don't, and cannot run these models.
+
+"""
+
+
 def _running(variants: Mapping[str, Manifest], made: Manifest) -> str:
     attention = next(iter(variants))
     units = AttentionKind(attention).about.compute_units
-    return f"""**Python** (any machine; on a Mac with Core ML): download a variant and generate.
+    return f"""{_long_prompts(made)}**Python** (any machine; on a Mac with Core ML): download and generate.
 
 ```
 pip install coreml-sd

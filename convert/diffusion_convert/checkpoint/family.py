@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import FAMILIES, LATENT_SCALE, Family
 
+if TYPE_CHECKING:
+    from diffusion_convert.checkpoint.model import Checkpoint
+
 Config = Mapping[str, Any]
+TEXT_LENGTH = 77
+"""Tokens of CLIP's text encoder."""
 
 
 OTHER_KINDS: Mapping[str, str] = {
@@ -98,3 +104,13 @@ def default_size(unet: Config, vae: Config) -> tuple[int, int]:
         height = width = 64
     factor = latent_factor(vae)
     return height * factor, width * factor
+
+
+def text_length(checkpoint: Checkpoint) -> int:
+    """How many tokens the text encoder takes: as many as it has positions, or fewer where the tokenizer says so, as
+    diffusers pads prompts to the tokenizer's length. Raises CheckpointError for a damaged tokenizer_config.json."""
+    encoder = checkpoint.models.get("text_encoder")
+    positions = TEXT_LENGTH if encoder is None else int(encoder.config.get("max_position_embeddings", TEXT_LENGTH))
+    path = checkpoint.tokenizer.get("tokenizer_config.json")
+    told = strict_json.read_object(path, CheckpointError).get("model_max_length") if path is not None else None
+    return min(told, positions) if isinstance(told, int) and told > 2 else positions

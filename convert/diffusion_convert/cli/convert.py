@@ -85,6 +85,13 @@ def convert(
     height: Annotated[int | None, _option("Height of the picture in pixels. Default: the checkpoint's.")] = None,
     width: Annotated[int | None, _option("Width of the picture in pixels. Default: the checkpoint's.")] = None,
     batch_size: Annotated[int, _option("Of the UNet: 2 for guidance in one call, or 1. Default: 2.")] = 2,
+    context_length: Annotated[
+        int | None,
+        _option(
+            "Text tokens that the UNet takes: 154 or 231 for long prompts, which are encoded in pieces of 77. "
+            "Other apps don't do this. Default: the text encoder's 77."
+        ),
+    ] = None,
     target: Annotated[
         str, _option(f"Oldest system: {', '.join(TARGETS)}. Default: {DEFAULT_TARGET}.")
     ] = DEFAULT_TARGET,
@@ -123,6 +130,7 @@ def convert(
         height=height,
         width=width,
         batch_size=batch_size,
+        context_length=context_length,
         target=target,
         chunk_unet=chunk_unet,
         vae=vae,

@@ -33,11 +33,15 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes that a conversion is for. ``height`` and ``width`` are of the picture, in pixels."""
+    """The sizes that a conversion is for. ``height`` and ``width`` are of the picture, in pixels.
+
+    ``context_length`` is how many text tokens the UNet takes, a multiple of what the text encoder takes; None: as
+    many."""
 
     height: int
     width: int
     batch_size: int
+    context_length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffusion_convert.checkpoint import torch_networks
+from diffusion_convert.checkpoint.family import text_length
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.networks import text_encoder
@@ -32,7 +33,7 @@ class Reference(nn.Module):
 def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:  # noqa: ARG001
     model = torch_networks.build(checkpoint, "text_encoder")
     config = checkpoint.models["text_encoder"].config
-    length, width = int(config.get("max_position_embeddings", 77)), int(config["hidden_size"])
+    length, width = text_length(checkpoint), int(config["hidden_size"])
     return Graph(
         module=Reference(model) if attention is None else text_encoder(model, attention),
         inputs=(Port("input_ids", (1, length), "float32", "The token ids of a prompt, padded to their number"),),
@@ -40,15 +41,15 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
             Port("last_hidden_state", (1, length, width), "float32", "The states of all tokens, for the UNet"),
             Port("pooled_outputs", (1, width), "float32", "The state of the first end-of-text token"),
         ),
-        sample=lambda seed: {"input_ids": prompt_ids(config, seed).astype(np.float32)},
+        sample=lambda seed: {"input_ids": prompt_ids(config, seed, length).astype(np.float32)},
         description="Encodes a prompt's tokens into the states that the UNet attends to.",
     )
 
 
-def prompt_ids(config: Mapping[str, Any], seed: int) -> np.ndarray:
+def prompt_ids(config: Mapping[str, Any], seed: int, length: int | None = None) -> np.ndarray:
     """(1, length) int64: a made-up prompt as CLIP's tokenizer would give it: begin, some tokens, end, padding."""
     rng = np.random.default_rng(seed)
-    length = int(config.get("max_position_embeddings", 77))
+    length = length or int(config.get("max_position_embeddings", 77))
     end = int(config["vocab_size"]) - 1
     words = int(rng.integers(3, length - 2))
     ids = np.full((1, length), end, np.int64)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffusion_convert.checkpoint import torch_networks
-from diffusion_convert.checkpoint.family import latent_factor
+from diffusion_convert.checkpoint.family import latent_factor, text_length
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.components.text_encoder import Reference, prompt_ids
@@ -18,7 +18,6 @@ from diffusion_convert.networks import put_attention
 from diffusion_convert.verification.compare import widened
 from diffusion_runtime.families import AttentionKind
 
-TOKENS = 77
 TIMESTEPS = (999, 1, 801, 201, 601, 401)
 """Where verification looks, in this order: the ends first, where values are largest."""
 
@@ -74,12 +73,13 @@ def interface(checkpoint: Checkpoint, shape: Shape) -> tuple[Port, ...]:
     config = checkpoint.models["unet"].config
     factor = latent_factor(checkpoint.models["vae"].config)
     batch, width = shape.batch_size, int(config["cross_attention_dim"])
+    tokens = shape.context_length or text_length(checkpoint)
     size = (batch, int(config["in_channels"]), shape.height // factor, shape.width // factor)
     ports = (
         Port("sample", size, description="Noised latents, and after them the channels of a picture to work from"),
         Port("timestep", (batch,), description="The timestep of each row"),
         Port(
-            "encoder_hidden_states", (batch, width, 1, TOKENS), description="The text encoder's states, transposed"
+            "encoder_hidden_states", (batch, width, 1, tokens), description="The text encoder's states, transposed"
         ),
     )
     if config.get("num_class_embeds") is None and config.get("class_embed_type") is None:
@@ -114,13 +114,15 @@ def _encode(checkpoint: Checkpoint, shape: tuple[int, ...], seed: int) -> np.nda
     config = checkpoint.models["text_encoder"].config if "text_encoder" in checkpoint.models else {}
     if config.get("hidden_size") != shape[1]:
         return np.random.default_rng(seed).standard_normal(shape)
-    encoder = Reference(torch_networks.build(checkpoint, "text_encoder"))
+    encoder, length = Reference(torch_networks.build(checkpoint, "text_encoder")), text_length(checkpoint)
+    pieces = shape[0] * shape[3] // length
     with widened(encoder), torch.inference_mode():
-        rows = [
-            encoder(torch.from_numpy(prompt_ids(config, seed * shape[0] + row)))[0].numpy()[0]
-            for row in range(shape[0])
+        states = [
+            encoder(torch.from_numpy(prompt_ids(config, seed * pieces + piece, length)))[0].numpy()[0]
+            for piece in range(pieces)
         ]
-    return np.stack(rows).transpose(0, 2, 1)[:, :, None]
+    rows: np.ndarray = np.concatenate(states).reshape(shape[0], shape[3], shape[1])
+    return rows.transpose(0, 2, 1)[:, :, None]
 
 
 UNET = Component(

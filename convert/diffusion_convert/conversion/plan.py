@@ -16,7 +16,7 @@ from diffusion_convert import components
 from diffusion_convert.bundle.zip_names import zip_attentions
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.diffusers_folder import NETWORKS, SCHEDULERS
-from diffusion_convert.checkpoint.family import default_size, latent_factor
+from diffusion_convert.checkpoint.family import default_size, latent_factor, text_length
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import check_vocabulary
 from diffusion_convert.components.component import Component, Shape
@@ -60,6 +60,10 @@ class Plan:
     def variant(self, attention: AttentionKind) -> tuple[Unit, ...]:
         """The units that a variant consists of."""
         return tuple(unit for unit in self.units if unit.shared or unit.attention is attention)
+
+
+MAX_PIECES = 8
+"""In how many pieces a prompt may be encoded. Attention to more tokens costs time and memory at every step."""
 
 
 def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") -> Plan:
@@ -129,7 +133,11 @@ def _shape(checkpoint: Checkpoint, options: ConvertOptions) -> Shape:
                 f"--{name} {size}: expected a multiple of {factor} of at least {8 * factor}; "
                 f"near it {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}"
             )
-    return Shape(*sizes, options.batch_size)
+    length, asked = text_length(checkpoint), options.context_length
+    if asked is not None and (asked % length or not 0 < asked <= MAX_PIECES * length):
+        known = ", ".join(str(length * pieces) for pieces in range(1, MAX_PIECES + 1))
+        raise InputError(f"--context-length {asked}: expected {known}: prompts are encoded in pieces of {length}")
+    return Shape(*sizes, options.batch_size, asked)
 
 
 def _size(weights: Mapping[str, int], units: Sequence[Unit], options: ConvertOptions, compiled: bool) -> int:

@@ -57,7 +57,7 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
         _check_source(described, checkpoint, folder, guessed=not (folder / FILE_NAME).is_file())
     references: dict[tuple[str, Shape], Expected] = {}
     for folder, described in made.items():
-        shape = Shape(described.height, described.width, described.batch_size)
+        shape = Shape(described.height, described.width, described.batch_size, _context_length(described))
         for name, component in described.components.items():
             if (name, shape) not in references:
                 report(f"running the source's own {name}")
@@ -67,6 +67,13 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
             paths = [folder / file for file in component.files]
             bound = _bound(name, component, _palette_widths(paths) if component.palettization else ())
             yield Comparison(shown, name, _measure(paths, references[name, shape]), bound)
+
+
+def _context_length(described: Manifest) -> int | None:
+    """How many text tokens the UNet takes, where there is one."""
+    unet = described.components.get("unet")
+    shapes = [tensor.shape for tensor in unet.inputs if tensor.name == "encoder_hidden_states"] if unet else []
+    return shapes[0][-1] if shapes else None
 
 
 def _folders(models: Path) -> list[Path]:

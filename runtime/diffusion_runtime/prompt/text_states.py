@@ -23,8 +23,8 @@ STATES = ("last_hidden_state", "hidden_embeds")
 class TextStates:
     """``unet_length`` is how many text tokens the UNet takes.
 
-    ``long_prompt``: a prompt that is too long for the encoder is encoded in as many pieces as the UNet takes (each
-    with its own start and end, set one after the other); otherwise it is cut."""
+    A prompt that is too long for the encoder is encoded in as many pieces as the UNet takes, each with its own
+    start and end, set one after the other. What is too long even so is cut, or refused with ``long_prompt``."""
 
     models: Models
     tokenizer: Tokenizer
@@ -37,10 +37,9 @@ class TextStates:
         encoded once. An empty text is encoded too, unless the checkpoint wants zeros for it."""
         distinct = list(dict.fromkeys(texts))
         pieces = self._pieces()
-        tokens = [self.tokenizer.encode(text, pieces if self.long_prompt else 1) for text in distinct]
+        tokens = [self.tokenizer.encode(text, pieces) for text in distinct]
         notes = tuple(self._note(token, pieces) for token in tokens if token.lost)
-        padded = [self._padded(token, pieces) for token in tokens]
-        states = {text: self._states(text, token) for text, token in zip(distinct, padded, strict=True)}
+        states = {text: self._states(text, token) for text, token in zip(distinct, tokens, strict=True)}
         return torch.stack([states[text] for text in texts]), notes
 
     def _pieces(self) -> int:
@@ -56,21 +55,11 @@ class TextStates:
         lost = tokens.lost if len(tokens.lost) <= 300 else tokens.lost[:300] + "…"
         if self.long_prompt:
             raise InputError(
-                f"the prompt is longer than the {room} tokens that this UNet has room for, even in pieces "
-                f"(it takes {pieces * self.tokenizer.length} with starts and ends): shorten it, or leave "
-                f"--long-prompt out to cut it; too much is: {lost!r}"
+                f"the prompt is longer than the {room} tokens that this UNet has room for (it takes "
+                f"{pieces * self.tokenizer.length} with starts and ends): shorten it, leave --long-prompt out to "
+                f"cut it, or convert with a larger --context-length; too much is: {lost!r}"
             )
-        more = f" (--long-prompt has room for {room * pieces})" if pieces > 1 else ""
-        return f"the prompt was cut after {room} tokens{more}; lost: {lost!r}"
-
-    def _padded(self, tokens: Tokens, pieces: int) -> Tokens:
-        missing = pieces - len(tokens.ids)
-        if missing == 0:
-            return tokens
-        empty = self.tokenizer.encode("")
-        ids = np.concatenate([tokens.ids, np.repeat(empty.ids, missing, axis=0)])
-        weights = np.concatenate([tokens.weights, np.repeat(empty.weights, missing, axis=0)])
-        return type(tokens)(ids, weights, tokens.lost)
+        return f"the prompt was cut after {room} tokens; lost: {lost!r}"
 
     def _states(self, text: str, tokens: Tokens) -> torch.Tensor:
         encoder = self.models["text_encoder"]

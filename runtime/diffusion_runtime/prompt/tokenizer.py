@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from diffusion_runtime.prompt import emphasis
 
 LENGTH = 77
 VOCABULARY_FILES = ("vocab.json", "merges.txt")
+FAST = "tokenizer.json"
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +62,21 @@ class Tokenizer:
 
 
 def load(folder: Path, length: int = LENGTH, pad_token: str | None = None) -> Tokenizer:
-    """The tokenizer of a folder with vocab.json and merges.txt; settings from tokenizer_config.json where it lies
-    beside them. ``pad_token`` is used where no file says what pads. Raises InputError where files are missing and
-    PackageError where they are damaged."""
+    """The tokenizer of a folder with vocab.json and merges.txt, or tokenizer.json; settings and added tokens come
+    from the files beside them, as transformers reads them.
+
+    ``length``: tokens of the text encoder. ``pad_token`` is used where no file says what pads. Raises InputError
+    where files are missing and PackageError where they are damaged."""
     missing = [name for name in VOCABULARY_FILES if not (folder / name).is_file()]
-    if missing:
+    if missing and not (folder / FAST).is_file():
         raise InputError(
             f"{folder}: no {' and no '.join(missing)}: name the tokenizer's folder with --tokenizer "
             "(the checkpoint's `tokenizer` folder has both files)"
         )
-    _check(folder)
+    _check(folder, () if missing else VOCABULARY_FILES)
     from transformers import CLIPTokenizer
 
-    configured = any((folder / name).is_file() for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    configured = any((folder / name).is_file() for name in (FAST, *SETTINGS[:2]))
     extra = {"pad_token": pad_token} if pad_token and not configured else {}
     try:
         clip = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **extra)
@@ -82,7 +87,13 @@ def load(folder: Path, length: int = LENGTH, pad_token: str | None = None) -> To
     return Tokenizer(clip, length)
 
 
-def _check(folder: Path) -> None:
+def _check(folder: Path, slow: Sequence[str]) -> None:
+    """Raise PackageError for files that cannot be read or are of another kind. ``slow``: the vocabulary files."""
+    for name in (FAST, *SETTINGS):
+        if (folder / name).is_file():
+            strict_json.read(folder / name, PackageError, strict_json.MAX_VOCABULARY_BYTES)
+    if not slow:
+        return
     path = folder / "vocab.json"
     vocabulary = strict_json.read_object(path, PackageError, strict_json.MAX_VOCABULARY_BYTES)
     try:
