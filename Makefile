@@ -1,6 +1,6 @@
 # One word per act. Every target sets up what it needs, so that each works as the first command on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast fuzz check format lint types bench docs lock clean
+.PHONY: help setup demo swift test test-fast fuzz check format lint types bench docs lock clean
 
 # The newest supported Python wins; `make PYTHON=/path/to/python3.12 setup` names one.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -35,6 +35,10 @@ test: $(READY)  ## all tests that this machine can run
 
 test-fast: $(READY)  ## the same without the slow ones
 	@OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist worksteal -q -m 'not slow'
+
+swift: $(READY)  ## build the Swift package and run its tests; models are run by the command of .venv
+	@command -v swift >/dev/null || { echo "error: no swift on PATH; install a toolchain of Swift 6 or later" >&2; exit 2; }
+	@cd swift_bridge && COREML_SD_COMMAND="$(CURDIR)/$(BIN)/coreml-sd" swift test -Xswiftc -warnings-as-errors
 
 # Numbers of cases: the same numbers, the same damage and the same moments.
 CASES ?= 2000
@@ -71,4 +75,4 @@ lock: $(READY)  ## rewrite requirements.lock from what is installed in .venv
 	@mv requirements.lock.new requirements.lock && touch $(READY)
 
 clean:  ## remove everything that the other words made
-	rm -rf .venv demo site shapes-* bench-out .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv demo site shapes-* bench-out swift_bridge/.build .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
