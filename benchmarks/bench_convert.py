@@ -189,7 +189,7 @@ class Phases:
         self._name, self._since, self._processor_since = "start", time.perf_counter(), time.process_time()
 
     def __call__(self, event: Event) -> None:
-        self.switch(f"{event.unit} {event.phase}".strip())
+        self.switch(f"{event.part} {event.phase}".strip())
 
     def switch(self, name: str) -> None:
         if name == self._name:

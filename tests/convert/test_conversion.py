@@ -53,16 +53,16 @@ def undisturbed(tiny_checkpoint: Source, tmp_path_factory: pytest.TempPathFactor
 
 
 class StopAt:
-    """Interrupts, as Ctrl-C does, at the first event of a unit's phase; ``seen`` is what was begun until then."""
+    """Interrupts, as Ctrl-C does, at the first event of a part's phase; ``seen`` is what was begun until then."""
 
-    def __init__(self, unit: str, phase: str, error: type[BaseException] = KeyboardInterrupt) -> None:
-        self.unit, self.phase, self.error = unit, phase, error
+    def __init__(self, part: str, phase: str, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.part, self.phase, self.error = part, phase, error
         self.seen: list[tuple[str, str]] = []
 
     def __call__(self, event: Event) -> None:
-        if (event.unit, event.phase) not in self.seen:
-            self.seen.append((event.unit, event.phase))
-        if (event.unit, event.phase) == (self.unit, self.phase):
+        if (event.part, event.phase) not in self.seen:
+            self.seen.append((event.part, event.phase))
+        if (event.part, event.phase) == (self.part, self.phase):
             raise self.error
 
 
@@ -124,7 +124,7 @@ def test_stopped_while_the_result_is_renamed_into_place(
         convert(tiny_checkpoint("sd1"), output, OPTIONS)
     rest = StopAt("", "never")
     convert(tiny_checkpoint("sd1"), output, OPTIONS, rest)
-    assert not any(unit for unit, _ in rest.seen)
+    assert not any(part for part, _ in rest.seen)
     assert contents(output) == contents(undisturbed)
 
 
@@ -138,7 +138,7 @@ def test_what_is_there_is_not_made_again(undisturbed: Path, tiny_checkpoint: Sou
     made = convert(tiny_checkpoint("sd1"), undisturbed, OPTIONS, events)
     assert made.unchanged
     assert made.variants["original"].components.keys() == set(PARTS)
-    assert not any(unit for unit, _ in events.seen)
+    assert not any(part for part, _ in events.seen)
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
 
 
@@ -181,7 +181,7 @@ def test_what_is_damaged_is_made_again_and_no_more(
     )
     events = StopAt("", "never")
     assert not convert(tiny_checkpoint("sd1"), output, OPTIONS, events).unchanged
-    assert {unit for unit, _ in events.seen} == {"", "vae_encoder"}
+    assert {part for part, _ in events.seen} == {"", "vae_encoder"}
     assert contents(output) == contents(undisturbed)
 
 
@@ -200,7 +200,7 @@ def test_components_and_variants_are_added_to_those_of_the_same_options(
     assert convert(tiny_checkpoint("sd1"), output, both, again).variants.keys() == {"original", "split_einsum"}
     for zipped in (False, True):
         assert not convert(tiny_checkpoint("sd1"), output, replace(both, zip=zipped), again).unchanged
-    assert not any(unit for unit, _ in again.seen), "these components use no attention: there is nothing to convert"
+    assert not any(part for part, _ in again.seen), "these components use no attention: there is nothing to convert"
     assert len(list(output.glob("*.zip"))) == 2
     next(output.glob("*.zip")).write_bytes(b"PK")
     assert not convert(tiny_checkpoint("sd1"), output, both).unchanged
@@ -239,7 +239,7 @@ def test_a_kill_in_the_last_clean_up_leaves_nothing_after_the_next_command(
     output = shutil.copytree(undisturbed, tmp_path / "models")
     slot = output / WORK_FOLDER / "work-1"
     (slot / "new" / "original" / "old").mkdir(parents=True)
-    (output / WORK_FOLDER / "conversion-1" / "units").mkdir(parents=True)
+    (output / WORK_FOLDER / "conversion-1" / "parts").mkdir(parents=True)
     (output / WORK_FOLDER / "lock").touch()
     told = {"new": {"original": (output / "original").stat().st_ino}, "obsolete": [], "done": ["conversion-1"]}
     (slot / "commit.json").write_text(json.dumps(told))
@@ -361,7 +361,7 @@ def test_two_conversions_to_one_folder(tiny_checkpoint: Source, tmp_path: Path) 
     output = tmp_path / "models"
 
     def second(event: Event) -> None:
-        if (event.unit, event.phase) == ("text_encoder", "load"):
+        if (event.part, event.phase) == ("text_encoder", "load"):
             with pytest.raises(StorageError, match=r"/models: is being written by process \d+, `"):
                 convert(tiny_checkpoint("sd1"), output, OPTIONS)
             raise KeyboardInterrupt

@@ -65,7 +65,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tiny_checkpoint: Callable[[str], P
     options = ["--components", ",".join(PARTS), "--attention", "original", "--no-compiled"]
     process = start(tiny_checkpoint("sd1"), "-o", output, *options)
     deadline = time.monotonic() + 120
-    while not list(output.glob(f"{WORK_FOLDER}/*/units/{PARTS[0]}/record.json")) and time.monotonic() < deadline:
+    while not list(output.glob(f"{WORK_FOLDER}/*/parts/{PARTS[0]}/record.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -78,11 +78,11 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tiny_checkpoint: Callable[[str], P
     assert shown == ""
     assert [path.name for path in output.iterdir()] == [WORK_FOLDER]
 
-    units = []
+    parts = []
     again = ConvertOptions(attention=(AttentionKind.ORIGINAL,), components=PARTS, compiled=False)
-    made = convert(tiny_checkpoint("sd1"), output, again, lambda event: units.append(event.unit))
-    assert PARTS[0] not in units
-    assert PARTS[1] in units
+    made = convert(tiny_checkpoint("sd1"), output, again, lambda event: parts.append(event.part))
+    assert PARTS[0] not in parts
+    assert PARTS[1] in parts
     assert tuple(made.variants["original"].components) == PARTS
 
 

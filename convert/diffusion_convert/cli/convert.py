@@ -170,19 +170,19 @@ def _progress(console: Console) -> Iterator[Progress]:
     ) as bars:
         said = {Phase.FAMILY: "family", Phase.NOTE: "note:", Phase.COMPILE: "compiling", Phase.ZIP: "zipping"}
         bar = bars.add_task("opening the checkpoint", total=1.0)
-        unit, since = "", time.perf_counter()
+        part, since = "", time.perf_counter()
 
         def report(event: Event) -> None:
-            nonlocal unit, since
-            if event.unit != unit:
-                if unit:
-                    console.print(f"{unit}: done in {time.perf_counter() - since:.0f} s", highlight=False)
-                unit, since = event.unit, time.perf_counter()
+            nonlocal part, since
+            if event.part != part:
+                if part:
+                    console.print(f"{part}: done in {time.perf_counter() - since:.0f} s", highlight=False)
+                part, since = event.part, time.perf_counter()
             if event.phase in said:
                 console.print(f"{said[event.phase]} {event.text}".strip(), highlight=False, markup=False)
             if event.phase is Phase.COMPONENTS and event.fraction == 0.0:
                 _settle_libraries()
-            bars.update(bar, description=f"{event.unit} {event.phase}".strip(), completed=event.fraction)
+            bars.update(bar, description=f"{event.part} {event.phase}".strip(), completed=event.fraction)
 
         yield report
 

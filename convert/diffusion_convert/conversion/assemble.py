@@ -1,4 +1,4 @@
-"""The folder that a conversion leaves, put together of its units: variants, compiled models, zips, a card."""
+"""The folder that a conversion leaves, put together of its parts: variants, compiled models, zips, a card."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from diffusion_convert.bundle.variants import compile_variant, share_identical, 
 from diffusion_convert.checkpoint.family import latent_factor, latent_scale
 from diffusion_convert.checkpoint.vocabulary import write_vocabulary
 from diffusion_convert.conversion.events import Event, Phase, Progress
+from diffusion_convert.conversion.part import Record
 from diffusion_convert.conversion.plan import Plan, tool_versions
 from diffusion_convert.conversion.previous import Previous
-from diffusion_convert.conversion.unit import Record
 from diffusion_convert.conversion.workspace import Workspace
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import share_tree
@@ -36,7 +36,7 @@ def assemble(
     known: Hashes,
     progress: Progress,
 ) -> dict[str, Manifest]:
-    """Make the new ``folder`` of the units in ``place``; return the packages' manifests by attention."""
+    """Make the new ``folder`` of the parts in ``place``; return the packages' manifests by attention."""
     found: dict[str, dict[str, Manifest]] = {}
     for kind in plan.options.attention:
         made = _packages(plan, place, records, kind, folder / kind.value / PACKAGES)
@@ -68,12 +68,12 @@ def _packages(
 ) -> Manifest:
     folder.mkdir(parents=True)
     entries = {}
-    for unit in plan.variant(kind):
-        component = records[unit.name].component
-        units = unit.component.compute_units(kind)
-        entries[unit.component.name] = component.model_copy(update={"compute_units": units})
+    for part in plan.variant(kind):
+        component = records[part.name].component
+        parts = part.component.compute_units(kind)
+        entries[part.component.name] = component.model_copy(update={"compute_units": parts})
         for name in component.files:
-            share_tree(place.unit(unit.name) / name, folder / name)
+            share_tree(place.part(part.name) / name, folder / name)
     write_vocabulary(plan.checkpoint.tokenizer, folder)
     made = describe(plan, kind, entries)
     manifest.write(made, folder)

@@ -1,6 +1,6 @@
 """From a checkpoint to a folder of verified packages: what happens, in which order.
 
-open -> plan -> for each unit: reference, export, measure, palettize, chunk -> put together -> rename into place
+open -> plan -> for each part: reference, export, measure, palettize, chunk -> put together -> rename into place
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.conversion.assemble import assemble, describe
 from diffusion_convert.conversion.events import Event, Phase, Progress
-from diffusion_convert.conversion.plan import Plan, Unit, fingerprint, make_plan
+from diffusion_convert.conversion.part import Record, make
+from diffusion_convert.conversion.plan import Part, Plan, fingerprint, make_plan
 from diffusion_convert.conversion.previous import Kept, Previous, kept_of, read
-from diffusion_convert.conversion.unit import Record, make
 from diffusion_convert.conversion.workspace import Workspace, check_space, clear, workspace
 from diffusion_convert.export import export
 from diffusion_convert.options import ConvertOptions
@@ -80,9 +80,9 @@ def _convert(
 ) -> Conversion:
     kept.take(plan, place)
     records: dict[str, Record] = {}
-    for number, unit in enumerate(plan.units):
-        progress(Event("", Phase.COMPONENTS, number / len(plan.units)))
-        records[unit.name] = make(unit, plan, place, known, _reporter(unit, progress))
+    for number, part in enumerate(plan.parts):
+        progress(Event("", Phase.COMPONENTS, number / len(plan.parts)))
+        records[part.name] = make(part, plan, place, known, _reporter(part, progress))
     with work(output) as slot:
         new = slot / "new"
         made = assemble(plan, place, records, kept.previous, new, known, progress)
@@ -92,8 +92,8 @@ def _convert(
     return Conversion(output, plan.checkpoint.family, made, seconds, (*plan.notes, *notes))
 
 
-def _reporter(unit: Unit, progress: Progress) -> export.OnPhase:
-    return lambda phase, fraction: progress(Event(unit.name, Phase(phase), fraction))
+def _reporter(part: Part, progress: Progress) -> export.OnPhase:
+    return lambda phase, fraction: progress(Event(part.name, Phase(phase), fraction))
 
 
 def _places(source: str, options: ConvertOptions) -> tuple[Path, ...]:

@@ -29,11 +29,11 @@ class Phase(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """``phase`` of a ``unit`` ("unet-original"; "" for the whole) is done to ``fraction``, from 0 to 1.
+    """``phase`` of a ``part`` ("unet-original"; "" for the whole) is done to ``fraction``, from 0 to 1.
 
     ``text`` says which family (FAMILY), what the user should know (NOTE) or which variant (COMPILE)."""
 
-    unit: str
+    part: str
     phase: Phase
     fraction: float
     text: str = ""

@@ -27,11 +27,11 @@ from diffusion_runtime.families import TARGETS, AttentionKind, compiles
 SOURCE_SUFFIXES = (".json", ".safetensors", ".bin")
 TOOLS = ("coreml-sd", "coremltools", "torch", "diffusers", "transformers")
 CHOICES = ("attention", "components", "compiled", "zip")
-"""Options that say which units there are and what is put together of them, but not what is in a unit."""
+"""Options that say which parts there are and what is put together of them, but not what is in a part."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class Part:
     """One component for one attention, or for all of them (``shared``): converted, verified and kept as a whole."""
 
     component: Component
@@ -45,21 +45,21 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``fingerprint`` is the same for the same source and versions and the options that units follow from.
+    """``fingerprint`` is the same for the same source and versions and the options that parts follow from.
     ``compiled``: whether compiled models are made; ``notes`` are sentences for the user."""
 
     checkpoint: Checkpoint
     options: ConvertOptions
     shape: Shape
-    units: tuple[Unit, ...]
+    parts: tuple[Part, ...]
     fingerprint: str
     size_bytes: int
     compiled: bool
     notes: tuple[str, ...] = ()
 
-    def variant(self, attention: AttentionKind) -> tuple[Unit, ...]:
-        """The units that a variant consists of."""
-        return tuple(unit for unit in self.units if unit.shared or unit.attention is attention)
+    def variant(self, attention: AttentionKind) -> tuple[Part, ...]:
+        """The parts that a variant consists of."""
+        return tuple(part for part in self.parts if part.shared or part.attention is attention)
 
 
 MAX_PIECES = 8
@@ -82,15 +82,15 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
         submodel = checkpoint.models[subfolder]
         network = torch_networks.check(submodel, submodel.tensors(), f"{checkpoint.name}: {subfolder}")
         weights[subfolder] = sum(parameter.numel() for parameter in network.parameters())
-    units = tuple(
-        Unit(component, attention, shared=not component.uses_attention)
+    parts = tuple(
+        Part(component, attention, shared=not component.uses_attention)
         for component in chosen
         for attention in (options.attention if component.uses_attention else (AttentionKind.ORIGINAL,))
     )
     compiled = options.compiled and compiles(TARGETS[options.target])
     notes = (*checkpoint.notes, *((_not_compiled(options.target),) if options.compiled and not compiled else ()))
-    size = _size(weights, units, options, compiled)
-    return Plan(checkpoint, options, shape, units, stamp, size, compiled, notes)
+    size = _size(weights, parts, options, compiled)
+    return Plan(checkpoint, options, shape, parts, stamp, size, compiled, notes)
 
 
 def tool_versions() -> dict[str, str]:
@@ -140,21 +140,21 @@ def _shape(checkpoint: Checkpoint, options: ConvertOptions) -> Shape:
     return Shape(*sizes, options.batch_size, asked)
 
 
-def _size(weights: Mapping[str, int], units: Sequence[Unit], options: ConvertOptions, compiled: bool) -> int:
+def _size(weights: Mapping[str, int], parts: Sequence[Part], options: ConvertOptions, compiled: bool) -> int:
     """About how many bytes the result has, and no fewer than the conversion needs on its way: weights of two bytes,
     once more where compiled (where no hard links are), once more, in as many bits as they have, in every zip."""
     width = 32 if options.precision is Precision.FLOAT32 else 16
 
-    def stored(unit: Unit, bits: int) -> int:
-        return weights[unit.component.subfolder] * bits // 8
+    def stored(part: Part, bits: int) -> int:
+        return weights[part.component.subfolder] * bits // 8
 
-    packages = sum(stored(unit, width) for unit in units)
+    packages = sum(stored(part, width) for part in parts)
     kinds = {kind.value for kind in options.attention}
     zipped = sum(
-        stored(unit, unit.component.bits(options) or width) * len(zip_attentions(attention.value, kinds))
+        stored(part, part.component.bits(options) or width) * len(zip_attentions(attention.value, kinds))
         for attention in options.attention
-        for unit in units
-        if unit.shared or unit.attention is attention
+        for part in parts
+        if part.shared or part.attention is attention
     )
     return packages * (1 + int(compiled)) + zipped * int(compiled and options.zip)
 
@@ -181,9 +181,9 @@ def _digest(told: Any) -> str:
 def _stamps(place: Path) -> Iterator[tuple[str, int, int]]:
     """Path, size and time of change of a file, or of a folder's files that a checkpoint may be read from: what else
     lies there, perhaps this conversion's own output, makes no difference."""
-    parts = (*NETWORKS, *SCHEDULERS, "tokenizer")
+    folders = (*NETWORKS, *SCHEDULERS, "tokenizer")
     files = [path for path in place.glob("*") if path.suffix in SOURCE_SUFFIXES]
-    inside = [path for part in parts for path in (place / part).glob("*")]
+    inside = [path for name in folders for path in (place / name).glob("*")]
     for path in [place] if place.is_file() else sorted(path for path in (*files, *inside) if path.is_file()):
         status = path.stat()
         yield (str(path.resolve()), status.st_size, status.st_mtime_ns)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from diffusion_convert.bundle.model_card import CARD_NAME
 from diffusion_convert.bundle.zip_names import zip_attentions, zip_name, zip_names
-from diffusion_convert.conversion.plan import Plan, Unit
-from diffusion_convert.conversion.unit import Record, read_record, write_record
+from diffusion_convert.conversion.part import Record, read_record, write_record
+from diffusion_convert.conversion.plan import Part, Plan
 from diffusion_convert.conversion.workspace import Workspace
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.atomic import share_tree, unfinished_folder
@@ -86,7 +86,7 @@ class Kept:
         return found
 
     def _complete(self, plan: Plan, attention: AttentionKind) -> Manifest | None:
-        wanted = {unit.component.name for unit in plan.variant(attention)}
+        wanted = {part.component.name for part in plan.variant(attention)}
         kinds = self.previous.variants.get(attention.value, {})
         for kind in KINDS[: 1 + plan.compiled]:
             made, folder = kinds.get(kind), self.previous.output / attention.value / kind
@@ -101,19 +101,19 @@ class Kept:
         return kinds[KINDS[0]]
 
     def take(self, plan: Plan, place: Workspace) -> None:
-        """Make units of the components that are kept, for the conversion to find them finished."""
-        for unit in plan.units:
-            folder = place.unit(unit.name)
-            if read_record(folder) is None and (found := self._component(unit, plan)) is not None:
+        """Make parts of the components that are kept, for the conversion to find them finished."""
+        for part in plan.parts:
+            folder = place.part(part.name)
+            if read_record(folder) is None and (found := self._component(part, plan)) is not None:
                 packages, component = found
                 with unfinished_folder(folder) as unfinished:
                     for name in component.files:
                         share_tree(packages / name, unfinished / name)
                     write_record(Record(component=component), unfinished)
 
-    def _component(self, unit: Unit, plan: Plan) -> tuple[Path, manifest.Component] | None:
-        for attention in plan.options.attention if unit.shared else (unit.attention,):
-            component = self.whole.get((attention.value, KINDS[0]), {}).get(unit.component.name)
+    def _component(self, part: Part, plan: Plan) -> tuple[Path, manifest.Component] | None:
+        for attention in plan.options.attention if part.shared else (part.attention,):
+            component = self.whole.get((attention.value, KINDS[0]), {}).get(part.component.name)
             if component is not None:
                 return self.previous.output / attention.value / KINDS[0], component
         return None

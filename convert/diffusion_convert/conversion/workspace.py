@@ -1,9 +1,9 @@
 """Where a conversion works: a folder of its own in the work folder of its output (`diffusion_runtime.atomic`).
 
-OUTPUT/.coreml-sd/conversion-{fingerprint}/units/{name}/…      finished components
+OUTPUT/.coreml-sd/conversion-{fingerprint}/parts/{name}/…      finished components
                                           references/*.npz    what the checkpoint's own networks computed
 
-A conversion that was stopped, in whatever way, leaves whole units, and goes on with them. What is put together of
+A conversion that was stopped, in whatever way, leaves whole parts, and goes on with them. What is put together of
 them appears in one commit.
 """
 
@@ -28,8 +28,8 @@ class Workspace:
 
     root: Path
 
-    def unit(self, name: str) -> Path:
-        return self.root / "units" / name
+    def part(self, name: str) -> Path:
+        return self.root / "parts" / name
 
     @property
     def references(self) -> Path:
@@ -40,7 +40,7 @@ class Workspace:
 def workspace(hidden: Path, fingerprint: str) -> Iterator[Workspace]:
     """The work folder of a conversion in ``hidden``, that of its output; those of others are removed.
 
-    Where an error or Ctrl-C ends the block, finished units stay; if there is none, nothing does.
+    Where an error or Ctrl-C ends the block, finished parts stay; if there is none, nothing does.
     """
     place = Workspace(hidden / f"{_PREFIX}{fingerprint[:16]}")
     clear(hidden, place)
@@ -60,8 +60,8 @@ def clear(hidden: Path, place: Workspace | None = None) -> None:
 
 
 def kept(output: Path) -> tuple[str, ...]:
-    """The finished units that a stopped conversion has left in ``output``, by name."""
-    records = (output / WORK_FOLDER).glob(f"{_PREFIX}*/units/[!.]*/record.json")
+    """The finished parts that a stopped conversion has left in ``output``, by name."""
+    records = (output / WORK_FOLDER).glob(f"{_PREFIX}*/parts/[!.]*/record.json")
     return tuple(sorted(path.parent.name for path in records))
 
 

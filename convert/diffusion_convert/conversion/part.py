@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.chunk import chunk
-from diffusion_convert.conversion.plan import Plan, Unit, tool_versions
+from diffusion_convert.conversion.plan import Part, Plan, tool_versions
 from diffusion_convert.conversion.workspace import Workspace
 from diffusion_convert.export import export
 from diffusion_convert.export.placeholders import FLOAT16_MAX
@@ -38,7 +38,7 @@ MIN_CHAIN_PSNR_DB = 80.0
 
 
 class Record(BaseModel):
-    """What is known of a finished unit: its entry in the manifest, seconds by phase, notes for the user."""
+    """What is known of a finished part: its entry in the manifest, seconds by phase, notes for the user."""
 
     model_config = ConfigDict(frozen=True)
     component: manifest.Component
@@ -50,7 +50,7 @@ class Record(BaseModel):
 class Job:
     """``folder`` is where the packages go; ``expected`` is None where nothing is to be verified."""
 
-    unit: Unit
+    part: Part
     plan: Plan
     folder: Path
     expected: compare.Expected | None
@@ -60,19 +60,19 @@ class Job:
     @property
     def package(self) -> Path:
         prefix = f"Stable_Diffusion_version_{self.plan.checkpoint.name.replace('/', '_')}"
-        return self.folder / f"{prefix}_{self.unit.component.name}.mlpackage"
+        return self.folder / f"{prefix}_{self.part.component.name}.mlpackage"
 
 
-def make(unit: Unit, plan: Plan, place: Workspace, known: Hashes, report: export.OnPhase) -> Record:
-    """Make the folder of a unit, unless it is there. It appears whole or not at all.
+def make(part: Part, plan: Plan, place: Workspace, known: Hashes, report: export.OnPhase) -> Record:
+    """Make the folder of a part, unless it is there. It appears whole or not at all.
 
     Raises VerificationError where the package does not compute what the checkpoint's own network computes."""
-    kept = read_record(place.unit(unit.name))
+    kept = read_record(place.part(part.name))
     if kept is not None:
         return kept
-    expected = _reference(unit, plan, place.references, report) if plan.options.verify else None
-    with unfinished_folder(place.unit(unit.name)) as folder:
-        job = Job(unit, plan, folder, expected, known, report)
+    expected = _reference(part, plan, place.references, report) if plan.options.verify else None
+    with unfinished_folder(place.part(part.name)) as folder:
+        job = Job(part, plan, folder, expected, known, report)
         record = _convert(job)
         for stage in (_palettize, _cut):
             record = stage(job, record)
@@ -82,12 +82,12 @@ def make(unit: Unit, plan: Plan, place: Workspace, known: Hashes, report: export
 
 
 def write_record(record: Record, folder: Path) -> None:
-    """Say that the unit in ``folder`` is finished."""
+    """Say that the part in ``folder`` is finished."""
     (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record of a finished unit; None where there is none."""
+    """The record of a finished part; None where there is none."""
     try:
         return strict_json.as_model(
             Record, strict_json.read(folder / RECORD, PackageError), str(folder), "a record", PackageError
@@ -96,12 +96,12 @@ def read_record(folder: Path) -> Record | None:
         return None
 
 
-def _reference(unit: Unit, plan: Plan, references: Path, report: export.OnPhase) -> compare.Expected:
+def _reference(part: Part, plan: Plan, references: Path, report: export.OnPhase) -> compare.Expected:
     """What the checkpoint's own network computes, from disk if another variant has asked."""
-    path = references / f"{unit.component.name}.npz"
+    path = references / f"{part.component.name}.npz"
     if not path.is_file():
         report("reference", 0.0)
-        compare.reference(unit.component, plan.checkpoint, plan.shape, partial(report, "reference")).save(path)
+        compare.reference(part.component, plan.checkpoint, plan.shape, partial(report, "reference")).save(path)
         gc.collect()  # networks are cycles, and hold files mapped
     return compare.Expected.load(path)
 
@@ -109,12 +109,12 @@ def _reference(unit: Unit, plan: Plan, references: Path, report: export.OnPhase)
 def _convert(job: Job) -> Record:
     """Write the package. Where float16 has no room for an operation's values, it is converted anew with that
     operation in float32."""
-    unit, options = job.unit, job.plan.options
-    export_options = export.ExportOptions(unit.attention, job.plan.shape, options.target, options.precision)
+    part, options = job.part, job.plan.options
+    export_options = export.ExportOptions(part.attention, job.plan.shape, options.target, options.precision)
     seconds: dict[str, float] = {}
     for _ in range(MAX_ATTEMPTS):
         made = export.export(
-            unit.component, job.plan.checkpoint, export_options, job.package, _metadata(job.plan), job.report
+            part.component, job.plan.checkpoint, export_options, job.package, _metadata(job.plan), job.report
         )
         gc.collect()  # so are coremltools' programs
         _add(seconds, made.seconds)
@@ -123,7 +123,7 @@ def _convert(job: Job) -> Record:
             return _record(job, made, export_options, {}, seconds)
         started = time.perf_counter()
         verdict = compare.measure(job.package, job.expected, partial(job.report, "verify"))
-        compare.check(unit.component, job.package, verdict, partial(_explain, job, made, job.expected))
+        compare.check(part.component, job.package, verdict, partial(_explain, job, made, job.expected))
         _add(seconds, {"verify": time.perf_counter() - started})
         limit = FLOAT16_MAX if options.precision is Precision.FLOAT16 else compare.NEAR_LIMIT
         hot = compare.overflowing(job.package, verdict.largest, limit)
@@ -131,11 +131,11 @@ def _convert(job: Job) -> Record:
             return _record(job, made, export_options, verdict.psnr_db, seconds)
         if options.precision is Precision.FLOAT16:
             raise VerificationError(
-                f"{unit.component.name}: float16 overflows at {_listed(hot, made.modules)}; use --precision auto"
+                f"{part.component.name}: float16 overflows at {_listed(hot, made.modules)}; use --precision auto"
             )
         export_options = _widened(export_options, hot, made.modules)
     raise VerificationError(
-        f"{unit.component.name}: float16 still overflows at {_listed(hot, made.modules)} after {MAX_ATTEMPTS} "
+        f"{part.component.name}: float16 still overflows at {_listed(hot, made.modules)} after {MAX_ATTEMPTS} "
         "attempts to keep that in float32; use --precision float32"
     )
 
@@ -157,7 +157,7 @@ def _widened(
 def _refuse_wide_weights(job: Job, made: export.Exported) -> None:
     if made.float32_weights and job.plan.options.precision is Precision.FLOAT16:
         raise VerificationError(
-            f"{job.unit.component.name}: weights are beyond float16: "
+            f"{job.part.component.name}: weights are beyond float16: "
             f"{torch_networks.listed(list(made.float32_weights))}; use --precision auto"
         )
 
@@ -169,7 +169,7 @@ def _listed(hot: Mapping[str, float], modules: Mapping[str, str]) -> str:
 
 
 def _explain(job: Job, made: export.Exported, expected: compare.Expected) -> str:
-    graph = job.unit.component.build(job.plan.checkpoint, job.unit.attention, job.plan.shape)
+    graph = job.part.component.build(job.plan.checkpoint, job.part.attention, job.plan.shape)
     return compare.first_divergence(job.package, graph.module, made.modules, expected.inputs[0])
 
 
@@ -186,7 +186,7 @@ def _record(
             files=(job.package.name,),
             inputs=tuple(manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape) for p in made.inputs),
             outputs=tuple(manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape) for p in made.outputs),
-            compute_units=job.unit.component.compute_units(job.unit.attention),
+            compute_units=job.part.component.compute_units(job.part.attention),
             precision="float32" if export_options.precision is Precision.FLOAT32 else "float16",
             float32_ops=tuple(kept),
             psnr_db=dict(psnr_db),
@@ -201,18 +201,18 @@ def _notes(job: Job, made: export.Exported, kept: list[str]) -> tuple[str, ...]:
     if kept:
         modules = torch_networks.listed(list(dict.fromkeys(made.modules[name] or "the whole" for name in kept)))
         notes.append(
-            f"{job.unit.name}: {len(kept)} operations stay in float32, as their values come near float16's limit: "
+            f"{job.part.name}: {len(kept)} operations stay in float32, as their values come near float16's limit: "
             f"{torch_networks.listed(kept)} (torch modules {modules})"
         )
     if made.float32_weights:
         wide = torch_networks.listed(list(made.float32_weights))
-        notes.append(f"{job.unit.name}: weights beyond float16 stay in float32: {wide}")
+        notes.append(f"{job.part.name}: weights beyond float16 stay in float32: {wide}")
     return tuple(notes)
 
 
 def _palettize(job: Job, record: Record) -> Record:
     """The package with palettized weights in place of the package. Its PSNR is against the 16-bit package."""
-    nbits = job.unit.component.bits(job.plan.options)
+    nbits = job.part.component.bits(job.plan.options)
     if nbits is None:
         return record
     started = time.perf_counter()
@@ -221,7 +221,7 @@ def _palettize(job: Job, record: Record) -> Record:
         job.package,
         PalettizeOptions(bits=nbits),
         samples=job.expected.inputs if job.expected else None,
-        bounds=job.unit.component.min_palettized_psnr_db,
+        bounds=job.part.component.min_palettized_psnr_db,
         compare=job.expected is not None,
         progress=lambda _, done, total: job.report("palettize", done / total),
     )
@@ -237,7 +237,7 @@ def _palettize(job: Job, record: Record) -> Record:
 
 def _cut(job: Job, record: Record) -> Record:
     """Two packages in place of a UNet, checked to compute the same one after the other."""
-    if not (job.plan.options.chunk_unet and job.unit.component.name == "unet"):
+    if not (job.plan.options.chunk_unet and job.part.component.name == "unet"):
         return record
     job.report("cut", 0.0)
     started = time.perf_counter()
