@@ -48,17 +48,16 @@ def load_pipeline(
     ``pipeline.notes`` says what was chosen and assumed.
     Raises InputError for what cannot be used, PackageError for models that are damaged."""
     from diffusion_runtime.backends import load_backend, resolve
-    from diffusion_runtime.bundle import find as bundle
-    from diffusion_runtime.bundle import manifest
+    from diffusion_runtime.bundle import find, manifest
     from diffusion_runtime.bundle.without_manifest import Assumed
     from diffusion_runtime.pipeline import Pipeline
     from diffusion_runtime.prompt import tokenizer as tokenizers
 
     name = resolve(backend)
-    units = bundle.parse_units(compute_units) if isinstance(compute_units, str) else compute_units
+    units = find.parse_units(compute_units) if isinstance(compute_units, str) else compute_units
     chosen = None if scheduler is None else canonical(scheduler)
     try:
-        found = bundle.find(
+        found = find.find(
             Path(path), backend=name, compute_units=units, assumed=Assumed(prediction_type, latent_scale)
         )
     except (OSError, ValueError) as error:  # a name that is too long or has a NUL, a folder that may not be read
@@ -74,7 +73,7 @@ def load_pipeline(
     text = found.manifest.components.get("text_encoder")
     length = text.inputs[0].shape[-1] if text and text.inputs else tokenizers.LENGTH
     pad = FAMILIES[found.manifest.family].pad_token if found.manifest.family in FAMILIES else None
-    notes = [*found.notes, *(bundle.unit_notes(found, units) if name == "coreml" else ())]
+    notes = [*found.notes, *(find.unit_notes(found, units) if name == "coreml" else ())]
     if name == "torch" and units is not None:
         notes.append(f"compute units {units.value} are Core ML's: the torch backend takes no notice of them")
     if (
@@ -83,7 +82,7 @@ def load_pipeline(
         and "safety_checker" not in found.manifest.components
     ):
         notes.append("the checkpoint asks for a safety checker, but there is none: pictures are not checked")
-    models = bundle.open_models(found, load_backend(name, dtype=dtype, device=device), units, not reduce_memory)
+    models = find.open_models(found, load_backend(name, dtype=dtype, device=device), units, not reduce_memory)
     clip = tokenizers.load(place, length, pad)
     return Pipeline(found.manifest, models, clip, chosen, check_safety, tuple(notes))
 

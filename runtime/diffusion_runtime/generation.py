@@ -9,8 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_runtime import images, noise, schedulers
-from diffusion_runtime import png_record as records
+from diffusion_runtime import images, noise, png_record, schedulers
 from diffusion_runtime.backends import resolve
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.png_record import Past, Settings
@@ -79,7 +78,7 @@ def order(
     is said before any are loaded."""
     for what, name in (("models", models), ("tokenizer", loading.get("tokenizer")), ("prompts file", prompts_file)):
         images.check_name(Path(name or ""), what)
-    past = None if from_picture is None else records.read(from_picture, overridden=options.keys())
+    past = None if from_picture is None else png_record.read(from_picture, overridden=options.keys())
     settings = Settings(**{"prompt": "", "seed": noise.fresh_seed(), **options})
     settings = settings if past is None else replace(past.settings, **options)
     folder, kept = _models(models, past, loading)
@@ -148,14 +147,14 @@ def _models(models: Path | None, past: Past | None, given: Mapping[str, Any]) ->
         return str(models), EMPTY
     if models is None:
         remedy = f"name the models, `coreml-sd generate MODELS --from {past.picture}`"
-        folder = records.find(past.picture, past.models, remedy)
+        folder = png_record.find(past.picture, past.models, remedy)
     elif models.absolute().name != Path(past.models).name:
         return str(models), EMPTY
     else:
         folder = str(models)
     kept = {name: value for name, value in _still_usable(past.loading, given).items() if name not in given}
     if "tokenizer" in kept:
-        kept["tokenizer"] = records.find(past.picture, kept["tokenizer"], "name it with --tokenizer")
+        kept["tokenizer"] = png_record.find(past.picture, kept["tokenizer"], "name it with --tokenizer")
     return folder, kept
 
 
@@ -184,7 +183,7 @@ def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
 
     planned, preview = order.planned, order.preview
     first = planned[0].settings
-    record = {**_named(order), **_record(pipeline), **records.hashes(first)}
+    record = {**_named(order), **_record(pipeline), **png_record.hashes(first)}
     group = 1 if guidance.is_guided(first.guidance_scale) else pipeline.batch_size
     try:
         for start in range(0, len(planned), group):
@@ -235,7 +234,7 @@ def _written(
     used = schedulers.name_of(run.job.scheduler)
     for item, image, flagged in zip(planned, result.images, flags, strict=True):
         settings = replace(item.settings, scheduler=used, **_filled_in(run))
-        inputs = records.named_inputs(settings, item.path)
+        inputs = png_record.named_inputs(settings, item.path)
         images.write_png(image, item.path, {**asdict(settings), **inputs, "task": run.task.name, **record})
         yield Made(item.path, settings, flagged, result.notes)
 
@@ -259,9 +258,9 @@ def _inputs(settings: Settings) -> dict[str, Image.Image]:
 
 def _named(order: Order) -> dict[str, Any]:
     """What the pictures, which lie in one folder, say of the models' own and of how they were loaded."""
-    chosen = {name: order.loading[name] for name in records.LOADING if order.loading.get(name) is not None}
+    chosen = {name: order.loading[name] for name in png_record.LOADING if order.loading.get(name) is not None}
     paths = {"models": order.models, **({"tokenizer": chosen["tokenizer"]} if "tokenizer" in chosen else {})}
-    return chosen | {name: records.named(path, order.planned[0].path) for name, path in paths.items()}
+    return chosen | {name: png_record.named(path, order.planned[0].path) for name, path in paths.items()}
 
 
 def _record(pipeline: Pipeline) -> dict[str, Any]:

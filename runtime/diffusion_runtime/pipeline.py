@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from diffusion_runtime import callbacks, denoising, guidance, images, schedulers, tasks
-from diffusion_runtime import noise as noises
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.models import Models
+from diffusion_runtime.noise import Noise, fresh_seed, from_generators, from_seeds
 from diffusion_runtime.prompt.text_states import TextStates
 from diffusion_runtime.safety import is_flagged
 from diffusion_runtime.tasks import Request
@@ -190,7 +190,7 @@ class Pipeline:
             warnings.warn(note, RuntimeNote, stacklevel=2)
         return result
 
-    def prepare(self, request: Request, noise: noises.Noise) -> Run:
+    def prepare(self, request: Request, noise: Noise) -> Run:
         """Check everything, then encode the prompts and whatever else the task needs.
 
         Raises InputError for what these models cannot do, before any of them runs."""
@@ -286,17 +286,17 @@ def _of_type(arrays: np.ndarray, output_type: str) -> Any:
 
 def _noise(
     generator: torch.Generator | Sequence[torch.Generator] | None, seed: int | Sequence[int] | None, rng: str
-) -> noises.Noise:
+) -> Noise:
     if generator is not None and seed is not None:
         raise InputError("generator and seed are both given: give one")
     if generator is not None:
-        return noises.from_generators(generator)
+        return from_generators(generator)
     if seed is None:
-        return noises.from_seeds([noises.fresh_seed()], rng)
+        return from_seeds([fresh_seed()], rng)
     given: object = seed
     if isinstance(given, str):  # a sequence too, of digits
         raise InputError(f"seed {seed!r}: expected a whole number, or one for each picture")
-    return noises.from_seeds(list(seed) if isinstance(seed, Sequence) else [seed], rng)
+    return from_seeds(list(seed) if isinstance(seed, Sequence) else [seed], rng)
 
 
 def _texts(prompt: Texts, negative: Texts | None, count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
