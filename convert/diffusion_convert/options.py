@@ -46,6 +46,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(_typed("LoRA path", self.path, (str, os.PathLike), "a path")))
+        check_path("--lora ", self.path)
         given = self.parts.items() if isinstance(self.parts, Mapping) else self.parts
         parts = dict(_typed("LoRA parts", given, (Iterable,), 'weights by part, as {"te": 0.5}'))
         for name, weight in {"": self.weight, **parts}.items():
@@ -84,6 +85,8 @@ class ConvertOptions:
     lora_partial: bool = False
     revision: str | None = None
     family: str | None = None
+    variant: str | None = None
+    base: str | None = None
     precision: Precision = Precision.AUTO
     compiled: bool = True
     zip: bool = True
@@ -115,12 +118,11 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
             _typed(name, getattr(options, name), (int,), "a whole number")
     for name in ("chunk_unet", "lora_partial", "compiled", "zip", "verify"):
         _typed(name, getattr(options, name), (bool,), "True or False")
-    for name in ("target", "revision", "family"):
+    for name in ("target", "revision", "family", "variant"):
         if name == "target" or getattr(options, name) is not None:
             _typed(name, getattr(options, name), (str,), "a text")
     for name, bits in _typed("nbits_for", options.nbits_for, (Mapping,), 'a mapping as {"unet": 6}').items():
         _typed(f"nbits_for {name}", bits, (int,), "a whole number")
-    vae = options.vae
     return {
         "attention": tuple(
             _member(AttentionKind, "attention", value) for value in _several("attention", options.attention)
@@ -131,8 +133,22 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
             for value in _several("components", options.components)
         ),
         "loras": tuple(_lora(value) for value in _several("loras", options.loras)),
-        "vae": None if vae is None else os.fspath(_typed("vae", vae, (str, os.PathLike), "a path or Hub id")),
+        **{name: _source(name, getattr(options, name)) for name in ("vae", "base")},
     }
+
+
+def _source(name: str, value: Any) -> str | None:
+    return None if value is None else os.fspath(_typed(name, value, (str, os.PathLike), "a path or Hub id"))
+
+
+def check_path(option: str, path: str | os.PathLike[str] | None) -> None:
+    """Raises InputError for a text that no file system takes for a path. ``option``: what it was given as."""
+    try:
+        usable = path is None or b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise InputError(f"{option}{os.fspath(path or '')!a}: no path: it holds a NUL or half a surrogate pair")
 
 
 def _typed(name: str, value: Any, types: tuple[type, ...], expected: str) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.vocabulary import TOKENIZER_FILES
 from diffusion_runtime import strict_json
 from diffusion_runtime.bundle.manifest import Source
-from diffusion_runtime.errors import CheckpointError
+from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import COMPONENTS
 
 if TYPE_CHECKING:
@@ -25,12 +26,28 @@ NETWORKS = tuple(dict.fromkeys(names.subfolder for names in COMPONENTS.values())
 SCHEDULERS = ("scheduler", "low_res_scheduler")
 REQUIRED = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-SUFFIXES = (".fp16.safetensors", ".safetensors", ".fp16.bin", ".bin")
-"""In order of preference: no code before code, half the bytes before all of them."""
+KINDS = ("safetensors", "bin")
+"""In order of preference: no code before code."""
+HALF = "fp16"
+"""The variant that is taken before files without one: half the bytes."""
+_VARIANT = re.compile(
+    rf"(?:{'|'.join(STEMS)})(?:-\d+-of-\d+)?\.(?:(\w+)(?:-\d+-of-\d+)?\.(?:{'|'.join(KINDS)})(?:\.index\.json)?"
+    rf"|(?:{'|'.join(KINDS)})\.index\.(\w+)\.json)"
+)
+LEFT_OUT: Mapping[str, str] = {
+    "controlnet": "a ControlNet: pictures that guide it cannot be given",
+    "image_encoder": "an image encoder, for prompts that are pictures",
+    "adapter": "a T2I-Adapter: pictures that guide it cannot be given",
+    "prior": "a prior, which makes image embeddings of prompts",
+    "motion_adapter": "a motion adapter, for videos",
+}
+"""Parts of pipelines that other pipelines than those of the families have."""
 
 
-def open_folder(folder: Path, source: Source, family: str | None = None) -> Checkpoint:
-    """The checkpoint in ``folder``. No weight is read. Raises CheckpointError, with all that is missing."""
+def open_folder(folder: Path, source: Source, family: str | None = None, variant: str | None = None) -> Checkpoint:
+    """The checkpoint in ``folder``. No weight is read. ``variant``: see `weight_files`; of parts that have it.
+
+    Raises CheckpointError, with all that is missing, and InputError for a variant that no part has."""
     if not folder.exists():
         raise CheckpointError(f"{folder}: no such folder")
     if not (folder / INDEX).is_file():
@@ -45,7 +62,10 @@ def open_folder(folder: Path, source: Source, family: str | None = None) -> Chec
     if missing:
         raise CheckpointError(f"{folder}: it lacks {', '.join(missing)} (it has {', '.join(sorted(parts))})")
     absent = [name for name in NETWORKS if name in named and name not in parts]
-    models = {name: read_submodel(folder / name, str(parts[name][1])) for name in NETWORKS if name in parts}
+    models = {
+        name: read_submodel(folder / name, str(parts[name][1]), variant) for name in NETWORKS if name in parts
+    }
+    _check_variant(folder, models, variant)
     schedulers = {
         name: {**read_json(folder / name / "scheduler_config.json"), "_class_name": str(parts[name][1])}
         for name in SCHEDULERS
@@ -66,8 +86,29 @@ def open_folder(folder: Path, source: Source, family: str | None = None) -> Chec
         tokenizer={name: path for name in TOKENIZER_FILES if (path := folder / "tokenizer" / name).is_file()},
         pipeline_class=str(index.get("_class_name", "StableDiffusionPipeline")),
         pipeline_config={name: value for name, value in index.items() if not _is_part(value)},
-        notes=tuple(f"{INDEX} names a {name}, but there is no such folder: made without it" for name in absent),
+        notes=(
+            *(f"{INDEX} names a {name}, but there is no such folder: made without it" for name in absent),
+            *(f"{folder.name} has {what}; made without it" for name, what in LEFT_OUT.items() if name in named),
+            *_only_variants(models, variant),
+        ),
     )
+
+
+def _check_variant(folder: Path, models: Mapping[str, Submodel], variant: str | None) -> None:
+    if variant is None or any(
+        variant in variants([file.name]) for model in models.values() for file in model.files
+    ):
+        return
+    found = {one for name in models for one in variants(path.name for path in (folder / name).iterdir())}
+    raise InputError(
+        f"--variant {variant}: {folder} has no such weights; it has {', '.join(sorted(found)) or 'no variants'}"
+    )
+
+
+def _only_variants(models: Mapping[str, Submodel], variant: str | None) -> Iterator[str]:
+    for name, model in models.items():
+        for taken in variants(file.name for file in model.files) - {variant, HALF}:
+            yield f"{name} has weights of the variant {taken} only: those are taken"
 
 
 def part_names(index: Mapping[str, Any]) -> tuple[str, ...]:
@@ -97,19 +138,46 @@ def read_json(path: Path) -> dict[str, Any]:
     return strict_json.read_object(path, CheckpointError)
 
 
-def weight_files(names: Callable[[str], bool], read_index: Callable[[str], Mapping[str, Any]]) -> tuple[str, ...]:
-    """The files that hold a network's weights, the best there are: one, or the shards that an index lists.
+def weight_files(
+    names: Collection[str], read_index: Callable[[str], Mapping[str, Any]], variant: str | None = None
+) -> tuple[str, ...]:
+    """The files that hold a network's weights, the best of ``names``: one, or the shards that an index lists, which
+    ``read_index`` reads. Empty where there are none.
 
-    ``names`` tells whether a file is there, ``read_index`` reads one. Empty where there are none.
+    ``variant`` is that of diffusers ("non_ema": diffusion_pytorch_model.non_ema.safetensors), in place of files
+    without one; those are taken where it is not there. Without it: half the bytes before all of them, code last. A
+    variant that is all that there is is taken. Raises CheckpointError where there are several.
     """
-    for suffix in SUFFIXES:
+    for one, kind in _preferences(names, variant):
         for stem in STEMS:
-            if names(f"{stem}{suffix}"):
-                return (f"{stem}{suffix}",)
-            for index in _index_names(stem, suffix):
-                if names(index):
+            name = f"{stem}.{one}.{kind}" if one else f"{stem}.{kind}"
+            if name in names:
+                return (name,)
+            # diffusers wrote model.safetensors.index.fp16.json as well as model.fp16.safetensors.index.json
+            indices = [f"{stem}.{kind}.index.{one}.json"] if one else []
+            for index in (*indices, f"{name}.index.json"):
+                if index in names:
                     return _shards(index, read_index(index))
     return ()
+
+
+def _preferences(names: Collection[str], variant: str | None) -> Iterator[tuple[str, str]]:
+    if variant:
+        yield from ((variant, kind) for kind in KINDS)
+        yield from (("", kind) for kind in KINDS)
+    else:
+        yield from ((one, kind) for kind in KINDS for one in (HALF, ""))
+    others = sorted(variants(names) - {HALF})
+    if len(others) > 1:
+        raise CheckpointError(
+            f"weights of several variants, and none without a name: {', '.join(others)}; --variant chooses"
+        )
+    yield from ((one, kind) for one in (*others, HALF) for kind in KINDS)
+
+
+def variants(names: Iterable[str]) -> set[str]:
+    """The names of variants among a network's files."""
+    return {found for name in names if (match := _VARIANT.fullmatch(name)) and (found := match[1] or match[2])}
 
 
 def _shards(name: str, index: Mapping[str, Any]) -> tuple[str, ...]:
@@ -122,27 +190,25 @@ def _shards(name: str, index: Mapping[str, Any]) -> tuple[str, ...]:
     return files
 
 
-def _index_names(stem: str, suffix: str) -> tuple[str, ...]:
-    """diffusers wrote ``model.safetensors.index.fp16.json`` as well as ``model.fp16.safetensors.index.json``."""
-    if not suffix.startswith(".fp16"):
-        return (f"{stem}{suffix}.index.json",)
-    plain = suffix.removeprefix(".fp16")
-    return (f"{stem}{plain}.index.fp16.json", f"{stem}{suffix}.index.json")
-
-
 def _is_part(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and value[1] is not None
 
 
-def read_submodel(folder: Path, class_name: str) -> Submodel:
+def read_submodel(folder: Path, class_name: str, variant: str | None = None) -> Submodel:
     """The network in a folder, config.json beside its weights. No weight is read. Raises CheckpointError."""
     config = config_models.checked(class_name, read_json(folder / "config.json"), str(folder / "config.json"))
-    files = weight_files(lambda name: (folder / name).is_file(), lambda name: read_json(folder / name))
-    missing = [name for name in files if not (folder / name).is_file()]
-    if missing or not files:
+    try:
+        names = weight_files(
+            {path.name for path in folder.iterdir()}, lambda name: read_json(folder / name), variant
+        )
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
         expected = ", ".join(missing) or f"{STEMS[0]}.safetensors, {STEMS[1]}.safetensors or the like"
         raise CheckpointError(f"{folder}: weights are missing: {expected}")
-    return Submodel(class_name, config, partial(_read, tuple(folder / name for name in files)))
+    files = tuple(folder / name for name in names)
+    return Submodel(class_name, config, partial(_read, files), files)
 
 
 def _read(files: tuple[Path, ...]) -> dict[str, torch.Tensor]:

@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     from diffusion_convert.checkpoint.model import Checkpoint
 
 Config = Mapping[str, Any]
-TEXT_LENGTH = 77
-"""Tokens of CLIP's text encoder."""
+LEAST_LENGTH, TEXT_LENGTH = 8, 77
+"""Tokens of a text encoder: of the smallest that takes any words, and of CLIP's."""
 
 
 OTHER_KINDS: Mapping[str, str] = {
     "addition_embed_type": "Stable Diffusion XL",
     "time_cond_proj_dim": "a latent consistency model, which is told the guidance scale",
     "encoder_hid_dim_type": "states of other encoders than CLIP's text encoder",
+    "encoder_hid_dim": "states of another width than it attends to, which it projects",
 }
 """Keys of a UNet's configuration that say that it has inputs which no family here has."""
 
@@ -32,6 +33,16 @@ def refuse_other_kinds(unet: Config, where: str) -> None:
             raise CheckpointError(
                 f"{where}: a UNet with {key} {unet[key]!r} ({kind}) is not supported; supported are {known()}"
             )
+    classes = unet.get("class_embed_type")
+    if classes is not None and not any(_takes(family, unet) for family in FAMILIES.values()):
+        kind = (
+            "unCLIP, which takes an image's embedding"
+            if "projection" in classes
+            else "it takes a class of pictures"
+        )
+        raise CheckpointError(
+            f"{where}: a UNet with class_embed_type {classes!r} ({kind}) is not supported; supported are {known()}"
+        )
 
 
 def detect(unet: Config, scheduler: Config, where: str) -> str:
@@ -113,4 +124,4 @@ def text_length(checkpoint: Checkpoint) -> int:
     positions = TEXT_LENGTH if encoder is None else int(encoder.config.get("max_position_embeddings", TEXT_LENGTH))
     path = checkpoint.tokenizer.get("tokenizer_config.json")
     told = strict_json.read_object(path, CheckpointError).get("model_max_length") if path is not None else None
-    return min(told, positions) if isinstance(told, int) and told > 2 else positions
+    return min(told, positions) if isinstance(told, int) and told >= LEAST_LENGTH else positions

@@ -19,11 +19,13 @@ class Submodel:
 
     ``tensors`` maps the weights lazily, in the file's own element type: calling it reads no data.
     ``class_name`` is the class named in model_index.json ("UNet2DConditionModel", "CLIPTextModel", …).
+    ``files`` are those that the weights come from.
     """
 
     class_name: str
     config: Mapping[str, Any]
     tensors: Callable[[], Mapping[str, torch.Tensor]]
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffusion_convert.checkpoint import diffusers_folder, lora, repository, single_file
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vae import with_vae
-from diffusion_convert.options import Lora
+from diffusion_convert.options import Lora, check_path
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, DiffusionError, InputError
 
@@ -19,33 +19,65 @@ def open_checkpoint(
     *,
     revision: str | None = None,
     family: str | None = None,
+    variant: str | None = None,
+    base: str | None = None,
     vae: str | None = None,
     loras: Sequence[Lora] = (),
     lora_partial: bool = False,
 ) -> Checkpoint:
     """The checkpoint that ``source`` names: a folder in diffusers' layout, a single .safetensors or .ckpt file, or
     the id of a repository on the Hugging Face Hub, with another VAE and LoRAs put in.
-    ``lora_partial``: what of a LoRA has no place in the checkpoint is left out, and is no error.
+    ``variant``: of a folder's weights, as in diffusers. ``base``: another checkpoint, which gives what a single
+    file lacks. ``lora_partial``: what of a LoRA has no place in the checkpoint is left out, and is no error.
 
     No weight is read. Raises CheckpointError or InputError, in one line, for what cannot be used.
     """
+    for option, given in (("", source), ("--vae ", vae), ("--base ", base)):
+        check_path(option, given)
     path = Path(source).expanduser()
     if revision is not None and path.exists():
         raise InputError(f"--revision {revision}: {source} is on this machine, where there is but one")
+    if path.is_file() and variant is not None:
+        raise InputError(f"--variant {variant}: {source} is one file, whose weights have no variants")
+    if base is not None and not path.is_file():
+        raise InputError(f"--base {base}: {source} is no single file, and lacks nothing")
     if path.is_dir():
         origin = Source(name=path.resolve().name, license=diffusers_folder.read_license(path))
-        checkpoint = diffusers_folder.open_folder(path, origin, family)
+        checkpoint = diffusers_folder.open_folder(path, origin, family, variant)
     elif path.is_file():
-        checkpoint = single_file.open_single_file(path, family, without_vae=vae is not None)
+        checkpoint = single_file.open_single_file(path, family, vae is not None, _open_base(base))
     elif is_repository_id(source):
-        checkpoint = repository.open_repository(source, revision, family)
+        checkpoint = repository.open_repository(source, revision, family, variant)
     else:
         raise CheckpointError(f"{source}: no such file or folder")
     if vae is not None:
         with _given_as("--vae"):
             checkpoint = with_vae(checkpoint, vae, repository.fetch_vae if is_repository_id(vae) else None)
+    _check_fits(checkpoint)
     with _given_as("--lora"):
         return lora.fuse(checkpoint, loras, lora_partial) if loras else checkpoint
+
+
+def _open_base(base: str | None) -> Checkpoint | None:
+    if base is None:
+        return None
+    with _given_as("--base"):
+        return open_checkpoint(base)
+
+
+def _check_fits(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for networks that cannot work together, though each is whole."""
+    unet, vae = (checkpoint.models[name].config for name in ("unet", "vae"))
+    pairs = [("VAE has latents of", int(vae["latent_channels"]), "channels", int(unet["out_channels"]))]
+    text = [model for name, model in checkpoint.models.items() if name.startswith("text_encoder")]
+    if len(text) == 1:
+        widths = int(text[0].config["hidden_size"]), int(unet["cross_attention_dim"])
+        pairs.append(("text encoder gives states of", widths[0], "channels", widths[1]))
+    for what, given, unit, wanted in pairs:
+        if given != wanted:
+            raise CheckpointError(
+                f"{checkpoint.name}: the {what} {given} {unit}, but the UNet takes {wanted}: not of one model"
+            )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +29,18 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-def open_repository(repo_id: str, revision: str | None = None, family: str | None = None) -> Checkpoint:
+def open_repository(
+    repo_id: str, revision: str | None = None, family: str | None = None, variant: str | None = None
+) -> Checkpoint:
     """The checkpoint in a repository of the Hub, downloaded where it is not in the cache.
 
     ``revision`` (branch, tag or commit; None: the main branch) is resolved to a commit once, which is used for
     all files. Tokens are taken from HF_TOKEN and the login. Where the Hub cannot be reached, or HF_HUB_OFFLINE is
     set, what the cache has of that revision is used. Raises CheckpointError or InputError, in one line.
     """
-    folder = _fetch(repo_id, revision, checkpoint_files)
+    folder = _fetch(repo_id, revision, partial(checkpoint_files, variant=variant))
     source = Source(name=repo_id, revision=folder.name, license=read_license(folder))
-    return open_folder(folder, source, family)
+    return open_folder(folder, source, family, variant)
 
 
 def fetch_vae(repo_id: str) -> Path:
@@ -53,7 +56,7 @@ Needed = Callable[[frozenset[str], ReadJson], tuple[str, ...]]
 """What is read of a repository's files, given their names."""
 
 
-def checkpoint_files(names: frozenset[str], read_json: ReadJson) -> tuple[str, ...]:
+def checkpoint_files(names: frozenset[str], read_json: ReadJson, variant: str | None = None) -> tuple[str, ...]:
     """The files of a checkpoint: model_index.json says which parts there are. Empty where there is none."""
     if INDEX not in names:
         return ()
@@ -62,7 +65,7 @@ def checkpoint_files(names: frozenset[str], read_json: ReadJson) -> tuple[str, .
         inside = _inside(names, part)
         wanted: set[str] = set()
         if part in NETWORKS:
-            wanted = {"config.json", *_weights(part, inside, read_json)}
+            wanted = {"config.json", *_weights(part, inside, read_json, variant)}
         elif part in SCHEDULERS:
             wanted = {"scheduler_config.json"}
         elif part == "tokenizer":
@@ -86,9 +89,9 @@ def _inside(names: frozenset[str], part: str) -> set[str]:
     return {name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")}
 
 
-def _weights(part: str, inside: set[str], read_json: ReadJson) -> set[str]:
+def _weights(part: str, inside: set[str], read_json: ReadJson, variant: str | None = None) -> set[str]:
     prefix = f"{part}/" if part else ""
-    files = weight_files(inside.__contains__, lambda name: read_json(prefix + name))
+    files = weight_files(inside, lambda name: read_json(prefix + name), variant)
     indices = {name for name in inside if name.endswith(".json") and ".index." in name} if len(files) > 1 else set()
     return {*files, *indices}
 

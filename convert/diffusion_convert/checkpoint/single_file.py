@@ -21,6 +21,7 @@ from diffusion_convert.checkpoint import (
     tensor_file,
     torch_networks,
 )
+from diffusion_convert.checkpoint.diffusers_folder import SCHEDULERS
 from diffusion_convert.checkpoint.ldm_layout import NETWORKS, OTHER_LAYOUTS, Network, only_averaged, split
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.vocabulary import TOKENIZER_FILES
@@ -59,9 +60,12 @@ def open_single_file(
     _check_layout(path, file.tensors, parts, without_vae, base)
     given = ldm_configs.read_beside(path)
     marks = ldm_marks.read(path, file, settled="prediction_type" in given.get("scheduler", {}))
-    found, notes = _family(path, parts, family, marks, file.scalars, given)
+    found, notes = _family(path, parts, family, marks, file.scalars, given, base)
     data = ldm_configs.family_data(found)
-    beside = ldm_configs.merge({"scheduler": marks.scheduler(data["scheduler"])}, given)
+    schedulers = {name: data[name] for name in SCHEDULERS if name in data}
+    if base is not None and base.family == found:
+        schedulers = dict(base.schedulers)
+    beside = ldm_configs.merge({"scheduler": marks.scheduler(schedulers["scheduler"])}, given)
     models = dict(base.models) if base is not None else {}
     models |= {
         network.subfolder: submodel(path, network, parts[network.kind], data, beside)
@@ -75,11 +79,7 @@ def open_single_file(
         family=found,
         source=Source(name=path.name, sha256=sha256(path)),
         models=models,
-        schedulers={
-            name: ldm_configs.merge(data[name], beside.get(name, {}))
-            for name in ("scheduler", "low_res_scheduler")
-            if name in data
-        },
+        schedulers={name: ldm_configs.merge(config, beside.get(name, {})) for name, config in schedulers.items()},
         tokenizer=base.tokenizer
         if base is not None
         else _tokenizer(path, data["tokenizer"], models["text_encoder"].config["vocab_size"]),
@@ -125,7 +125,7 @@ def submodel(
             _check_all_used(part, mapped)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    found = Submodel(network.class_name, config, partial(_map_tensors, path, network.kind, config))
+    found = Submodel(network.class_name, config, partial(_map_tensors, path, network.kind, config), (path,))
     torch_networks.check(found, mapped, f"{path}: {network.subfolder}")
     return found
 
@@ -178,6 +178,7 @@ def _family(
     marks: ldm_marks.Marks,
     scalars: Mapping[str, int | float | str],
     beside: ldm_configs.Sections,
+    base: Checkpoint | None,
 ) -> tuple[str, tuple[str, ...]]:
     """The family and, where it was not certain, a sentence that says so."""
     unet, first = parts["unet"], "input_blocks.0.0.weight"
@@ -208,6 +209,8 @@ def _family(
     prediction = beside.get("scheduler", {}).get("prediction_type", marks.prediction)
     if prediction is not None:
         return by_prediction.get(prediction, by_prediction["epsilon"]), ()
+    if base is not None and base.family in by_prediction.values():
+        return base.family, ()
     if scalars.get("global_step") == BASE_GLOBAL_STEP:
         return by_prediction["epsilon"], ()
     v, noise = by_prediction["v_prediction"], by_prediction["epsilon"]

@@ -109,6 +109,10 @@ def convert(
     ] = False,
     revision: Annotated[str | None, _option("Branch, tag or commit of a Hub repository.")] = None,
     family: Annotated[str | None, _option("sd1, sd2-base, …; an unknown one lists all. Default: detected.")] = None,
+    variant: Annotated[
+        str | None, _option("Of a folder's weights, as in diffusers: fp16, bf16, ema, non_ema. Default: the best.")
+    ] = None,
+    base: Annotated[str | None, _option("Checkpoint that gives what a single file lacks: a UNet alone.")] = None,
     precision: Annotated[
         str, _option("auto (float32 where float16 would overflow), float16 or float32. Default: auto.")
     ] = "auto",
@@ -138,6 +142,8 @@ def convert(
         lora_partial=lora_partial,
         revision=revision,
         family=family,
+        variant=variant,
+        base=base,
         precision=parse_choice(Precision, "precision", precision),
         compiled=compile_,
         zip=zip_,

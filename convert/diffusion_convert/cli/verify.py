@@ -20,6 +20,8 @@ def verify(
     against: Annotated[str, typer.Option(help="The checkpoint that they were converted from.", metavar="SOURCE")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
     family: Annotated[str | None, typer.Option(help="The checkpoint's family, where it cannot be told.")] = None,
+    variant: Annotated[str | None, typer.Option(help="The variant of its weights that was converted.")] = None,
+    base: Annotated[str | None, typer.Option(help="The checkpoint that gave what a single file lacks.")] = None,
     vae: Annotated[str | None, typer.Option(help="The VAE that was put in at conversion.")] = None,
     lora: Annotated[
         list[str] | None,
@@ -35,7 +37,14 @@ def verify(
 
     loras = tuple(parse_lora(text) for text in lora or ())
     checkpoint = open_checkpoint(
-        against, revision=revision, family=family, vae=vae, loras=loras, lora_partial=lora_partial
+        against,
+        revision=revision,
+        family=family,
+        variant=variant,
+        base=base,
+        vae=vae,
+        loras=loras,
+        lora_partial=lora_partial,
     )
     rows = [("models", "component", "worst output", "PSNR", "at least", "")]
     for comparison in verify_models(models, checkpoint, lambda text: typer.echo(text, err=True)):

@@ -19,7 +19,7 @@ from diffusion_convert.conversion.plan import Part, Plan, fingerprint, make_plan
 from diffusion_convert.conversion.previous import Kept, Previous, kept_of, read
 from diffusion_convert.conversion.workspace import Workspace, check_space, clear, workspace
 from diffusion_convert.export import export
-from diffusion_convert.options import ConvertOptions
+from diffusion_convert.options import ConvertOptions, check_path
 from diffusion_runtime.atomic import check_writable, commit, locked, work
 from diffusion_runtime.bundle.integrity import Hashes
 from diffusion_runtime.bundle.manifest import Manifest
@@ -40,6 +40,7 @@ class Conversion:
 
 def convert(source: str, output: Path, options: ConvertOptions, progress: Progress) -> Conversion:
     """See `diffusion_convert.convert`."""
+    check_path("", output)
     check_writable(output)
     with locked(output) as hidden:
         sweep_variants(output)
@@ -60,6 +61,8 @@ def _plan(source: str, options: ConvertOptions, previous: Previous, progress: Pr
         source,
         revision=options.revision,
         family=options.family,
+        variant=options.variant,
+        base=options.base,
         vae=options.vae,
         loras=options.loras,
         lora_partial=options.lora_partial,
@@ -97,5 +100,6 @@ def _reporter(part: Part, progress: Progress) -> export.OnPhase:
 
 
 def _places(source: str, options: ConvertOptions) -> tuple[Path, ...]:
-    named = [Path(source), *([Path(options.vae)] if options.vae else []), *(lora.path for lora in options.loras)]
+    given = [place for place in (options.vae, options.base) if place]
+    named = [Path(source), *map(Path, given), *(lora.path for lora in options.loras)]
     return tuple(path for place in named if (path := place.expanduser()).exists())

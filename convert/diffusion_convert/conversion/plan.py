@@ -77,10 +77,13 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
         check_vocabulary(checkpoint.tokenizer)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.name}: {error}") from error
-    weights = {}
+    weights, notes = {}, list(checkpoint.notes)
     for subfolder in dict.fromkeys(component.subfolder for component in chosen):
         submodel = checkpoint.models[subfolder]
-        network = torch_networks.check(submodel, submodel.tensors(), f"{checkpoint.name}: {subfolder}")
+        tensors = submodel.tensors()
+        network = torch_networks.check(submodel, tensors, f"{checkpoint.name}: {subfolder}")
+        if unused := torch_networks.unused_layers(submodel, tensors):
+            notes.append(f"{subfolder}: its configuration leaves out the last {unused} of its weights' layers")
         weights[subfolder] = sum(parameter.numel() for parameter in network.parameters())
     parts = tuple(
         Part(component, attention, shared=not component.uses_attention)
@@ -88,9 +91,10 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
         for attention in (options.attention if component.uses_attention else (AttentionKind.ORIGINAL,))
     )
     compiled = options.compiled and compiles(TARGETS[options.target])
-    notes = (*checkpoint.notes, *((_not_compiled(options.target),) if options.compiled and not compiled else ()))
+    if options.compiled and not compiled:
+        notes.append(_not_compiled(options.target))
     size = _size(weights, parts, options, compiled)
-    return Plan(checkpoint, options, shape, parts, stamp, size, compiled, notes)
+    return Plan(checkpoint, options, shape, parts, stamp, size, compiled, tuple(notes))
 
 
 def tool_versions() -> dict[str, str]:

@@ -1,0 +1,512 @@
+"""Folders in diffusers' layout as people have them, against diffusers' and transformers' own loading."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny_checkpoints
+from diffusion_convert import ConvertOptions, convert
+from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.checkpoint.open import open_checkpoint
+from diffusion_convert.conversion.plan import make_plan
+from diffusion_convert.options import Lora
+from diffusion_runtime.bundle import manifest
+from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.families import AttentionKind
+from diffusion_runtime.prompt import tokenizer
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A checkpoint to change."""
+    return shutil.copytree(tiny_checkpoint("sd1"), tmp_path / "checkpoint")
+
+
+def configure(folder: Path, part: str, **values: Any) -> None:
+    path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    config = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+def add_variant(folder: Path, part: str, variant: str, shift: float) -> None:
+    """Weights of a variant beside the others, each moved by ``shift``."""
+    stem, _, suffix = WEIGHTS[part].partition(".")
+    weights = {name: value + shift for name, value in load_file(folder / part / WEIGHTS[part]).items()}
+    save_file(weights, folder / part / f"{stem}.{variant}.{suffix}")
+
+
+def diffusers_unet(folder: Path, variant: str | None) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    with networks.silent():
+        return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant=variant)
+
+
+def assert_unet(checkpoint: Checkpoint, expected: Any) -> None:
+    built = networks.build(checkpoint, "unet").state_dict()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(built[name].float(), value.float()), name
+
+
+@pytest.mark.parametrize("variant", ["non_ema", "ema", "bf16", "fp16", "my_own"])
+def test_a_variant_that_is_all_there_is_is_taken(variant: str, folder: Path) -> None:
+    for part in WEIGHTS:
+        add_variant(folder, part, variant, 0.5)
+        (folder / part / WEIGHTS[part]).unlink()
+    checkpoint = open_checkpoint(str(folder))
+    make_plan(checkpoint, ConvertOptions())
+    assert_unet(checkpoint, diffusers_unet(folder, variant))
+    assert any(f"unet has weights of the variant {variant} only" in n for n in checkpoint.notes) == (
+        variant != "fp16"
+    )
+
+
+@pytest.mark.parametrize("variant", ["non_ema", "ema", "bf16", "fp16"])
+def test_a_variant_that_is_asked_for_is_taken(variant: str, folder: Path) -> None:
+    """diffusers takes weights without a variant for the parts that lack it."""
+    add_variant(folder, "unet", variant, 0.5)
+    checkpoint = open_checkpoint(str(folder), variant=variant)
+    assert_unet(checkpoint, diffusers_unet(folder, variant))
+    assert checkpoint.notes == ()
+    make_plan(checkpoint, ConvertOptions())
+
+
+def test_variants_beside_the_weights_are_left_out(folder: Path) -> None:
+    for variant in ("non_ema", "ema"):
+        add_variant(folder, "unet", variant, 0.5)
+    checkpoint = open_checkpoint(str(folder))
+    assert_unet(checkpoint, diffusers_unet(folder, None))
+    assert checkpoint.notes == ()
+
+
+def test_several_variants_ask_which(folder: Path) -> None:
+    for variant in ("non_ema", "ema"):
+        add_variant(folder, "unet", variant, 0.5)
+    (folder / "unet" / WEIGHTS["unet"]).unlink()
+    with pytest.raises(CheckpointError, match=r"unet: weights of several variants.*: ema, non_ema; --variant"):
+        open_checkpoint(str(folder))
+    assert_unet(open_checkpoint(str(folder), variant="ema"), diffusers_unet(folder, "ema"))
+    with pytest.raises(CheckpointError, match="several variants"):
+        open_checkpoint(str(folder), variant="bf16")
+
+
+def test_a_variant_that_is_not_there(folder: Path) -> None:
+    add_variant(folder, "unet", "ema", 0.5)
+    with pytest.raises(InputError, match=r"--variant bf16: .* has no such weights; it has ema"):
+        open_checkpoint(str(folder), variant="bf16")
+
+
+def test_shards_of_a_variant(folder: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    network = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    for path in (folder / "unet").glob("*.safetensors"):
+        path.unlink()
+    network.save_pretrained(folder / "unet", variant="bf16", max_shard_size="100KB")
+    assert len(list((folder / "unet").glob("*-of-*"))) > 1
+    for variant in (None, "bf16"):
+        assert_unet(open_checkpoint(str(folder), variant=variant), diffusers_unet(folder, "bf16"))
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_layers_that_the_configuration_leaves_out(left: int, folder: Path) -> None:
+    """Clip skip made permanent: transformers ignores the rest of the weights."""
+    from transformers import CLIPTextModel
+
+    text = folder / "text_encoder" / WEIGHTS["text_encoder"]
+    weights = load_file(text)
+    more = {n.replace("layers.1.", "layers.2."): v + 1 for n, v in weights.items() if "layers.1." in n}
+    save_file(weights | more, text)
+    configure(folder, "text_encoder", num_hidden_layers=left)
+    checkpoint = open_checkpoint(str(folder))
+    notes = make_plan(checkpoint, ConvertOptions()).notes
+    assert any(f"text_encoder: its configuration leaves out the last {3 - left}" in note for note in notes)
+    with networks.silent():
+        expected = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", torch_dtype=torch.float32)
+    ids = torch.arange(77)[None]
+    with torch.inference_mode():
+        found = networks.build(checkpoint, "text_encoder").float()(ids).last_hidden_state
+        torch.testing.assert_close(found, expected.eval()(ids).last_hidden_state)
+
+
+def test_a_context_that_is_given_by_block(folder: Path) -> None:
+    configure(folder, "unet", cross_attention_dim=[32, 32])
+    checkpoint = open_checkpoint(str(folder))
+    make_plan(checkpoint, ConvertOptions())
+    assert_unet(checkpoint, diffusers_unet(folder, None))
+    configure(folder, "unet", cross_attention_dim=[32, 64])
+    with pytest.raises(CheckpointError, match=r"cross_attention_dim \[32, 64\]: .* several widths"):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"encoder_hid_dim": 48}, "encoder_hid_dim"),
+        ({"encoder_hid_dim": 48, "encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim"),
+        ({"encoder_hid_dim": 48, "encoder_hid_dim_type": "ip_image_proj"}, "encoder_hid_dim"),
+        ({"class_embed_type": "timestep"}, "class_embed_type 'timestep'"),
+        ({"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8}, "'projection'.*unCLIP"),
+        (
+            {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 8},
+            "simple_projection",
+        ),
+        ({"class_embed_type": "identity"}, "class_embed_type 'identity'"),
+        ({"num_class_embeds": 10}, "class embeddings"),
+        ({"addition_embed_type": "text"}, "addition_embed_type"),
+    ],
+)
+def test_inputs_that_no_family_has_are_named(values: dict[str, Any], message: str, folder: Path) -> None:
+    configure(folder, "unet", **values)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("controlnet", "a ControlNet"), ("image_encoder", "an image encoder"), ("adapter", "a T2I-Adapter")],
+)
+def test_parts_of_other_pipelines_are_said_to_be_left_out(name: str, what: str, folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "StableDiffusionControlNetPipeline", name: ["diffusers", "SomeModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / name).mkdir()
+    assert any(what in note and "made without it" in note for note in open_checkpoint(str(folder)).notes)
+    assert any(what in note for note in make_plan(open_checkpoint(str(folder)), ConvertOptions()).notes)
+
+
+@pytest.mark.parametrize("channels", [3, 8, 16])
+def test_a_vae_of_other_latents_than_the_unets(channels: int, folder: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    network = AutoencoderKL.from_config({**tiny_checkpoints.VAE, "latent_channels": channels})
+    save_file(network.state_dict(), folder / "vae" / WEIGHTS["vae"])
+    configure(folder, "vae", latent_channels=channels)
+    with pytest.raises(CheckpointError, match=f"VAE has latents of {channels} channels, but the UNet takes 4"):
+        open_checkpoint(str(folder))
+
+
+def test_a_text_encoder_of_another_width(folder: Path, tmp_path: Path) -> None:
+    other = tiny_checkpoints.build("sd1-odd", tmp_path / "other")
+    shutil.rmtree(folder / "text_encoder")
+    shutil.copytree(other / "text_encoder", folder / "text_encoder")
+    with pytest.raises(CheckpointError, match="text encoder gives states of 40 channels, but the UNet takes 32"):
+        open_checkpoint(str(folder))
+
+
+def long_encoder(folder: Path, positions: int, length: int) -> None:
+    """A text encoder of another number of positions, and a tokenizer that pads to ``length``."""
+    text = folder / "text_encoder" / WEIGHTS["text_encoder"]
+    weights = load_file(text)
+    torch.manual_seed(1)
+    name = "text_model.embeddings.position_embedding.weight"
+    save_file({**weights, name: torch.randn(positions, weights[name].shape[1]).half()}, text)
+    configure(folder, "text_encoder", max_position_embeddings=positions)
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": length}))
+
+
+@pytest.mark.parametrize(("positions", "length"), [(248, 248), (248, 77), (248, 10**30), (64, 77), (32, 32)])
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_unet_takes_as_many_tokens_as_diffusers_gives(
+    positions: int, length: int, verify: bool, folder: Path, tmp_path: Path
+) -> None:
+    long_encoder(folder, positions, length)
+    tokens = min(positions, length)
+    options = ConvertOptions(
+        attention=(AttentionKind.ORIGINAL,),
+        components=("text_encoder", "unet"),
+        height=64,
+        width=64,
+        verify=verify,
+        compiled=False,
+        zip=False,
+    )
+    made = convert(str(folder), tmp_path / "models", options).variants["original"].components
+    assert made["text_encoder"].inputs[0].shape == (1, tokens)
+    assert made["text_encoder"].outputs[0].shape == (1, tokens, 32)
+    assert made["unet"].inputs[2].shape == (2, 32, 1, tokens)
+    if verify:
+        assert min(made["text_encoder"].psnr_db.values()) > 60
+
+
+def add_tokens(folder: Path, *tokens: Any) -> Any:
+    """Save tokens into a checkpoint as diffusers' textual inversion does; the tokenizer as users load it."""
+    from transformers import CLIPTokenizer
+
+    loaded = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    loaded.add_tokens(list(tokens))
+    for path in (folder / "tokenizer").iterdir():
+        path.unlink()
+    loaded.save_pretrained(folder / "tokenizer")
+    assert not (folder / "tokenizer" / "vocab.json").exists()  # transformers 5 writes tokenizer.json alone
+    text = folder / "text_encoder" / WEIGHTS["text_encoder"]
+    weights, name = load_file(text), "text_model.embeddings.token_embedding.weight"
+    more = torch.randn(len(loaded) + 1 - len(weights[name]), weights[name].shape[1]).half()
+    save_file({**weights, name: torch.cat([weights[name], more])}, text)
+    configure(folder, "text_encoder", vocab_size=len(loaded) + 1)
+    return CLIPTokenizer.from_pretrained(folder / "tokenizer")
+
+
+def special(content: str, **how: bool) -> Any:
+    from transformers import AddedToken
+
+    return AddedToken(content, **how)
+
+
+ADDED: dict[str, tuple[Any, ...]] = {
+    "a placeholder": ("<cat-toy>",),
+    "several vectors": ("<cat-toy>", "<cat-toy>_1", "<cat-toy>_2"),
+    "a plain word": ("gta5", "midjourney style"),
+    "upper case": ("<Cat-TOY>",),
+    "single words": (special("cat", single_word=True), special("on", single_word=True, lstrip=True)),
+    "special": (special("<sks>", special=True), special("[V]", normalized=False)),
+    "not normalized": (special("<CAT>", normalized=False),),
+    "other letters": ("猫", "<é>"),
+}
+PROMPTS = (
+    "a <cat-toy> on white",
+    "a<cat-toy>on <cat-toy>_1 <CAT-TOY>_2",
+    "A GTA5 photo in midjourney style",
+    "<Cat-TOY> of <CAT> cats cat",
+    "horse on on<sks> [V]s [v]",
+    "猫 on <é> <É>",
+)
+
+
+@pytest.mark.parametrize("tokens", ADDED.values(), ids=ADDED)
+def test_added_tokens_are_those_of_the_checkpoint_everywhere(
+    tokens: tuple[Any, ...], folder: Path, tmp_path: Path
+) -> None:
+    """In packages, compiled folders and zips: for transformers, and for the runtime."""
+    from transformers import AutoTokenizer, CLIPTokenizer
+
+    from diffusion_convert.checkpoint.vocabulary import write_vocabulary
+
+    original = add_tokens(folder, *tokens)
+    target = tmp_path / "written"
+    target.mkdir()
+    write_vocabulary(open_checkpoint(str(folder)).tokenizer, target)
+    assert not (target / "tokenizer.json").exists()
+    for written in (CLIPTokenizer.from_pretrained(target), AutoTokenizer.from_pretrained(target)):
+        assert written.get_vocab() == original.get_vocab()
+        assert written.pad_token_id == original.pad_token_id
+        for prompt in PROMPTS:
+            assert written(prompt).input_ids == original(prompt).input_ids, prompt
+    ours = tokenizer.load(target)
+    for prompt in PROMPTS:
+        expected = original(prompt, padding="max_length", max_length=77).input_ids
+        assert ours.encode(prompt).ids.tolist() == [expected], prompt
+
+
+def test_added_tokens_reach_every_folder_and_zip(folder: Path, tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    from diffusion_runtime import zips
+
+    original = add_tokens(folder, "<cat-toy>")
+    made = convert(
+        str(folder),
+        tmp_path / "models",
+        ConvertOptions(attention=(AttentionKind.ORIGINAL,), components=("text_encoder",), verify=False),
+    )
+    variant = made.output / "original"
+    (archive,) = made.output.glob("*.zip")
+    unpacked = zips.unpack(archive, tmp_path / "unpacked")
+    for place in (variant / "packages", variant / "compiled", unpacked):
+        loaded = CLIPTokenizer.from_pretrained(place)
+        assert loaded("a <cat-toy> on").input_ids == original("a <cat-toy> on").input_ids
+        assert manifest.FILE_NAME in {path.name for path in place.iterdir()}
+
+
+def test_tokenizer_json_wins_over_older_files_beside_it(folder: Path, tmp_path: Path) -> None:
+    """As transformers loads them: saved anew into a folder, whose vocab.json stays."""
+    from transformers import CLIPTokenizer
+
+    from diffusion_convert.checkpoint.vocabulary import write_vocabulary
+
+    kept = {name: (folder / "tokenizer" / name).read_bytes() for name in ("vocab.json", "merges.txt")}
+    add_tokens(folder, "<cat-toy>", "horsey")
+    for name, data in kept.items():
+        (folder / "tokenizer" / name).write_bytes(data)
+    original = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    target = tmp_path / "written"
+    target.mkdir()
+    write_vocabulary(open_checkpoint(str(folder)).tokenizer, target)
+    for prompt in (*PROMPTS, "a horsey on"):
+        assert CLIPTokenizer.from_pretrained(target)(prompt).input_ids == original(prompt).input_ids
+
+
+@pytest.mark.parametrize("suffix", ["tokenizer", "."])
+def test_a_tokenizer_json_beside_a_single_file(suffix: str, folder: Path, tmp_path: Path) -> None:
+    import compvis_layout
+
+    original = add_tokens(folder, "<cat-toy>")
+    place = tmp_path / "single"
+    path = compvis_layout.write(folder, place / "model.safetensors")
+    if suffix == ".":
+        for file in (place / "tokenizer").iterdir():
+            shutil.move(file, place / file.name)
+        (place / "tokenizer").rmdir()
+    from diffusion_convert.checkpoint.vocabulary import write_vocabulary
+
+    target = tmp_path / "written"
+    target.mkdir()
+    write_vocabulary(open_checkpoint(str(path)).tokenizer, target)
+    ids = np.array(original("a <cat-toy> on white", padding="max_length", max_length=77).input_ids)
+    assert np.array_equal(tokenizer.load(target).encode("a <cat-toy> on white").ids[0], ids)
+
+
+@pytest.mark.parametrize("source", ["unet", "bare", "averaged"])
+def test_a_unet_alone_takes_the_rest_from_its_base(source: str, folder: Path, tmp_path: Path) -> None:
+    import compvis_layout
+
+    other = tiny_checkpoints.build("sd1", tmp_path / "other", seed=3)
+    path = compvis_layout.write(other, tmp_path / "single" / "model.safetensors")
+    prefix = "model.diffusion_model."
+    unet = {n: v for n, v in load_file(path).items() if n.startswith(prefix)}
+    changed = {
+        "unet": unet,
+        "bare": {n.removeprefix(prefix): v for n, v in unet.items()},
+        "averaged": {"model_ema." + n.removeprefix("model.").replace(".", ""): v for n, v in unet.items()},
+    }
+    save_file(changed[source], path)
+    checkpoint = open_checkpoint(str(path), base=str(folder))
+    assert_unet(checkpoint, diffusers_unet(other, None))
+    base = open_checkpoint(str(folder))
+    assert checkpoint.tokenizer == base.tokenizer
+    for part in ("vae", "text_encoder", "safety_checker"):
+        built, expected = (networks.build(one, part).state_dict() for one in (checkpoint, base))
+        assert all(torch.equal(built[name], value) for name, value in expected.items())
+    assert checkpoint.schedulers == base.schedulers
+    make_plan(checkpoint, ConvertOptions())
+    with pytest.raises(InputError, match=r"--base .*is no single file"):
+        open_checkpoint(str(folder), base=str(folder))
+    with pytest.raises(CheckpointError, match=r"--base .*no such file"):
+        open_checkpoint(str(path), base=str(tmp_path / "nowhere"))
+
+
+NO_COUNTS: tuple[Any, ...] = ("32", [1], {}, None, 0, -4)
+WRONG: list[tuple[str, str, Any]] = [
+    *(("text_encoder", "hidden_size", value) for value in NO_COUNTS),
+    *(("text_encoder", "vocab_size", value) for value in NO_COUNTS),
+    ("text_encoder", "num_hidden_layers", 1_000_000),
+    ("text_encoder", "num_hidden_layers", "2"),
+    ("text_encoder", "num_attention_heads", 0),
+    ("text_encoder", "num_attention_heads", 5),
+    ("text_encoder", "max_position_embeddings", -1),
+    ("text_encoder", "max_position_embeddings", 10**9),
+    ("text_encoder", "hidden_act", 3),
+    ("text_encoder", "hidden_act", "nonsense"),
+    ("text_encoder", "layer_norm_eps", "x"),
+    ("text_encoder", "eos_token_id", "x"),
+    ("safety_checker", "vision_config", "x"),
+    ("safety_checker", "vision_config", [1]),
+    ("safety_checker", "vision_config", {"hidden_size": "32"}),
+    ("safety_checker", "vision_config", {"image_size": None}),
+    ("safety_checker", "vision_config", {"patch_size": 0}),
+    ("safety_checker", "vision_config", {"num_hidden_layers": 10**6}),
+    ("safety_checker", "text_config", 7),
+    ("safety_checker", "projection_dim", "x"),
+    ("unet", "norm_num_groups", 0),
+    ("unet", "norm_num_groups", 7),
+    ("unet", "layers_per_block", 1_000_000),
+    ("unet", "layers_per_block", [1_000_000, 1]),
+    ("unet", "layers_per_block", "x"),
+    ("unet", "transformer_layers_per_block", 10**6),
+    ("unet", "transformer_layers_per_block", [[10**6], 1]),
+    ("unet", "in_channels", "4"),
+    ("unet", "in_channels", 10**9),
+    ("unet", "out_channels", None),
+    ("unet", "block_out_channels", []),
+    ("unet", "block_out_channels", [32, "x"]),
+    ("unet", "block_out_channels", 32),
+    ("unet", "attention_head_dim", 0),
+    ("unet", "sample_size", "x"),
+    ("unet", "sample_size", -3),
+    ("unet", "act_fn", 1),
+    ("unet", "class_embed_type", 1),
+    ("unet", "down_block_types", [1, 2]),
+    ("unet", "down_block_types", None),
+    ("vae", "shift_factor", "x"),
+    ("vae", "scaling_factor", 0),
+    ("vae", "scaling_factor", "x"),
+    ("vae", "scaling_factor", float("inf")),
+    ("vae", "latent_channels", 0),
+    ("vae", "norm_num_groups", 0),
+    ("vae", "layers_per_block", 1_000_000),
+    ("vae", "block_out_channels", [32] * 1000),
+    ("vae", "in_channels", "3"),
+]
+
+
+@pytest.mark.parametrize(("part", "key", "value"), WRONG, ids=lambda value: str(value)[:40])
+def test_configurations_of_wrong_types_and_sizes(part: str, key: str, value: Any, folder: Path) -> None:
+    import time
+
+    configure(folder, part, **{key: value})
+    started = time.process_time()
+    with pytest.raises((CheckpointError, InputError)) as caught:
+        make_plan(open_checkpoint(str(folder)), ConvertOptions())
+    assert time.process_time() - started < 10
+    assert "\n" not in str(caught.value)
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["hidden_size", "vocab_size", "in_channels", "out_channels", "latent_channels"])
+def test_keys_that_are_left_out_are_the_libraries_defaults(missing: str, folder: Path) -> None:
+    """Here the default is the value, or another: then the weights do not fit, which is said."""
+    part = {"hidden_size": "text_encoder", "vocab_size": "text_encoder", "latent_channels": "vae"}.get(
+        missing, "unet"
+    )
+    configure(folder, part, **{missing: ...})
+    if part == "text_encoder":
+        with pytest.raises(CheckpointError, match=r"512 channels|wrong shapes: .*49408"):
+            make_plan(open_checkpoint(str(folder)), ConvertOptions())
+    else:
+        make_plan(open_checkpoint(str(folder)), ConvertOptions())
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800", "models/\udbff.safetensors"])
+@pytest.mark.parametrize("given", ["source", "vae", "base", "output", "lora"])
+def test_texts_that_are_no_paths(given: str, text: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a NUL or half a surrogate pair") as caught:
+        if given == "output":
+            convert(str(folder), Path(text))
+        elif given == "lora":
+            convert(str(folder), tmp_path / "models", ConvertOptions(loras=(Lora(Path(text)),)))
+        else:
+            given_as = {"source": str(folder), given: text}
+            open_checkpoint(**given_as)  # type: ignore[arg-type]
+    assert str(caught.value).isascii()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("every", [True, False])
+def test_weights_without_values_are_refused_without_verification(
+    value: float, every: bool, folder: Path, tmp_path: Path
+) -> None:
+    text = folder / "text_encoder" / WEIGHTS["text_encoder"]
+    weights = load_file(text)
+    changed = list(weights) if every else ["text_model.final_layer_norm.bias"]
+    save_file({n: torch.full_like(v, value) if n in changed else v for n, v in weights.items()}, text)
+    options = ConvertOptions(components=("text_encoder",), verify=False, compiled=False, zip=False)
+    with pytest.raises(CheckpointError, match="infinite or undefined value"):
+        convert(str(folder), tmp_path / "models", options)
