@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_checkpoints
 from diffusion_convert import ConvertOptions, convert
-from diffusion_convert.checkpoint import torch_networks as networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.conversion.plan import make_plan
@@ -54,12 +54,12 @@ def add_variant(folder: Path, part: str, variant: str, shift: float) -> None:
 def diffusers_unet(folder: Path, variant: str | None) -> Any:
     from diffusers import UNet2DConditionModel
 
-    with networks.silent():
+    with torch_networks.silent():
         return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant=variant)
 
 
 def assert_unet(checkpoint: Checkpoint, expected: Any) -> None:
-    built = networks.build(checkpoint, "unet").state_dict()
+    built = torch_networks.build(checkpoint, "unet").state_dict()
     for name, value in expected.state_dict().items():
         assert torch.equal(built[name].float(), value.float()), name
 
@@ -137,11 +137,11 @@ def test_layers_that_the_configuration_leaves_out(left: int, folder: Path) -> No
     checkpoint = open_checkpoint(str(folder))
     notes = make_plan(checkpoint, ConvertOptions()).notes
     assert any(f"text_encoder: its configuration leaves out the last {3 - left}" in note for note in notes)
-    with networks.silent():
+    with torch_networks.silent():
         expected = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", torch_dtype=torch.float32)
     ids = torch.arange(77)[None]
     with torch.inference_mode():
-        found = networks.build(checkpoint, "text_encoder").float()(ids).last_hidden_state
+        found = torch_networks.build(checkpoint, "text_encoder").float()(ids).last_hidden_state
         torch.testing.assert_close(found, expected.eval()(ids).last_hidden_state)
 
 
@@ -393,7 +393,7 @@ def test_a_unet_alone_takes_the_rest_from_its_base(source: str, folder: Path, tm
     base = open_checkpoint(str(folder))
     assert checkpoint.tokenizer == base.tokenizer
     for part in ("vae", "text_encoder", "safety_checker"):
-        built, expected = (networks.build(one, part).state_dict() for one in (checkpoint, base))
+        built, expected = (torch_networks.build(one, part).state_dict() for one in (checkpoint, base))
         assert all(torch.equal(built[name], value) for name, value in expected.items())
     assert checkpoint.schedulers == base.schedulers
     make_plan(checkpoint, ConvertOptions())
