@@ -154,10 +154,9 @@ def _loras(source: Source) -> str:
     """With which LoRAs in it, at which weights, and what of them is not."""
     told = []
     for lora in source.loras:
-        weights = ", ".join([f"{lora.weight:g}", *(f"{part} {weight:g}" for part, weight in lora.parts.items())])
         left_out = f", without {len(lora.left_out)} tensors that have no place in it" if lora.left_out else ""
-        told.append(f"`{lora.name}` (weight {weights}{left_out})")
-    return f" with the LoRA{'s' * (len(told) > 1)} {', '.join(told)} fused in" if told else ""
+        told.append(f"`{lora}`{left_out}")
+    return f" with the LoRA{'s' * (len(told) > 1)} {'; '.join(told)} fused in" if told else ""
 
 
 def _variant_table(variants: Mapping[str, Manifest], zips: Mapping[str, int]) -> Iterator[str]:

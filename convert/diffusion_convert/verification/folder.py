@@ -20,7 +20,7 @@ from diffusion_convert.verification.compare import Expected
 from diffusion_runtime.bundle import manifest, without_manifest
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import check_files
-from diffusion_runtime.bundle.manifest import FILE_NAME, Manifest
+from diffusion_runtime.bundle.manifest import FILE_NAME, FusedLora, Manifest
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS
 from diffusion_runtime.mil.package import open_package
@@ -55,6 +55,9 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
     for folder, described in made.items():
         check_files(described, folder)
         _check_source(described, checkpoint, folder, guessed=not (folder / FILE_NAME).is_file())
+        if described.source.loras != checkpoint.source.loras:
+            was, now = (_loras(source.loras) for source in (described.source, checkpoint.source))
+            report(f"note: {folder} was made with {was}, and is compared with a checkpoint with {now}")
     references: dict[tuple[str, Shape], Expected] = {}
     for folder, described in made.items():
         shape = Shape(described.height, described.width, described.batch_size, _context_length(described))
@@ -117,6 +120,12 @@ def _check_source(described: Manifest, checkpoint: Checkpoint, folder: Path, gue
             f"{checkpoint.name}: {what}, but {folder} was made from {described.source.name} ({described.family}); "
             "name the checkpoint that the models were converted from"
         )
+
+
+def _loras(loras: Iterable[FusedLora]) -> str:
+    """As options, as far as the record tells."""
+    told = [f"--lora {lora}{' --lora-partial' * bool(lora.left_out)}" for lora in loras]
+    return " ".join(told) or "no LoRA"
 
 
 def _bound(name: str, component: manifest.Component, bits: Iterable[int]) -> float:

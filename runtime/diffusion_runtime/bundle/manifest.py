@@ -123,6 +123,10 @@ class FusedLora(_Frozen):
     parts: dict[str, float] = {}
     left_out: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """As the command line takes it: ``style.safetensors:0.8,te=0``."""
+        return ",".join([f"{self.name}:{self.weight:g}", *(f"{part}={w:g}" for part, w in self.parts.items())])
+
 
 class Source(_Frozen):
     """Where the weights came from. ``revision`` is a commit hash for a Hub repository, else None."""
