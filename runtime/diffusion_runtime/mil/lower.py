@@ -156,7 +156,7 @@ class _Lowering:
                 name: constant.array() if op.parameters[name].kind is Kind.ARRAY else constant.python()
                 for name, constant in arguments.items()
             }
-            return op.function(**values)
+            return _apply(op, values)
 
         for index, variable in enumerate(operation.outputs):
             self.constants[variable.name] = Constant(
@@ -181,7 +181,8 @@ class _Lowering:
                 arguments[name] = self._dense(constants[0])
             else:
                 arguments[name] = constants[0].python()
-        result = _apply(op, {**arguments, **self._filled_in(op, operation)})
+        arguments |= self._filled_in(op, operation)
+        result = _apply(op, arguments)
         for variable, value in zip(operation.outputs, result if op.several else (result,), strict=True):
             check_value(variable.type, value, self._dtype(variable.type))
             self.constants[variable.name] = Constant(variable.type, tensor=value)
@@ -228,8 +229,8 @@ class _Lowering:
             name = binding
         constant = self._constant(binding)
         target = _identifier(name)
-        while hasattr(self.root, target) or target in self.buffers:
-            target += "_"
+        if hasattr(self.root, target) or target in self.buffers:
+            target = f"{target}_{len(self.nodes)}_{len(self.buffers)}"
         if self.stream and constant.tensor is None and _elements(constant.type) > STREAMED_ELEMENTS:
             self.root.add_module(
                 target, Stored(constant, self._float(constant.type), self.device, self.package.release)

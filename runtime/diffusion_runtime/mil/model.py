@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from diffusion_runtime.errors import PackageError
 from diffusion_runtime.mil import description
-from diffusion_runtime.mil.program import Function, FunctionInterface, Metadata, Program
+from diffusion_runtime.mil.program import Function, FunctionInterface, Metadata, Program, operations
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +17,7 @@ class Model:
     ``description`` is the serialised ModelDescription, kept byte for byte: it may say more than is parsed here, and
     the compiled format carries it verbatim. ``interfaces``, ``metadata`` and ``default_function`` ("" where the
     description declares no functions) are read from it; to change them, replace ``description`` by what
-    ``description.serialize`` makes of them. Raises PackageError where the description is damaged or declares
-    nothing that the program has.
+    ``description.serialize`` makes of them. Raises PackageError where the description is damaged.
     """
 
     specification_version: int
@@ -44,3 +45,52 @@ class Model:
         """The function that runs where none is named."""
         functions = self.program.functions
         return functions.get(self.default_function or "main") or next(iter(functions.values()))
+
+
+def check_model(model: Model) -> None:
+    """Raise PackageError where constants have no value, or the description and the program name different things.
+
+    Every command reads models through this check: what follows may take ``attributes["val"]`` of a constant and a
+    declared output for granted.
+    """
+    faults = [
+        *(f"function {name}: {fault}" for name, item in model.program.functions.items() for fault in _faults(item)),
+        *(fault for interface in model.interfaces for fault in _undeclared(interface, model)),
+    ]
+    if faults:
+        more = f" and {len(faults) - _QUOTED} more" if len(faults) > _QUOTED else ""
+        raise PackageError(f"the program is damaged: {'; '.join(faults[:_QUOTED])}{more}")
+
+
+_QUOTED = 5  # faults quoted in one message
+
+
+def _faults(function: Function) -> Iterator[str]:
+    defined = {variable.name for variable in function.inputs}
+    for operation in operations(function.block):
+        name = operation.outputs[0].name if operation.outputs else ""
+        if not name and (operation.type == "const" or operation.type.startswith("constexpr_")):
+            yield f"{operation.type} without an output"
+        elif operation.type == "const" and "val" not in operation.attributes:
+            yield f"const {name} has no val"
+        defined |= {output.name for output in operation.outputs}
+    missing = [name for name in function.block.outputs if name not in defined]
+    if missing:
+        yield f"output {', '.join(map(repr, missing))} is computed by no operation"
+
+
+def _undeclared(interface: FunctionInterface, model: Model) -> Iterator[str]:
+    functions = model.program.functions
+    function = functions.get(interface.name) or (model.function if len(functions) == 1 else None)
+    if function is None:
+        yield f"function {interface.name} is described, the program has {', '.join(functions)}"
+        return
+    taken = {variable.name for variable in function.inputs}
+    for kind, declared, there in (
+        ("input", interface.inputs, taken),
+        ("output", interface.outputs, set(function.block.outputs)),
+    ):
+        for feature in declared:
+            if feature.name not in there:
+                names = ", ".join(sorted(there)) or "none"
+                yield f"{kind} {feature.name!r} is described, the program's {kind}s are {names}"

@@ -15,7 +15,7 @@ from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.mil import proto, text
-from diffusion_runtime.mil.model import Model
+from diffusion_runtime.mil.model import Model, check_model
 from diffusion_runtime.mil.program import Blob, TensorType, Value
 from diffusion_runtime.mil.weights import WeightFile
 
@@ -53,6 +53,10 @@ class Package:
             shape = self._shape(value.type)
             self.weight_file(value.data).packed(value.data.offset, value.type.dtype, shape)
 
+    def stored_bytes(self) -> int:
+        """The size of the weight files that were opened so far."""
+        return sum(file.size_bytes for file in self._files.values())
+
     def release(self) -> None:
         """Let go of the pages of all weight files that were read; see ``WeightFile.release``."""
         for file in self._files.values():
@@ -80,8 +84,17 @@ def resolve(root: Path, path: str, source: Path) -> Path:
 
 
 def open_package(path: Path) -> Package:
-    """Open an .mlpackage, .mlmodel or .mlmodelc. Raises InputError where there is none, PackageError or
-    UnsupportedError as ``proto.read_model`` does."""
+    """Open an .mlpackage, .mlmodel or .mlmodelc. Raises InputError where there is none, PackageError (damaged, see
+    `check_model`) or UnsupportedError as ``proto.read_model`` does."""
+    package = _open(path)
+    try:
+        check_model(package.model)
+    except PackageError as error:
+        raise PackageError(f"{path}: {error}") from error
+    return package
+
+
+def _open(path: Path) -> Package:
     if not path.exists():
         raise InputError(f"{path}: no such model; expected an .mlpackage or .mlmodelc folder")
     if (path / "Manifest.json").is_file():

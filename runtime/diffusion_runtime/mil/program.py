@@ -7,11 +7,17 @@ or torch (``lower.py``). Rewriting a program means ``dataclasses.replace``.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from diffusion_runtime.errors import PackageError
+
+MAX_ELEMENTS = 1 << 40
+"""Of a tensor: far beyond every model, and far below what 64 bits count."""
 
 
 class DType(enum.Enum):
@@ -40,10 +46,19 @@ class DType(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """``shape`` is () for a scalar; None stands for a dimension that is unknown until run time."""
+    """``shape`` is () for a scalar; None stands for a dimension that is unknown until run time.
+
+    Raises PackageError for more than `MAX_ELEMENTS`, sizes of 0 left out: numpy and torch multiply those too, in
+    64 bits, when they lay out a tensor without elements.
+    """
 
     dtype: DType
     shape: tuple[int | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if math.prod(size or 1 for size in self.shape) > MAX_ELEMENTS:
+            sizes = ", ".join("?" if size is None else str(size)[:20] for size in self.shape[:8])
+            raise PackageError(f"a tensor of shape [{sizes}] is beyond {MAX_ELEMENTS} elements")
 
 
 @dataclass(frozen=True, slots=True)

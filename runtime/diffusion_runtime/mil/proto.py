@@ -7,6 +7,7 @@ strings of single values are not kept; nothing that coremltools writes has them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,7 @@ def _tensor(spec: Any, kind: TensorType) -> np.ndarray | str:
     if any(size is None or size < 0 for size in kind.shape):
         raise PackageError(f"a literal of shape {kind.shape}, expected fixed sizes")
     shape = tuple(size for size in kind.shape if size is not None)
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     field = spec.WhichOneof("value")
     if field is None:
         raise PackageError(f"a literal of {kind.dtype.value} without a value")

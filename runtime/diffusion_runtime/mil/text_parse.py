@@ -207,9 +207,11 @@ class _Parser:
                 raise self._error(f"at most {_MAX_DEPTH} dimensions, got {len(parts)}", match.start(2))
             try:
                 shape = tuple(None if part.strip() == "?" else int(part) for part in parts)
+                known = self._types[match.group()] = TensorType(_DTYPES[dtype], shape)
             except ValueError as error:
-                raise self._error(f"dimensions, got [{dimensions}]", match.start(2)) from error
-            known = self._types[match.group()] = TensorType(_DTYPES[dtype], shape)
+                raise self._error(f"dimensions, got [{dimensions[:60]}]", match.start(2)) from error
+            except PackageError as error:
+                raise PackageError(f"{self._name}: line {self._line(match.start(2))}: {error}") from error
         return known
 
     def _compound(self, kind: str) -> ValueType:

@@ -66,6 +66,10 @@ class WeightFile:
         if version != _VERSION:
             raise PackageError(f"{path}: weight file format {version} at offset 4, expected {_VERSION}")
 
+    @property
+    def size_bytes(self) -> int:
+        return self._bytes.size
+
     def read(self, offset: int, dtype: DType, shape: tuple[int, ...]) -> np.ndarray:
         """The blob at ``offset`` as an array of ``shape``.
 

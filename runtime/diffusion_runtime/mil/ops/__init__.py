@@ -1,5 +1,6 @@
 """What each MIL op computes: the ops that our packages hold, and those that other converters put into packages of
-Stable Diffusion. Every other op is refused by name (`check.check_package`).
+Stable Diffusion. One more, ``lstm``, is what the sample pairs of packages and
+compiled models run with. Every other op is refused by name (`check.check_package`).
 
 To add one: a function with ``@mil_op`` in the file where it belongs, and a row in ``test_ops_coremltools.py`` where
 coremltools evaluates the op, else in ``test_ops_torch.py``."""
@@ -13,6 +14,7 @@ from diffusion_runtime.mil.ops import (
     normalization,
     packed,
     pooling,
+    recurrent,
     reduction,
     resizing,
     shaping,
@@ -33,6 +35,7 @@ __all__ = [
     "normalization",
     "packed",
     "pooling",
+    "recurrent",
     "reduction",
     "resizing",
     "shaping",

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffusion_runtime.mil.ops.registry import Ints, ints, mil_op, positive
+from diffusion_runtime.mil.ops.registry import Ints, check_count, ints, mil_op, positive
 
 
 def _from_front(indices: Tensor, size: int) -> Tensor:
@@ -66,9 +66,11 @@ def band_part(x: Tensor, lower: int = -1, upper: int = -1) -> Tensor:
 @mil_op("fill")
 def fill(shape: Ints, out_dtype: torch.dtype, value: float = 0.0) -> Tensor:
     device = shape.device if isinstance(shape, Tensor) else None
+    check_count("fill", math.prod(ints(shape)))
     return torch.full(ints(shape), value, dtype=out_dtype, device=device)
 
 
 @mil_op("range_1d")
 def range_1d(end: Tensor, start: Tensor, step: Tensor, out_dtype: torch.dtype) -> Tensor:
+    check_count("range_1d", (end.item() - start.item()) / (step.item() or 1))
     return torch.arange(start.item(), end.item(), step.item(), dtype=out_dtype, device=end.device)

@@ -17,6 +17,8 @@ from diffusion_runtime.families import PALETTE_BITS
 from diffusion_runtime.mil.ops.registry import mil_op
 from diffusion_runtime.mil.packing import packed_size, unpack
 
+_LONGEST_VECTOR = 64  # of palettes of vectors: a small file with longer ones would unfold to gigabytes
+
 
 @mil_op("constexpr_cast")
 def constexpr_cast(source_val: np.ndarray, output_dtype: Literal["fp32"]) -> np.ndarray:
@@ -114,6 +116,8 @@ def _look_up(indices: np.ndarray, lut: np.ndarray, vector_axis: int | None) -> n
         raise PackageError(f"constexpr_lut_to_dense: vectors of {vector} elements without vector_axis")
     if indices.size and int(indices.max()) >= entries:
         raise PackageError(f"constexpr_lut_to_dense: index {int(indices.max())} in a table of {entries}")
+    if vector > _LONGEST_VECTOR:
+        raise UnsupportedError(f"constexpr_lut_to_dense: vectors of {vector} elements; known: to {_LONGEST_VECTOR}")
     groups = lut.shape[:rank]
     dense = np.empty((*indices.shape, vector), lut.dtype)
     for group in np.ndindex(*groups):

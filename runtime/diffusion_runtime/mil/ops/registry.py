@@ -30,7 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_runtime.errors import UnsupportedError
+
 Ints = Sequence[int] | Tensor
+MAX_ELEMENTS = 1 << 29
 Int = int | Tensor
 
 
@@ -103,6 +106,13 @@ def mil_op(name: str) -> Callable[[Function], Function]:
 def ints(values: Ints) -> list[int]:
     """Shape-like operands as a list of Python integers."""
     return [int(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
+
+
+def check_count(op: str, count: float) -> None:
+    """Raise UnsupportedError where operands, which may be known only in the run, ask for more elements than one
+    such op makes in any model of this kind."""
+    if not count <= MAX_ELEMENTS:
+        raise UnsupportedError(f"{op}: {count:.3g} elements, expected at most {MAX_ELEMENTS}")
 
 
 def positive(axis: int, rank: int) -> int:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_runtime.errors import UnsupportedError
-from diffusion_runtime.mil.ops.registry import mil_op
+from diffusion_runtime.mil.ops.registry import check_count, mil_op
 
 Sampling = Literal["STRICT_ALIGN_CORNERS", "ALIGN_CORNERS", "UNALIGN_CORNERS", "DEFAULT", "OFFSET_CORNERS"]
 _NATIVE = {"STRICT_ALIGN_CORNERS": True, "UNALIGN_CORNERS": False}
@@ -56,6 +56,7 @@ def _scaled(x: Tensor, height: float, width: float) -> tuple[int, int]:
 
 def _interpolate(x: Tensor, height: int, width: int, mode: str, align_corners: bool | None) -> Tensor:
     """torch's own, over the last two dimensions of a tensor of any rank."""
+    check_count("resize", math.prod(x.shape[:-2]) * height * width)
     images = x.reshape(1, -1, *x.shape[-2:]) if x.ndim != 4 else x
     resized = F.interpolate(images, (height, width), mode=mode, align_corners=align_corners)
     return resized.reshape(*x.shape[:-2], height, width)
@@ -64,6 +65,7 @@ def _interpolate(x: Tensor, height: int, width: int, mode: str, align_corners: b
 def _bilinear(x: Tensor, height: int, width: int, mode: Sampling) -> Tensor:
     if mode in _NATIVE:
         return _interpolate(x, height, width, "bilinear", _NATIVE[mode])
+    check_count("resize", math.prod(x.shape[:-2]) * height * width)
     return _linear(_linear(x, x.ndim - 2, height, mode), x.ndim - 1, width, mode)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_runtime.errors import UnsupportedError
-from diffusion_runtime.mil.ops.registry import Ints, ints, mil_op, positive
+from diffusion_runtime.mil.ops.registry import Ints, check_count, ints, mil_op, positive
 
 
 @mil_op("reshape")
@@ -72,6 +73,7 @@ def split(
 
 @mil_op("tile")
 def tile(x: Tensor, reps: Ints) -> Tensor:
+    check_count("tile", x.numel() * math.prod(ints(reps)))
     return x.tile(ints(reps))
 
 
@@ -138,6 +140,8 @@ def pad(
     """``pad`` holds (before, after) of the last dimensions, in their order."""
     sizes = ints(pad)
     pairs = list(zip(sizes[::2], sizes[1::2], strict=True))
+    widened = [size + sum(pair) for size, pair in zip(x.shape[x.ndim - len(pairs) :], pairs, strict=True)]
+    check_count("pad", math.prod(x.shape[: x.ndim - len(pairs)]) * math.prod(widened))
     if mode == "constant":
         return F.pad(x, [size for pair in reversed(pairs) for size in pair], value=constant_val)
     for axis, (before, after) in enumerate(pairs, start=x.ndim - len(pairs)):
