@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from multiprocessing import get_context
 
+from diffusion_runtime.errors import DiffusionError
+
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree", "ctypes.dlsym")
 """Python's audit events, raised before each change; the last stands before two folders are exchanged."""
 
@@ -23,7 +25,7 @@ def kill_at(act: Callable[[], object], step: int) -> bool:
 
 
 def race(*acts: Callable[[], object]) -> list[int]:
-    """Run all at once, each in a process of its own; their exit codes: 0, or 2 for an exception."""
+    """Run all at once, each in a process of its own; their exit codes: 0, 2 for an error of ours, 1 for others."""
     context = get_context("fork")
     barrier = context.Barrier(len(acts))
     children = [context.Process(target=_raced, args=(act, barrier)) for act in acts]
@@ -53,6 +55,6 @@ def _raced(act: Callable[[], object], barrier: object) -> None:
     barrier.wait()  # type: ignore[attr-defined]
     try:
         act()
-    except Exception:
+    except DiffusionError:
         os._exit(2)
     os._exit(0)

@@ -105,7 +105,8 @@ def work(place: Path, key: str | None = None, shown: Path | None = None) -> Iter
                 yield slot
             finally:
                 if not (slot / _COMMIT).exists():  # else the next run puts the rest in place
-                    shutil.rmtree(slot, ignore_errors=True)
+                    with suppress(OSError):
+                        remove(slot)
 
 
 def commit(slot: Path, obsolete: Iterable[str] = (), done: Iterable[str] = ()) -> None:
@@ -146,11 +147,12 @@ def sweep(place: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder from a work folder. Where that is interrupted, a later `sweep` removes the rest."""
+    """Remove a folder from a work folder. Its name is free at once, for whoever waits for it; where the rest is
+    interrupted, a later `sweep` goes on."""
     slot = path.with_name(f"{_SLOT}{secrets.token_hex(8)}")
     with suppress(FileNotFoundError):
         path.rename(slot)
-        shutil.rmtree(slot)
+        shutil.rmtree(slot, ignore_errors=True)  # another process may be sweeping it: both go on to the end
 
 
 def is_disk_error(error: OSError) -> bool:

@@ -180,3 +180,14 @@ def test_what_macos_adds_is_passed_over(tmp_path: Path) -> None:
     folder = zips.unpack(path, tmp_path / "target")
     assert folder == tmp_path / "target" / "m"
     assert [item.name for item in folder.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("target", ["file", "folder"])
+def test_symbolic_links_out_of_the_folder_are_not_packed(target: str, tmp_path: Path) -> None:
+    (tmp_path / "outside" / "folder").mkdir(parents=True)
+    (tmp_path / "outside" / "file").write_text("secret")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "link").symlink_to(tmp_path / "outside" / target)
+    with pytest.raises(PackageError, match=r"models/link: is a symbolic link to .*/outside/"):
+        zips.pack(tmp_path / "models", tmp_path / "models.zip")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "outside"]

@@ -1,0 +1,194 @@
+"""`bundle`, `compile` and `palettize` on damaged folders, beside other processes, and when they are killed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import small_bundle
+from diffusion_convert.bundle.folder import BundleOptions, bundle_folder
+from diffusion_convert.bundle.variants import read_variants
+from diffusion_convert.compile import compile_package
+from diffusion_convert.palettize.checked import palettize_checked
+from diffusion_convert.palettize.palettize_options import PalettizeOptions
+from diffusion_runtime.atomic import WORK_FOLDER, locked, unfinished_file
+from diffusion_runtime.bundle import integrity, manifest
+from diffusion_runtime.bundle.integrity import check_files
+from diffusion_runtime.errors import InputError, PackageError, StorageError
+from diffusion_runtime.mil.package import open_package
+from kill_points import kill_at, race
+
+ZIPS = BundleOptions(zips=True)
+WEIGHTS = {
+    "packages": f"{small_bundle.NAME}_vae_decoder.mlpackage/Data/com.apple.CoreML/weights/weight.bin",
+    "compiled": "VAEDecoder.mlmodelc/weights/weight.bin",
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def check(folder: Path) -> None:
+    """Every file is as its manifest says, and nothing unfinished lies about."""
+    for attention, kinds in read_variants(folder).items():
+        assert kinds.keys() == {"packages", "compiled"}
+        for kind, made in kinds.items():
+            check_files(made, folder / attention / kind)
+    assert [path for path in folder.rglob("*") if path.name.startswith(".")] == []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = small_bundle.write_bundle(tmp_path_factory.mktemp("finished") / "out")
+    bundle_folder(folder, ZIPS)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return small_bundle.write_bundle(tmp_path / "out")
+
+
+@pytest.fixture
+def source(folder: Path) -> Path:
+    """A package of its own."""
+    return folder / "original" / "packages" / f"{small_bundle.NAME}_unet.mlpackage"
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_damage_is_named_and_nothing_is_touched(kind: str, finished: Path, tmp_path: Path) -> None:
+    """One damaged file among four equal ones that are not linked yet: it must not take the others' place."""
+    folder = shutil.copytree(finished, tmp_path / "out")
+    damaged = folder / "split_einsum_v2" / kind / WEIGHTS[kind]
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    before = contents(folder)
+    with pytest.raises(PackageError, match=f"split_einsum_v2/{kind}/manifest.json: .*weight.bin has changed"):
+        bundle_folder(folder, ZIPS)
+    assert contents(folder) == before
+
+
+def test_a_compiled_folder_without_one_of_its_models_is_compiled_again(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "out")
+    shutil.rmtree(folder / "original" / "compiled" / "TextEncoder.mlmodelc")
+    told: list[str] = []
+    bundle_folder(folder, ZIPS, told.append)
+    assert contents(folder) == contents(finished)
+    assert [line for line in told if "compiling" in line] == [f"compiling {folder / 'original' / 'packages'}"]
+
+
+def test_each_file_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[tuple[int, int]] = []
+    original = integrity.sha256
+
+    def counted(path: Path) -> str:
+        hashed.append((path.stat().st_ino, path.stat().st_mtime_ns))
+        return original(path)
+
+    monkeypatch.setattr(integrity, "sha256", counted)
+    bundle_folder(folder, ZIPS)
+    assert hashed and len(hashed) == len(set(hashed))
+    check(folder)
+
+
+def test_symbolic_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+    """In models of other tools: what a link names is the user's, not the folder's to share."""
+    packages = small_bundle.write_bundle(tmp_path / "out", ("original",)) / "original" / "packages"
+    (packages / manifest.FILE_NAME).unlink()
+    weights = packages / WEIGHTS["packages"]
+    shutil.move(weights, tmp_path / "secret")
+    weights.symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match=r"weight\.bin: is a symbolic link out of"):
+        bundle_folder(tmp_path / "out", ZIPS)
+    assert not list((tmp_path / "out").glob("*.zip"))
+
+
+def test_what_killed_processes_have_left_is_neither_packed_nor_kept(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "out")
+    for place in (folder, folder / "original" / "packages", folder / "original" / "compiled"):
+        (place / WORK_FOLDER / "work-1" / "new" / "x.mlpackage").mkdir(parents=True)
+    (folder / "original" / "compiled" / ".old.unfinished").write_text("of an older version")
+    for path in folder.glob("*.zip"):
+        path.unlink()
+    bundle_folder(folder, ZIPS)
+    (folder / "original" / "compiled" / ".old.unfinished").unlink()
+    assert contents(folder) == contents(finished), "the zips too"
+    check(folder)
+
+
+def test_pairs_of_bundles(folder: Path) -> None:
+    for _ in range(10):
+        codes = race(lambda: bundle_folder(folder, ZIPS), lambda: bundle_folder(folder, ZIPS))
+        assert 0 in codes and set(codes) <= {0, 2}
+        check(folder)
+        for name in ("original/compiled", "split_einsum_v2/compiled"):
+            shutil.rmtree(folder / name)
+
+
+def test_pairs_of_compilations(source: Path, tmp_path: Path) -> None:
+    for _ in range(20):
+        codes = race(*[lambda: compile_package(source, tmp_path / "compiled")] * 2)
+        assert 0 in codes and set(codes) <= {0, 2}
+        assert {path.name for path in (tmp_path / "compiled").iterdir()} == {f"{source.stem}.mlmodelc"}
+        open_package(tmp_path / "compiled" / f"{source.stem}.mlmodelc")
+
+
+def palettize(source: Path, output: Path) -> None:
+    palettize_checked(source, output, PalettizeOptions(bits=4), compare=False)
+
+
+@pytest.fixture
+def large(tiny_package: Callable[..., Path], tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_package("iOS16"), tmp_path / "large.mlpackage")
+
+
+def test_pairs_of_palettizations(large: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out" / "small.mlpackage"
+    for _ in range(5):
+        codes = race(*[lambda: palettize(large, output)] * 2)
+        assert 0 in codes and set(codes) <= {0, 2}
+        assert [path.name for path in output.parent.iterdir()] == [output.name]
+        open_package(output)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_palettizing_onto_a_package_survives_kills(link: bool, large: Path, tmp_path: Path) -> None:
+    """Also onto a symbolic link: what it names is replaced. At every step there is a whole package to be read."""
+    output = named = tmp_path / "out" / "small.mlpackage"
+    palettize(large, named)
+    whole = contents(named)
+    if link:
+        output = tmp_path / "link.mlpackage"
+        output.symlink_to(named)
+    step = 0
+    while kill_at(lambda: palettize(large, output), step := step + 2):
+        assert contents(output) == whole
+        with unfinished_file(named.parent / "any") as unfinished:
+            unfinished.touch()
+        (named.parent / "any").unlink()
+        assert [path.name for path in named.parent.iterdir()] == [named.name]
+    assert step > 10
+    assert contents(output) == whole and output.is_symlink() == link
+
+
+def test_bundling_survives_kills(tmp_path: Path, finished: Path) -> None:
+    folder = small_bundle.write_bundle(tmp_path / "out")
+    step, kills = 0, 0
+    while kill_at(lambda: bundle_folder(folder, ZIPS), step := step + 17):
+        kills += 1
+        for attention, kinds in read_variants(folder).items():
+            for kind, made in kinds.items():
+                check_files(made, folder / attention / kind)
+    assert kills > 5
+    assert contents(folder) == contents(finished)
+    check(folder)
+
+
+def test_a_folder_that_another_process_writes_to(folder: Path) -> None:
+    with locked(folder), pytest.raises(StorageError, match=r"/out: is being written by process \d+, `"):
+        bundle_folder(folder, ZIPS)
