@@ -14,6 +14,8 @@ import typer
 from diffusion_runtime.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from diffusion_convert.palettize.checked import Checked
     from diffusion_convert.palettize.damage import Damage
     from diffusion_convert.palettize.palettize_options import PalettizeOptions
@@ -47,6 +49,9 @@ def palettize(
     granularity: Annotated[Granularity, typer.Option(help="Groups need iOS 18.")] = Granularity.PER_TENSOR,
     group_size: Annotated[int, typer.Option(help="Output channels that share a palette.")] = 16,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Palettize embedding tables too.")] = False,
+    samples: Annotated[
+        Path | None, typer.Option(help="An .npz file with the inputs to check with, by name. Default: drawn ones.")
+    ] = None,
     check: Annotated[bool, typer.Option(help="Compare outputs with the input package's (runs both).")] = True,
 ) -> None:
     """Palettize the weights of any ML Program, and check the result."""
@@ -67,13 +72,22 @@ def palettize(
     elif target_bits is not None:
         mixed = _mix(package, options, target_bits)
         options = mixed.options
+    given = None if samples is None else _samples(samples, package)
     with _progress() as progress:
-        checked = palettize_checked(package, output, options, compare=check, progress=progress)
+        checked = palettize_checked(package, output, options, samples=given, compare=check, progress=progress)
     if mixed is not None and plot is not None:
         _plot(mixed, plot, package.name)
     if save_recipe is not None:
         _save(package, checked, save_recipe)
     _print(checked, output)
+
+
+def _samples(path: Path, package: Path) -> list[dict[str, np.ndarray]]:
+    from diffusion_convert.palettize.outputs import load_samples
+    from diffusion_runtime.backends.interface import specs
+    from diffusion_runtime.mil.package import open_package
+
+    return load_samples(path, specs(open_package(package).model.interface.inputs, package))
 
 
 def _check_output(package: Path, output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from diffusion_convert.verification.bounds import MIN_PSNR_DB, bound_db
 from diffusion_convert.verification.compare import psnr_db
 from diffusion_runtime.backends import TensorSpec
-from diffusion_runtime.errors import VerificationError
+from diffusion_runtime.errors import InputError, VerificationError
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import TensorType, operations
 
@@ -70,14 +71,19 @@ def _draw(spec: TensorSpec, random: np.random.Generator, position: float, tokens
 
 def compare_outputs(reference: Path, other: Path, samples: Samples | None = None) -> dict[str, float]:
     """The lowest PSNR of each output over ``samples`` (None: two seeded ones), both packages run by the torch
-    backend, one after the other and with their weights left in the file."""
+    backend, one after the other and with their weights left in the file.
+
+    Raises VerificationError where an output of ``reference`` itself is not finite: nothing can be compared with it.
+    """
     from diffusion_runtime.backends.torch_mil import TorchBackend
 
     backend = TorchBackend(stream_weights=True)
     model = backend.load(reference)
     if samples is None:
         samples = seeded_inputs(model.inputs, 2, tokens=token_count(open_package(reference)))
-    expected = [model(**arrays) for arrays in samples]
+    with np.errstate(over="ignore", invalid="ignore"):  # said below, by name
+        expected = [model(**arrays) for arrays in samples]
+    _require_finite(reference, samples, expected)
     del model
     model = backend.load(other)
     found = [model(**arrays) for arrays in samples]
@@ -85,6 +91,41 @@ def compare_outputs(reference: Path, other: Path, samples: Samples | None = None
         name: min(psnr_db(one[name], two[name]) for one, two in zip(expected, found, strict=True))
         for name in expected[0]
     }
+
+
+def _require_finite(package: Path, samples: Samples, outputs: Samples) -> None:
+    """The bits are not to blame for what the package computes without them."""
+    for what, arrays in (("input", samples), ("output", outputs)):
+        bad = sorted({name for one in arrays for name, array in one.items() if not np.isfinite(array).all()})
+        if bad:
+            raise VerificationError(
+                f"{package}: its own {what} {', '.join(bad)} is infinite or undefined on the inputs that it is "
+                "checked with: give inputs from use with --samples FILE.npz, or leave out the check with --no-check"
+            )
+
+
+def load_samples(path: Path, specs: Mapping[str, TensorSpec]) -> list[dict[str, np.ndarray]]:
+    """The inputs in an .npz file, one array for each input by its name: of the input's shape, or with one more
+    dimension in front for several calls. Raises InputError for a file that is none or does not fit."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read as an .npz file: {error}") from error
+    if set(arrays) != set(specs):
+        raise InputError(f"{path}: holds {', '.join(sorted(arrays)) or 'nothing'}; expected {', '.join(specs)}")
+    stacked = {name: array[None] if array.shape == specs[name].shape else array for name, array in arrays.items()}
+    for name, array in stacked.items():
+        if array.shape[1:] != specs[name].shape or array.dtype.kind not in "fiu":
+            raise InputError(f"{path}: {name} is {array.dtype} {array.shape}; expected numbers {specs[name].shape}")
+    counts = {len(array) for array in stacked.values()}
+    if len(counts) != 1 or 0 in counts:
+        raise InputError(
+            f"{path}: holds {sorted(counts)} calls by input; expected the same number of each, 1 or more"
+        )
+    return [
+        {name: array[call].astype(specs[name].dtype) for name, array in stacked.items()} for call in range(*counts)
+    ]
 
 
 def require_outputs(
@@ -96,5 +137,6 @@ def require_outputs(
     if low:
         raise VerificationError(
             f"{package.name}: at {average_bits:g} bits {', '.join(low)} against the float16 package, expected at "
-            f"least {bound:.1f} dB: not published; use more bits, or --target-bits"
+            f"least {bound:.1f} dB: not published; use more bits or --target-bits; where drawn inputs are unlike "
+            "those in use, give some with --samples FILE.npz"
         )

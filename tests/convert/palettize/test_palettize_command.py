@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner, Result
@@ -100,3 +102,48 @@ def test_neither_the_input_nor_what_is_no_package_is_replaced(
         assert message in str(result.exception)
     assert folder_bytes(tmp_path) == before
     assert {path.name for path in tmp_path.iterdir()} == {source.name, other.name}
+
+
+def test_a_package_that_overflows_by_itself_is_blamed_and_samples_are_offered(
+    command: Callable[..., Result], tiny_package: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Inputs as large as these overflow in any package; with inputs from use the same package passes."""
+    source, output = tiny_package("iOS16"), tmp_path / "out.mlpackage"
+    x, ids = np.zeros((2, 1, 8, 16, 16), np.float32), np.zeros((2, 1, 5), np.int32)
+    x[:] = np.random.default_rng(0).standard_normal(x.shape)
+    rows: tuple[tuple[np.ndarray, str], ...] = (
+        (np.sign(x) * np.float32(3e38), "its own output .* is infinite"),
+        (np.full_like(x, np.inf), "input x"),
+    )
+    for bad, message in rows:
+        np.savez(tmp_path / "bad.npz", x=bad, ids=ids)
+        result = command(source, "-o", output, "--samples", tmp_path / "bad.npz")
+        assert re.search(f"{message}.*--samples FILE.npz.*--no-check", str(result.exception)), result.exception
+        assert not output.exists()
+    np.savez(tmp_path / "good.npz", x=x, ids=ids)
+    result = command(source, "-o", output, "--samples", tmp_path / "good.npz")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (None, "cannot be read as an .npz file"),
+        ({"y": np.zeros(3)}, "holds y; expected"),
+        ({"x": np.zeros((3, 3)), "ids": np.zeros((1, 5))}, "expected numbers"),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused(
+    command: Callable[..., Result],
+    tiny_package: Callable[..., Path],
+    tmp_path: Path,
+    arrays: dict[str, np.ndarray] | None,
+    message: str,
+) -> None:
+    path = tmp_path / "samples.npz"
+    if arrays is None:
+        path.write_bytes(b"no zip")
+    else:
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+    result = command(tiny_package("iOS16"), "-o", tmp_path / "out.mlpackage", "--samples", path)
+    assert message in str(result.exception)
