@@ -370,6 +370,14 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         },
         "hada_t1 is no part of a LoRA",
     ),
+    "sparse values alone": (
+        {
+            f"{Q}.lora_up.weight": torch.ones(32, 4),
+            f"{Q}.lora_down.weight": torch.ones(4, 32),
+            f"{Q}.bias_values": torch.ones(4),
+        },
+        "bias_indices, bias_size are missing",
+    ),
     "whole numbers": (
         {f"{Q}.lora_up.weight": torch.ones(32, 4).int(), f"{Q}.lora_down.weight": torch.ones(4, 32)},
         "is of type int32: expected floats",

@@ -161,7 +161,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "another module": ("LoRA", misnaming("attn1.to_q", "attn3.to_q"), "match nothing in this sd1 checkpoint"),
     "a DoRA's magnitudes alone": ("DoRA", misnaming("lora_B", "lora_C"), "stands alone"),
     "a part of a LoHa": ("LoHa", lacking("hada_w2_a"), "whole layer of a LoHa, and hada_w2_a is missing"),
-    "a core of a LoHa": ("LoHa, Tucker", lacking("hada_t2"), "do not fit each other|belongs to a weight"),
+    "a core of a LoHa": ("LoHa, Tucker", lacking("hada_t2"), "whole layer of a LoHa, and hada_t2 is missing"),
     "a LoHa's part misnamed": ("LoHa", misnaming("hada_w1_a", "hada_w3_a"), "hada_w1_a is missing"),
     "a part of a LoKr": ("LoKr", lacking("lokr_w1_b"), "whole layer of a LoKr, and lokr_w1_b is missing"),
     "a factor of a LoKr": ("LoKr, whole matrices", lacking("lokr_w2"), "lokr_w2 is missing"),

@@ -22,13 +22,14 @@ Parts = Mapping[str, "torch.Tensor"]
 class Kind:
     """``needs``: of each entry, one of the sets of parts must be there. ``may``: what can be there as well.
     ``product`` is what is added to the weight, before any scale; None where nothing is. ``rank``: by which alpha is
-    divided, None where the parts have none."""
+    divided, None where the parts have none. Of ``together``, all or none are there."""
 
     name: str
     needs: Sequence[Sequence[frozenset[str]]]
     may: frozenset[str] = frozenset()
     product: Callable[[Parts], torch.Tensor] | None = None
     rank: Callable[[Parts], int | None] = lambda _: None
+    together: frozenset[str] = frozenset()
 
     def own(self) -> frozenset[str]:
         """The parts that no other kind has."""
@@ -40,7 +41,7 @@ class Kind:
         for entry in self.needs:
             nearest = min(entry, key=lambda choice: (not choice & parts.keys(), len(choice - parts.keys())))
             lacking += sorted(nearest - parts.keys())
-        return lacking
+        return lacking + (sorted(self.together - parts.keys()) if self.together & parts.keys() else [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +211,7 @@ KINDS: Sequence[Kind] = (
         _SCALED | {"mid", "bias_indices", "bias_values", "bias_size"},
         _lora,
         lambda parts: parts["down"].shape[0],
+        frozenset({"bias_indices", "bias_values", "bias_size"}),
     ),
     Kind(
         "LoRA of an embedding",
@@ -224,6 +226,7 @@ KINDS: Sequence[Kind] = (
         _SCALED | {"hada_t1", "hada_t2"},
         _loha,
         lambda parts: parts["hada_w1_b"].shape[0],
+        frozenset({"hada_t1", "hada_t2"}),
     ),
     Kind(
         "LoKr",
