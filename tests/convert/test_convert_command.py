@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+import small_bundle
 from diffusion_convert import convert
 from diffusion_convert.cli import convert as convert_command
 from diffusion_convert.cli import main as cli
@@ -109,6 +110,35 @@ def test_it_says_what_takes_long_where_the_result_is_and_what_comes_next(
     whole = made.model_copy(update={"components": needed})
     *_, last = convert_command._what_next(Conversion(output, made.family, {"split_einsum_v2": whole}, {}))
     assert last == (f"next: coreml-sd generate '{output}' --prompt \"...\" --image photo.png -o picture.png")
+
+
+def test_a_working_folder_that_was_removed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    code = f"import os; os.chdir({str(tmp_path / 'gone')!r}); os.rmdir(os.getcwd())\n{MAIN}"
+    command = [sys.executable, "-c", code, "compile", str(tmp_path / "a.mlpackage"), "-o", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == cli.BAD_INPUT
+    assert done.stderr.splitlines()[-1:] == [
+        "error: the working folder is not there any more; change to another one"
+    ], done.stderr
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    packages = small_bundle.write_bundle(tmp_path / "out", ("original",)) / "original" / "packages"
+    output = os.fsencode(tmp_path) + b"/caf\xe9"
+    command = [
+        sys.executable,
+        "-c",
+        MAIN,
+        "compile",
+        packages / f"{small_bundle.NAME}_unet.mlpackage",
+        "-o",
+        output,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "caf\\udce9/" in done.stdout
+    assert os.listdir(output) == [f"{small_bundle.NAME}_unet.mlmodelc".encode()]  # noqa: PTH208
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import sys
 from typing import Annotated
 
@@ -43,16 +46,26 @@ def command(
     """Options that stand before a command."""
 
 
+def _system_error(error: OSError) -> str:
+    if error.filename:
+        return f"{os.fsdecode(error.filename)}: {error.strerror or error}"
+    if error.errno == errno.ENOENT:  # no file was named: it is where relative paths begin
+        return "the working folder is not there any more; change to another one"
+    return error.strerror or str(error)
+
+
 def main() -> None:
     """The entry point: errors of ours and of the system in one line and exit code 2, Ctrl-C exit code 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for the names of files that are not UTF-8
     try:
         code = app(standalone_mode=False)
     except DiffusionError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(BAD_INPUT)
     except OSError as error:  # names that are too long, folders that may not be read, a full disk
-        where = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"error: {where}{error.strerror or error}", err=True)
+        typer.echo(f"error: {_system_error(error)}", err=True)
         sys.exit(BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
