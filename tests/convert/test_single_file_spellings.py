@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -420,3 +421,45 @@ def test_what_a_file_lacks_is_said(kind: str, write: Callable[..., Path]) -> Non
     change, message = PARTIAL[kind]
     with pytest.raises(CheckpointError, match=message):
         open_single_file(write("sd1", change))
+
+
+@pytest.mark.parametrize("number", [999, 10**6, 10**9, 10**30])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "model.diffusion_model.input_blocks.{}.0.in_layers.0.weight",
+        "model.diffusion_model.output_blocks.{}.1.transformer_blocks.0.norm1.weight",
+        "first_stage_model.encoder.down.{}.block.0.conv1.weight",
+        "first_stage_model.encoder.down.0.block.{}.conv1.weight",
+        "cond_stage_model.transformer.text_model.encoder.layers.{}.mlp.fc1.weight",
+    ],
+)
+def test_numbers_that_no_network_has(place: str, number: int, write: Callable[..., Path]) -> None:
+    """They end at once, not after a look at every number before."""
+    path = write("sd1", lambda tensors: tensors | {place.format(number): torch.zeros(1)})
+    started = time.process_time()
+    with pytest.raises(CheckpointError) as caught:
+        open_single_file(path)
+    assert time.process_time() - started < 10
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["op.bias", "norm1.weight", "out.2.weight", "time_embed.0.weight"])
+def test_a_name_that_is_spelt_wrong(name: str, write: Callable[..., Path]) -> None:
+    def misspelt(tensors: Tensors) -> Tensors:
+        found = next(n for n in tensors if n.startswith(UNET) and n.endswith(name))
+        return {n.replace("model.", "model_", 1) if n == found else n: v for n, v in tensors.items()}
+
+    with pytest.raises(CheckpointError) as caught:
+        open_single_file(write("sd1", misspelt))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(0, 2**63), (0, 2**62), (2**40, 2**40), (-1,)])
+def test_declared_shapes_that_no_tensor_has(shape: tuple[int, ...], tmp_path: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": list(shape), "data_offsets": [0, 0]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError) as caught:
+        open_single_file(path)
+    assert "\n" not in str(caught.value)

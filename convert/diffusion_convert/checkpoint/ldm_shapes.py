@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, "torch.Tensor"]
 
+MAX_CHILDREN = 256
 FULL_OPEN_CLIP_BLOCKS = 24
 """OpenCLIP ViT-H's. Stable Diffusion 2 takes the states before the last; diffusers keeps only those before that."""
 
@@ -124,9 +125,13 @@ def depth(tensors: Tensors) -> dict[str, Any]:
 
 
 def count(tensors: Tensors, folder: str) -> int:
-    """How many numbered children ``folder`` has: one more than the highest number."""
+    """How many numbered children ``folder`` has: one more than the highest number. Raises CheckpointError for more
+    than any network has, which would be looked at one by one."""
     pattern = re.compile(re.escape(folder) + r"\.(\d+)\.")
-    return max((int(found[1]) for name in tensors if (found := pattern.match(name))), default=-1) + 1
+    found = max((int(match[1][:9]) for name in tensors if (match := pattern.match(name))), default=-1) + 1
+    if found > MAX_CHILDREN:
+        raise CheckpointError(f"{folder} has {found} parts: expected at most {MAX_CHILDREN}")
+    return found
 
 
 def shape(tensors: Tensors, name: str, dimensions: int) -> Sequence[int]:

@@ -132,9 +132,12 @@ def submodel(
 
 def _mapped(kind: str, part: ldm_shapes.Tensors, config: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
     try:
-        return ldm_names.NAMES[kind](part, config)
-    except (LookupError, ValueError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"weights of unexpected shapes: {error}".splitlines()[0]) from error
+        mapped = ldm_names.NAMES[kind](part, config)
+    except (LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"weights of unexpected names or shapes: {error}".splitlines()[0]) from error
+    if lost := [name for name, value in mapped.items() if value is None]:  # diffusers' way to say so
+        raise CheckpointError(f"weights are missing: {torch_networks.listed(lost)}")
+    return mapped
 
 
 def _map_tensors(path: Path, kind: str, config: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:

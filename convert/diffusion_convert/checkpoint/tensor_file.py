@@ -52,7 +52,7 @@ def _read_safetensors(path: Path) -> TensorFile:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             return TensorFile(tensors, dict(file.metadata() or {}))
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: damaged, or no file of tensors: expected a whole .safetensors or .ckpt file"
         ) from error
