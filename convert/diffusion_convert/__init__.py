@@ -7,37 +7,63 @@ convert("stable-diffusion-v1-5/stable-diffusion-v1-5", "models", ConvertOptions(
 
 from __future__ import annotations
 
-from os import PathLike
-from pathlib import Path
+import importlib
 from typing import TYPE_CHECKING
 
 from diffusion_convert.options import ConvertOptions, Lora, Precision
+from diffusion_runtime.errors import (
+    CheckpointError,
+    DiffusionError,
+    HubError,
+    InputError,
+    InstallationError,
+    PackageError,
+    StorageError,
+    UnsupportedError,
+    VerificationError,
+)
 from diffusion_runtime.families import AttentionKind
 
 if TYPE_CHECKING:
-    from diffusion_convert.conversion.convert import Conversion
-    from diffusion_convert.conversion.events import Progress
+    from diffusion_convert.conversion.convert import Conversion, convert
+    from diffusion_convert.conversion.events import Event, Phase, Progress
 
-__all__ = ["AttentionKind", "ConvertOptions", "Lora", "Precision", "convert"]
+__all__ = [
+    "AttentionKind",
+    "CheckpointError",
+    "Conversion",
+    "ConvertOptions",
+    "DiffusionError",
+    "Event",
+    "HubError",
+    "InputError",
+    "InstallationError",
+    "Lora",
+    "PackageError",
+    "Phase",
+    "Precision",
+    "Progress",
+    "StorageError",
+    "UnsupportedError",
+    "VerificationError",
+    "convert",
+]
+_LAZY = {
+    "Conversion": "diffusion_convert.conversion.convert",
+    "Event": "diffusion_convert.conversion.events",
+    "Phase": "diffusion_convert.conversion.events",
+    "Progress": "diffusion_convert.conversion.events",
+    "convert": "diffusion_convert.conversion.convert",
+}
+"""Names whose modules import large libraries: they are imported when a name is first used."""
 
 
-def convert(
-    source: str | PathLike[str],
-    output: str | PathLike[str],
-    options: ConvertOptions | None = None,
-    progress: Progress | None = None,
-) -> Conversion:
-    """Convert the checkpoint ``source``, a folder, a file or a Hub id, to Core ML models in the folder ``output``.
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    return value
 
-    Every model is verified against the checkpoint's own network before it appears; the result appears whole or not
-    at all. It is added to what was made there of the same source with the same options, and takes the place of
-    anything else that a conversion made there. A conversion that was stopped goes on where it stopped.
-    ``progress`` is told of everything that is done.
 
-    Raises InputError (options and paths that cannot be used), CheckpointError (a source that is missing, damaged or
-    of an unknown kind), UnsupportedError (a network that is not covered), VerificationError (a model that does not
-    compute what its source computes): messages of one line.
-    """
-    from diffusion_convert.conversion import convert as conversion
-
-    return conversion.convert(str(source), Path(output), options or ConvertOptions(), progress or (lambda _: None))
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import DEFAULT_TARGET, PALETTE_BITS, TARGETS, AttentionKind
@@ -44,6 +44,15 @@ class Lora:
     weight: float = 1.0
     parts: tuple[tuple[str, float], ...] = ()
 
+    if TYPE_CHECKING:  # what is taken for the fields' types
+
+        def __init__(
+            self,
+            path: str | os.PathLike[str],
+            weight: float = 1.0,
+            parts: Mapping[str, float] | Iterable[tuple[str, float]] = (),
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(_typed("LoRA path", self.path, (str, os.PathLike), "a path")))
         check_path("--lora ", self.path)
@@ -59,6 +68,10 @@ class Lora:
         object.__setattr__(self, "parts", tuple(parts.items()))
 
 
+LoraLike = Lora | str | os.PathLike[str]
+"""A LoRA, its path, or a text as the command line takes it."""
+
+
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
     """Options of `convert`, with the command line's names and defaults.
@@ -72,7 +85,7 @@ class ConvertOptions:
 
     attention: tuple[AttentionKind, ...] = DEFAULT_ATTENTION
     nbits: int | None = None
-    nbits_for: Mapping[str, int] = field(default_factory=dict)
+    nbits_for: Mapping[str, int] = field(default_factory=dict, hash=False)
     components: tuple[str, ...] = ()
     height: int | None = None
     width: int | None = None
@@ -91,6 +104,33 @@ class ConvertOptions:
     compiled: bool = True
     zip: bool = True
     verify: bool = True
+
+    if TYPE_CHECKING:  # what is taken for the fields' types
+
+        def __init__(
+            self,
+            attention: AttentionKind | str | Iterable[AttentionKind | str] = ...,
+            nbits: int | None = ...,
+            nbits_for: Mapping[str, int] = ...,
+            components: str | Iterable[str] = ...,
+            height: int | None = ...,
+            width: int | None = ...,
+            batch_size: int = ...,
+            context_length: int | None = ...,
+            target: str = ...,
+            chunk_unet: bool = ...,
+            vae: str | os.PathLike[str] | None = ...,
+            loras: LoraLike | Iterable[LoraLike] = ...,
+            lora_partial: bool = ...,
+            revision: str | None = ...,
+            family: str | None = ...,
+            variant: str | None = ...,
+            base: str | None = ...,
+            precision: Precision | str = ...,
+            compiled: bool = ...,
+            zip: bool = ...,
+            verify: bool = ...,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         for name, value in _settled(self).items():

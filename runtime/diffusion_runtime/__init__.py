@@ -8,91 +8,66 @@ pipeline("a large red circle on a white background", seed=1).images[0].save("cir
 
 from __future__ import annotations
 
-from os import PathLike
-from pathlib import Path
+import importlib
 from typing import TYPE_CHECKING
 
-from diffusion_runtime.errors import InputError
-from diffusion_runtime.families import FAMILIES
-from diffusion_runtime.schedulers import canonical
+from diffusion_runtime.errors import (
+    CheckpointError,
+    DiffusionError,
+    HubError,
+    InputError,
+    InstallationError,
+    PackageError,
+    StorageError,
+    UnsupportedError,
+    VerificationError,
+)
 
 if TYPE_CHECKING:
     from diffusion_runtime.backends import ComputeUnits
-    from diffusion_runtime.bundle.find import Bundle
-    from diffusion_runtime.pipeline import Pipeline
+    from diffusion_runtime.denoising import Step
+    from diffusion_runtime.loading import load_pipeline
+    from diffusion_runtime.pipeline import Pipeline, Result, Run, RuntimeNote
+    from diffusion_runtime.tasks.job import Request
 
-__all__ = ["load_pipeline"]
-
-
-def load_pipeline(
-    path: str | PathLike[str],
-    backend: str = "auto",
-    compute_units: ComputeUnits | str | None = None,
-    *,
-    scheduler: str | None = None,
-    tokenizer: str | PathLike[str] | None = None,
-    reduce_memory: bool = False,
-    check_safety: bool = True,
-    prediction_type: str | None = None,
-    latent_scale: float | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-) -> Pipeline:
-    """A pipeline of the models at ``path``: the folder that `convert` wrote, a variant in it, or one that Apple's
-    tools made. Models are loaded when they are first needed.
-
-    ``scheduler`` None: the checkpoint's own; ``compute_units`` None: what the manifest says. ``reduce_memory``
-    frees each model when its stage is over. ``check_safety`` False leaves the safety checker out.
-    ``prediction_type`` and ``latent_scale`` are for folders without a manifest; ``dtype`` ("float32", "bfloat16",
-    "float16") and ``device`` for the torch backend.
-    ``pipeline.notes`` says what was chosen and assumed.
-    Raises InputError for what cannot be used, PackageError for models that are damaged."""
-    from diffusion_runtime.backends import load_backend, resolve
-    from diffusion_runtime.bundle import find, manifest
-    from diffusion_runtime.bundle.without_manifest import Assumed
-    from diffusion_runtime.pipeline import Pipeline
-    from diffusion_runtime.prompt import tokenizer as tokenizers
-
-    name = resolve(backend)
-    units = find.parse_units(compute_units) if isinstance(compute_units, str) else compute_units
-    chosen = None if scheduler is None else canonical(scheduler)
-    try:
-        found = find.find(
-            Path(path), backend=name, compute_units=units, assumed=Assumed(prediction_type, latent_scale)
-        )
-    except (OSError, ValueError) as error:  # a name that is too long or has a NUL, a folder that may not be read
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{str(path)!r}: the folder of models cannot be read: {reason}") from error
-    if (found.folder / manifest.FILE_NAME).is_file():
-        _check_told(found, prediction_type, latent_scale)
-    place = Path(tokenizer) if tokenizer is not None else found.tokenizer
-    if place is None:
-        raise InputError(
-            f"{found.folder}: no vocab.json and merges.txt beside the models: name their folder with --tokenizer"
-        )
-    text = found.manifest.components.get("text_encoder")
-    length = text.inputs[0].shape[-1] if text and text.inputs else tokenizers.LENGTH
-    pad = FAMILIES[found.manifest.family].pad_token if found.manifest.family in FAMILIES else None
-    notes = [*found.notes, *(find.unit_notes(found, units) if name == "coreml" else ())]
-    if name == "torch" and units is not None:
-        notes.append(f"compute units {units.value} are Core ML's: the torch backend takes no notice of them")
-    if (
-        found.manifest.requires_safety_checker
-        and check_safety
-        and "safety_checker" not in found.manifest.components
-    ):
-        notes.append("the checkpoint asks for a safety checker, but there is none: pictures are not checked")
-    models = find.open_models(found, load_backend(name, dtype=dtype, device=device), units, not reduce_memory)
-    clip = tokenizers.load(place, length, pad)
-    return Pipeline(found.manifest, models, clip, chosen, check_safety, tuple(notes))
+__all__ = [
+    "CheckpointError",
+    "ComputeUnits",
+    "DiffusionError",
+    "HubError",
+    "InputError",
+    "InstallationError",
+    "PackageError",
+    "Pipeline",
+    "Request",
+    "Result",
+    "Run",
+    "RuntimeNote",
+    "Step",
+    "StorageError",
+    "UnsupportedError",
+    "VerificationError",
+    "load_pipeline",
+]
+_LAZY = {
+    "ComputeUnits": "diffusion_runtime.backends",
+    "Pipeline": "diffusion_runtime.pipeline",
+    "Request": "diffusion_runtime.tasks.job",
+    "Result": "diffusion_runtime.pipeline",
+    "Run": "diffusion_runtime.pipeline",
+    "RuntimeNote": "diffusion_runtime.pipeline",
+    "Step": "diffusion_runtime.denoising",
+    "load_pipeline": "diffusion_runtime.loading",
+}
+"""Names whose modules import large libraries: they are imported when a name is first used."""
 
 
-def _check_told(found: Bundle, prediction_type: str | None, latent_scale: float | None) -> None:
-    """Raise InputError where the caller contradicts a manifest, which knows better."""
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    return value
 
-    known = found.manifest.prediction_type, found.manifest.latents.scale
-    for name, told, value in zip(
-        ("prediction type", "latent scale"), (prediction_type, latent_scale), known, strict=True
-    ):
-        if told is not None and told != value:
-            raise InputError(f"{name} {told}: the manifest of these models says {value}; leave it out")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

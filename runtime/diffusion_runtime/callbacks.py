@@ -4,17 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypedDict
 
+import torch
+
+from diffusion_runtime.denoising import Start, Step
 from diffusion_runtime.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
-
-    from diffusion_runtime.denoising import Start, Step
 
 AtStepEnd = Callable[[Any, int, Any, dict[str, Any]], Mapping[str, Any] | None]
 """(pipeline, index, timestep, {"latents": …}) -> {"latents": …} to go on from, or nothing."""
+
+
+class Neutral(TypedDict, total=False):
+    """Arguments of diffusers' pipelines that converted models cannot serve; taken are the values of `NEUTRAL`."""
+
+    timesteps: None
+    sigmas: None
+    prompt_embeds: None
+    negative_prompt_embeds: None
+    ip_adapter_image: None
+    ip_adapter_image_embeds: None
+    masked_image_latents: None
+    padding_mask_crop: None
+    cross_attention_kwargs: None
+    clip_skip: None
+    guidance_rescale: float
+    return_dict: bool
+    callback: None
+    callback_steps: None
+
 
 NEUTRAL: Mapping[str, object] = {
     "timesteps": None,
@@ -32,7 +50,7 @@ NEUTRAL: Mapping[str, object] = {
     "callback": None,
     "callback_steps": None,
 }
-"""Arguments of diffusers' pipelines that converted models cannot serve, and the values that change nothing."""
+"""The values of `Neutral` that change nothing."""
 
 
 @dataclass(slots=True)

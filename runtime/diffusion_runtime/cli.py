@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusion_runtime import load_pipeline
-
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -194,6 +192,7 @@ def doctor() -> None:
 def _make(order: Order, done: list[Made]) -> None:
     """Make the pictures; ``done`` is told of each."""
     from diffusion_runtime import generation
+    from diffusion_runtime.loading import load_pipeline
 
     console = _console()
     with console.status("loading models"):

@@ -13,10 +13,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, Unpack, overload
 
 import numpy as np
 import torch
+from PIL import Image
 
 from diffusion_runtime import callbacks, denoising, guidance, images, schedulers, tasks
 from diffusion_runtime.bundle.manifest import Manifest
@@ -25,13 +26,9 @@ from diffusion_runtime.errors import InputError
 from diffusion_runtime.models import Models
 from diffusion_runtime.noise import Noise, fresh_seed, from_generators, from_seeds
 from diffusion_runtime.prompt.text_states import TextStates
+from diffusion_runtime.prompt.tokenizer import Tokenizer
 from diffusion_runtime.safety import is_flagged
 from diffusion_runtime.tasks import Request
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from diffusion_runtime.prompt.tokenizer import Tokenizer
 
 Texts = str | Sequence[str]
 STATES = "encoder_hidden_states"
@@ -42,15 +39,44 @@ class RuntimeNote(UserWarning):
     """Something the caller should know: a prompt that was cut, a picture that was resized."""
 
 
-class Result(NamedTuple):
-    """``images`` are PIL pictures, or the array or tensor that ``output_type`` asks for.
+Images = TypeVar("Images")
+
+
+class Result(NamedTuple, Generic[Images]):
+    """``images`` are a list of PIL pictures, or what ``output_type`` asks for: "np" an array (n, height, width, 3)
+    in 0..1, "pt" a tensor (n, 3, height, width) in 0..1, "latent" a tensor (n, channels, height, width) of latents.
 
     ``nsfw_content_detected`` has one entry per picture, or is None where nothing was checked. ``notes`` are for the
     user."""
 
-    images: Any
+    images: Images
     nsfw_content_detected: list[bool] | None
     notes: tuple[str, ...] = ()
+
+
+class Arguments(callbacks.Neutral, total=False):
+    """The arguments of `Pipeline.__call__` by keyword, for type checkers; see there."""
+
+    negative_prompt: Texts | None
+    image: Image.Image | None
+    mask_image: Image.Image | None
+    depth_map: Image.Image | torch.Tensor | None
+    height: int | None
+    width: int | None
+    num_inference_steps: int
+    guidance_scale: float
+    strength: float | None
+    noise_level: int | None
+    num_images_per_prompt: int
+    eta: float
+    generator: torch.Generator | Sequence[torch.Generator] | None
+    seed: int | Sequence[int] | None
+    rng: str
+    latents: torch.Tensor | None
+    long_prompt: bool
+    on_step: Callable[[Step], None] | None
+    callback_on_step_end: callbacks.AtStepEnd | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +147,21 @@ class Pipeline:
         checks = ["safety_checker"] if self.check_safety and "safety_checker" in self.models else []
         self.models.prewarm(needed + checks)
 
+    @overload
+    def __call__(
+        self, prompt: Texts, *, output_type: Literal["pil"] = "pil", **arguments: Unpack[Arguments]
+    ) -> Result[list[Image.Image]]: ...
+
+    @overload
+    def __call__(
+        self, prompt: Texts, *, output_type: Literal["np"], **arguments: Unpack[Arguments]
+    ) -> Result[np.ndarray]: ...
+
+    @overload
+    def __call__(
+        self, prompt: Texts, *, output_type: Literal["pt", "latent"], **arguments: Unpack[Arguments]
+    ) -> Result[torch.Tensor]: ...
+
     def __call__(
         self,
         prompt: Texts,
@@ -146,15 +187,42 @@ class Pipeline:
         on_step: Callable[[Step], None] | None = None,
         callback_on_step_end: callbacks.AtStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        **others: object,
-    ) -> Result:
-        """Make pictures. Names and defaults are those of diffusers' pipelines; ``seed`` with ``rng`` stands for a
-        generator, one seed for all pictures or one for each, and ``on_step`` is called after each step (raise in it
-        to cancel). ``callback_on_step_end`` is diffusers': it may give other latents, or set ``_interrupt``.
+        **others: Unpack[callbacks.Neutral],
+    ) -> Result[Any]:
+        """Make pictures. Names and defaults are those of diffusers' pipelines, where they have the argument.
 
-        ``others`` are diffusers' arguments that do nothing here; any but their defaults are refused.
-        ``strength`` None is 0.8 with an image and 1 in in-painting, as in diffusers. Raises InputError for what
-        cannot be used and DiffusionError where a model computes NaN. Notes are issued as `RuntimeNote` warnings."""
+        Args:
+            prompt: what to draw, one text or several; "(word:1.3)" draws more attention to word.
+            negative_prompt: what not to draw, one for all prompts or one for each. Needs a guidance scale above 1.
+            image: to start from, paint in or enlarge; resized where its size is not the models'.
+            mask_image: white where ``image`` is painted anew.
+            depth_map: depth of ``image``, brighter (or larger) is nearer: a picture, or (…, height, width) float32.
+            height, width: in pixels; None: what the models make, which is all that they can make.
+            num_inference_steps: denoising steps, 1 to the scheduler's number of training steps.
+            guidance_scale: how closely to follow the prompt; 1 or less: no guidance.
+            strength: how much of ``image`` may change, above 0 to 1; None: 0.8, and 1 with a mask.
+            noise_level: upscaling: the noise that is put on ``image``, 0 to 350; None: 20.
+            num_images_per_prompt: pictures of each prompt.
+            eta: the share of fresh noise in every step of a DDIM scheduler, 0 to 1.
+            generator: torch's, one for all pictures or one for each.
+            seed: stands for a generator, 0 to 2^64-1; one for all pictures or one for each. None: a random one.
+            rng: what ``seed`` is for: "torch" (as diffusers), "numpy" (as Apple's client) or "nvidia".
+            latents: noise to start from, (pictures, channels, height, width) of latents.
+            long_prompt: refuse a prompt that is too long for the models, rather than cut it.
+            output_type: "pil", "np", "pt" or "latent", see `Result`.
+            on_step: called after each step; raise in it to cancel.
+            callback_on_step_end: diffusers' callback: it may give other latents, or set ``_interrupt``.
+            callback_on_step_end_tensor_inputs: what that callback is given; only "latents" can be had.
+            others: arguments of diffusers that do nothing here: any but their defaults are refused.
+
+        Returns:
+            One picture for each prompt and repetition. What the safety checker flags is black.
+
+        Raises:
+            InputError: for what cannot be used.
+            DiffusionError: where a model computes NaN.
+
+        Notes for the user are issued as `RuntimeNote` warnings."""
         callbacks.refuse(others)
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
@@ -223,7 +291,7 @@ class Pipeline:
         finally:
             self.models.release("unet")
 
-    def finish(self, run: Run, latents: torch.Tensor, output_type: str = "pil") -> Result:
+    def finish(self, run: Run, latents: torch.Tensor, output_type: str = "pil") -> Result[Any]:
         """Decode and check what the last step gave. A flagged picture is wholly black."""
         if output_type == "latent":
             return Result(latents, None, run.notes)

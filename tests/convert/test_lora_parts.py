@@ -101,7 +101,7 @@ def test_weights_that_are_none(text: str, said: str) -> None:
 
 
 def test_parts_in_python() -> None:
-    lora = Lora(Path("x"), 0.5, {"te": 0})  # type: ignore[arg-type]
+    lora = Lora(Path("x"), 0.5, {"te": 0})
     assert lora == parse_lora("x:0.5,te=0")
     assert hash(lora) == hash(parse_lora("x:0.5,te=0"))
     wrong: Any = {"te": "1"}

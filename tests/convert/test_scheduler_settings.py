@@ -15,7 +15,7 @@ from diffusion_runtime.bundle import manifest
 from diffusion_runtime.errors import CheckpointError, InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers says what it imposes
-OPTIONS = ConvertOptions(attention="original", components="vae_decoder", compiled=False, zip=False, verify=False)  # type: ignore[arg-type]
+OPTIONS = ConvertOptions(attention="original", components="vae_decoder", compiled=False, zip=False, verify=False)
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 

@@ -113,7 +113,7 @@ def _models(sd1: Path, folder: Path) -> None:
     from diffusion_convert import ConvertOptions, convert
     from diffusion_convert.bundle.variants import compile_variant
 
-    options = ConvertOptions(attention="original", components="text_encoder", verify=False)  # type: ignore[arg-type]
+    options = ConvertOptions(attention="original", components="text_encoder", verify=False)
     convert(sd1, folder / "converted" / "models", options)
     toy = toy_models.write(folder / "toy" / "models" / "original" / "packages")
     compile_variant(toy, folder / "compiled" / "models" / "original" / "compiled")

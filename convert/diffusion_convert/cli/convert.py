@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusion_convert import convert as run
 from diffusion_convert.bundle.zip_names import PATTERN as ZIP_PATTERN
 from diffusion_convert.conversion.events import Event, Phase, Progress
 from diffusion_convert.conversion.workspace import kept
@@ -150,6 +149,8 @@ def convert(
         verify=verify,
     )
     from rich.console import Console
+
+    from diffusion_convert.conversion.convert import convert as run
 
     console = Console(stderr=True)
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 
 from diffusion_convert.bundle.variants import sweep_variants
@@ -38,8 +39,42 @@ class Conversion:
     unchanged: bool = False
 
 
-def convert(source: str, output: Path, options: ConvertOptions, progress: Progress) -> Conversion:
-    """See `diffusion_convert.convert`."""
+def convert(
+    source: str | PathLike[str],
+    output: str | PathLike[str],
+    options: ConvertOptions | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert a checkpoint to Core ML models, each verified against the checkpoint's own network.
+
+    The result appears as a whole or not at all. It is added to what was made there of the same source with the same
+    options, and takes the place of anything else that a conversion made there. A conversion that was stopped goes
+    on where it stopped.
+
+    Args:
+        source: a folder in diffusers' layout, a .safetensors or .ckpt file, or the id of a repository on the
+            Hugging Face Hub.
+        output: the folder for the result.
+        options: see `ConvertOptions`; None: the defaults.
+        progress: is called with an `Event` whenever something is done.
+
+    Returns:
+        All that is in ``output`` now: a manifest by variant, seconds by model and phase, notes for the user.
+
+    Raises:
+        InputError: for options and paths that cannot be used.
+        CheckpointError: for a source that is missing, damaged or of an unknown kind.
+        UnsupportedError: for a network that is not covered.
+        VerificationError: for a model that does not compute what its source computes.
+        StorageError: for a disk that is full or must not be written to.
+        HubError: for a connection that failed.
+    """
+    return _locked(
+        str(source), Path(output), options or ConvertOptions(), progress if progress is not None else lambda _: None
+    )
+
+
+def _locked(source: str, output: Path, options: ConvertOptions, progress: Progress) -> Conversion:
     check_path("", output)
     check_writable(output)
     with locked(output) as hidden:

@@ -6,20 +6,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from PIL import Image
 
+from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.denoising import Start
 from diffusion_runtime.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
-
-    from diffusion_runtime.bundle.manifest import Manifest
-    from diffusion_runtime.denoising import Start
-    from diffusion_runtime.models import Models
-    from diffusion_runtime.noise import Noise
-
+from diffusion_runtime.models import Models
+from diffusion_runtime.noise import Noise
 
 MAX_GUIDANCE = 1000.0  # beyond it nothing is left of a picture, and float32 ends
 DEFAULT_STRENGTH, DEFAULT_NOISE_LEVEL = 0.8, 20
@@ -113,7 +109,6 @@ class Request:
                 raise InputError(f"{name} {value!r}: expected a whole number of pixels")
 
     def _check_pictures(self) -> None:
-        import torch
 
         for name, value in (("image", self.image), ("mask", self.mask)):
             if value is not None and not isinstance(value, Image.Image):

@@ -1,0 +1,99 @@
+"""From a folder of models to a pipeline."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from diffusion_runtime.backends import ComputeUnits, load_backend, resolve
+from diffusion_runtime.bundle import find, manifest
+from diffusion_runtime.bundle.find import Bundle
+from diffusion_runtime.bundle.without_manifest import Assumed
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.families import FAMILIES
+from diffusion_runtime.pipeline import Pipeline
+from diffusion_runtime.prompt import tokenizer as tokenizers
+from diffusion_runtime.schedulers import canonical
+
+
+def load_pipeline(
+    path: str | PathLike[str],
+    backend: str = "auto",
+    compute_units: ComputeUnits | str | None = None,
+    *,
+    scheduler: str | None = None,
+    tokenizer: str | PathLike[str] | None = None,
+    reduce_memory: bool = False,
+    check_safety: bool = True,
+    prediction_type: str | None = None,
+    latent_scale: float | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> Pipeline:
+    """A pipeline of converted models. They are loaded when they are first needed.
+
+    Args:
+        path: the folder that `convert` wrote (the best variant in it is used), a variant in it, or a folder that
+            Apple's tools made.
+        backend: "coreml" (macOS), "torch" (any machine), or "auto": coreml on macOS, else torch.
+        compute_units: a `ComputeUnits` or its name, for coreml; None: those that the manifest names.
+        scheduler: a name of `schedulers.SCHEDULERS`, as "dpm++ 2m karras"; None: the checkpoint's own.
+        tokenizer: its folder, where the models' folder has none.
+        reduce_memory: load each model for its stage and free it after.
+        check_safety: use the safety checker, where there is one.
+        prediction_type: "epsilon", "v_prediction" or "sample", for folders without a manifest.
+        latent_scale: the VAE's scaling factor, for folders without a manifest.
+        dtype: "float32", "bfloat16" or "float16", for torch; None: float32.
+        device: "cpu", "cuda" or "mps", for torch; None: cpu.
+
+    Returns:
+        A `Pipeline`; its ``notes`` say what was chosen and assumed.
+
+    Raises:
+        InputError: for what cannot be used.
+        PackageError: for models that are damaged.
+        InstallationError: for a backend that this machine lacks.
+    """
+
+    name = resolve(backend)
+    units = find.parse_units(compute_units) if isinstance(compute_units, str) else compute_units
+    chosen = None if scheduler is None else canonical(scheduler)
+    try:
+        found = find.find(
+            Path(path), backend=name, compute_units=units, assumed=Assumed(prediction_type, latent_scale)
+        )
+    except (OSError, ValueError) as error:  # a name that is too long or has a NUL, a folder that may not be read
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{str(path)!r}: the folder of models cannot be read: {reason}") from error
+    if (found.folder / manifest.FILE_NAME).is_file():
+        _check_told(found, prediction_type, latent_scale)
+    place = Path(tokenizer) if tokenizer is not None else found.tokenizer
+    if place is None:
+        raise InputError(
+            f"{found.folder}: no vocab.json and merges.txt beside the models: name their folder with --tokenizer"
+        )
+    text = found.manifest.components.get("text_encoder")
+    length = text.inputs[0].shape[-1] if text and text.inputs else tokenizers.LENGTH
+    pad = FAMILIES[found.manifest.family].pad_token if found.manifest.family in FAMILIES else None
+    notes = [*found.notes, *(find.unit_notes(found, units) if name == "coreml" else ())]
+    if name == "torch" and units is not None:
+        notes.append(f"compute units {units.value} are Core ML's: the torch backend takes no notice of them")
+    if (
+        found.manifest.requires_safety_checker
+        and check_safety
+        and "safety_checker" not in found.manifest.components
+    ):
+        notes.append("the checkpoint asks for a safety checker, but there is none: pictures are not checked")
+    models = find.open_models(found, load_backend(name, dtype=dtype, device=device), units, not reduce_memory)
+    clip = tokenizers.load(place, length, pad)
+    return Pipeline(found.manifest, models, clip, chosen, check_safety, tuple(notes))
+
+
+def _check_told(found: Bundle, prediction_type: str | None, latent_scale: float | None) -> None:
+    """Raise InputError where the caller contradicts a manifest, which knows better."""
+    known = found.manifest.prediction_type, found.manifest.latents.scale
+    for name, told, value in zip(
+        ("prediction type", "latent scale"), (prediction_type, latent_scale), known, strict=True
+    ):
+        if told is not None and told != value:
+            raise InputError(f"{name} {told}: the manifest of these models says {value}; leave it out")
