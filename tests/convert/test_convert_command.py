@@ -126,7 +126,7 @@ def test_a_working_folder_that_was_removed_is_named(tmp_path: Path) -> None:
 def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
     packages = small_bundle.write_bundle(tmp_path / "out", ("original",)) / "original" / "packages"
     output = os.fsencode(tmp_path) + b"/caf\xe9"
-    command = [
+    command: list[str | bytes | Path] = [
         sys.executable,
         "-c",
         MAIN,
