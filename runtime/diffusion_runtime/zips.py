@@ -17,6 +17,7 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from diffusion_runtime.atomic import unfinished_file, unfinished_folder
 from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.real_path import is_inside
 
 _CHUNK = 1 << 20
 _NAME_BYTES = 255  # what file systems take
@@ -80,7 +81,7 @@ def pack(folder: Path, path: Path) -> None:
     """
     inside = sorted(file for file in folder.rglob("*") if not _hidden(file.relative_to(folder)))
     for file in inside:
-        if file.is_symlink() and not (file.is_file() and file.resolve().is_relative_to(folder.resolve())):
+        if file.is_symlink() and not (file.is_file() and is_inside(file, folder)):
             raise PackageError(
                 f"{file}: is a symbolic link to {file.readlink()}, which is not put into a zip; put the file there"
             )

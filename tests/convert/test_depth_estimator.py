@@ -45,6 +45,14 @@ def psnr_db(wanted: np.ndarray, got: np.ndarray) -> float:
     return float(20 * np.log10(np.ptp(wanted) / np.sqrt(np.mean((wanted - got) ** 2))))
 
 
+@pytest.mark.parametrize("layers", [[0, 1, 2, 9], [0, 1, 3, 3], [0, 1, -1, 3], [0, 1, 2], [0, 1]])
+def test_layers_that_are_not_there_are_refused(layers: list[int]) -> None:
+    model = tiny_model()
+    model.config.backbone_out_indices = layers
+    with pytest.raises(UnsupportedError, match="backbone_out_indices"):
+        nets.depth_estimator(model, AttentionKind.ORIGINAL)
+
+
 @pytest.mark.parametrize("kind", AttentionKind)
 @pytest.mark.parametrize("size", [96, 160])
 def test_agrees_with_transformers(kind: AttentionKind, size: int) -> None:

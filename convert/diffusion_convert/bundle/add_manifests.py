@@ -24,6 +24,7 @@ from diffusion_runtime.families import ATTENTIONS, SYSTEMS, compiled_names
 from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
+from diffusion_runtime.real_path import is_inside, real_path
 
 Described = tuple[str, str, Manifest]
 """Attention, kind and manifest of one folder of models."""
@@ -57,7 +58,7 @@ def add_manifests(
                 "tokenizer"
             )
         _refuse_links(made, place, folder)
-        title = name or names.get(chosen) or (folder.resolve().name if made.name == place.name else made.name)
+        title = name or names.get(chosen) or (real_path(folder).name if made.name == place.name else made.name)
         made = made.model_copy(update={"name": title, "source": made.source.model_copy(update={"name": title})})
         if target == place:
             made = _completed(made, place, tokenizer, chosen, kind, known)
@@ -118,7 +119,7 @@ def _refuse_links(made: Manifest, place: Path, folder: Path) -> None:
     """Raise InputError for a symbolic link that leads out of the folder: what it names is not shared."""
     for file in (file for component in made.components.values() for file in component.files):
         for path in (place / file, *(place / file).rglob("*")):
-            if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            if path.is_symlink() and not is_inside(path, folder):
                 raise InputError(f"{path}: is a symbolic link out of {folder}; put the file there")
 
 

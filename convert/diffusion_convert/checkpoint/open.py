@@ -12,6 +12,7 @@ from diffusion_convert.checkpoint.vae import with_vae
 from diffusion_convert.options import Lora, check_path
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, DiffusionError, InputError
+from diffusion_runtime.real_path import real_path
 
 
 def open_checkpoint(
@@ -42,7 +43,7 @@ def open_checkpoint(
     if base is not None and not path.is_file():
         raise InputError(f"--base {base}: {source} is no single file, and lacks nothing")
     if path.is_dir():
-        origin = Source(name=path.resolve().name, license=diffusers_folder.read_license(path))
+        origin = Source(name=real_path(path).name, license=diffusers_folder.read_license(path))
         checkpoint = diffusers_folder.open_folder(path, origin, family, variant)
     elif path.is_file():
         checkpoint = single_file.open_single_file(path, family, vae is not None, _open_base(base))

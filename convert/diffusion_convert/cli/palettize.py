@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.real_path import real_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,7 +94,7 @@ def _samples(path: Path, package: Path) -> list[dict[str, np.ndarray]]:
 def _check_output(package: Path, output: Path) -> None:
     if output.suffix != ".mlpackage":
         raise InputError(f"--output {output}: expected a name that ends in .mlpackage")
-    where, source = output.resolve(), package.resolve()
+    where, source = real_path(output), real_path(package)
     if (
         where.is_relative_to(source)
         or source.is_relative_to(where)

@@ -22,6 +22,7 @@ from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.mil.package import Package, open_package, resolve, specification_path
 from diffusion_runtime.mil.program import Blob, Function, Value, operations
 from diffusion_runtime.mil.text import TEXT_NAME, write_text
+from diffusion_runtime.real_path import real_path
 
 COMPILER_VERSIONS = {"coremlc-component-MIL": "3500.14.1", "coremlc-version": "3500.32.1"}
 """What Apple's compiler notes of itself in model.mil: of the version whose output is reproduced. Core ML loads
@@ -88,7 +89,7 @@ def _check_place(target: Path, package: Path) -> None:
     above = next((place for place in (target.parent, *target.parent.parents) if place.exists()), target.parent)
     if above.exists() and not above.is_dir():
         raise InputError(f"{above}: is a file; expected a folder for the compiled model")
-    where, source = target.resolve(), package.resolve()
+    where, source = real_path(target), real_path(package)
     if where.is_relative_to(source) or source.is_relative_to(where):
         raise InputError(f"{target}: the compiled model and {package} would lie in each other; name another folder")
     ours = ("model.mil", "coremldata.bin")

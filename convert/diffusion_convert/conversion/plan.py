@@ -23,6 +23,7 @@ from diffusion_convert.components.component import Component, Shape
 from diffusion_convert.options import ConvertOptions, Precision
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import TARGETS, AttentionKind, compiles
+from diffusion_runtime.real_path import real_path
 
 SOURCE_SUFFIXES = (".json", ".safetensors", ".bin")
 TOOLS = ("coreml-sd", "coremltools", "torch", "diffusers", "transformers")
@@ -190,7 +191,7 @@ def _stamps(place: Path) -> Iterator[tuple[str, int, int]]:
     inside = [path for name in folders for path in (place / name).glob("*")]
     for path in [place] if place.is_file() else sorted(path for path in (*files, *inside) if path.is_file()):
         status = path.stat()
-        yield (str(path.resolve()), status.st_size, status.st_mtime_ns)
+        yield (str(real_path(path)), status.st_size, status.st_mtime_ns)
 
 
 def _plain(value: Any) -> Any:

@@ -36,6 +36,11 @@ class DepthEstimator(nn.Module):
         self.layers = nn.ModuleList(Layer(layer, attend) for layer in model.dpt.encoder.layer)
         self.taken = tuple(config.backbone_out_indices[2:])
         self.readouts = nn.ModuleList(Readout(*pair) for pair in _readouts(model.neck.reassemble_stage))
+        if len(set(self.taken) & set(range(len(self.layers)))) != len(self.readouts):
+            raise UnsupportedError(
+                f"depth estimator: backbone_out_indices {list(config.backbone_out_indices)}: expected two layers "
+                f"below {len(self.layers)} at the end"
+            )
         del model.neck.fusion_stage.layers[0].residual_layer1  # the first layer has nothing to add
         self.convs, self.fusion_stage, self.head = model.neck.convs, model.neck.fusion_stage, model.head
 

@@ -29,6 +29,7 @@ from diffusion_runtime.mil.packing import pack, unpack
 from diffusion_runtime.mil.program import Blob, DType, Operation, TensorType, Value
 from diffusion_runtime.mil.rewrite import WEIGHT_PATH, rewrite, stored_in
 from diffusion_runtime.mil.weights import WeightFile, WeightWriter
+from diffusion_runtime.real_path import real_path
 
 _INDEX_TYPES = {1: DType.UINT1, 2: DType.UINT2, 3: DType.UINT3, 4: DType.UINT4, 6: DType.UINT6, 8: DType.UINT8}
 _ERROR_TOLERANCE = 1e-3  # sums of squares are taken in float32 over 65,536 elements at a time
@@ -93,7 +94,7 @@ def _open(source: Path, output: Path) -> Package:
         raise InputError(f"{source}: a compiled model; give the .mlpackage that it was compiled from")
     if output.suffix != ".mlpackage":
         raise InputError(f"{output}: the output's name must end in .mlpackage")
-    if output.resolve() == source.resolve():
+    if real_path(output) == real_path(source):
         raise InputError(f"{output}: the output is the input; give another name")
     return package
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diffusion_runtime.bundle.manifest import FILE_NAME, Manifest
 from diffusion_runtime.errors import PackageError
+from diffusion_runtime.real_path import is_inside
 
 _SHOWN = 5
 
@@ -88,7 +89,7 @@ def damaged(folder: Path, wrong: Mapping[str, Mapping[str, Fault]]) -> PackageEr
 
 def _fault(folder: Path, name: str, expected: str, known: Hashes) -> Fault | None:
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not is_inside(path, folder):
         return Fault.OUTSIDE
     if not path.is_file():
         return Fault.MISSING

@@ -18,6 +18,7 @@ from diffusion_runtime.mil import proto, text
 from diffusion_runtime.mil.model import Model, check_model
 from diffusion_runtime.mil.program import Blob, TensorType, Value
 from diffusion_runtime.mil.weights import WeightFile
+from diffusion_runtime.real_path import is_inside
 
 MODEL_PATH = "@model_path"
 _AUTHOR = "com.apple.CoreML"
@@ -176,6 +177,6 @@ def _check_item(item: Any, package: Path) -> None:
 
 
 def _inside(path: Path, folder: Path, source: Path) -> Path:
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not is_inside(path, folder):
         raise PackageError(f"{source}: {path} leads outside of {folder}; the model is refused")
     return path

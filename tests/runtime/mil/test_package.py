@@ -248,6 +248,14 @@ def test_what_is_no_package_is_refused_in_one_line(kind: str, network: Path, tmp
     assert "\n" not in str(caught.value)
 
 
+def test_a_link_that_leads_to_itself_is_refused(network: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(network, tmp_path / "model.mlpackage")
+    (path / MODEL).unlink()
+    (path / MODEL).symlink_to("model.mlmodel")
+    with pytest.raises(PackageError, match="missing"):
+        open_package(path)
+
+
 def test_a_link_that_leads_outside_is_refused(network: Path, tmp_path: Path) -> None:
     path = shutil.copytree(network, tmp_path / "linked.mlpackage")
     outside = tmp_path / "outside.mlmodel"

@@ -1,0 +1,17 @@
+"""Where a path leads, links followed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def real_path(path: Path) -> Path:
+    """As ``Path.resolve``, which up to Python 3.12 raises RuntimeError where links lead in a circle: here such a
+    path comes back as far as it can be followed, and opening it is an OSError as for any file that is not there."""
+    return Path(os.path.realpath(path))
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether ``path`` leads to a place in ``folder``, or to ``folder`` itself."""
+    return real_path(path).is_relative_to(real_path(folder))
