@@ -65,7 +65,7 @@ def call(arguments: Sequence[str]) -> Outcome:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
         return Outcome(code, said.getvalue(), "")
-    except Exception:
+    except (Exception, Hang):
         return Outcome(1, said.getvalue(), traceback.format_exc())
     finally:
         sys.argv = before

@@ -1,0 +1,82 @@
+"""Short forms of `make fuzz`: a few damaged inputs of every kind, kills and races of every command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fuzz import inputs
+from fuzz.mutate import damaged
+from fuzz.targets import TARGETS
+from fuzz.worker import CPU_SECONDS
+
+TESTS = Path(__file__).resolve().parent
+
+
+@pytest.mark.slow
+def test_damaged_inputs_are_refused_in_one_line_or_read(tmp_path: Path) -> None:
+    results = list(inputs.run(tmp_path, 0, 2 * len(TARGETS)))
+    assert {result["target"] for result in results} == set(TARGETS)
+    assert [(result["case"], result["problems"]) for result in results if result["problems"]] == []
+
+
+@pytest.mark.slow
+def test_kills_and_races_lose_nothing_and_leave_nothing(tmp_path: Path) -> None:
+    """In a process of its own: what is forked must have no other threads."""
+    command = [sys.executable, "-m", "fuzz.kills", "--kills", "16", "--races", "8"]
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+
+
+FAULTS = {
+    "import os; os.system('true')": "runs",
+    "import subprocess; subprocess.run(['true'])": "runs",
+    "open('/tmp/fuzz-outside', 'w')": "writes outside",
+    "raise KeyError('x')": "traceback",
+    "while True: pass": "hang",
+    "bytearray(1 << 40)": "memory",
+    "open('left', 'w')": "writes outside",
+    "import tempfile; tempfile.mkstemp()": "left",
+    "raise SystemExit(2)": "says no error",
+}
+
+
+@pytest.mark.parametrize(("code", "problem"), FAULTS.items(), ids=FAULTS)
+def test_the_harness_sees_what_it_looks_for(code: str, problem: str, tmp_path: Path) -> None:
+    """A command that does wrong in each way: what finds nothing must be able to find something."""
+    program = f"""
+import json, sys
+from pathlib import Path
+from fuzz import worker
+import diffusion_convert.cli.main as cli
+worker.CPU_SECONDS = 1
+worker.TARGETS = {{"any": worker.Target("seed", ("file.json",), (("inspect", "IN"),))}}
+cli.main = lambda: exec({code!r})
+worker.limit_memory()
+print(json.dumps(worker.run_case(worker.Case(0), Path(sys.argv[1]).resolve())["problems"]))
+"""
+    (tmp_path / "seeds" / "seed").mkdir(parents=True)
+    (tmp_path / "seeds" / "seed" / "file.json").write_text("{}")
+    environment = inputs._environment()
+    run = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert any(found.startswith(problem) for found in json.loads(run.stdout.splitlines()[-1])), run.stdout
+    assert CPU_SECONDS == 20
+
+
+def test_a_number_is_the_same_damage_each_time() -> None:
+    from random import Random
+
+    data = json.dumps({"a": [1, 2, {"b": "c"}], "d": 0.5}).encode()
+    made = [damaged("config.json", data, Random(number)) for number in range(50)]
+    assert made == [damaged("config.json", data, Random(number)) for number in range(50)]
+    assert len(set(made)) > 30
