@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,27 @@ def test_every_replacement_is_used(name: str, tiny_checkpoint: Callable[[str], P
     with mock.patch.object(coremltools_patches, name, watched):
         export(table()["text_encoder"], checkpoint, RECIPE, tmp_path / "model.mlpackage", Metadata())
     assert called
+
+
+def test_temporary_files_are_made_where_the_package_is(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed process leaves elsewhere stays for ever."""
+    elsewhere, made = tmp_path / "elsewhere", tmp_path / "made"
+    elsewhere.mkdir()
+    made.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    seen: list[str] = []
+    mkdtemp = tempfile.mkdtemp
+
+    def watched(*arguments: Any, **named: Any) -> str:
+        seen.append(mkdtemp(*arguments, **named))
+        return seen[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", watched)
+    checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
+    export(table()["text_encoder"], checkpoint, RECIPE, made / "a.mlpackage", Metadata())
+    assert seen
+    assert [path for path in seen if not Path(path).is_relative_to(made)] == []
+    assert list(elsewhere.glob("tmp*")) == []
+    assert [path.name for path in made.iterdir()] == ["a.mlpackage"]

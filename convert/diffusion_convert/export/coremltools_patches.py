@@ -10,8 +10,12 @@ pyproject.toml, and a test that each replacement is called.
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -59,6 +63,21 @@ def patched_coremltools(
         replaced.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)
         replace(frontend, "_tqdm", lambda nodes, **_: nodes)
+        yield
+
+
+@contextmanager
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """In this context, coremltools makes its temporary files in ``folder``. Where a process is killed they stay; in
+    the system's folder for temporary files nobody would know whose they are."""
+    here = SimpleNamespace(
+        mkdtemp=partial(tempfile.mkdtemp, dir=folder),
+        TemporaryDirectory=partial(tempfile.TemporaryDirectory, dir=folder),
+        NamedTemporaryFile=partial(tempfile.NamedTemporaryFile, dir=folder),
+    )
+    with ExitStack() as replaced:
+        for name in ("models.utils", "models.model", "converters.mil.converter"):
+            replaced.enter_context(mock.patch.object(import_coremltools(name), "_tempfile", here))
         yield
 
 

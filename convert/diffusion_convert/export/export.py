@@ -14,7 +14,7 @@ import numpy as np
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.components.component import Component, Graph, Port, Shape
-from diffusion_convert.export.coremltools_patches import patched_coremltools
+from diffusion_convert.export.coremltools_patches import patched_coremltools, temporary_files_in
 from diffusion_convert.export.placeholders import Misplaced, Placeholders
 from diffusion_convert.export.trace import trace
 from diffusion_convert.options import Precision
@@ -118,7 +118,7 @@ def _export(
     clock.start("convert")
     with work(path.parent) as slot:
         weights = slot / "weight.bin"
-        with WeightWriter(weights) as writer:
+        with WeightWriter(weights) as writer, temporary_files_in(slot):
             model, modules = _convert(graph, traced, options, placeholders, writer, clock)
         placeholders.check_all_taken()
         clock.start("save")
