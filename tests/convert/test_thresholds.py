@@ -3,8 +3,11 @@ tools/mutation_check.py). What is measured here stands in numbers of its own, no
 
 from __future__ import annotations
 
+import math
 import shutil
+import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +23,11 @@ from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.palettize.palettize_package import palettize_package
 from diffusion_convert.verification import compare
 from diffusion_convert.verification.folder import Comparison, verify_models
+from diffusion_runtime import zips
 from diffusion_runtime.bundle import manifest
-from diffusion_runtime.errors import StorageError, VerificationError
+from diffusion_runtime.errors import PackageError, StorageError, VerificationError
 from diffusion_runtime.families import AttentionKind
+from diffusion_runtime.mil.package import open_package
 
 OPTIONS = ConvertOptions(
     attention=(AttentionKind.ORIGINAL,), components=("text_encoder",), nbits_for={"text_encoder": 6}, compiled=False
@@ -140,3 +145,21 @@ def test_a_conversion_leaves_room_on_the_disk(tmp_path: Path, monkeypatch: pytes
     workspace.check_space(tmp_path, 980 << 20)
     with pytest.raises(StorageError, match="are needed"):
         workspace.check_space(tmp_path, 990 << 20)
+
+
+def test_values_beyond_the_limit_are_found(tiny_unet: Path) -> None:
+    package = open_package(tiny_unet)
+    name = next(op.outputs[0].name for op in package.model.function.block.operations if op.type == "conv")
+    for size, found in ((99.0, False), (101.0, True), (math.nan, True)):
+        assert (name in compare.overflowing(tiny_unet, {name: size}, 100.0)) == found
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"), [(5_000, False), (5_001, True), ("a/" * 15, False), ("a/" * 16, True)]
+)
+def test_zips_of_too_much_are_refused(names: int | str, refused: bool, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number in range(names if isinstance(names, int) else 1):
+            archive.writestr(f"{names}b" if isinstance(names, str) else f"m/{number}", b"")
+    with pytest.raises(PackageError, match="refused") if refused else nullcontext():
+        zips.unpack(tmp_path / "a.zip", tmp_path / "out", wanted=lambda name: name.endswith(("b", "/0")))
