@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,9 +61,10 @@ class Models:
 
     def release(self, *names: str) -> None:
         """Say that a stage is over: frees these models unless they are kept."""
-        if not self.keep:
-            for name in names:
-                self._loaded.pop(name, None)
+        if not self.keep and [name for name in names if self._loaded.pop(name, None)]:
+            # A lowered program is a cycle of objects (module, graph, nodes). Left to itself the collector may come
+            # only after the next model is loaded, with the weights of both in memory.
+            gc.collect()
 
     def prewarm(self, names: Iterable[str]) -> None:
         """Load models and run each once on zeros, so that the first picture takes no longer than the next."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import linecache
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from diffusion_runtime.backends import load_backend
 from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.models import Models
 from shared_data import PAIRS, needs_pairs
 
 
@@ -183,3 +187,25 @@ def test_samples_compute_the_same_packed_compiled_streamed_and_fused(pair: Path)
         np.testing.assert_allclose(fused[name], value, atol=1e-5)
         for other in others:
             np.testing.assert_array_equal(other[name], value)
+
+
+def test_a_model_that_is_released_leaves_nothing_behind(block: tuple[Path, Block]) -> None:
+    """Neither its weights until the collector happens to run, nor the text of its generated code for good."""
+
+    def texts() -> int:
+        return sum("eval_with_key" in name for name in linecache.cache)
+
+    models = Models({"unet": lambda: TorchBackend().load(block[0])}, keep=False)
+    gc.collect()
+    before = texts()
+    gc.disable()  # its own time must not matter
+    try:
+        for _ in range(5):
+            model = models["unet"].model
+            assert isinstance(model, TorchModel) and texts() > before
+            module = weakref.ref(model.module)
+            del model
+            models.release("unet")
+            assert module() is None and texts() == before
+    finally:
+        gc.enable()
