@@ -5,6 +5,7 @@ PLACE/.coreml-sd/work-{key}/      one thing that is being written to PLACE
                             lock         held while its writer lives
                             new/NAME     what becomes PLACE/NAME
                             commit.json  there once all of new/ is whole: only renames are left to do
+                            shown.json   names a file in PLACE that goes when its writer does
 PLACE/.coreml-sd/{other}/         work that a later run goes on with (conversions, downloads): never swept
 
 Nothing in a work folder is packed, published, compiled or inspected. Whoever writes to a place next looks after
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import IO
 
 from diffusion_runtime.errors import DiffusionError, InputError, StorageError
+from diffusion_runtime.passing_files import remove_shown, show
 
 WORK_FOLDER = ".coreml-sd"
 _LOCK, _NEW, _COMMIT, _SLOT = "lock", "new", "commit.json", "work-"
@@ -94,6 +96,18 @@ def unfinished_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def passing_file(path: Path) -> Iterator[Callable[[Callable[[Path], object]], None]]:
+    """Yields ``show(write)``, which puts what ``write`` writes to the path that it is given at ``path``, each time
+    in place of what it put there before. The file goes when the block ends, and after a kill with the next `sweep`.
+    A file of anybody else at ``path`` is neither replaced nor removed. Errors are as for ``unfinished_file``."""
+    with disk_errors(path), work(path.parent) as slot:
+        try:
+            yield lambda write: show(slot, path, write)
+        finally:
+            remove_shown(slot)
+
+
+@contextmanager
 def work(place: Path, key: str | None = None, shown: Path | None = None) -> Iterator[Path]:
     """A new folder in the work folder of ``place`` that vanishes with the block, or is swept later. With ``key``,
     one process at a time has it: raises StorageError for another, naming ``shown``."""
@@ -130,6 +144,19 @@ def commit(slot: Path, obsolete: Iterable[str] = (), done: Iterable[str] = ()) -
         raise
 
 
+def move_into_place(folder: Path, target: Path) -> bool:
+    """Rename a whole folder out of a work folder to ``target``; False where there is one, which stays."""
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+            return False
+    return True
+
+
 def sweep(place: Path) -> None:
     """Put in place what processes that are gone had committed in the work folder of ``place``; remove what they had
     not. What belongs to others or cannot be removed is left."""
@@ -139,6 +166,7 @@ def sweep(place: Path) -> None:
             with suppress(OSError), _left(slot / _LOCK):
                 if (slot / _COMMIT).exists():
                     _finish(slot)
+                remove_shown(slot)
                 remove(slot)
         if (hidden / _LOCK).is_file():
             with _left(hidden / _LOCK):

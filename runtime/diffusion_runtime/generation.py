@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime import images, noise, png_record, schedulers
+from diffusion_runtime.atomic import passing_file, sweep
 from diffusion_runtime.backends import resolve
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.png_record import Past, Settings
@@ -129,9 +131,10 @@ def _check(planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) -> N
 
 
 def _preview(output: Path) -> Path:
-    """Where previews go; no file of the user's, as it is deleted in the end."""
+    """Where previews go; no file of the user's, as it is deleted in the end. What a killed run left goes now."""
     path = output.with_name(f"{output.stem}-preview.png")
     images.check_writable(path)
+    sweep(path.parent)
     if path.exists() or path.is_symlink():
         raise InputError(
             f"{path}: is there already, and --preview would overwrite it: move it, or leave --preview out"
@@ -185,7 +188,7 @@ def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
     first = planned[0].settings
     record = {**_named(order), **_record(pipeline), **png_record.hashes(first)}
     group = 1 if guidance.is_guided(first.guidance_scale) else pipeline.batch_size
-    try:
+    with nullcontext() if preview is None else passing_file(preview) as show:
         for start in range(0, len(planned), group):
             chosen = planned[start : start + group]
             run = prepare(pipeline, chosen, order.inputs)
@@ -193,12 +196,9 @@ def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
             for step in pipeline.denoise(run):
                 latents = step.latents
                 on_step(start, step, run)
-                if preview is not None and step.index + 1 < step.total and step.index % PREVIEW_EVERY == 0:
-                    images.write_png(pipeline.preview(step), preview)
+                if show is not None and step.index + 1 < step.total and step.index % PREVIEW_EVERY == 0:
+                    show(pipeline.preview(step).save)
             yield from _written(pipeline, run, latents, chosen, record)
-    finally:
-        if preview is not None:
-            preview.unlink(missing_ok=True)
 
 
 def prepare(pipeline: Pipeline, planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) -> Run:

@@ -12,10 +12,10 @@ import small_bundle
 from diffusion_convert.bundle.folder import BundleOptions, bundle_folder
 from diffusion_convert.hub.download import download
 from diffusion_convert.hub.publish import planned_upload, publish
-from diffusion_runtime.atomic import WORK_FOLDER
+from diffusion_runtime.atomic import WORK_FOLDER, locked
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.integrity import check_files
-from diffusion_runtime.errors import HubError, InputError, PackageError
+from diffusion_runtime.errors import HubError, InputError, PackageError, StorageError
 from hub_server import Hub, serving
 
 REPO = "maker/model"
@@ -100,6 +100,15 @@ def test_models_that_were_never_verified_are_published_only_on_demand(bundle: Pa
     with pytest.raises(InputError, match=r"not verified: original/compiled unet; .* --unverified"):
         planned_upload(folder, REPO)
     assert "original/compiled/manifest.json" in planned_upload(folder, REPO, unverified=True).files
+
+
+def test_a_folder_that_another_process_writes_to_is_not_published(hub: Hub, bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "out")
+    with locked(folder), pytest.raises(StorageError, match=r"out: is being written by process \d+"):
+        publish(folder, REPO, endpoint=hub.endpoint, token=TOKEN)
+    assert hub.requests == []
+    publish(folder, REPO, endpoint=hub.endpoint, token=TOKEN)
+    assert not (folder / WORK_FOLDER).exists()
 
 
 def test_a_changed_file_is_not_published(hub: Hub, bundle: Path, tmp_path: Path) -> None:

@@ -8,12 +8,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from diffusion_runtime import atomic
-from diffusion_runtime.atomic import WORK_FOLDER, commit, locked, sweep, unfinished_file, unfinished_folder, work
+from diffusion_runtime.atomic import (
+    WORK_FOLDER,
+    commit,
+    locked,
+    passing_file,
+    sweep,
+    unfinished_file,
+    unfinished_folder,
+    work,
+)
 from diffusion_runtime.errors import InputError, StorageError
 from kill_points import kill_at, race
 
@@ -207,14 +218,50 @@ def test_files_and_folders_are_not_mistaken(tmp_path: Path) -> None:
         pass
 
 
+def show(path: Path, *texts: str) -> None:
+    with passing_file(path) as show_:
+        for text in texts:
+            show_(partial(Path.write_text, data=text))
+            assert path.read_text() == text
+
+
+def test_a_passing_file_goes_with_its_writer_killed_at_any_step(tmp_path: Path) -> None:
+    path, step = tmp_path / "a", 0
+    while kill_at(lambda: show(path, "1", "2", "3"), step := step + 1):
+        sweep(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+    assert step > 10 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["another", "changed", "there before"])
+def test_what_is_not_the_writers_stays(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    if kind == "there before":
+        path.write_text("mine")
+    with suppress(KeyboardInterrupt), passing_file(path) as show_:
+        show_(lambda new: new.write_text("1"))
+        if kind == "another":
+            path.unlink()
+        path.write_text("mine")
+        show_(lambda new: new.write_text("2"))
+        raise KeyboardInterrupt
+    sweep(tmp_path)
+    assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
+
+
 def _names_outside(slot: Path, mine: Path) -> None:
     names = [str(mine), "../x", "../mine", "../../mine", "..", ""]
     told = {"new": dict.fromkeys(names, 1), "obsolete": names, "done": names}
+    status = (mine / "file").lstat()
+    mark = [status.st_ino, status.st_size, status.st_mtime_ns]
+    marks = {name: [mark] for name in ("../mine/file", "../../mine/file", *names)}
+    (slot / "shown.json").write_text(json.dumps(marks))
     (slot / "commit.json").write_text(json.dumps(told))
 
 
 def _no_json(slot: Path, _: Path) -> None:
     (slot / "commit.json").write_text("[" * 100_000)
+    (slot / "shown.json").write_text("[" * 100_000)
 
 
 def _lock_is_a_link(slot: Path, mine: Path) -> None:

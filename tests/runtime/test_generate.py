@@ -113,29 +113,6 @@ def test_prompts_from_a_file(run: Run, toy_folder: Path) -> None:
     assert [images.read_metadata(Path(f"p-{n}.png"))["prompt"] for n in (1, 2)] == ["a cat", "ein Pferd 🐎"]
 
 
-def test_previews_are_there_while_it_works_and_gone_after(
-    run: Run, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: list[str] = []
-    write = images.write_png
-
-    def watched(image: Image.Image, path: Path, *rest: Any) -> None:
-        written.append(path.name)
-        write(image, path, *rest)
-
-    monkeypatch.setattr(images, "write_png", watched)
-    run("generate", toy_folder, "--prompt", "a cat", "-o", "p.png", "--preview", "--steps", "12")
-    assert written == ["p-preview.png"] * 3 + ["p.png"]
-    assert [path.name for path in Path().iterdir()] == ["p.png"]
-
-
-def test_a_picture_that_is_called_as_a_preview_is_kept(run: Run, toy_folder: Path) -> None:
-    before = picture_file(Path("p-preview.png")).read_bytes()
-    result = run("generate", toy_folder, "--prompt", "a cat", "-o", "p.png", "--preview", *FAST)
-    assert "p-preview.png: is there already, and --preview would overwrite it" in str(result.exception)
-    assert Path("p-preview.png").read_bytes() == before and not Path("p.png").exists()
-
-
 def test_inputs_of_another_size_are_noted(run: Run, toy_folder: Path) -> None:
     picture_file(Path("large.png"), 100)
     picture_file(Path("mask.png"), 32, "L")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from diffusion_convert.bundle import zip_names
 from diffusion_convert.hub.client import RemoteFile, check_repo_id, hub_errors, open_api, remote_files
 from diffusion_runtime import zips
-from diffusion_runtime.atomic import locked, remove
+from diffusion_runtime.atomic import locked, move_into_place, remove
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import check_files
@@ -68,7 +68,7 @@ def _download(
     chosen = _choose(repo_id, there, variant, kind)
     target = output / chosen / kind
     if target.exists():
-        raise InputError(f"{target}: exists already; remove it or choose another folder")
+        raise _there_already(target)
     wanted = _wanted(there, chosen, kind)
     report(f"{repo_id} at {commit[:12]}: {chosen}, {len(wanted)} files, {_megabytes(wanted)}")
     staging = hidden / f"{_STAGING}{commit}"
@@ -135,8 +135,12 @@ def _put_in_place(staging: Path, wanted: Mapping[str, RemoteFile], variant: str,
         folder = zips.unpack(staging / next(iter(wanted)), staging / "unpacked")
     if (folder / manifest.FILE_NAME).is_file():
         check_files(manifest.read(folder), folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder.rename(target)
+    if not move_into_place(folder, target):
+        raise _there_already(target)
+
+
+def _there_already(target: Path) -> InputError:
+    return InputError(f"{target}: exists already; remove it or choose another folder")
 
 
 def _megabytes(files: Mapping[str, RemoteFile]) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_convert.bundle.model_card import CARD_NAME, PICTURES, REPOSITORY, card_of
-from diffusion_convert.bundle.variants import required_variants
+from diffusion_convert.bundle.variants import required_variants, sweep_variants
 from diffusion_convert.bundle.zip_names import stem_of
 from diffusion_convert.hub.client import check_repo_id, hub_errors, open_api, remote_files
-from diffusion_runtime.atomic import unfinished_file
+from diffusion_runtime.atomic import locked, unfinished_file
 from diffusion_runtime.bundle.integrity import Hashes, check_files
 from diffusion_runtime.errors import InputError
 
@@ -75,23 +75,29 @@ def publish(
 ) -> str:
     """Upload the folder to the model repository ``repo_id``, made if it is not there; return its address.
 
-    Raises as ``plan`` does. The model card is written where there is none, and names the repository. One commit for
-    each variant's packages and compiled models, the zips, and last the model card.
+    Raises as ``planned_upload`` does, and StorageError where another process is writing to the folder, which nobody
+    else writes to meanwhile. The model card is written where there is none, and names the repository. One commit
+    for each variant's packages and compiled models, the zips, and last the model card.
     """
-    upload = planned_upload(folder, repo_id, private, unverified)
-    _write_card(folder / CARD_NAME, upload.card)
-    for note in upload.notes:
-        report(f"note: {note}")
-    api = open_api(endpoint, token)
-    with hub_errors(repo_id, "upload"):
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        there = remote_files(api, repo_id, "main")
-        missing = [name for name in upload.files if name not in there or not there[name].equals(folder / name)]
-        report(f"{len(upload.files) - len(missing)} of {len(upload.files)} files are there already")
-        for group, names in _groups(missing):
-            report(f"uploading {group}: {len(names)} files")
-            _commit(api, folder, repo_id, group, names)
-    return str(url)
+    check_repo_id(repo_id)
+    if not folder.is_dir():
+        required_variants(folder)
+    with locked(folder):
+        sweep_variants(folder)
+        upload = planned_upload(folder, repo_id, private, unverified)
+        _write_card(folder / CARD_NAME, upload.card)
+        for note in upload.notes:
+            report(f"note: {note}")
+        api = open_api(endpoint, token)
+        with hub_errors(repo_id, "upload"):
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            there = remote_files(api, repo_id, "main")
+            missing = [name for name in upload.files if name not in there or not there[name].equals(folder / name)]
+            report(f"{len(upload.files) - len(missing)} of {len(upload.files)} files are there already")
+            for group, names in _groups(missing):
+                report(f"uploading {group}: {len(names)} files")
+                _commit(api, folder, repo_id, group, names)
+        return str(url)
 
 
 def _notes(repo_id: str, names: Iterable[str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diffusion_convert.palettize.damage import Damage
 from diffusion_convert.palettize.recipe import average_bits, choose_bits, expected_damage
+from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import InstallationError
 
 _STEPS = 4  # recipes per bit
@@ -46,7 +47,8 @@ def mixed_candidates(damage: Damage, widths: Sequence[int]) -> list[Candidate]:
 def plot_recipes(
     damage: Damage, widths: Sequence[int], path: Path, title: str, chosen: Candidate | None = None
 ) -> None:
-    """Write a PNG; ``chosen`` is marked. Raises InstallationError without matplotlib."""
+    """Write a PNG; ``chosen`` is marked. Raises InstallationError without matplotlib,
+    StorageError for what the disk refuses."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -64,5 +66,5 @@ def plot_recipes(
     axes.set(xlabel="palettized weights, MB", ylabel="expected PSNR of the outputs, dB", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=150)
+    with unfinished_file(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=150)

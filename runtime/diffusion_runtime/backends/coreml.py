@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shutil
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffusion_runtime.atomic import check_writable, work
+from diffusion_runtime.atomic import check_writable, move_into_place, work
 from diffusion_runtime.backends import ComputeUnits, TensorSpec, check_arrays
 from diffusion_runtime.backends.interface import specs
 from diffusion_runtime.coremltools_import import import_coremltools
@@ -75,10 +75,8 @@ class CoreMLBackend:
         if target.is_dir():
             try:
                 return coremltools.models.CompiledMLModel(str(target), compute_units=units)
-            except (
-                Exception
-            ):  # of another system's version, or damaged: compile it anew, and let that say what is wrong
-                shutil.rmtree(target, ignore_errors=True)
+            except Exception:  # of another system's version, or damaged: compile it anew; that says what is wrong
+                self._remove(target)
         compiled = self._compiled(coremltools, path, target)
         if compiled is None:
             return coremltools.models.MLModel(str(path), compute_units=units)
@@ -92,7 +90,12 @@ class CoreMLBackend:
             return None
         with work(self.cache) as slot:
             made = coremltools.models.utils.compile_model(str(path), str(slot / "model.mlmodelc"))
-            return _moved(Path(made), target)
+            move_into_place(Path(made), target)  # another process may have been faster, with the same result
+        return target
+
+    def _remove(self, target: Path) -> None:
+        with suppress(OSError, DiffusionError), work(self.cache) as slot:
+            target.rename(slot / target.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,16 +154,6 @@ def content_key(package: Path) -> str:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         digest.update(f"{file.relative_to(data).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()
-
-
-def _moved(source: Path, target: Path) -> Path:
-    """Put a compiled model into place; another process may have been faster, with the same result."""
-    try:
-        source.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-    return target
 
 
 def _first_line(error: Exception) -> str:
