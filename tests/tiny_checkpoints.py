@@ -61,6 +61,65 @@ UPSCALER_UNET: Mapping[str, Any] = {
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "upcast_attention": False,
 }
+SDXL_UNET: Mapping[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.19.0.dev0",
+    "act_fn": "silu",
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 8,
+    "attention_head_dim": [2, 4, 4],
+    "block_out_channels": [32, 64, 64],
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_dim": 72,
+    "cross_attention_norm": None,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 1,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": 72,  # 6 time ids of 8, and text_embeds
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "sample_size": 16,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "transformer_layers_per_block": [1, 1, 2],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "upcast_attention": None,
+    "use_linear_projection": True,
+}
+SDXL_REFINER_UNET: Mapping[str, Any] = {
+    **SDXL_UNET,
+    "attention_head_dim": [2, 4, 4, 4],
+    "block_out_channels": [32, 64, 64, 64],
+    "cross_attention_dim": 40,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "projection_class_embeddings_input_dim": 64,  # 5 time ids of 8, and text_embeds
+    "transformer_layers_per_block": 2,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+}
 SD1_TEXT: Mapping[str, Any] = {
     "architectures": ["CLIPTextModel"],
     "attention_dropout": 0.0,
@@ -81,6 +140,16 @@ SD1_TEXT: Mapping[str, Any] = {
     "projection_dim": 32,
 }
 SD2_TEXT: Mapping[str, Any] = {**SD1_TEXT, "hidden_act": "gelu", "num_hidden_layers": 3}
+SDXL_TEXT_2: Mapping[str, Any] = {
+    **SD1_TEXT,
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_act": "gelu",
+    "hidden_size": 40,
+    "intermediate_size": 80,
+    "num_attention_heads": 5,
+    "num_hidden_layers": 3,
+    "projection_dim": 24,
+}
 VAE: Mapping[str, Any] = {
     "_class_name": "AutoencoderKL",
     "_diffusers_version": "0.10.0",
@@ -102,6 +171,13 @@ UPSCALER_VAE: Mapping[str, Any] = {
     "sample_size": 32,
     "scaling_factor": 0.08333,
     "up_block_types": ["UpDecoderBlock2D"] * 3,
+}
+SDXL_VAE: Mapping[str, Any] = {
+    **VAE,
+    "_diffusers_version": "0.20.0.dev0",
+    "force_upcast": True,
+    "sample_size": 128,
+    "scaling_factor": 0.13025,
 }
 SAFETY: Mapping[str, Any] = {
     "architectures": ["StableDiffusionSafetyChecker"],
@@ -185,6 +261,50 @@ PNDM: Mapping[str, Any] = {
     "trained_betas": None,
 }
 DDIM_V: Mapping[str, Any] = {**PNDM, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+EULER: Mapping[str, Any] = {
+    "_class_name": "EulerDiscreteScheduler",
+    "_diffusers_version": "0.19.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+}
+EULER_V_ZERO_SNR: Mapping[str, Any] = {
+    **EULER,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+LCM: Mapping[str, Any] = {
+    "_class_name": "LCMScheduler",
+    "_diffusers_version": "0.22.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995,
+    "num_train_timesteps": 1000,
+    "original_inference_steps": 50,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "thresholding": False,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+}
 LOW_RES: Mapping[str, Any] = {
     "_class_name": "DDPMScheduler",
     "_diffusers_version": "0.10.0",
@@ -231,6 +351,7 @@ class Recipe:
     pipeline: str = "StableDiffusionPipeline"
     unet: Mapping[str, Any] = field(default_factory=lambda: SD1_UNET)
     text: Mapping[str, Any] = field(default_factory=lambda: SD1_TEXT)
+    text_2: Mapping[str, Any] | None = None
     vae: Mapping[str, Any] = field(default_factory=lambda: VAE)
     scheduler: Mapping[str, Any] = field(default_factory=lambda: PNDM)
     low_res_scheduler: Mapping[str, Any] | None = None
@@ -241,6 +362,20 @@ class Recipe:
 
 
 _V2 = {"text": SD2_TEXT, "padding": "!"}
+_XL: Mapping[str, Any] = {
+    "pipeline": "StableDiffusionXLPipeline",
+    "unet": SDXL_UNET,
+    "text_2": SDXL_TEXT_2,
+    "vae": SDXL_VAE,
+    "scheduler": EULER,
+    "index": {"force_zeros_for_empty_prompt": True, "add_watermarker": False},
+}
+_DISTILLED: Mapping[str, Any] = {
+    "layers_per_block": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "_diffusers_version": "0.15.0",
+}
+"""What bk-sdm's UNets say beyond Stable Diffusion 1's."""
 RECIPES: Mapping[str, Recipe] = {
     "sd1": Recipe(safety_checker=True),
     "sd1-odd": Recipe(
@@ -288,8 +423,49 @@ RECIPES: Mapping[str, Recipe] = {
         index={"max_noise_level": 350},
         **_V2,  # type: ignore[arg-type]
     ),
+    "sdxl": Recipe(**_XL),
+    "sdxl-v-zero-snr": Recipe(**{**_XL, "scheduler": EULER_V_ZERO_SNR}),
+    "sdxl-inpainting": Recipe(
+        **{**_XL, "pipeline": "StableDiffusionXLInpaintPipeline", "unet": {**SDXL_UNET, "in_channels": 9}}
+    ),
+    "sdxl-refiner": Recipe(
+        **{
+            **_XL,
+            "pipeline": "StableDiffusionXLImg2ImgPipeline",
+            "unet": SDXL_REFINER_UNET,
+            "text": {},
+            "index": {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True},
+        }
+    ),
+    "sd1-lcm": Recipe("LatentConsistencyModelPipeline", unet={**SD1_UNET, "time_cond_proj_dim": 16}, scheduler=LCM),
+    "sdxl-lcm": Recipe(**{**_XL, "unet": {**SDXL_UNET, "time_cond_proj_dim": 16}, "scheduler": LCM}),
+    "sd1-small": Recipe(unet={**SD1_UNET, **_DISTILLED}),
+    "sd1-tiny": Recipe(
+        unet={
+            **SD1_UNET,
+            **_DISTILLED,
+            "mid_block_type": None,
+            "block_out_channels": [32, 64, 64],
+            "down_block_types": ["CrossAttnDownBlock2D"] * 3,
+            "up_block_types": ["CrossAttnUpBlock2D"] * 3,
+        }
+    ),
+    "sdxl-small": Recipe(
+        **{
+            **_XL,
+            "unet": {
+                **SDXL_UNET,
+                "layers_per_block": 2,
+                "mid_block_type": "UNetMidBlock2D",
+                "reverse_transformer_layers_per_block": [[2, 1, 1], [1, 1, 2], 1],
+                "transformer_layers_per_block": [1, [2, 1], [1, 2]],
+            },
+        }
+    ),
 }
-FAMILIES = tuple(RECIPES)
+VARIATIONS = ("sdxl-v-zero-snr", "sd1-lcm", "sdxl-lcm", "sd1-small", "sd1-tiny", "sdxl-small")
+"""Kinds of models that are of one of the families."""
+FAMILIES = tuple(name for name in RECIPES if name not in VARIATIONS)
 
 
 def build(family: str, folder: Path, seed: int = 0, **unet_overrides: Any) -> Path:
@@ -300,16 +476,13 @@ def build(family: str, folder: Path, seed: int = 0, **unet_overrides: Any) -> Pa
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         index: dict[str, Any] = {"_class_name": recipe.pipeline, "_diffusers_version": "0.10.0", **recipe.index}
-        vocabulary = write_tokenizer(folder / "tokenizer", recipe.padding)
-        index["tokenizer"] = ["transformers", "CLIPTokenizer"]
         _write_diffusers(folder / "unet", "UNet2DConditionModel", unet)
         _write_diffusers(folder / "vae", "AutoencoderKL", recipe.vae)
-        _write_text_encoder(folder / "text_encoder", {**recipe.text, "vocab_size": vocabulary})
+        index |= _write_text(folder, recipe)
         _write_json(folder / "scheduler" / "scheduler_config.json", recipe.scheduler)
         index |= {
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
             "scheduler": ["diffusers", recipe.scheduler["_class_name"]],
         }
         if recipe.low_res_scheduler:
@@ -318,6 +491,23 @@ def build(family: str, folder: Path, seed: int = 0, **unet_overrides: Any) -> Pa
         index |= _write_extras(folder, recipe)
     _write_json(folder / "model_index.json", index)
     return folder
+
+
+def _write_text(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Tokenizers and text encoders, one or two; their entries of model_index.json. SDXL's second one pads with
+    "!"."""
+    index: dict[str, Any] = {}
+    for suffix, config, padding in (("", recipe.text, recipe.padding), ("_2", recipe.text_2, "!")):
+        if not config:
+            if recipe.text_2 is not None:
+                index |= {f"tokenizer{suffix}": [None, None], f"text_encoder{suffix}": [None, None]}
+            continue
+        vocabulary = write_tokenizer(folder / f"tokenizer{suffix}", padding)
+        class_name = config["architectures"][0]
+        _write_text_encoder(folder / f"text_encoder{suffix}", class_name, {**config, "vocab_size": vocabulary})
+        index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
+        index[f"text_encoder{suffix}"] = ["transformers", class_name]
+    return index
 
 
 def write_tokenizer(folder: Path, padding: str = "<|endoftext|>") -> int:
@@ -381,12 +571,15 @@ def _write_diffusers(folder: Path, class_name: str, config: Mapping[str, Any]) -
     _write_weights(folder / "diffusion_pytorch_model.safetensors", model.state_dict())
 
 
-def _write_text_encoder(folder: Path, config: Mapping[str, Any]) -> None:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def _write_text_encoder(folder: Path, class_name: str, config: Mapping[str, Any]) -> None:
+    import transformers
+    from transformers import CLIPTextConfig
 
-    model = CLIPTextModel(CLIPTextConfig(**{k: v for k, v in config.items() if k != "architectures"}))
+    model = getattr(transformers, class_name)(
+        CLIPTextConfig(**{k: v for k, v in config.items() if k != "architectures"})
+    )
     _write_json(folder / "config.json", config)
-    _write_weights(folder / "model.safetensors", _published(model.state_dict(), "text_model."))
+    _write_weights(folder / "model.safetensors", _published_text(model.state_dict()))
 
 
 def _write_safety_checker(folder: Path) -> None:
@@ -404,6 +597,12 @@ def _write_safety_checker(folder: Path) -> None:
         tensors[name] = 0.6 + 0.1 * torch.rand(tensors[name].shape)  # flags few pictures
     _write_json(folder / "config.json", SAFETY)
     _write_weights(folder / "model.safetensors", tensors)
+
+
+def _published_text(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    projection = {name: value for name, value in tensors.items() if name.startswith("text_projection.")}
+    rest = {name: value for name, value in tensors.items() if name not in projection}
+    return {**_published(rest, "text_model."), **projection}
 
 
 def _published(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -23,8 +23,6 @@ class Precision(enum.Enum):
     FLOAT32 = "float32"
 
 
-DEFAULT_ATTENTION = (AttentionKind.ORIGINAL, AttentionKind.SPLIT_EINSUM_V2)
-
 E = TypeVar("E", bound=enum.Enum)
 
 
@@ -76,14 +74,15 @@ LoraLike = Lora | str | os.PathLike[str]
 class ConvertOptions:
     """Options of `convert`, with the command line's names and defaults.
 
-    ``components`` empty: all that the checkpoint has. ``height`` and ``width`` in pixels, None: the checkpoint's
+    ``attention`` empty: what the family is converted with (`Family.attention`). ``components`` empty: all that the
+    checkpoint has. ``height`` and ``width`` in pixels, None: the checkpoint's
     own sample size. ``context_length``: text tokens that the UNet takes, None: as many as the text encoder; two or
     three times as many are for long prompts, which are encoded in pieces. Texts as the command line takes them
     ("float32", "unet,vae_decoder", "style.safetensors:0.8") become what the fields are declared as, and one value
     stands for a tuple of one. Raises InputError for a value that cannot be used.
     """
 
-    attention: tuple[AttentionKind, ...] = DEFAULT_ATTENTION
+    attention: tuple[AttentionKind, ...] = ()
     nbits: int | None = None
     nbits_for: Mapping[str, int] = field(default_factory=dict, hash=False)
     components: tuple[str, ...] = ()
@@ -144,8 +143,6 @@ class ConvertOptions:
             raise InputError(f"batch size {self.batch_size}: expected 2 (both halves of the guidance at once) or 1")
         if (self.height is None) != (self.width is None):
             raise InputError("--height and --width belong together: give both or neither")
-        if not self.attention:
-            raise InputError("no attention kind given: expected at least one of " + kinds())
         if len(set(self.attention)) != len(self.attention):
             raise InputError("an attention kind is given twice")
 
@@ -213,11 +210,6 @@ def _lora(value: Any) -> Lora:
     if isinstance(value, Lora):
         return value
     return parse_lora(value) if isinstance(value, str) else Lora(value)
-
-
-def kinds() -> str:
-    """The attention kinds as a list for messages."""
-    return ", ".join(kind.value for kind in AttentionKind)
 
 
 def parse_choice(kind: type[E], name: str, text: str) -> E:

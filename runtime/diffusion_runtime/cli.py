@@ -80,7 +80,8 @@ def generate(
     ] = None,
     steps: Annotated[int | None, _option("Denoising steps. Default: 50.")] = None,
     guidance_scale: Annotated[
-        float | None, _option("How closely to follow the prompt; 1 or less: off. Default: 7.5.")
+        float | None,
+        _option("How closely to follow the prompt; 1 or less: off. Default: the models' (7.5; 5 for SDXL)."),
     ] = None,
     seed: Annotated[int | None, _option("Same seed, same picture. Default: random, printed.")] = None,
     rng: Annotated[

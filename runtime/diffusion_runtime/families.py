@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -80,6 +80,8 @@ def attention_of(einsums: Iterable[tuple[int | None, ...]]) -> AttentionKind:
     return next(kind for kind in alike if kind.about.query_chunk is None)
 
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+"""Text encoders by component, in the order in which their states are set side by side."""
 LATENT_SCALE = 0.18215
 """What latents are multiplied by where nothing says otherwise: the default of diffusers' AutoencoderKL."""
 _LOW_RES_SCHEDULER: Mapping[str, Any] = {
@@ -102,12 +104,17 @@ class Family:
     """What sets a model family apart. The defaults are Stable Diffusion 1's.
 
     ``in_channels``: of the UNet; what pictures it is given follows from them (`tasks`).
-    ``text_encoder``: "clip" (width 768) or "open_clip" (width 1024). It counts where another family has the same
-    channels. ``prediction_types``: the usual one first. ``class_labels``: the UNet takes some.
-    ``latent_factor``: pictures are so many times larger than latents. ``size``: of its pictures, in pixels.
-    ``safety_checker``: checkpoints ask for one. ``noise_scheduler``: diffusers' low_res_scheduler, if any.
+    ``text_encoder``: a value of `TEXT_WIDTHS`, by the width of the states that the UNet attends to. It counts where
+    another family has the same channels. ``prediction_types``: the usual one first.
+    ``class_labels``: the UNet takes some. ``latent_factor``: pictures are so many times larger than latents.
+    ``size``: of its pictures, in pixels. ``safety_checker``: checkpoints ask for one.
+    ``noise_scheduler``: diffusers' low_res_scheduler, if any.
     ``scheduler_settings``: what diffusers' pipeline class imposes on whatever scheduler it is made with, since the
     published configurations of the first checkpoints lack it or say otherwise.
+    ``encoders``: which of `TEXT_ENCODERS` it has.
+    ``added_conditions``: the UNet takes time_ids and text_embeds, as SDXL's does.
+    ``guidance_scale``, ``strength``, ``inpainting_…``: what diffusers' pipelines take where none is given.
+    ``attention``: what is converted where no kind is asked for.
     """
 
     name: str
@@ -122,6 +129,13 @@ class Family:
     safety_checker: bool = False
     noise_scheduler: Mapping[str, Any] | None = None
     scheduler_settings: Mapping[str, Any] = field(default_factory=lambda: PLAIN_SETTINGS)
+    encoders: tuple[str, ...] = TEXT_ENCODERS[:1]
+    added_conditions: bool = False
+    guidance_scale: float = 7.5
+    strength: float = 0.8
+    inpainting_guidance_scale: float = 7.5
+    inpainting_strength: float = 1.0
+    attention: tuple[AttentionKind, ...] = (AttentionKind.ORIGINAL, AttentionKind.SPLIT_EINSUM_V2)
 
     @property
     def pad_token(self) -> str | None:
@@ -129,6 +143,21 @@ class Family:
         return "!" if self.text_encoder == "open_clip" else None
 
 
+_SDXL = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    text_encoder="clip_and_open_clip_big",
+    prediction_types=("epsilon", "v_prediction"),
+    latent_scale=0.13025,
+    size=1024,
+    encoders=TEXT_ENCODERS,
+    scheduler_settings={},
+    added_conditions=True,
+    guidance_scale=5.0,
+    strength=0.3,
+    inpainting_strength=0.9999,
+    attention=(AttentionKind.ORIGINAL,),  # the graphs of the others are huge at 1024x1024
+)
 FAMILIES: Mapping[str, Family] = {
     family.name: family
     for family in (
@@ -162,11 +191,26 @@ FAMILIES: Mapping[str, Family] = {
             noise_scheduler=_LOW_RES_SCHEDULER,
             scheduler_settings={},
         ),
+        _SDXL,
+        replace(_SDXL, name="sdxl-inpainting", title="Stable Diffusion XL in-painting", in_channels=9),
+        replace(
+            _SDXL,
+            name="sdxl-refiner",
+            title="Stable Diffusion XL refiner",
+            text_encoder="open_clip_big",
+            prediction_types=("epsilon",),
+            encoders=TEXT_ENCODERS[1:],
+        ),
     )
 }
 """The families by name. To add one: an entry here; for single files, its configurations in
 `diffusion_convert/checkpoint/configs/NAME.json`; for other pictures to start from, a task."""
-TEXT_WIDTHS: Mapping[int, str] = {768: "clip", 1024: "open_clip"}
+TEXT_WIDTHS: Mapping[int, str] = {
+    768: "clip",
+    1024: "open_clip",
+    1280: "open_clip_big",
+    2048: "clip_and_open_clip_big",
+}
 
 
 def family_of(in_channels: int, context: int, latent_size: int) -> Family:
@@ -193,6 +237,7 @@ class ComponentNames:
 
 COMPONENTS: Mapping[str, ComponentNames] = {
     "text_encoder": ComponentNames("TextEncoder", "text_encoder"),
+    "text_encoder_2": ComponentNames("TextEncoder2", "text_encoder_2"),
     "unet": ComponentNames("Unet", "unet"),
     "vae_decoder": ComponentNames("VAEDecoder", "vae"),
     "vae_encoder": ComponentNames("VAEEncoder", "vae"),

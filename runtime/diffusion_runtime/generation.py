@@ -182,12 +182,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
     """Make and write pictures, yielding each as soon as it lies there; nothing is written for a picture that
     fails."""
-    from diffusion_runtime import guidance
-
     planned, preview = order.planned, order.preview
     first = planned[0].settings
     record = {**_named(order), **_record(pipeline), **png_record.hashes(first)}
-    group = 1 if guidance.is_guided(first.guidance_scale) else pipeline.batch_size
+    group = 1 if pipeline.is_guided(_request(planned[:1], order.inputs)) else pipeline.batch_size
     with nullcontext() if preview is None else passing_file(preview) as show:
         for start in range(0, len(planned), group):
             chosen = planned[start : start + group]
@@ -213,7 +211,9 @@ def _request(planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) ->
     one = planned[0].settings
     return Request(
         prompts=tuple(item.settings.prompt for item in planned),
-        negative_prompts=tuple(item.settings.negative_prompt for item in planned),
+        negative_prompts=()
+        if one.negative_prompt is None
+        else tuple(item.settings.negative_prompt or "" for item in planned),
         steps=one.steps,
         guidance_scale=one.guidance_scale,
         image=inputs.get("image"),
@@ -240,10 +240,11 @@ def _written(
 
 
 def _filled_in(run: Run) -> dict[str, Any]:
-    """The strength and the noise level that were used, where the task has them."""
+    """The guidance scale that was used; strength and noise level, where the task has them."""
     request = run.job.request
     used = {"strength": request.change, "noise_level": request.noise}
-    return {name: value if name in run.task.takes else None for name, value in used.items()}
+    taken = {name: value if name in run.task.takes else None for name, value in used.items()}
+    return {"guidance_scale": request.scale, **taken}
 
 
 def _inputs(settings: Settings) -> dict[str, Image.Image]:

@@ -18,6 +18,8 @@ from diffusion_runtime.backends import Model
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.models import not_finite
 
+EMBEDDED = "timestep_cond"
+"""The input of a UNet that takes the guidance scale itself."""
 Predict = Callable[[torch.Tensor, float], torch.Tensor]
 """(scaled latents of all pictures, timestep) -> what the UNet predicts for them, float32."""
 
@@ -36,6 +38,17 @@ class Conditions:
 def is_guided(guidance_scale: float) -> bool:
     """Guidance is on above 1: at 1 the guided prediction is the text's own."""
     return guidance_scale > 1
+
+
+def guidance_embedding(scales: torch.Tensor, width: int) -> torch.Tensor:
+    """What a UNet with ``timestep_cond`` is told of guidance scales (rows,): (rows, width) float32, sines, then
+    cosines, of 1000 (scale - 1) at falling frequencies (Luo et al., Latent Consistency Models, as diffusers has
+    it: a UNet that was distilled for a range of scales takes the scale as an input)."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
+    angles = 1000.0 * (scales.float() - 1)[:, None] * frequencies[None]
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.nn.functional.pad(embedding, (0, width % 2))
 
 
 def predictor(unet: Model, pictures: int, conditions: Conditions, guidance_scale: float) -> Predict:

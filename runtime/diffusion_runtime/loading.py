@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -72,8 +73,7 @@ def load_pipeline(
         raise InputError(
             f"{found.folder}: no vocab.json and merges.txt beside the models: name their folder with --tokenizer"
         )
-    text = found.manifest.components.get("text_encoder")
-    length = text.inputs[0].shape[-1] if text and text.inputs else tokenizers.LENGTH
+    length, *second = found.text_lengths() or (tokenizers.LENGTH,)
     pad = FAMILIES[found.manifest.family].pad_token if found.manifest.family in FAMILIES else None
     notes = [*found.notes, *(find.unit_notes(found, units) if name == "coreml" else ())]
     if name == "torch" and units is not None:
@@ -86,7 +86,11 @@ def load_pipeline(
         notes.append("the checkpoint asks for a safety checker, but there is none: pictures are not checked")
     models = find.open_models(found, load_backend(name, dtype=dtype, device=device), units, not reduce_memory)
     clip = tokenizers.load(place, length, pad)
-    return Pipeline(found.manifest, models, clip, chosen, check_safety, tuple(notes))
+    clip_2 = None
+    if second:
+        named = found.manifest.tokenizer_2
+        clip_2 = tokenizers.load(found.folder / named, second[0], "!") if named else replace(clip, length=second[0])
+    return Pipeline(found.manifest, models, clip, chosen, check_safety, tuple(notes), clip_2)
 
 
 def _check_told(found: Bundle, prediction_type: str | None, latent_scale: float | None) -> None:

@@ -102,11 +102,16 @@ class Timed:
 
     def one(self, name: str, **arrays: np.ndarray) -> np.ndarray:
         """The output called ``name``, or the only one. Raises DiffusionError where it is not a number."""
+        value, _ = self.several(name, "", **arrays)
+        return value
+
+    def several(self, name: str, other: str, **arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """As `one`, and the output called ``other``, if there is one."""
         results = self(**arrays)
         value = results[name] if name in results else next(iter(results.values()))
         if not np.isfinite(value).all():
             raise not_finite(self.name)
-        return value
+        return value, results.get(other)
 
 
 def not_finite(model: str) -> DiffusionError:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, Unpack, overload
 
 import numpy as np
@@ -20,9 +20,11 @@ import torch
 from PIL import Image
 
 from diffusion_runtime import callbacks, denoising, guidance, images, schedulers, tasks
+from diffusion_runtime.added_conditions import Size, SizeConditioning
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS
 from diffusion_runtime.models import Models
 from diffusion_runtime.noise import Noise, fresh_seed, from_generators, from_seeds
 from diffusion_runtime.prompt.text_states import TextStates
@@ -32,6 +34,8 @@ from diffusion_runtime.tasks import Request
 
 Texts = str | Sequence[str]
 STATES = "encoder_hidden_states"
+LCM_GUIDANCE_SCALE = 8.5
+"""The default of diffusers' LatentConsistencyModelPipeline."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -58,13 +62,13 @@ class Arguments(callbacks.Neutral, total=False):
     """The arguments of `Pipeline.__call__` by keyword, for type checkers; see there."""
 
     negative_prompt: Texts | None
-    image: Image.Image | None
+    image: Image.Image | torch.Tensor | None
     mask_image: Image.Image | None
     depth_map: Image.Image | torch.Tensor | None
     height: int | None
     width: int | None
     num_inference_steps: int
-    guidance_scale: float
+    guidance_scale: float | None
     strength: float | None
     noise_level: int | None
     num_images_per_prompt: int
@@ -74,6 +78,16 @@ class Arguments(callbacks.Neutral, total=False):
     rng: str
     latents: torch.Tensor | None
     long_prompt: bool
+    denoising_start: float | None
+    denoising_end: float | None
+    original_size: Size | None
+    crops_coords_top_left: Size
+    target_size: Size | None
+    negative_original_size: Size | None
+    negative_crops_coords_top_left: Size
+    negative_target_size: Size | None
+    aesthetic_score: float
+    negative_aesthetic_score: float
     on_step: Callable[[Step], None] | None
     callback_on_step_end: callbacks.AtStepEnd | None
     callback_on_step_end_tensor_inputs: Sequence[str]
@@ -111,6 +125,7 @@ class Pipeline:
     scheduler_name: str | None = None
     check_safety: bool = True
     notes: tuple[str, ...] = ()
+    tokenizer_2: Tokenizer | None = None
     _scheduler: tuple[str | None, Any] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -143,7 +158,7 @@ class Pipeline:
     def prewarm(self) -> None:
         """Load every model that a prompt alone needs and run it once, so that the first picture takes no longer
         than the next. Loads what `reduce_memory` would free, so it is of no use with that."""
-        needed = ["text_encoder", "unet", "vae_decoder"]
+        needed = [*(name for name in TEXT_ENCODERS if name in self.models), "unet", "vae_decoder"]
         checks = ["safety_checker"] if self.check_safety and "safety_checker" in self.models else []
         self.models.prewarm(needed + checks)
 
@@ -167,13 +182,13 @@ class Pipeline:
         prompt: Texts,
         *,
         negative_prompt: Texts | None = None,
-        image: Image.Image | None = None,
+        image: Image.Image | torch.Tensor | None = None,
         mask_image: Image.Image | None = None,
         depth_map: Image.Image | torch.Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         strength: float | None = None,
         noise_level: int | None = None,
         num_images_per_prompt: int = 1,
@@ -183,6 +198,16 @@ class Pipeline:
         rng: str = "torch",
         latents: torch.Tensor | None = None,
         long_prompt: bool = False,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        original_size: Size | None = None,
+        crops_coords_top_left: Size = (0, 0),
+        target_size: Size | None = None,
+        negative_original_size: Size | None = None,
+        negative_crops_coords_top_left: Size = (0, 0),
+        negative_target_size: Size | None = None,
+        aesthetic_score: float = 6.0,
+        negative_aesthetic_score: float = 2.5,
         output_type: str = "pil",
         on_step: Callable[[Step], None] | None = None,
         callback_on_step_end: callbacks.AtStepEnd | None = None,
@@ -194,13 +219,16 @@ class Pipeline:
         Args:
             prompt: what to draw, one text or several; "(word:1.3)" draws more attention to word.
             negative_prompt: what not to draw, one for all prompts or one for each. Needs a guidance scale above 1.
-            image: to start from, paint in or enlarge; resized where its size is not the models'.
+            image: to start from, paint in or enlarge; resized where its size is not the models'. Latents with
+                ``denoising_start``.
             mask_image: white where ``image`` is painted anew.
             depth_map: depth of ``image``, brighter (or larger) is nearer: a picture, or (…, height, width) float32.
             height, width: in pixels; None: what the models make, which is all that they can make.
             num_inference_steps: denoising steps, 1 to the scheduler's number of training steps.
-            guidance_scale: how closely to follow the prompt; 1 or less: no guidance.
-            strength: how much of ``image`` may change, above 0 to 1; None: 0.8, and 1 with a mask.
+            guidance_scale: how closely to follow the prompt; 1 or less: no guidance. None: 7.5; 5 for SDXL, 7.5
+                with its mask; 8.5 for latent consistency models, which take it as an input.
+            strength: how much of ``image`` may change, above 0 to 1; None: 0.8, and 1 with a mask; 0.3 and 0.9999
+                for SDXL.
             noise_level: upscaling: the noise that is put on ``image``, 0 to 350; None: 20.
             num_images_per_prompt: pictures of each prompt.
             eta: the share of fresh noise in every step of a DDIM scheduler, 0 to 1.
@@ -208,6 +236,11 @@ class Pipeline:
             seed: stands for a generator, 0 to 2^64-1; one for all pictures or one for each. None: a random one.
             rng: what ``seed`` is for: "torch" (as diffusers), "numpy" (as Apple's client) or "nvidia".
             latents: noise to start from, (pictures, channels, height, width) of latents.
+            denoising_start: the part of the steps that another model has done, whose latents are ``image``.
+            denoising_end: the part of the steps after which another model goes on; ask for "latent" output.
+            original_size, crops_coords_top_left, target_size: what SDXL's UNets are told, (height, width) and (top,
+                left) in pixels; None: the picture's size. ``negative_…``: of the negative prompt.
+            aesthetic_score, negative_aesthetic_score: what SDXL's refiner is told, usually 0 to 10.
             long_prompt: refuse a prompt that is too long for the models, rather than cut it.
             output_type: "pil", "np", "pt" or "latent", see `Result`.
             on_step: called after each step; raise in it to cancel.
@@ -235,16 +268,28 @@ class Pipeline:
             steps=num_inference_steps,
             guidance_scale=guidance_scale,
             eta=eta,
-            image=image,
+            image=None if isinstance(image, torch.Tensor) else image,
             mask=mask_image,
             depth=depth_map,
             strength=strength,
             noise_level=noise_level,
-            latents=latents,
+            latents=image if isinstance(image, torch.Tensor) else latents,
             long_prompt=long_prompt,
+            denoising_start=denoising_start,
+            denoising_end=denoising_end,
+            sizes=SizeConditioning(
+                original_size,
+                crops_coords_top_left,
+                target_size,
+                negative_original_size,
+                negative_crops_coords_top_left,
+                negative_target_size,
+                aesthetic_score,
+                negative_aesthetic_score,
+            ),
         )
         run = self.prepare(request, _noise(generator, seed, rng))
-        control = callbacks.Control(self, run.job.scheduler, run.total, guidance_scale)
+        control = callbacks.Control(self, run.job.scheduler, run.total, run.job.request.scale)
         finished = callbacks.run_steps(
             control,
             self.denoise(run),
@@ -264,28 +309,70 @@ class Pipeline:
         Raises InputError for what these models cannot do, before any of them runs."""
         unet = self._unet_shapes()
         task = tasks.choose(unet["sample"][1], request.given)
+        request = self.settled(request)
         self._check_size(request)
         scheduler = schedulers.own(self.scheduler, task.scheduler_settings)
         schedulers.set_steps(scheduler, int(request.steps))  # diffusers' loops want Python's own
         height, width = unet["sample"][2:]
         job = tasks.Job(request, self.manifest, self.models, (height, width), scheduler, noise)
         task.check(job)
-        guided = guidance.is_guided(request.guidance_scale)
-        texts = TextStates(self.models, self.tokenizer, self.manifest, unet[STATES][-1], request.long_prompt)
-        states, notes = texts.encode(request.texts(guided))
-        job.notes.extend(notes)
-        self.models.release("text_encoder")
+        tokenizers = (self.tokenizer, *([self.tokenizer_2] if self.tokenizer_2 else []))
+        texts = TextStates(self.models, tokenizers, self.manifest, unet[STATES][-1], request.long_prompt)
+        encoded = texts.encode(request.texts(self.is_guided(request)))
+        job.notes.extend(encoded.notes)
         prepared = task.prepare(job)
-        labels = {name: torch.full((len(states),), value) for name, value in prepared.labels.items()}
-        conditions = guidance.Conditions({STATES: states, **labels}, prepared.channels)
-        return Run(job, task, prepared.start, conditions)
+        rows = len(encoded.states)
+        labels = {name: torch.full((rows,), value) for name, value in prepared.labels.items()}
+        told = {STATES: encoded.states, **labels, **self._told(job, encoded.pooled, rows)}
+        return Run(job, task, prepared.start, guidance.Conditions(told, prepared.channels))
+
+    def settled(self, request: Request) -> Request:
+        """The request with the defaults of diffusers' pipeline for these models filled in."""
+        family = FAMILIES.get(self.manifest.family) or next(iter(FAMILIES.values()))
+        scale, strength = family.guidance_scale, family.strength
+        if request.mask is not None:
+            scale, strength = family.inpainting_guidance_scale, family.inpainting_strength
+        elif self._takes_guidance and not family.added_conditions:
+            scale = LCM_GUIDANCE_SCALE
+        return replace(
+            request,
+            guidance_scale=scale if request.guidance_scale is None else request.guidance_scale,
+            strength=strength if request.strength is None and request.image is not None else request.strength,
+        )
+
+    def is_guided(self, request: Request) -> bool:
+        """Whether each picture needs two rows of the UNet's work. A UNet that takes the scale as an input needs
+        one."""
+        return guidance.is_guided(self.settled(request).scale) and not self._takes_guidance
+
+    @property
+    def _takes_guidance(self) -> bool:
+        return guidance.EMBEDDED in self._unet_shapes()
+
+    def _told(self, job: tasks.Job, pooled: torch.Tensor | None, rows: int) -> dict[str, torch.Tensor]:
+        """What the UNet takes beside states: SDXL's sizes and pooled text, the guidance scale."""
+        shapes, request = self._unet_shapes(), job.request
+        told: dict[str, torch.Tensor] = {}
+        if "text_embeds" in shapes:
+            if pooled is None:
+                raise InputError("unet: takes text_embeds, but the last text encoder gives no pooled_outputs")
+            told["text_embeds"] = pooled
+        if "time_ids" in shapes:
+            ids, negative = request.sizes.time_ids(job.size, shapes["time_ids"][-1])
+            pair = [negative, ids] if self.is_guided(request) else [ids]
+            told["time_ids"] = torch.stack(pair * request.pictures)
+        if self._takes_guidance:
+            scales = torch.full((rows,), request.scale)
+            told[guidance.EMBEDDED] = guidance.guidance_embedding(scales, shapes[guidance.EMBEDDED][-1])
+        return told
 
     def denoise(self, run: Run) -> Generator[Step, torch.Tensor | None, None]:
         """Yield after every step of a prepared run; a run can be used once. Latents that are sent back replace the
         step's."""
         job, request = run.job, run.job.request
         unet = self.models["unet"]
-        predict = guidance.predictor(unet, request.pictures, run.conditions, request.guidance_scale)
+        scale = request.scale if self.is_guided(request) else 1.0
+        predict = guidance.predictor(unet, request.pictures, run.conditions, scale)
         try:
             yield from denoising.denoise(predict, job.scheduler, run.start, job.noise, request.eta)
         finally:
@@ -368,15 +455,16 @@ def _noise(
 
 
 def _texts(prompt: Texts, negative: Texts | None, count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """One prompt and one negative prompt per picture."""
+    """One prompt and one negative prompt per picture; no negative prompts where none is given."""
     if not isinstance(count, int) or count < 1:
         raise InputError(f"{count!r} pictures per prompt: expected a whole number, at least 1")
     for name, texts in (("prompt", prompt), ("negative prompt", negative or "")):
         if not isinstance(texts, (str, list, tuple)):
             raise InputError(f"{name} is a {type(texts).__name__}: expected a text or a list of texts")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    one = negative is None or isinstance(negative, str)
-    negatives: list[str] = [str(negative or "")] * len(prompts) if one else list(negative or ())
+    if negative is None:
+        return _repeated(prompts, count), ()
+    negatives: list[str] = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if len(negatives) != len(prompts):
         raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
     return _repeated(prompts, count), _repeated(negatives, count)

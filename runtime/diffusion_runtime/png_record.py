@@ -32,12 +32,12 @@ class Settings:
     """Everything that decides what a picture looks like; what a PNG records of itself and `--from` reads."""
 
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     seed: int = 0
     rng: str = "torch"
     scheduler: str | None = None
     steps: int = 50
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
     image: str | None = None
     mask: str | None = None
     depth_image: str | None = None

@@ -190,6 +190,25 @@ def last_part(scheduler: Any, steps: int, strength: float) -> torch.Tensor:
     return timesteps
 
 
+def between(scheduler: Any, timesteps: torch.Tensor, start: float | None, end: float | None) -> torch.Tensor:
+    """Of ``timesteps``, those from ``start`` to ``end``, parts of the way from noise (0) to picture (1), as
+    diffusers' ``denoising_start`` and ``denoising_end`` choose them. Raises InputError where none is left."""
+    total = int(scheduler.config.num_train_timesteps)
+    chosen = timesteps
+    if start is not None:
+        count = int((chosen < round(total - start * total)).sum())
+        if scheduler.order == 2 and count % 2 == 0:  # never between the two halves of a step
+            count += 1
+        chosen = chosen[len(chosen) - count :]
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(len(scheduler.timesteps) - count)
+    if end is not None:
+        chosen = chosen[: int((chosen >= round(total - end * total)).sum())]
+    if len(chosen) == 0:
+        raise InputError(f"no step lies between denoising_start {start} and denoising_end {end}: use more steps")
+    return chosen
+
+
 def step_arguments(scheduler: Any, generators: Any, eta: float) -> dict[str, Any]:
     """What `step` of this scheduler takes beyond prediction, timestep and sample."""
     accepted = inspect.signature(scheduler.step).parameters

@@ -56,7 +56,8 @@ def expected_interfaces(family: str) -> Mapping[str, tuple[Interface, Interface]
     recipe = tiny_checkpoints.RECIPES[family]
     unet, vae, text = recipe.unet, recipe.vae, recipe.text
     size = unet["sample_size"]
-    picture, width, channels = size * latent_factor(vae), text["hidden_size"], unet["in_channels"]
+    picture, channels = size * latent_factor(vae), unet["in_channels"]
+    states, of_vae = ("hidden_embeds", FULL) if recipe.text_2 else ("last_hidden_state", HALF)
     sample: dict[str, tuple[str, tuple[int, ...]]] = {
         "sample": (HALF, (2, channels, size, size)),
         "timestep": (HALF, (2,)),
@@ -64,17 +65,28 @@ def expected_interfaces(family: str) -> Mapping[str, tuple[Interface, Interface]
     }
     if family == "x4-upscaler":
         sample["class_labels"] = (HALF, (2,))
-    found: dict[str, tuple[Interface, Interface]] = {
-        "text_encoder": (
+    if recipe.text_2:
+        sample["time_ids"] = (HALF, (2, 5 if family == "sdxl-refiner" else 6))
+        sample["text_embeds"] = (HALF, (2, recipe.text_2["projection_dim"]))
+    encoders = {
+        name: (
             {"input_ids": (FULL, (1, 77))},
-            {"last_hidden_state": (FULL, (1, 77, width)), "pooled_outputs": (FULL, (1, width))},
-        ),
+            {states: (FULL, (1, 77, config["hidden_size"])), "pooled_outputs": (FULL, (1, config[pooled]))},
+        )
+        for name, config, pooled in (
+            ("text_encoder", text, "hidden_size"),
+            ("text_encoder_2", recipe.text_2, "projection_dim"),
+        )
+        if config
+    }
+    found: dict[str, tuple[Interface, Interface]] = {
+        **encoders,
         "unet": (sample, {"noise_pred": (FULL, (2, 4, size, size))}),
         "vae_decoder": (
-            {"z": (HALF, (1, 4, size, size))},
+            {"z": (of_vae, (1, 4, size, size))},
             {"image": (FULL, (1, 3, picture, picture))},
         ),
-        "vae_encoder": ({"x": (HALF, (1, 3, picture, picture))}, {"latent": (FULL, (1, 8, size, size))}),
+        "vae_encoder": ({"x": (of_vae, (1, 3, picture, picture))}, {"latent": (FULL, (1, 8, size, size))}),
     }
     if recipe.safety_checker:
         images = (1, picture, picture, 3)

@@ -68,10 +68,10 @@ def unet_of(config: dict[str, Any]) -> nn.Module:
     return unet.requires_grad_(False)
 
 
-def unet_inputs(unet: Any, batch: int, height: int, width: int) -> dict[str, torch.Tensor]:
+def unet_inputs(unet: Any, batch: int, height: int, width: int) -> dict[str, Any]:
     text_width = unet.config.cross_attention_dim
     text_width = text_width if isinstance(text_width, int) else text_width[0]
-    inputs = {
+    inputs: dict[str, Any] = {
         "sample": torch.randn(batch, unet.config.in_channels, height, width),
         "timestep": torch.tensor([981.0, 21.0][:batch]),
         "encoder_hidden_states": torch.randn(batch, TEXT_LENGTH, text_width),
@@ -80,6 +80,11 @@ def unet_inputs(unet: Any, batch: int, height: int, width: int) -> dict[str, tor
         inputs["class_labels"] = torch.tensor([20, 350][:batch])
     if unet.config.class_embed_type == "projection":
         inputs["class_labels"] = torch.randn(batch, 8)
+    if unet.config.addition_embed_type == "text_time":
+        step, whole = unet.config.addition_time_embed_dim, unet.config.projection_class_embeddings_input_dim
+        count = 6 if whole % step or whole // step > 8 else 5
+        embeds = torch.randn(batch, whole - count * step)
+        inputs["added_cond_kwargs"] = {"time_ids": torch.full((batch, count), 96.0), "text_embeds": embeds}
     return inputs
 
 

@@ -33,7 +33,6 @@ Source = Callable[[str], Path]
         ({"nbits": 5}, "nbits 5: expected one of " + ", ".join(map(str, PALETTE_BITS))),
         ({"batch_size": 3}, "batch size 3: expected 2"),
         ({"height": 512}, "--height and --width belong together"),
-        ({"attention": ()}, "no attention kind given"),
         ({"attention": (AttentionKind.ORIGINAL,) * 2}, "given twice"),
         ({"attention": "fast"}, "unknown attention 'fast': expected one of original, split_einsum"),
         ({"attention": 1}, "attention 1: expected one value or several"),

@@ -67,12 +67,13 @@ def test_no_word_is_lost_whatever_the_markup(prompt: str) -> None:
 
 def test_weighted_states_are_scaled_and_brought_back_to_their_mean(reference: Callable[[str], Any]) -> None:
     pipeline = reference("sd1").pipeline()
-    encoder = TextStates(pipeline.models, pipeline.tokenizer, pipeline.manifest, 77)
-    (plain, weighted), notes = encoder.encode(["a red circle", "a (red:1.5) circle"])
+    encoder = TextStates(pipeline.models, (pipeline.tokenizer,), pipeline.manifest, 77)
+    encoded = encoder.encode(["a red circle", "a (red:1.5) circle"])
+    plain, weighted = encoded.states
     factors = torch.ones(77)
     factors[2] = 1.5  # start, a, red
     scaled = plain * factors
-    assert notes == ()
+    assert encoded.notes == ()
     assert torch.allclose(weighted, scaled * (plain.mean() / scaled.mean()), atol=1e-5)
     assert weighted.shape == (32, 1, 77)
 

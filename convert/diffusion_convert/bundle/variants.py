@@ -101,7 +101,8 @@ def compile_variant(
             update={
                 "kind": "compiled",
                 "components": components,
-                "tokenizer": _copy_tokenizer(source, packages, unfinished),
+                "tokenizer": _copy_tokenizer(source.tokenizer, packages, unfinished),
+                "tokenizer_2": _copy_tokenizer(source.tokenizer_2, packages, unfinished, "tokenizer_2"),
             }
         )
         manifest.write(made, unfinished)
@@ -121,21 +122,25 @@ def _without_files(made: Manifest) -> Manifest:
         name: component.model_copy(update={"files": (), "sha256": {}, "size_bytes": 0})
         for name, component in made.components.items()
     }
-    return made.model_copy(update={"kind": "compiled", "tokenizer": None, "components": components})
+    return made.model_copy(
+        update={"kind": "compiled", "tokenizer": None, "tokenizer_2": None, "components": components}
+    )
 
 
-def _copy_tokenizer(source: Manifest, packages: Path, target: Path) -> str | None:
-    """Put the tokenizer's files beside the compiled models, where apps look for them."""
-    if source.tokenizer is None:
+def _copy_tokenizer(named: str | None, packages: Path, compiled: Path, place: str = ".") -> str | None:
+    """Put the files of a tokenizer, in the folder ``named`` beside packages, into ``place`` beside the compiled
+    models; the first one's lie where apps look for them."""
+    if named is None:
         return None
-    folder = packages / source.tokenizer
+    folder, target = packages / named, compiled / place
+    target.mkdir(exist_ok=True)
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name != manifest.FILE_NAME and file.suffix in (".json", ".txt"):
             shutil.copyfile(file, target / file.name)
     missing = [name for name in VOCABULARY_FILES if not (target / name).is_file()]
     if missing:
         raise InputError(f"{folder}: no {' and no '.join(missing)}: apps need them beside the compiled models")
-    return "."
+    return place
 
 
 def zip_variants(folder: Path, compiled: Mapping[str, Manifest], report: Report = _silent) -> tuple[Path, ...]:

@@ -24,7 +24,9 @@ INDEX = "model_index.json"
 CARD = "README.md"
 NETWORKS = tuple(dict.fromkeys(names.subfolder for names in COMPONENTS.values()))
 SCHEDULERS = ("scheduler", "low_res_scheduler")
-REQUIRED = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
+REQUIRED = ("unet", "vae", "scheduler")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+"""Each belongs to the text encoder of the same number."""
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 KINDS = ("safetensors", "bin")
 """In order of preference: no code before code."""
@@ -58,7 +60,7 @@ def open_folder(folder: Path, source: Source, family: str | None = None, variant
     index = read_json(folder / INDEX)
     named = {name: value for name, value in index.items() if _is_part(value)}
     parts = {name: value for name, value in named.items() if (folder / name).is_dir()}
-    missing = [name for name in REQUIRED if name not in parts]
+    missing = [name for name in (*REQUIRED, *_text_parts(named)) if name not in parts]
     if missing:
         raise CheckpointError(f"{folder}: it lacks {', '.join(missing)} (it has {', '.join(sorted(parts))})")
     absent = [name for name in NETWORKS if name in named and name not in parts]
@@ -74,16 +76,18 @@ def open_folder(folder: Path, source: Source, family: str | None = None, variant
     unet = models["unet"].config
     refuse_other_kinds(unet, str(folder))
     if family is not None:
-        found = check_family(family, unet, str(folder))
+        found = check_family(family, unet, str(folder), models)
     else:
-        found = detect(unet, schedulers["scheduler"], str(folder))
+        found = detect(unet, schedulers["scheduler"], str(folder), models)
+    tokenizers = [_tokenizer(folder / name) for name in TOKENIZERS if name in parts]
     return Checkpoint(
         name=source.name,
         family=found,
         source=source,
         models=models,
         schedulers=schedulers,
-        tokenizer={name: path for name in TOKENIZER_FILES if (path := folder / "tokenizer" / name).is_file()},
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else {},
         pipeline_class=str(index.get("_class_name", "StableDiffusionPipeline")),
         pipeline_config={name: value for name, value in index.items() if not _is_part(value)},
         notes=(
@@ -109,6 +113,16 @@ def _only_variants(models: Mapping[str, Submodel], variant: str | None) -> Itera
     for name, model in models.items():
         for taken in variants(file.name for file in model.files) - {variant, HALF}:
             yield f"{name} has weights of the variant {taken} only: those are taken"
+
+
+def _text_parts(named: Collection[str]) -> tuple[str, ...]:
+    """The text encoders and tokenizers that must be there: SDXL has two of each, its refiner only the second."""
+    numbers = [number for number in ("", "_2") if f"text_encoder{number}" in named] or [""]
+    return tuple(f"{part}{number}" for number in numbers for part in ("text_encoder", "tokenizer"))
+
+
+def _tokenizer(folder: Path) -> dict[str, Path]:
+    return {name: path for name in TOKENIZER_FILES if (path := folder / name).is_file()}
 
 
 def part_names(index: Mapping[str, Any]) -> tuple[str, ...]:

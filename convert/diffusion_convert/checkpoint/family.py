@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime import strict_json
@@ -18,8 +18,7 @@ LEAST_LENGTH, TEXT_LENGTH = 8, 77
 
 
 OTHER_KINDS: Mapping[str, str] = {
-    "addition_embed_type": "Stable Diffusion XL",
-    "time_cond_proj_dim": "a latent consistency model, which is told the guidance scale",
+    "addition_embed_type": "added conditions of another kind than Stable Diffusion XL's",
     "encoder_hid_dim_type": "states of other encoders than CLIP's text encoder",
     "encoder_hid_dim": "states of another width than it attends to, which it projects",
 }
@@ -29,12 +28,15 @@ OTHER_KINDS: Mapping[str, str] = {
 def refuse_other_kinds(unet: Config, where: str) -> None:
     """Raises CheckpointError for a UNet with inputs that no family has: without them, it is another network."""
     for key, kind in OTHER_KINDS.items():
-        if unet.get(key) is not None:
+        if unet.get(key) is not None and unet[key] != "text_time":
             raise CheckpointError(
                 f"{where}: a UNet with {key} {unet[key]!r} ({kind}) is not supported; supported are {known()}"
             )
     classes = unet.get("class_embed_type")
-    if classes is not None and not any(_takes(family, unet) for family in FAMILIES.values()):
+    if classes is not None and not any(
+        family.class_labels and int(unet.get("in_channels", 4)) == family.in_channels
+        for family in FAMILIES.values()
+    ):
         kind = (
             "unCLIP, which takes an image's embedding"
             if "projection" in classes
@@ -45,12 +47,13 @@ def refuse_other_kinds(unet: Config, where: str) -> None:
         )
 
 
-def detect(unet: Config, scheduler: Config, where: str) -> str:
-    """The name of the family that a UNet and a scheduler belong to. Raises CheckpointError, with what was seen."""
+def detect(unet: Config, scheduler: Config, where: str, parts: Collection[str]) -> str:
+    """The name of the family that a UNet and a scheduler belong to. ``parts``: what else the checkpoint has, by
+    diffusers' subfolder. Raises CheckpointError, with what was seen."""
     prediction = str(scheduler.get("prediction_type", "epsilon"))
-    near = [family for family in FAMILIES.values() if _takes(family, unet)]
+    near = [family for family in FAMILIES.values() if _takes(family, unet, parts)]
     alike = near
-    if len({family.text_encoder for family in near}) > 1:
+    if {family.text_encoder for family in near} > {"clip"}:
         second = bool(unet.get("use_linear_projection", False)) or unet.get("cross_attention_dim") == 1024
         alike = [family for family in near if family.text_encoder == ("open_clip" if second else "clip")]
     for family in alike:
@@ -64,13 +67,13 @@ def detect(unet: Config, scheduler: Config, where: str) -> str:
     )
 
 
-def check_family(name: str, unet: Config, where: str) -> str:
+def check_family(name: str, unet: Config, where: str, parts: Collection[str]) -> str:
     """``name``, asked for in place of what would be detected. Raises InputError for an unknown family, with the
     known ones, and for one whose UNets have other inputs."""
     if name not in FAMILIES:
         raise InputError(f"unknown family {name!r}: expected one of {known()}")
-    if not _takes(FAMILIES[name], unet):
-        near = [family.name for family in FAMILIES.values() if _takes(family, unet)]
+    if not _takes(FAMILIES[name], unet, parts):
+        near = [family.name for family in FAMILIES.values() if _takes(family, unet, parts)]
         raise InputError(
             f"{where}: family {name!r} does not fit a UNet with {unet.get('in_channels', 4)} input channels"
             f"{' and class embeddings' if _embeds_classes(unet) else ''}: "
@@ -83,9 +86,13 @@ def known() -> str:
     return ", ".join(FAMILIES)
 
 
-def _takes(family: Family, unet: Config) -> bool:
-    """Whether a UNet has the inputs of the family's."""
-    return (int(unet.get("in_channels", 4)), _embeds_classes(unet)) == (family.in_channels, family.class_labels)
+def _takes(family: Family, unet: Config, parts: Collection[str]) -> bool:
+    """Whether a UNet has the inputs of the family's, and SDXL's the text encoders that it needs."""
+    added = unet.get("addition_embed_type") is not None
+    seen = int(unet.get("in_channels", 4)), _embeds_classes(unet), added
+    if seen != (family.in_channels, family.class_labels, family.added_conditions):
+        return False
+    return not added or {name for name in parts if name.startswith("text_encoder")} == set(family.encoders)
 
 
 def _embeds_classes(unet: Config) -> bool:
@@ -117,11 +124,14 @@ def default_size(unet: Config, vae: Config) -> tuple[int, int]:
     return height * factor, width * factor
 
 
-def text_length(checkpoint: Checkpoint) -> int:
-    """How many tokens the text encoder takes: as many as it has positions, or fewer where the tokenizer says so, as
-    diffusers pads prompts to the tokenizer's length. Raises CheckpointError for a damaged tokenizer_config.json."""
-    encoder = checkpoint.models.get("text_encoder")
+def text_length(checkpoint: Checkpoint, subfolder: str | None = None) -> int:
+    """How many tokens a text encoder (None: the first one) takes: as many as it has positions, or fewer where the
+    tokenizer says so, as diffusers pads prompts to the tokenizer's length. Raises CheckpointError for a damaged
+    tokenizer_config.json."""
+    named = subfolder or FAMILIES[checkpoint.family].encoders[0]
+    encoder = checkpoint.models.get(named)
     positions = TEXT_LENGTH if encoder is None else int(encoder.config.get("max_position_embeddings", TEXT_LENGTH))
-    path = checkpoint.tokenizer.get("tokenizer_config.json")
+    files = checkpoint.tokenizer_2 if named.endswith("_2") and checkpoint.tokenizer_2 else checkpoint.tokenizer
+    path = files.get("tokenizer_config.json")
     told = strict_json.read_object(path, CheckpointError).get("model_max_length") if path is not None else None
     return min(told, positions) if isinstance(told, int) and told >= LEAST_LENGTH else positions

@@ -34,8 +34,8 @@ class Checkpoint:
 
     ``models`` and ``schedulers`` are by diffusers' subfolder ("unet", "vae", "text_encoder", "safety_checker",
     "depth_estimator"; "scheduler", "low_res_scheduler"); ``tokenizer`` maps vocab.json, merges.txt,
-    tokenizer_config.json, … to where they are. ``family`` is a name in `families.FAMILIES`. ``notes`` are sentences
-    for the user: what the source does not say and was assumed.
+    tokenizer_config.json, … to where they are, ``tokenizer_2`` those of a second text encoder. ``family`` is a name
+    in `families.FAMILIES`. ``notes`` are sentences for the user: what the source does not say and was assumed.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Checkpoint:
     models: Mapping[str, Submodel]
     schedulers: Mapping[str, Mapping[str, Any]]
     tokenizer: Mapping[str, Path]
+    tokenizer_2: Mapping[str, Path] = field(default_factory=dict)
     pipeline_class: str = "StableDiffusionPipeline"
     pipeline_config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from diffusion_convert.checkpoint.diffusers_folder import (
     INDEX,
     NETWORKS,
     SCHEDULERS,
+    TOKENIZERS,
     open_folder,
     part_names,
     read_license,
@@ -68,7 +69,7 @@ def checkpoint_files(names: frozenset[str], read_json: ReadJson, variant: str | 
             wanted = {"config.json", *_weights(part, inside, read_json, variant)}
         elif part in SCHEDULERS:
             wanted = {"scheduler_config.json"}
-        elif part == "tokenizer":
+        elif part in TOKENIZERS:
             wanted = set(TOKENIZER_FILES)
         needed |= {f"{part}/{name}" for name in wanted & inside}
     return tuple(sorted(needed))

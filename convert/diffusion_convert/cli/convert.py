@@ -16,7 +16,6 @@ from diffusion_convert.bundle.zip_names import PATTERN as ZIP_PATTERN
 from diffusion_convert.conversion.events import Event, Phase, Progress
 from diffusion_convert.conversion.workspace import kept
 from diffusion_convert.options import (
-    DEFAULT_ATTENTION,
     ConvertOptions,
     Precision,
     parse_choice,
@@ -56,7 +55,7 @@ Examples:
         --width 512 --lora style.safetensors:0.8
 """
 KINDS = ", ".join(f"{kind.value} ({PROCESSORS[kind.about.compute_units]})" for kind in AttentionKind)
-DEFAULT_KINDS = " and ".join(kind.value for kind in DEFAULT_ATTENTION)
+DEFAULT_KINDS = " and ".join(kind.value for kind in FAMILIES["sd1"].attention)
 BITS = ", ".join(map(str, PALETTE_BITS))
 
 
@@ -72,7 +71,7 @@ def convert(
     output: Annotated[Path, _option("Folder for the result.", "--output", "-o")],
     attention: Annotated[
         list[str] | None,
-        _option(f"{KINDS}; may be given several times. Default: {DEFAULT_KINDS}."),
+        _option(f"{KINDS}; may be given several times. Default: {DEFAULT_KINDS}; for SDXL original."),
     ] = None,
     components: Annotated[
         list[str] | None, _option("Only these, as in text_encoder,unet; may be given several times. Default: all.")

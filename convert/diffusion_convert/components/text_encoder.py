@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,28 +19,56 @@ from diffusion_runtime.families import AttentionKind
 
 
 class Reference(nn.Module):
-    """transformers' CLIPTextModel, alone or in a model that projects its pooled state: input_ids (1, length) ->
-    last_hidden_state, pooled_outputs."""
+    """transformers' own model: input_ids (1, length) -> states, pooled state, as `clip.TextEncoder` gives them."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, penultimate: bool) -> None:
         super().__init__()
-        self.model = getattr(model, "text_model", model)
+        self.model = model
+        self.penultimate = penultimate
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        states = self.model(input_ids=input_ids.long())
-        return states.last_hidden_state, states.pooler_output
+        found = self.model(input_ids=input_ids.long(), output_hidden_states=self.penultimate)
+        states = found.hidden_states[-2] if self.penultimate else found.last_hidden_state
+        return states, found.text_embeds if "text_embeds" in found else found.pooler_output
 
 
-def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:  # noqa: ARG001
-    model = torch_networks.build(checkpoint, "text_encoder")
-    config = checkpoint.models["text_encoder"].config
-    length, width = text_length(checkpoint), int(config["hidden_size"])
+def attends_penultimate(checkpoint: Checkpoint) -> bool:
+    """Whether the UNet takes the encoders' states from before their last layer: SDXL and its refiner."""
+    return "text_encoder_2" in checkpoint.models
+
+
+def reference(checkpoint: Checkpoint, subfolder: str) -> Reference:
+    """transformers' own network of ``subfolder`` on the checkpoint's weights."""
+    return Reference(_network(checkpoint, subfolder), attends_penultimate(checkpoint))
+
+
+def _network(checkpoint: Checkpoint, subfolder: str) -> nn.Module:
+    """Only SDXL's second encoder is asked for its projected state: any other is taken without its projection."""
+    model = torch_networks.build(checkpoint, subfolder)
+    inner: nn.Module = model if subfolder == "text_encoder_2" else getattr(model, "text_model", model)
+    return inner
+
+
+def build(
+    checkpoint: Checkpoint,
+    attention: AttentionKind | None,
+    shape: Shape,  # noqa: ARG001
+    subfolder: str,
+) -> Graph:
+    penultimate = attends_penultimate(checkpoint)
+    model = _network(checkpoint, subfolder)
+    config = checkpoint.models[subfolder].config
+    length, width = text_length(checkpoint, subfolder), int(config["hidden_size"])
+    pooled = int(config["projection_dim"]) if hasattr(model, "text_projection") else width
+    name, which = (
+        ("hidden_embeds", "before the last layer") if penultimate else ("last_hidden_state", "of all tokens")
+    )
     return Graph(
-        module=Reference(model) if attention is None else text_encoder(model, attention),
+        module=Reference(model, penultimate) if attention is None else text_encoder(model, attention, penultimate),
         inputs=(Port("input_ids", (1, length), "float32", "The token ids of a prompt, padded to their number"),),
         outputs=(
-            Port("last_hidden_state", (1, length, width), "float32", "The states of all tokens, for the UNet"),
-            Port("pooled_outputs", (1, width), "float32", "The state of the first end-of-text token"),
+            Port(name, (1, length, width), "float32", f"The states {which}, for the UNet"),
+            Port("pooled_outputs", (1, pooled), "float32", "The state of the first end-of-text token"),
         ),
         sample=lambda seed: {"input_ids": prompt_ids(config, seed, length).astype(np.float32)},
         description="Encodes a prompt's tokens into the states that the UNet attends to.",
@@ -60,7 +89,7 @@ def prompt_ids(config: Mapping[str, Any], seed: int, length: int | None = None) 
 
 TEXT_ENCODER = Component(
     name="text_encoder",
-    build=build,
+    build=partial(build, subfolder="text_encoder"),
     min_psnr_db=60.0,
     runs=3,
     palettized=True,

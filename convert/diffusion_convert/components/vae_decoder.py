@@ -13,7 +13,7 @@ from diffusion_convert.checkpoint.family import latent_factor, latent_scale
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.networks import put_attention
-from diffusion_runtime.families import AttentionKind
+from diffusion_runtime.families import FAMILIES, AttentionKind
 
 
 class Decoder(nn.Module):
@@ -29,6 +29,21 @@ class Decoder(nn.Module):
         return image
 
 
+def picture_dtype(checkpoint: Checkpoint) -> str:
+    """The element type of the VAE's inputs: apps hand float32 to SDXL's, float16 to any other."""
+    return "float32" if FAMILIES[checkpoint.family].added_conditions else "float16"
+
+
+def wide_parts(checkpoint: Checkpoint, *modules: str) -> tuple[str, ...]:
+    """``modules`` of a VAE that says ``force_upcast``: all of it, as diffusers does, since pictures, unlike noise,
+    overflow float16 in SDXL's. VAEs that were mended for float16 say false."""
+    return (
+        modules
+        if checkpoint.models["vae"].config.get("force_upcast") and picture_dtype(checkpoint) == "float32"
+        else ()
+    )
+
+
 def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:
     vae = torch_networks.build(checkpoint, "vae")
     if attention is not None:
@@ -36,17 +51,19 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
     config = checkpoint.models["vae"].config
     factor, scale = latent_factor(config), latent_scale(config)
     size = (1, int(config["latent_channels"]), shape.height // factor, shape.width // factor)
+    dtype = picture_dtype(checkpoint)
 
     def draw(seed: int) -> dict[str, np.ndarray]:
         latents = np.random.default_rng(seed).standard_normal(size) / scale
-        return {"z": (latents + float(config.get("shift_factor") or 0.0)).astype(np.float16)}
+        return {"z": (latents + float(config.get("shift_factor") or 0.0)).astype(np.float16).astype(dtype)}
 
     return Graph(
         module=Decoder(vae),
-        inputs=(Port("z", size, description="Latents, divided by the VAE's scaling factor"),),
+        inputs=(Port("z", size, dtype, "Latents, divided by the VAE's scaling factor"),),
         outputs=(Port("image", (1, 3, shape.height, shape.width), "float32", "A picture in -1..1"),),
         sample=draw,
         description="Decodes latents into a picture.",
+        exact=wide_parts(checkpoint, "decoder", "post_quant_conv"),
     )
 
 

@@ -12,6 +12,7 @@ from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
+from diffusion_convert.components.vae_decoder import picture_dtype, wide_parts
 from diffusion_convert.networks import put_attention
 from diffusion_runtime.families import AttentionKind
 
@@ -36,9 +37,10 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
     config = checkpoint.models["vae"].config
     factor, channels = latent_factor(config), int(config["latent_channels"])
     size = (1, int(config.get("in_channels", 3)), shape.height, shape.width)
+    dtype = picture_dtype(checkpoint)
     return Graph(
         module=Encoder(vae),
-        inputs=(Port("x", size, description="A picture in -1..1"),),
+        inputs=(Port("x", size, dtype, "A picture in -1..1"),),
         outputs=(
             Port(
                 "latent",
@@ -47,8 +49,9 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
                 "The mean and the log-variance of the latents, not scaled",
             ),
         ),
-        sample=lambda seed: {"x": _picture(size, factor, seed).astype(np.float16)},
+        sample=lambda seed: {"x": _picture(size, factor, seed).astype(np.float16).astype(dtype)},
         description="Encodes a picture into the mean and log-variance of its latents.",
+        exact=wide_parts(checkpoint, "encoder", "quant_conv"),
     )
 
 

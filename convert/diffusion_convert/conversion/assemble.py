@@ -25,6 +25,8 @@ from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.schedulers import imposed_on, settled
 
 PACKAGES, COMPILED = KINDS
+SECOND_TOKENIZER = "tokenizer_2"
+"""The folder of the second text encoder's tokenizer, in the folder of the models."""
 
 
 def assemble(
@@ -75,6 +77,9 @@ def _packages(
         for name in component.files:
             share_tree(place.part(part.name) / name, folder / name)
     write_vocabulary(plan.checkpoint.tokenizer, folder)
+    if plan.checkpoint.tokenizer_2:
+        (folder / SECOND_TOKENIZER).mkdir()
+        write_vocabulary(plan.checkpoint.tokenizer_2, folder / SECOND_TOKENIZER)
     made = describe(plan, kind, entries)
     manifest.write(made, folder)
     return made
@@ -99,6 +104,7 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
             "scale": latent_scale(vae),
             "shift": float(vae.get("shift_factor") or 0.0),
         },
+        "tokenizer_2": SECOND_TOKENIZER if checkpoint.tokenizer_2 else None,
         "prediction_type": str(checkpoint.schedulers["scheduler"].get("prediction_type", "epsilon")),
         "components": dict(entries),
         "scheduler": settled(checkpoint.schedulers["scheduler"], imposed_on(checkpoint.family)),

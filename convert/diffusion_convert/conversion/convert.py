@@ -102,6 +102,7 @@ def _plan(source: str, options: ConvertOptions, previous: Previous, progress: Pr
         loras=options.loras,
         lora_partial=options.lora_partial,
     )
+    options = replace(options, attention=options.attention or FAMILIES[checkpoint.family].attention)
     with torch_networks.silent():
         stamp = fingerprint(checkpoint, options, _places(source, options))
         plan = make_plan(checkpoint, previous.widened(options, stamp), stamp)

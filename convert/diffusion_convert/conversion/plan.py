@@ -15,7 +15,7 @@ from typing import Any
 from diffusion_convert import components
 from diffusion_convert.bundle.zip_names import zip_attentions
 from diffusion_convert.checkpoint import torch_networks
-from diffusion_convert.checkpoint.diffusers_folder import NETWORKS, SCHEDULERS
+from diffusion_convert.checkpoint.diffusers_folder import NETWORKS, SCHEDULERS, TOKENIZERS
 from diffusion_convert.checkpoint.family import default_size, latent_factor, text_length
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import check_vocabulary
@@ -76,6 +76,8 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
     chosen = _components(checkpoint, options)
     try:
         check_vocabulary(checkpoint.tokenizer)
+        if checkpoint.tokenizer_2:
+            check_vocabulary(checkpoint.tokenizer_2)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.name}: {error}") from error
     weights, notes = {}, list(checkpoint.notes)
@@ -186,7 +188,7 @@ def _digest(told: Any) -> str:
 def _stamps(place: Path) -> Iterator[tuple[str, int, int]]:
     """Path, size and time of change of a file, or of a folder's files that a checkpoint may be read from: what else
     lies there, perhaps this conversion's own output, makes no difference."""
-    folders = (*NETWORKS, *SCHEDULERS, "tokenizer")
+    folders = (*NETWORKS, *SCHEDULERS, *TOKENIZERS)
     files = [path for path in place.glob("*") if path.suffix in SOURCE_SUFFIXES]
     inside = [path for name in folders for path in (place / name).glob("*")]
     for path in [place] if place.is_file() else sorted(path for path in (*files, *inside) if path.is_file()):

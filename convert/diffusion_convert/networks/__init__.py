@@ -56,9 +56,11 @@ def put_attention(network: nn.Module, kind: AttentionKind) -> None:
     _replace(network, kind, "")
 
 
-def text_encoder(model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL) -> TextEncoder:
-    """transformers' CLIPTextModel as `clip.TextEncoder`, on the same parameters."""
-    return TextEncoder(model, ATTENTION[kind]).eval()
+def text_encoder(
+    model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL, penultimate: bool = False
+) -> TextEncoder:
+    """transformers' CLIPTextModel or CLIPTextModelWithProjection as `clip.TextEncoder`, on the same parameters."""
+    return TextEncoder(model, ATTENTION[kind], penultimate).eval()
 
 
 def vision_encoder(model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL) -> VisionEncoder:

@@ -70,25 +70,36 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(layer, attend) for layer in encoder.layers)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.both(x, mask)[1]
+
+    def both(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What goes into the last layer, ``hidden_states[-2]`` to transformers, and what comes out of it."""
+        before = x
         for layer in self.layers:
-            x = layer(x, mask)
-        return x
+            before, x = x, layer(x, mask)
+        return before, x
 
 
 class TextEncoder(nn.Module):
-    """transformers' CLIPTextModel for one prompt.
+    """transformers' CLIPTextModel, or CLIPTextModelWithProjection, for one prompt.
 
-    input_ids (1, length), float or integer -> last_hidden_state (1, length, width), pooled_outputs (1, width): the
-    state of the first end-of-text token. Parameters are named as in checkpoints: ``text_model.…``.
+    input_ids (1, length), float or integer -> states (1, length, width) and the pooled state of the first
+    end-of-text token, (1, width), or (1, projection) where the model projects it. States are those after the last
+    layer and its norm (``last_hidden_state``), or, with ``penultimate``, those before the last layer
+    (``hidden_states[-2]``, what SDXL's UNets attend to). Parameters are named as in checkpoints: ``text_model.…``.
     """
 
-    def __init__(self, model: Any, attend: Attend) -> None:
+    def __init__(self, model: Any, attend: Attend, penultimate: bool = False) -> None:
         super().__init__()
-        self.text_model = TextModel(getattr(model, "text_model", model), attend)
+        self.text_model = TextModel(getattr(model, "text_model", model), attend, penultimate)
+        projection = getattr(model, "text_projection", None)
+        self.text_projection = None if projection is None else pointwise(projection)
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        states: tuple[torch.Tensor, torch.Tensor] = self.text_model(input_ids.to(torch.int32))
-        return states
+        states, pooled = self.text_model(input_ids.to(torch.int32))
+        if self.text_projection is not None:
+            pooled = self.text_projection(pooled[:, :, None, None]).flatten(1)
+        return states, pooled
 
 
 class TextModel(nn.Module):
@@ -96,8 +107,9 @@ class TextModel(nn.Module):
 
     causal: torch.Tensor
 
-    def __init__(self, model: Any, attend: Attend) -> None:
+    def __init__(self, model: Any, attend: Attend, penultimate: bool = False) -> None:
         super().__init__()
+        self.penultimate = penultimate
         self.eos_token_id = int(model.config.eos_token_id)
         self.embeddings = TextEmbeddings(model.embeddings)
         self.encoder = Encoder(model.encoder, attend)
@@ -110,9 +122,11 @@ class TextModel(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         length = int(input_ids.shape[1])
         x = self.embeddings(input_ids).transpose(1, 2).unsqueeze(2)
-        x = self.final_layer_norm(self.encoder(x, first(first(self.causal, length, 1), length, 3)))
-        states = x.squeeze(2).transpose(1, 2)
-        return states, states.index_select(1, self._end(input_ids)).squeeze(1)
+        before, last = self.encoder.both(x, first(first(self.causal, length, 1), length, 3))
+        last = self.final_layer_norm(last)
+        states = last.squeeze(2).transpose(1, 2)
+        pooled = states.index_select(1, self._end(input_ids)).squeeze(1)
+        return (before.squeeze(2).transpose(1, 2) if self.penultimate else states), pooled
 
     def _end(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The position of the first end-of-text token, (1,): argmax gives the first of equal values."""

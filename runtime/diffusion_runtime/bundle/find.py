@@ -16,7 +16,7 @@ from diffusion_runtime.backends import Backend, ComputeUnits
 from diffusion_runtime.bundle import manifest, without_manifest
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.families import ATTENTIONS, PROCESSORS, AttentionKind, preferred
+from diffusion_runtime.families import ATTENTIONS, PROCESSORS, TEXT_ENCODERS, AttentionKind, preferred
 from diffusion_runtime.models import Load, Models, chained
 
 KINDS = ("packages", "compiled")
@@ -30,6 +30,11 @@ class Bundle:
     manifest: Manifest
     tokenizer: Path | None
     notes: tuple[str, ...] = ()
+
+    def text_lengths(self) -> tuple[int, ...]:
+        """How many tokens each of the text encoders takes, in order, as far as the manifest says."""
+        described = [self.manifest.components[name] for name in TEXT_ENCODERS if name in self.manifest.components]
+        return tuple(component.inputs[0].shape[-1] for component in described if component.inputs)
 
     def paths(self, component: str) -> tuple[Path, ...]:
         """The model, or the chunks in the order in which they run."""

@@ -176,6 +176,7 @@ class Manifest(_Frozen):
         default=None, description="the x4 upscaler's low_res_scheduler: how its input image is noised"
     )
     tokenizer: RelativePath | None = Field(default=".", description="folder of vocab.json and merges.txt")
+    tokenizer_2: RelativePath | None = Field(default=None, description="the same of a second text encoder")
     force_zeros_for_empty_prompt: bool = False
     requires_safety_checker: bool = False
     tools: dict[str, str] = {}

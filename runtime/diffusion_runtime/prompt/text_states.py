@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.families import TEXT_ENCODERS
 
 if TYPE_CHECKING:
     from diffusion_runtime.bundle.manifest import Manifest
@@ -20,58 +21,92 @@ STATES = ("last_hidden_state", "hidden_embeds")
 
 
 @dataclass(frozen=True, slots=True)
+class Encoded:
+    """Texts as the UNet takes them: ``states`` (texts, width, 1, length), and ``pooled`` (texts, width), the last
+    encoder's state of the whole text, where it gives one. ``notes`` say what was cut."""
+
+    states: torch.Tensor
+    pooled: torch.Tensor | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TextStates:
-    """``unet_length`` is how many text tokens the UNet takes.
+    """``tokenizers`` belong to the text encoders that there are, in order; ``unet_length`` is how many text tokens
+    the UNet takes.
 
     A prompt that is too long for the encoder is encoded in as many pieces as the UNet takes, each with its own
     start and end, set one after the other. What is too long even so is cut, or refused with ``long_prompt``."""
 
     models: Models
-    tokenizer: Tokenizer
+    tokenizers: tuple[Tokenizer, ...]
     manifest: Manifest
     unet_length: int
     long_prompt: bool = False
 
-    def encode(self, texts: Sequence[str]) -> tuple[torch.Tensor, tuple[str, ...]]:
-        """States (texts, width, 1, length) as the UNet takes them, and notes on what was cut. Each distinct text is
-        encoded once. An empty text is encoded too, unless the checkpoint wants zeros for it."""
-        distinct = list(dict.fromkeys(texts))
-        pieces = self._pieces()
-        tokens = [self.tokenizer.encode(text, pieces) for text in distinct]
-        notes = tuple(self._note(token, pieces) for token in tokens if token.lost)
-        states = {text: self._states(text, token) for text, token in zip(distinct, tokens, strict=True)}
-        return torch.stack([states[text] for text in texts]), notes
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The text encoders that these models have; the first of all where they have none, so that it is missed."""
+        return tuple(name for name in TEXT_ENCODERS if name in self.models) or TEXT_ENCODERS[:1]
 
-    def _pieces(self) -> int:
-        pieces, rest = divmod(self.unet_length, self.tokenizer.length)
+    def encode(self, texts: Sequence[str | None]) -> Encoded:
+        """Each distinct text is encoded once. None is a text that was not given: it is zero where the checkpoint
+        wants that (SDXL's), else empty. An empty text is encoded as any other."""
+        distinct = list(dict.fromkeys(texts))
+        states: list[torch.Tensor] = []
+        pooled: torch.Tensor | None = None
+        notes: dict[str, None] = {}
+        for name, tokenizer in zip(self.encoders, self.tokenizers, strict=False):
+            pieces = self._pieces(tokenizer)
+            tokens = [tokenizer.encode(text or "", pieces) for text in distinct]
+            notes |= dict.fromkeys(self._note(token, tokenizer, pieces) for token in tokens if token.lost)
+            found = [self._states(name, token) for token in tokens]
+            states.append(torch.stack([one for one, _ in found]))
+            whole = [one for _, one in found if one is not None]
+            pooled = torch.stack(whole) if whole else None
+            self.models.release(name)
+        together = torch.cat(states, dim=1)
+        if self.manifest.force_zeros_for_empty_prompt and None in distinct:
+            together[distinct.index(None)] = 0.0
+            if pooled is not None:
+                pooled[distinct.index(None)] = 0.0
+        rows = [distinct.index(text) for text in texts]
+        return Encoded(together[rows], None if pooled is None else pooled[rows], tuple(notes))
+
+    def _pieces(self, tokenizer: Tokenizer) -> int:
+        pieces, rest = divmod(self.unet_length, tokenizer.length)
         if rest or not pieces:
             raise InputError(
-                f"unet: takes {self.unet_length} text tokens, no multiple of the encoder's {self.tokenizer.length}"
+                f"unet: takes {self.unet_length} text tokens, no multiple of the encoder's {tokenizer.length}"
             )
         return pieces
 
-    def _note(self, tokens: Tokens, pieces: int) -> str:
-        room = (self.tokenizer.length - 2) * len(tokens.ids)
+    def _note(self, tokens: Tokens, tokenizer: Tokenizer, pieces: int) -> str:
+        room = (tokenizer.length - 2) * len(tokens.ids)
         lost = tokens.lost if len(tokens.lost) <= 300 else tokens.lost[:300] + "…"
         if self.long_prompt:
             raise InputError(
                 f"the prompt is longer than the {room} tokens that this UNet has room for (it takes "
-                f"{pieces * self.tokenizer.length} with starts and ends): shorten it, leave --long-prompt out to "
+                f"{pieces * tokenizer.length} with starts and ends): shorten it, leave --long-prompt out to "
                 f"cut it, or convert with a larger --context-length; too much is: {lost!r}"
             )
         return f"the prompt was cut after {room} tokens; lost: {lost!r}"
 
-    def _states(self, text: str, tokens: Tokens) -> torch.Tensor:
-        encoder = self.models["text_encoder"]
+    def _states(self, name: str, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(width, 1, length) states of a text's pieces, and the pooled state of the first one."""
+        encoder = self.models[name]
         spec = encoder.inputs["input_ids"]
-        name = next((name for name in STATES if name in encoder.outputs), STATES[0])
-        rows = [encoder.one(name, input_ids=row[None].astype(spec.dtype)) for row in tokens.ids]
-        states = torch.from_numpy(np.concatenate(rows)).float()
+        wanted = next((one for one in STATES if one in encoder.outputs), STATES[0])
+        ids = [row[None].astype(spec.dtype) for row in tokens.ids]
+        rows = [encoder.several(wanted, "pooled_outputs", input_ids=piece) for piece in ids]
+        states = torch.from_numpy(np.concatenate([row[0] for row in rows])).float()
         if tokens.is_weighted:
             weights = torch.from_numpy(tokens.weights)[..., None]
             weighted = states * weights
             states = weighted * (states.mean() / weighted.mean())
-        if self.manifest.force_zeros_for_empty_prompt and text == "":
-            states = torch.zeros_like(states)
         pieces, length, width = states.shape
-        return states.reshape(pieces * length, width).T[:, None, :].contiguous()
+        pooled = rows[0][1]
+        return (
+            states.reshape(pieces * length, width).T[:, None, :].contiguous(),
+            None if pooled is None else torch.from_numpy(pooled).float().reshape(-1),
+        )

@@ -6,7 +6,7 @@ import torch
 
 from diffusion_runtime import images
 from diffusion_runtime.denoising import Start
-from diffusion_runtime.schedulers import last_part
+from diffusion_runtime.schedulers import between, last_part
 from diffusion_runtime.tasks.job import Job, Prepared, Task
 
 
@@ -28,19 +28,30 @@ def encode(job: Job, image: torch.Tensor) -> torch.Tensor:
 def check(job: Job) -> None:
     """The picture must be there, and the strength leave a step."""
     job.image()
-    last_part(job.scheduler, job.request.steps, job.request.change)
+    _timesteps(job)
 
 
 def noised(job: Job) -> Start:
     """The given picture at the noise level that ``strength`` starts from."""
     request = job.request
-    timesteps = last_part(job.scheduler, request.steps, request.change)
+    timesteps = _timesteps(job)
     clean = encode(job, images.to_tensor(job.image(), *job.size))
     job.models.release("vae_encoder")
     clean = clean.expand(request.pictures, *clean.shape[1:])
+    if request.denoising_start is not None:  # the picture is taken to be as noised as that already
+        return Start(clean, timesteps)
     noise = job.noise.normal(job.latent_shape)
     first = timesteps[:1].repeat(request.pictures)
     return Start(job.scheduler.add_noise(clean, noise, first), timesteps)
+
+
+def _timesteps(job: Job) -> torch.Tensor:
+    """From the strength on, or from ``denoising_start``, which then says how strong the change is."""
+    request, scheduler = job.request, job.scheduler
+    if request.denoising_start is None:
+        remaining = last_part(scheduler, request.steps, request.change)
+        return between(scheduler, remaining, None, request.denoising_end)
+    return between(scheduler, scheduler.timesteps, request.denoising_start, request.denoising_end)
 
 
 def prepare(job: Job) -> Prepared:
@@ -54,5 +65,5 @@ TASK = Task(
     prepare=prepare,
     description="--image, and --strength for how much of it may change",
     needs=frozenset({"image"}),
-    takes=frozenset({"strength"}),
+    takes=frozenset({"strength", "denoising_start", "denoising_end"}),
 )

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from PIL import Image
 
+from diffusion_runtime.added_conditions import SizeConditioning
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.denoising import Start
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.models import Models
 from diffusion_runtime.noise import Noise
+from diffusion_runtime.numbers import is_number, is_whole
 
 MAX_GUIDANCE = 1000.0  # beyond it nothing is left of a picture, and float32 ends
-DEFAULT_STRENGTH, DEFAULT_NOISE_LEVEL = 0.8, 20
+DEFAULT_GUIDANCE, DEFAULT_STRENGTH, DEFAULT_NOISE_LEVEL = 7.5, 0.8, 20
 GIVEN: Mapping[str, str] = {
     "image": "an image",
     "mask": "a mask",
@@ -26,17 +26,10 @@ GIVEN: Mapping[str, str] = {
     "strength": "a strength",
     "noise_level": "a noise level",
     "latents": "latents",
+    "denoising_start": "a denoising_start",
+    "denoising_end": "a denoising_end",
 }
 """What a request may hold that not every task can use, in words."""
-
-
-def _is_number(value: object) -> bool:
-    """A finite number, Python's or numpy's; True and False are none."""
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
-
-
-def _is_whole(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Integral)
 
 
 def _check_text(text: object) -> None:
@@ -57,7 +50,8 @@ class Request:
 
     ``image`` and ``mask`` are PIL pictures, ``depth`` a picture or (height, width) float32 depths, nearer larger;
     ``strength`` None is 0.8, and 1 with a mask; ``noise_level`` None is 20; ``latents`` are start values drawn by
-    the caller.
+    the caller, or, with ``denoising_start``, what another model left at its ``denoising_end`` (parts of the steps).
+    ``guidance_scale`` None is the models' own default; ``sizes`` are what SDXL's UNets are told.
     Raises InputError for what no models could do."""
 
     prompts: tuple[str, ...]
@@ -65,7 +59,7 @@ class Request:
     height: int | None = None
     width: int | None = None
     steps: int = 50
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
     eta: float = 0.0
     image: Image.Image | None = None
     mask: Image.Image | None = None
@@ -74,6 +68,9 @@ class Request:
     noise_level: int | None = None
     latents: torch.Tensor | None = None
     long_prompt: bool = False
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    sizes: SizeConditioning = field(default_factory=SizeConditioning)
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(isinstance(text, str) for text in self.prompts):
@@ -91,21 +88,25 @@ class Request:
         self._check_pictures()
 
     def _check_numbers(self) -> None:
-        if not _is_whole(self.steps) or self.steps < 1:
+        if not is_whole(self.steps) or self.steps < 1:
             raise InputError(f"{self.steps!r} steps: expected a whole number, at least 1")
-        if not _is_number(self.guidance_scale) or abs(self.guidance_scale) > MAX_GUIDANCE:
+        scale = self.guidance_scale
+        if scale is not None and (not is_number(scale) or abs(scale) > MAX_GUIDANCE):
             raise InputError(f"guidance scale {self.guidance_scale!r}: expected a number, usually 1 to 15")
-        if not _is_number(self.eta) or not 0 <= self.eta <= 1:
+        if not is_number(self.eta) or not 0 <= self.eta <= 1:
             raise InputError(f"eta {self.eta!r}: expected a number, 0 to 1")
-        if self.strength is not None and (not _is_number(self.strength) or not 0 < self.strength <= 1):
+        if self.strength is not None and (not is_number(self.strength) or not 0 < self.strength <= 1):
             raise InputError(
                 f"strength {self.strength!r}: expected a number, more than 0 (no change) and at most 1 (a new "
                 "picture)"
             )
-        if self.noise_level is not None and not _is_whole(self.noise_level):
+        if self.noise_level is not None and not is_whole(self.noise_level):
             raise InputError(f"noise level {self.noise_level!r}: expected a whole number")
+        for name, part in (("denoising_start", self.denoising_start), ("denoising_end", self.denoising_end)):
+            if part is not None and (not is_number(part) or not 0 < part < 1):
+                raise InputError(f"{name} {part!r}: expected a part of the steps, more than 0 and less than 1")
         for name, value in (("height", self.height), ("width", self.width)):
-            if value is not None and not _is_whole(value):
+            if value is not None and not is_whole(value):
                 raise InputError(f"{name} {value!r}: expected a whole number of pixels")
 
     def _check_pictures(self) -> None:
@@ -128,6 +129,11 @@ class Request:
         return frozenset(name for name in GIVEN if getattr(self, name) is not None)
 
     @property
+    def scale(self) -> float:
+        """The guidance scale, Stable Diffusion 1's default filled in."""
+        return DEFAULT_GUIDANCE if self.guidance_scale is None else self.guidance_scale
+
+    @property
     def change(self) -> float:
         """The strength, its default filled in."""
         if self.strength is None:
@@ -139,11 +145,12 @@ class Request:
         """The noise level, its default filled in."""
         return DEFAULT_NOISE_LEVEL if self.noise_level is None else self.noise_level
 
-    def texts(self, guided: bool) -> list[str]:
-        """One text per row of the UNet's work: guided, the negative prompt and the prompt of each picture."""
+    def texts(self, guided: bool) -> list[str | None]:
+        """One text per row of the UNet's work: guided, the negative prompt (None: there is none) and the prompt of
+        each picture."""
         if not guided:
             return list(self.prompts)
-        negatives = self.negative_prompts or ("",) * len(self.prompts)
+        negatives: tuple[str | None, ...] = self.negative_prompts or (None,) * len(self.prompts)
         return [text for pair in zip(negatives, self.prompts, strict=True) for text in pair]
 
 

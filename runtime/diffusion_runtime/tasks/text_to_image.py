@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from diffusion_runtime import schedulers
 from diffusion_runtime.denoising import Start
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.tasks.job import Job, Prepared, Task
@@ -13,10 +14,23 @@ if TYPE_CHECKING:
 
 
 def check(job: Job) -> None:
-    """Latents that were given must fit."""
+    """Latents that were given must fit, and be there where another model has begun."""
     latents = job.request.latents
     if latents is not None and tuple(latents.shape) != job.latent_shape:
         raise InputError(f"latents have shape {tuple(latents.shape)}, expected {job.latent_shape}")
+    if latents is None and job.request.denoising_start is not None:
+        raise InputError("denoising_start needs the latents of the model that began: give them as image or latents")
+    schedulers.between(
+        job.scheduler, job.scheduler.timesteps, job.request.denoising_start, job.request.denoising_end
+    )
+
+
+def timesteps(job: Job) -> torch.Tensor:
+    """All of the scheduler's, or those that are this model's part."""
+    request = job.request
+    return schedulers.between(
+        job.scheduler, job.scheduler.timesteps, request.denoising_start, request.denoising_end
+    )
 
 
 def noise_latents(job: Job) -> torch.Tensor:
@@ -27,7 +41,9 @@ def noise_latents(job: Job) -> torch.Tensor:
 
 
 def prepare(job: Job) -> Prepared:
-    return Prepared(Start(noise_latents(job), job.scheduler.timesteps))
+    if job.request.denoising_start is not None and job.request.latents is not None:
+        return Prepared(Start(job.request.latents.float(), timesteps(job)))
+    return Prepared(Start(noise_latents(job), timesteps(job)))
 
 
 TASK = Task(
@@ -36,5 +52,5 @@ TASK = Task(
     check=check,
     prepare=prepare,
     description="a prompt alone",
-    takes=frozenset({"latents"}),
+    takes=frozenset({"latents", "denoising_start", "denoising_end"}),
 )

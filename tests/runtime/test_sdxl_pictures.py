@@ -1,0 +1,161 @@
+"""Stable Diffusion XL, its refiner, few-step and distilled models, converted, against diffusers' own pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_convert import AttentionKind, ConvertOptions, convert
+from diffusion_runtime import InputError, Pipeline, load_pipeline
+
+pytestmark = pytest.mark.slow
+
+PARITY_DB = 40.0
+Load = Callable[[str], Any]
+Psnr = Callable[[Any, Any], float]
+SIDE = 128
+
+
+@pytest.fixture(scope="module")
+def converted(
+    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("converted") / "models"
+            options = ConvertOptions(attention=(AttentionKind.ORIGINAL,), zip=False)
+            convert(tiny_checkpoint(family), made[family], options)
+        return made[family]
+
+    return folder
+
+
+def picture() -> Image.Image:
+    coarse = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def half_mask() -> Image.Image:
+    return Image.fromarray(np.repeat((np.arange(SIDE) >= SIDE // 2)[None] * np.uint8(255), SIDE, axis=0), "L")
+
+
+def theirs(own: Any, class_name: str) -> Any:
+    """diffusers' class of that name on a checkpoint's networks."""
+    import diffusers
+
+    pipe = own.diffusers
+    extra = {"requires_aesthetics_score": True} if pipe.config.get("requires_aesthetics_score") else {}
+    made = getattr(diffusers, class_name)(**pipe.components, **extra)
+    if "force_zeros_for_empty_prompt" in pipe.config:
+        made.register_to_config(force_zeros_for_empty_prompt=pipe.config.force_zeros_for_empty_prompt)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+SIZES = {"original_size": (256, 192), "crops_coords_top_left": (8, 16), "target_size": (120, 100)}
+NEGATIVE_SIZES = {"negative_original_size": (512, 512), "negative_target_size": (64, 64)}
+
+
+@pytest.mark.parametrize("kind", ["packages", "compiled"])
+@pytest.mark.parametrize(
+    ("family", "class_name", "given"),
+    [
+        ("sdxl", "StableDiffusionXLPipeline", {}),
+        ("sdxl", "StableDiffusionXLPipeline", {"negative_prompt": ""}),
+        ("sdxl", "StableDiffusionXLPipeline", {"negative_prompt": "red", **SIZES, **NEGATIVE_SIZES}),
+        ("sdxl", "StableDiffusionXLPipeline", {"prompt": ["a cat", ""], "negative_prompt": ["", "a horse"]}),
+        ("sdxl", "StableDiffusionXLPipeline", {"guidance_scale": 1.0}),
+        ("sdxl", "StableDiffusionXLImg2ImgPipeline", {"image": picture()}),
+        ("sdxl", "StableDiffusionXLInpaintPipeline", {"image": picture(), "mask_image": half_mask()}),
+        ("sdxl-inpainting", "StableDiffusionXLInpaintPipeline", {"image": picture(), "mask_image": half_mask()}),
+        ("sdxl-refiner", "StableDiffusionXLImg2ImgPipeline", {"image": picture(), "strength": 0.5}),
+        (
+            "sdxl-refiner",
+            "StableDiffusionXLImg2ImgPipeline",
+            {"image": picture(), "aesthetic_score": 7.0, "negative_aesthetic_score": 1.5, "negative_prompt": "red"},
+        ),
+        ("sdxl-v-zero-snr", "StableDiffusionXLPipeline", {}),
+        ("sdxl-small", "StableDiffusionXLPipeline", {}),
+        ("sdxl-lcm", "StableDiffusionXLPipeline", {"num_inference_steps": 4, "guidance_scale": 8.0}),
+        ("sd1-lcm", "LatentConsistencyModelPipeline", {"num_inference_steps": 4}),
+        ("sd1-lcm", "LatentConsistencyModelPipeline", {"num_inference_steps": 4, "guidance_scale": 2.0}),
+        ("sd1-small", "StableDiffusionPipeline", {}),
+        ("sd1-tiny", "StableDiffusionPipeline", {}),
+    ],
+)
+def test_the_picture_is_diffusers(
+    reference: Load,
+    converted: Callable[[str], Path],
+    psnr_db: Psnr,
+    family: str,
+    class_name: str,
+    given: dict[str, Any],
+    kind: str,
+) -> None:
+    asked: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 8, **given}
+    expected = theirs(reference(family), class_name)(**asked, generator=seeded())
+    made = load_pipeline(converted(family) / "original" / kind, "torch")(**asked, generator=seeded())
+    for ours, other in zip(made.images, expected.images, strict=True):
+        assert psnr_db(np.asarray(ours), np.asarray(other)) >= PARITY_DB
+
+
+def test_a_base_hands_its_latents_over_to_a_refiner(
+    reference: Load, converted: Callable[[str], Path], psnr_db: Psnr
+) -> None:
+    asked: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 10}
+    base, refiner = reference("sdxl"), reference("sdxl-refiner")
+    latents = theirs(base, "StableDiffusionXLPipeline")(
+        **asked, denoising_end=0.7, output_type="latent", generator=seeded()
+    ).images
+    expected = theirs(refiner, "StableDiffusionXLImg2ImgPipeline")(
+        **asked, image=latents, denoising_start=0.7, generator=seeded()
+    )
+    first, second = (load_pipeline(converted(family), "torch") for family in ("sdxl", "sdxl-refiner"))
+    ours = first(**asked, denoising_end=0.7, output_type="latent", generator=seeded()).images
+    assert psnr_db(ours.numpy(), latents.numpy()) >= PARITY_DB
+    made = second(**asked, image=ours, denoising_start=0.7, generator=seeded())
+    assert psnr_db(np.asarray(made.images[0]), np.asarray(expected.images[0])) >= PARITY_DB
+
+
+def test_sdxl_is_converted_with_original_attention_unless_asked(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The other kinds' graphs are huge at the sizes that SDXL is for."""
+    made = {
+        family: convert(
+            tiny_checkpoint(family),
+            tmp_path / family,
+            ConvertOptions(components=("vae_encoder",), compiled=False, verify=False),
+        )
+        for family in ("sdxl", "sd1")
+    }
+    assert {family: set(one.variants) for family, one in made.items()} == {
+        "sdxl": {"original"},
+        "sd1": {"original", "split_einsum_v2"},
+    }
+
+
+def test_what_cannot_be_is_said(converted: Callable[[str], Path]) -> None:
+    pipeline: Pipeline = load_pipeline(converted("sdxl"), "torch")
+    failing: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"denoising_start": 0.5}, "needs the latents"),
+        ({"denoising_end": 1.5}, "more than 0 and less than 1"),
+        ({"original_size": (1, 2, 3)}, "expected two whole numbers"),
+        ({"aesthetic_score": float("nan")}, "expected a number"),
+        ({"denoising_end": 0.01, "num_inference_steps": 2}, "use more steps"),
+    )
+    for given, message in failing:
+        with pytest.raises(InputError, match=message):
+            pipeline("a cat", **given)
