@@ -1,6 +1,6 @@
 # One word per act. Every target sets up what it needs, so that each works as the first command on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo swift test test-fast fuzz check format lint types bench docs lock clean
+.PHONY: help setup demo demo-swift swift test test-fast fuzz check format lint types bench docs lock clean
 
 # The newest supported Python wins; `make PYTHON=/path/to/python3.12 setup` names one.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -36,9 +36,13 @@ test: $(READY)  ## all tests that this machine can run
 test-fast: $(READY)  ## the same without the slow ones
 	@OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist worksteal -q -m 'not slow'
 
-swift: $(READY)  ## build the Swift package and run its tests; models are run by the command of .venv
+swift: $(READY)  ## build the Swift package, run its tests, compare its pictures with Python's
 	@command -v swift >/dev/null || { echo "error: no swift on PATH; install a toolchain of Swift 6 or later" >&2; exit 2; }
-	@cd swift_bridge && COREML_SD_COMMAND="$(CURDIR)/$(BIN)/coreml-sd" swift test -Xswiftc -warnings-as-errors
+	@OMP_NUM_THREADS=1 $(PYTEST) -q tests/swift
+
+demo-swift: $(READY)  ## the pictures of make demo, drawn by the Swift program
+	@command -v swift >/dev/null || { echo "error: no swift on PATH; install a toolchain of Swift 6 or later" >&2; exit 2; }
+	@$(BIN)/python tests/demo.py --swift
 
 # Numbers of cases: the same numbers, the same damage and the same moments.
 CASES ?= 2000

@@ -25,7 +25,7 @@ let package = Package(
         .target(name: "DiffusionBridge", dependencies: coreML),
         .executableTarget(name: "coreml-sd-swift", dependencies: ["DiffusionBridge"]),
         .testTarget(
-            name: "DiffusionBridgeTests", dependencies: ["DiffusionBridge"], resources: [.copy("Golden")]),
+            name: "DiffusionBridgeTests", dependencies: ["DiffusionBridge"] + coreML, resources: [.copy("Golden")]),
     ] + standIn,
     swiftLanguageModes: [.v6]
 )

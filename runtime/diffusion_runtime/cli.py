@@ -174,6 +174,27 @@ def generate(
 
 
 @app.command()
+def run_models(
+    backend: Annotated[str, typer.Option(help="auto (coreml on macOS, else torch), coreml or torch.")] = "auto",
+) -> None:
+    """Run models for a program in another language, over standard input and output.
+
+    A request is a line of JSON and the bytes of its arrays: see the module diffusion_runtime.run_models. The Swift
+    package uses it on systems without Core ML."""
+    import sys
+
+    from diffusion_runtime.backends import load_backend
+    from diffusion_runtime.run_models import serve
+
+    answers = sys.stdout.buffer
+    sys.stdout = sys.stderr  # what a library prints must not be taken for an answer
+    try:
+        serve(load_backend(backend), sys.stdin.buffer, answers)
+    except (BrokenPipeError, KeyboardInterrupt):  # the program that asked has ended
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine can do, what is missing, and how to get it."""
     from diffusion_runtime import diagnosis

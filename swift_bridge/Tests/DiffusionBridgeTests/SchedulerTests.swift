@@ -66,7 +66,8 @@ private func run(_ expected: SchedulerCase) throws -> Float {
         let input = scheduler.scaled(latents)
         let addend = Float(timestep) * 0.0005
         let output = input.mapped { $0 * 0.5 + addend }
-        let preview = scheduler.estimate(input, output, timestep)
+        let preview = estimated(
+            input, output, timestep, table: scheduler.table, prediction: scheduler.prediction)
         latents = try scheduler.step(output, latents) { try noise.normal($0.shape) }
         worst = max(worst, difference(latents.values.prefix(3) + preview.values.prefix(1), expected.slice(place, 4)))
         place += 4

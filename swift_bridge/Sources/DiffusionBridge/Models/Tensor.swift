@@ -75,3 +75,13 @@ public struct Tensor: Sendable, Equatable {
         return Tensor(shape: shape, values: values)
     }
 }
+
+extension Tensor {
+    /// Whether both hold the same memory, which is quicker to see than that they are equal.
+    func shares(_ other: Tensor) -> Bool {
+        shape == other.shape
+            && values.withUnsafeBufferPointer { own in
+                other.values.withUnsafeBufferPointer { $0.baseAddress == own.baseAddress }
+            }
+    }
+}

@@ -40,24 +40,33 @@ extension Scheduler {
         return skipped
     }
 
-    /// The clean latents that a prediction amounts to: `x0 = (x - sqrt(1 - a) e) / sqrt(a)` with `a` the share of the
-    /// picture, as `input` is what the UNet saw (Song et al., DDIM, equation 9).
-    func estimate(_ input: Tensor, _ output: Tensor, _ timestep: Double) -> Tensor {
-        let index = min(max(Int(timestep.rounded(.toNearestOrEven)), 0), table.count - 1)
-        let alpha = table.alphas[index]
-        // Where nothing is left of the picture, noise cannot be divided away; velocities need no division.
-        let divisible = prediction == .velocity ? alpha : max(alpha, 1e-6)
-        return cleaned(input, output, alpha: divisible.squareRoot(), sigma: (1 - alpha).squareRoot())
-    }
-
     /// Clean latents from latents `alpha * clean + sigma * noise` and what the UNet predicts for them.
     func cleaned(_ sample: Tensor, _ output: Tensor, alpha: Float, sigma: Float) -> Tensor {
-        switch prediction {
+        prediction.cleaned(sample, output, alpha: alpha, sigma: sigma)
+    }
+}
+
+extension PredictionType {
+    /// Clean latents from latents `alpha * clean + sigma * noise` and what the UNet predicts for them.
+    func cleaned(_ sample: Tensor, _ output: Tensor, alpha: Float, sigma: Float) -> Tensor {
+        switch self {
         case .epsilon: sample.combined(1 / alpha, -sigma / alpha, output)
         case .velocity: sample.combined(alpha, -sigma, output)
         case .sample: output
         }
     }
+}
+
+/// The clean latents that a prediction amounts to under any scheduler: `x0 = (x - sqrt(1 - a) e) / sqrt(a)` with `a` the
+/// share of the picture, as `input` is what the UNet saw (Song et al., DDIM, equation 9).
+func estimated(
+    _ input: Tensor, _ output: Tensor, _ timestep: Double, table: NoiseTable, prediction: PredictionType
+) -> Tensor {
+    let index = min(max(Int(timestep.rounded(.toNearestOrEven)), 0), table.count - 1)
+    let alpha = table.alphas[index]
+    // Where nothing is left of the picture, noise cannot be divided away; velocities need no division.
+    let divisible = prediction == .velocity ? alpha : max(alpha, 1e-6)
+    return prediction.cleaned(input, output, alpha: divisible.squareRoot(), sigma: (1 - alpha).squareRoot())
 }
 
 /// The latents at a noise level whose picture has the share `alpha` of the variance.

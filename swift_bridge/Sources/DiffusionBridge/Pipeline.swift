@@ -1,0 +1,115 @@
+import Foundation
+
+/// The models of one folder, and how to draw with them.
+///
+/// ```swift
+/// let pipeline = try await Pipeline(contentsOf: folder)
+/// for try await step in pipeline.generate(Request(prompt: "a red circle", seed: 1)) {
+///     print("\(step.index + 1) of \(step.total)")
+///     if step.isLast { picture = try await step.result().images[0] }
+/// }
+/// ```
+/// Leaving the loop, or cancelling its task, ends the work within one step. Several pictures may be drawn at once.
+public final class Pipeline: Sendable {
+    /// How models are loaded and kept.
+    public struct Configuration: Sendable {
+        /// Where the models run; nil: where their manifest says.
+        public var computeUnits: ComputeUnits?
+        /// Load each model for its stage only, and free it then: less memory, more time for a picture.
+        public var reduceMemory = false
+        /// Bytes that the models may take at once: where all of them are larger, `reduceMemory` is on.
+        public var memoryBudget: Int?
+        /// Use the safety checker where there is one.
+        public var checkSafety = true
+        /// The folder of vocab.json and merges.txt; nil: the models' own.
+        public var tokenizer: URL?
+
+        /// The configuration that suits most machines.
+        public init() {}
+    }
+
+    /// What was chosen or assumed when the models were opened, for the user.
+    public let notes: [String]
+    let manifest: Manifest
+    let models: Models
+    let tokenizer: Tokenizer
+    let checksSafety: Bool
+    let folder: URL
+    private let unetShapes: [String: [Int]]
+
+    /// Open a folder that `coreml-sd convert` wrote, or a variant in it. Models are loaded when they are needed first.
+    ///
+    /// Throws a ``DiffusionError`` for a folder that holds no models or damaged ones.
+    public init(contentsOf url: URL, configuration: Configuration = Configuration()) async throws {
+        let found = try ModelFolder(url, units: configuration.computeUnits, tokenizer: configuration.tokenizer)
+        let manifest = found.manifest
+        self.manifest = manifest
+        folder = found.folder
+        let size = manifest.components.values.reduce(0) { $0 + $1.sizeBytes }
+        let isTooLarge = configuration.memoryBudget.map { size > $0 } ?? false
+        let loads = manifest.components.mapValues { found.load($0, configuration.computeUnits) }
+        models = Models(loads, keeps: !(configuration.reduceMemory || isTooLarge))
+        checksSafety = configuration.checkSafety && manifest.components["safety_checker"] != nil
+        var notes = found.notes
+        if manifest.wantsSafetyChecker, configuration.checkSafety, !checksSafety {
+            notes.append("the checkpoint asks for a safety checker, but there is none: pictures are not checked")
+        }
+        self.notes = notes
+        let length = manifest.components["text_encoder"]?.inputs.first?.shape.last ?? Tokenizer.usualLength
+        let isOpenCLIP = manifest.family.hasPrefix("sd2") || manifest.family.hasPrefix("x4")
+        tokenizer = try Tokenizer(contentsOf: found.tokenizer, length: length, padding: isOpenCLIP ? "!" : nil)
+        var shapes = manifest.components["unet"]?.inputs ?? []
+        if shapes.isEmpty { shapes = Array(try await models.model("unet").inputs.values) }
+        unetShapes = Dictionary(shapes.map { ($0.name, $0.shape) }) { first, _ in first }
+        for name in ["sample", "encoder_hidden_states"] where unetShapes[name]?.count != 4 {
+            throw DiffusionError.package("\(folder.path): unet: expected an input \(name) of four dimensions")
+        }
+    }
+
+    /// The width of the pictures in pixels.
+    public var width: Int { sample[3] * manifest.latents.factor }
+    /// The height of the pictures in pixels.
+    public var height: Int { sample[2] * manifest.latents.factor }
+    /// How long each model took to load, in its first call and in the later ones.
+    public var timings: [String: Timing] { get async { await models.timings } }
+
+    var sample: [Int] { unetShapes["sample"] ?? [1, 4, 1, 1] }
+    var textLength: Int { unetShapes["encoder_hidden_states"]?.last ?? 0 }
+
+    /// Draw pictures, step by step. Nothing is done before the first step is asked for.
+    public func generate(_ request: Request) -> Generation {
+        Generation(pipeline: self, request: request)
+    }
+
+    /// Load every model that a prompt alone needs and run it once, so that the first picture takes no longer than the
+    /// next. Of no use with `reduceMemory`.
+    public func prewarm() async throws {
+        for name in ["text_encoder", "unet", "vae_decoder"] + (checksSafety ? ["safety_checker"] : []) {
+            let model = try await models.model(name)
+            _ = try await model.predict(model.inputs.mapValues { Tensor(repeating: 0, shape: $0.shape) })
+        }
+    }
+
+    /// The pictures of latents, flagged ones black; and the flags.
+    func decoded(_ latents: Tensor) async throws -> (images: [Picture], flagged: [Bool]) {
+        let decoder = try await models.model("vae_decoder")
+        guard let input = decoder.inputs.keys.first, decoder.inputs.count == 1 else {
+            throw DiffusionError.package("vae_decoder: expected one input")
+        }
+        let (scale, shift) = (manifest.latents.scale, manifest.latents.shift)
+        var pictures: [Picture] = []
+        for row in 0..<latents.shape[0] {
+            try Task.checkCancellation()
+            let scaled = latents.rows(row..<row + 1).mapped { $0 / scale + shift }
+            pictures.append(Picture(decoded: try await decoder.one("image", [input: scaled])))
+        }
+        await models.release("vae_decoder")
+        guard checksSafety else { return (pictures, pictures.map { _ in false }) }
+        let checker = try await models.model("safety_checker")
+        var flags: [Bool] = []
+        for picture in pictures { flags.append(try await SafetyChecker.isFlagged(picture, by: checker)) }
+        await models.release("safety_checker")
+        let shown = zip(pictures, flags).map { $1 ? Picture.black($0.width, $0.height) : $0 }
+        return (shown, flags)
+    }
+}

@@ -1,0 +1,95 @@
+import CoreML
+import Foundation
+import Testing
+
+/// Packages that `tests/swift` makes and names in the environment: they compute next to nothing.
+private let folder = ProcessInfo.processInfo.environment["BRIDGE_MODELS"].map { URL(fileURLWithPath: $0) }
+
+private func unet() async throws -> MLModel {
+    let url = try #require(folder).appendingPathComponent("Stable_Diffusion_version_toy_unet.mlpackage")
+    return try MLModel(contentsOf: try await MLModel.compileModel(at: url))
+}
+
+private func zeros(_ model: MLModel, _ type: MLMultiArrayDataType? = nil) throws -> [String: MLMultiArray] {
+    try model.modelDescription.inputDescriptionsByName.mapValues { feature in
+        let constraint = try #require(feature.multiArrayConstraint)
+        return try MLMultiArray(shape: constraint.shape, dataType: type ?? constraint.dataType)
+    }
+}
+
+@Suite(.enabled(if: folder != nil, "no BRIDGE_MODELS: run `make swift`"), .serialized)
+struct StandInTests {
+    @Test func aPackageMustBeCompiledFirst() throws {
+        let url = try #require(folder).appendingPathComponent("Stable_Diffusion_version_toy_unet.mlpackage")
+        let error = #expect(throws: MLModelError.self) { try MLModel(contentsOf: url) }
+        #expect(error?.description.contains("compile it") == true)
+    }
+
+    @Test func theInterfaceIsTheModels() async throws {
+        let description = try await unet().modelDescription
+        #expect(Set(description.inputDescriptionsByName.keys) == ["sample", "timestep", "encoder_hidden_states"])
+        let sample = try #require(description.inputDescriptionsByName["sample"]?.multiArrayConstraint)
+        #expect(sample.shape == [2, 4, 8, 8] && sample.dataType == .float16)
+        #expect(description.outputDescriptionsByName["noise_pred"]?.multiArrayConstraint?.dataType == .float16)
+    }
+
+    @Test func whatDoesNotFitIsRefusedInOneError() async throws {
+        let model = try await unet()
+        var inputs: [String: Any] = try zeros(model)
+        inputs["timestep"] = nil
+        inputs["colour"] = try MLMultiArray(shape: [1], dataType: .float32)
+        inputs["sample"] = try MLMultiArray(shape: [1, 4, 8, 8], dataType: .float16)
+        let provider = try MLDictionaryFeatureProvider(dictionary: inputs)
+        let error = #expect(throws: MLModelError.self) { try model.prediction(from: provider) }
+        for part in ["missing timestep", "unknown colour", "sample has shape [1, 4, 8, 8], expected [2, 4, 8, 8]"] {
+            #expect(error?.description.contains(part) == true)
+        }
+        #expect(throws: MLModelError.self) { try MLDictionaryFeatureProvider(dictionary: ["sample": 1]) }
+    }
+
+    @Test func anUnknownFunctionIsRefused() async throws {
+        let url = try #require(folder).appendingPathComponent("Stable_Diffusion_version_toy_unet.mlpackage")
+        let compiled = try await MLModel.compileModel(at: url)
+        let configuration = MLModelConfiguration()
+        configuration.functionName = "other"
+        #expect(throws: MLModelError.self) { try MLModel(contentsOf: compiled, configuration: configuration) }
+    }
+
+    @Test func inputsOfOtherTypesAreConvertedAndOutputsHaveTheDeclaredOne() async throws {
+        let model = try await unet()
+        var results: [[Double]] = []
+        for type in [MLMultiArrayDataType.float16, .float32, .double] {
+            let inputs = try zeros(model, type)
+            let sample = try #require(inputs["sample"])
+            for index in 0..<sample.count { sample[index] = NSNumber(value: Double(index) / 256) }
+            let output = try model.prediction(from: MLDictionaryFeatureProvider(dictionary: inputs))
+            let array = try #require(output.featureValue(for: "noise_pred")?.multiArrayValue)
+            #expect(array.dataType == .float16)
+            results.append((0..<array.count).map { array[$0].doubleValue })
+        }
+        #expect(results[0] == results[1] && results[1] == results[2] && results[0].contains { $0 != 0 })
+    }
+
+    @Test func rowsHaveGapsWhenAskedFor() async throws {
+        let model = try await unet()
+        let provider = try MLDictionaryFeatureProvider(dictionary: try zeros(model))
+        let plain = try #require(
+            try model.prediction(from: provider).featureValue(for: "noise_pred")?.multiArrayValue)
+        StandIn.rowAlignment = 64
+        defer { StandIn.rowAlignment = 1 }
+        let padded = try #require(
+            try model.prediction(from: provider).featureValue(for: "noise_pred")?.multiArrayValue)
+        #expect(plain.strides == [256, 64, 8, 1] && padded.strides == [1024, 256, 32, 1])
+        #expect((0..<plain.count).allSatisfy { plain[$0] == padded[$0] })
+    }
+
+    @Test func aChildThatDiesIsAnErrorAndTheNextModelGetsANewOne() async throws {
+        let model = try await unet()
+        kill(try #require(StandIn.childProcess), SIGKILL)
+        let provider = try MLDictionaryFeatureProvider(dictionary: try zeros(model))
+        let error = #expect(throws: MLModelError.self) { try model.prediction(from: provider) }
+        #expect(error?.description.contains("ended with code 9") == true)
+        let again = try await unet()
+        #expect(throws: Never.self) { try again.prediction(from: provider) }
+    }
+}

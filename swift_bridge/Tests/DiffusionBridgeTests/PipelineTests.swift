@@ -1,0 +1,149 @@
+import Foundation
+import Testing
+
+@testable import DiffusionBridge
+
+#if !canImport(Darwin)
+    import CoreML
+#endif
+
+/// Packages that `tests/swift` makes and names in the environment: they compute next to nothing.
+private let folder = ProcessInfo.processInfo.environment["BRIDGE_MODELS"].map { URL(fileURLWithPath: $0) }
+
+private func opened(_ change: (inout Pipeline.Configuration) -> Void = { _ in }) async throws -> Pipeline {
+    var configuration = Pipeline.Configuration()
+    change(&configuration)
+    return try await Pipeline(contentsOf: try #require(folder), configuration: configuration)
+}
+
+private func request(_ prompt: String = "a red circle", seed: UInt32 = 1, steps: Int = 4) -> Request {
+    var request = Request(prompt: prompt, seed: seed)
+    request.numInferenceSteps = steps
+    request.scheduler = .ddim
+    return request
+}
+
+@Suite(.enabled(if: folder != nil, "no BRIDGE_MODELS: run `make swift`"), .serialized)
+struct PipelineTests {
+    @Test func stepsAreCountedAndTheLastOneHasThePicture() async throws {
+        let pipeline = try await opened()
+        var indices: [Int] = []
+        var last: GenerationResult?
+        for try await step in pipeline.generate(request()) {
+            indices.append(step.index)
+            #expect(try await step.preview().count == 1 && step.total == 4)
+            if step.isLast { last = try await step.result() }
+        }
+        let result = try #require(last)
+        #expect(indices == [0, 1, 2, 3] && result.flagged == [false])
+        #expect(result.images[0].width == 64 && result.images[0].height == 64)
+        #expect(try await pipeline.generate(request()).result.images == result.images)
+        #expect(try await pipeline.generate(request(seed: 2)).result.images != result.images)
+    }
+
+    @Test func reducedMemoryFreesModelsAndDrawsTheSame() async throws {
+        let kept = try await opened()
+        let lean = try await opened { $0.reduceMemory = true }
+        let budgeted = try await opened { $0.memoryBudget = 1 << 40 }
+        let expected = try await kept.generate(request()).result.images
+        for pipeline in [lean, budgeted] {
+            #expect(try await pipeline.generate(request()).result.images == expected)
+            _ = try await pipeline.generate(request()).result
+        }
+        #expect(await lean.models.isLoaded("unet") == false)
+        #expect(await budgeted.models.isLoaded("unet"))
+        let timing = try #require(await kept.timings["unet"])
+        #expect(timing.calls == 4 && timing.loadSeconds > 0 && timing.firstCallSeconds > 0 && timing.steadySeconds > 0)
+    }
+
+    @Test func severalPicturesAtOnceAreThoseDrawnAlone() async throws {
+        let pipeline = try await opened()
+        var both = request()
+        (both.prompts, both.negativePrompts, both.seeds) = (["a cat", "on the white"], [], [3, 4])
+        for scale in [7.5, 1.0] {
+            both.guidanceScale = scale
+            let together = try await pipeline.generate(both).result.images
+            for (index, prompt) in both.prompts.enumerated() {
+                var one = request(prompt, seed: both.seeds[index])
+                one.guidanceScale = scale
+                #expect(try await pipeline.generate(one).result.images[0] == together[index])
+            }
+        }
+    }
+
+    @Test func guidanceOfOneTakesHalfTheCalls() async throws {
+        let pipeline = try await opened()
+        var pair = request()
+        (pair.prompts, pair.negativePrompts, pair.guidanceScale) = (["a", "b"], [], 1)
+        _ = try await pipeline.generate(pair).result
+        #expect(await pipeline.timings["unet"]?.calls == 4)
+    }
+
+    @Test func cancellingEndsWithinOneStep() async throws {
+        let pipeline = try await opened()
+        let task = Task {
+            var steps = 0
+            for try await _ in pipeline.generate(request(steps: 500)) {
+                steps += 1
+                withUnsafeCurrentTask { $0?.cancel() }
+            }
+            return steps
+        }
+        await #expect(throws: CancellationError.self) { try await task.value }
+        #expect(await pipeline.timings["unet"]?.calls == 1)
+    }
+
+    @Test func fourPipelinesDrawAtOnce() async throws {
+        let expected = try await opened().generate(request()).result.images
+        let drawn = try await withThrowingTaskGroup(of: [Picture].self) { group in
+            for _ in 0..<4 { group.addTask { try await opened().generate(request()).result.images } }
+            return try await group.reduce(into: []) { $0.append($1) }
+        }
+        #expect(drawn.count == 4 && drawn.allSatisfy { $0 == expected })
+    }
+
+    #if !canImport(Darwin)
+        @Test func rowsWithGapsMakeTheSamePicture() async throws {
+            let expected = try await opened().generate(request()).result.images
+            StandIn.rowAlignment = 64
+            defer { StandIn.rowAlignment = 1 }
+            #expect(try await opened().generate(request()).result.images == expected)
+        }
+
+        @Test func aChildThatDiesInTheMiddleIsAnErrorAndNoHang() async throws {
+            let pipeline = try await opened()
+            let error = await #expect(throws: DiffusionError.self) {
+                for try await step in pipeline.generate(request()) where step.index == 1 {
+                    kill(try #require(StandIn.childProcess), SIGKILL)
+                }
+            }
+            #expect(error?.kind == .model && error?.message.contains("ended with code 9") == true)
+        }
+
+        @Test func fiftyPicturesInARowDoNotGrow() async throws {
+            let pipeline = try await opened()
+            for _ in 0..<10 { _ = try await pipeline.generate(request(steps: 2)).result }
+            let before = try residentBytes()
+            for _ in 0..<50 { _ = try await pipeline.generate(request(steps: 2)).result }
+            let grown = try residentBytes() - before
+            #expect(grown < 4 << 20, "\(grown) bytes more")
+        }
+
+        private func residentBytes() throws -> Int {
+            let fields = try String(contentsOfFile: "/proc/self/statm", encoding: .utf8).split(separator: " ")
+            return try #require(Int(fields[1])) * Int(getpagesize())
+        }
+    #endif
+
+    @Test func whatCannotBeDoneIsSaid() async throws {
+        let pipeline = try await opened()
+        var wrong = request()
+        wrong.seeds = [1, 2]
+        await #expect(throws: DiffusionError.self) { try await pipeline.generate(wrong).result }
+        await #expect(throws: DiffusionError.self) { try await pipeline.generate(request(steps: 2000)).result }
+        await #expect(throws: DiffusionError.self) { try await pipeline.generate(request("(a:99)")).result }
+        let nowhere = URL(fileURLWithPath: "/nowhere")
+        let error = await #expect(throws: DiffusionError.self) { try await Pipeline(contentsOf: nowhere) }
+        #expect(error?.message.contains("/nowhere") == true)
+    }
+}

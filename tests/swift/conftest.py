@@ -1,0 +1,50 @@
+"""The Swift program, built once for all tests of this folder; where there is no toolchain they are skipped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "swift_bridge"
+COMMAND = Path(sys.executable).with_name("coreml-sd")
+
+Swift = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def toy_folder(build_once: Callable[..., Path]) -> Path:
+    """Packages that compute next to nothing, with a manifest."""
+    import toy_models
+
+    packages = Path("models", "original", "packages")
+    return Path(build_once("toy", lambda to: toy_models.write(to / packages)) / packages)
+
+
+@pytest.fixture(scope="session")
+def swift_environment() -> dict[str, str]:
+    """Without Core ML, models are run by the command of this environment."""
+    if shutil.which("swift") is None:
+        pytest.skip("no `swift` on PATH: the Swift package is not tested")
+    return {**os.environ, "COREML_SD_COMMAND": os.environ.get("COREML_SD_COMMAND", str(COMMAND))}
+
+
+@pytest.fixture(scope="session")
+def swift_program(swift_environment: dict[str, str]) -> Swift:
+    """``swift_program("generate", …)`` runs `coreml-sd-swift` with these arguments."""
+    build = ["swift", "build", "-c", "release", "-j", "2", "-Xswiftc", "-warnings-as-errors"]
+    built = subprocess.run(build, cwd=PACKAGE, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, (built.stdout + built.stderr)[-6000:]
+    program = PACKAGE / ".build" / "release" / "coreml-sd-swift"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [program, *arguments], env=swift_environment, capture_output=True, text=True, check=False
+        )
+
+    return run
