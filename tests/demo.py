@@ -6,6 +6,7 @@ the model, so that a demo that draws the wrong thing says so and fails.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -37,6 +38,17 @@ def run(*arguments: str) -> str:
     return shown
 
 
+def swift(*arguments: str) -> str:
+    """Run the Swift program with these arguments, built first; it runs models by this environment's command."""
+    start = ["swift", "run", "--package-path", "swift_bridge", "-c", "release", "coreml-sd-swift", *arguments]
+    print(f"\n$ {shlex.join(start)}", flush=True)
+    environment = {**os.environ, "COREML_SD_COMMAND": COMMAND}
+    code = subprocess.run(start, cwd=ROOT, env=environment, check=False).returncode
+    if code:
+        raise SystemExit(code)
+    return shlex.join(start)
+
+
 def contact_sheet(pictures: list[Path], output: Path) -> None:
     """The pictures side by side, each 192 px wide."""
     sheet = Image.new("RGB", (200 * len(pictures) - 8, 192), "gray")
@@ -50,7 +62,8 @@ def main() -> int:
     started = time.perf_counter()
     convert = run("convert", "tests/checkpoints/shapes", "-o", "demo/models", "--attention", "original")
     (ROOT / "demo" / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
-    generate = run(
+    draw = swift if "--swift" in sys.argv[1:] else run
+    generate = draw(
         "generate", "demo/models", "--prompts-file", "demo/prompts.txt", "--steps", "25", "--seed", "1",
         "-o", "demo/picture.png",
     )  # fmt: skip

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from diffusion_convert import ConvertOptions, convert
-from diffusion_runtime.families import AttentionKind
 from diffusion_runtime import images, load_pipeline
+from diffusion_runtime.families import AttentionKind
 from swift.conftest import Swift
 
 PROMPT = "a large (red:1.3) circle, on a white background"
