@@ -43,7 +43,7 @@ def bytes_there(output: Path) -> int:
 digest = hashlib.file_digest
 
 if __name__ == "__main__":
-    hashlib.file_digest = counted_digest
+    hashlib.file_digest = counted_digest  # type: ignore[assignment]
     sys.addaudithook(count)
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary) / "models"
