@@ -74,17 +74,20 @@ LoraLike = Lora | str | os.PathLike[str]
 class ConvertOptions:
     """Options of `convert`, with the command line's names and defaults.
 
-    ``attention`` empty: what the family is converted with (`Family.attention`). ``components`` empty: all that the
-    checkpoint has. ``height`` and ``width`` in pixels, None: the checkpoint's
-    own sample size. ``context_length``: text tokens that the UNet takes, None: as many as the text encoder; two or
-    three times as many are for long prompts, which are encoded in pieces. Texts as the command line takes them
-    ("float32", "unet,vae_decoder", "style.safetensors:0.8") become what the fields are declared as, and one value
-    stands for a tuple of one. Raises InputError for a value that cannot be used.
+    ``attention`` empty: what the family is converted with (`Family.attention`). ``components`` empty: all that there
+    are. ``height`` and ``width`` in pixels, None: the checkpoint's own sample size. ``nbits``,
+    ``target_bits`` (an average: each weight gets bits of its own) and ``recipe`` (a file of bits by weight) exclude
+    each other; ``nbits_for`` goes before them. ``context_length``: text tokens that the UNet takes, None: as many as
+    the text encoder; two or three times as many are for long prompts, which are encoded in pieces. Texts as the
+    command line takes them ("float32", "unet,vae_decoder", "style.safetensors:0.8") become what the fields are
+    declared as, and one value stands for a tuple of one. Raises InputError for a value that cannot be used.
     """
 
     attention: tuple[AttentionKind, ...] = ()
     nbits: int | None = None
     nbits_for: Mapping[str, int] = field(default_factory=dict, hash=False)
+    target_bits: float | None = None
+    recipe: Path | None = None
     components: tuple[str, ...] = ()
     height: int | None = None
     width: int | None = None
@@ -111,6 +114,8 @@ class ConvertOptions:
             attention: AttentionKind | str | Iterable[AttentionKind | str] = ...,
             nbits: int | None = ...,
             nbits_for: Mapping[str, int] = ...,
+            target_bits: float | None = ...,
+            recipe: str | os.PathLike[str] | None = ...,
             components: str | Iterable[str] = ...,
             height: int | None = ...,
             width: int | None = ...,
@@ -139,6 +144,11 @@ class ConvertOptions:
         for name, bits in {"nbits": self.nbits, **self.nbits_for}.items():
             if bits is not None and bits not in PALETTE_BITS:
                 raise InputError(f"{name} {bits}: expected one of {', '.join(map(str, PALETTE_BITS))}")
+        if sum(value is not None for value in (self.nbits, self.target_bits, self.recipe)) > 1:
+            raise InputError("--nbits, --target-bits and --recipe exclude each other: give one")
+        low, high = min(PALETTE_BITS), max(PALETTE_BITS)
+        if self.target_bits is not None and not low <= self.target_bits <= high:
+            raise InputError(f"--target-bits {self.target_bits:g}: expected {low} to {high}")
         if self.batch_size not in (1, 2):
             raise InputError(f"batch size {self.batch_size}: expected 2 (both halves of the guidance at once) or 1")
         if (self.height is None) != (self.width is None):
@@ -153,6 +163,8 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
     for name in ("nbits", "height", "width", "batch_size", "context_length"):
         if name == "batch_size" or getattr(options, name) is not None:
             _typed(name, getattr(options, name), (int,), "a whole number")
+    if options.target_bits is not None:
+        _typed("target_bits", options.target_bits, (int, float), "a number")
     for name in ("chunk_unet", "lora_partial", "compiled", "zip", "verify"):
         _typed(name, getattr(options, name), (bool,), "True or False")
     for name in ("target", "revision", "family", "variant"):
@@ -170,8 +182,16 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
             for value in _several("components", options.components)
         ),
         "loras": tuple(_lora(value) for value in _several("loras", options.loras)),
+        "recipe": _path("recipe", options.recipe),
         **{name: _source(name, getattr(options, name)) for name in ("vae", "base")},
     }
+
+
+def _path(name: str, value: Any) -> Path | None:
+    if value is None:
+        return None
+    check_path(f"--{name} ", _typed(name, value, (str, os.PathLike), "a path"))
+    return Path(value)
 
 
 def _source(name: str, value: Any) -> str | None:

@@ -80,6 +80,13 @@ def convert(
     nbits_for: Annotated[
         list[str] | None, _option("Bits of one component, as in unet=6; may be given several times.")
     ] = None,
+    target_bits: Annotated[
+        float | None, _option("Average bits, as in 4.5; each weight gets its own, for the least damage.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        _option("Bits by weight, from a file of palettize --save-recipe; what it does not name is kept."),
+    ] = None,
     height: Annotated[int | None, _option("Height of the picture in pixels. Default: the checkpoint's.")] = None,
     width: Annotated[int | None, _option("Width of the picture in pixels. Default: the checkpoint's.")] = None,
     batch_size: Annotated[int, _option("Of the UNet: 2 for guidance in one call, or 1. Default: 2.")] = 2,
@@ -128,6 +135,8 @@ def convert(
         **({"attention": kinds} if kinds else {}),
         nbits=nbits,
         nbits_for=parse_nbits(nbits_for or ()),
+        target_bits=target_bits,
+        recipe=recipe,
         components=parse_list(components or ()),
         height=height,
         width=width,

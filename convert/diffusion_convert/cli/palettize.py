@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,9 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from diffusion_convert.palettize.checked import Checked
-    from diffusion_convert.palettize.damage import Damage
     from diffusion_convert.palettize.palettize_options import PalettizeOptions
     from diffusion_convert.palettize.palettize_package import OnWeight
+    from diffusion_convert.palettize.recipe import Mixed
 
 _DEFAULT_BITS = 6
 
@@ -58,6 +57,7 @@ def palettize(
     """Palettize the weights of any ML Program, and check the result."""
     from diffusion_convert.palettize.checked import palettize_checked
     from diffusion_convert.palettize.palettize_options import PalettizeOptions
+    from diffusion_convert.palettize.recipe import mix
 
     if sum(value is not None for value in (nbits, target_bits, recipe)) > 1:
         raise InputError("--nbits, --target-bits and --recipe exclude each other: give one")
@@ -71,7 +71,7 @@ def palettize(
     if recipe is not None:
         options = _recipe_options(package, recipe)
     elif target_bits is not None:
-        mixed = _mix(package, options, target_bits)
+        mixed = mix(package, options, target_bits)
         options = mixed.options
     given = None if samples is None else _samples(samples, package)
     with _progress() as progress:
@@ -105,13 +105,6 @@ def _check_output(package: Path, output: Path) -> None:
         raise InputError(f"--output {output}: exists and is no package; remove it or give another name")
 
 
-@dataclass(frozen=True, slots=True)
-class _Mixed:
-    options: PalettizeOptions
-    damage: Damage
-    widths: Sequence[int]
-
-
 def _recipe_options(package: Path, recipe: Path) -> PalettizeOptions:
     from diffusion_convert.palettize.recipe import load_recipe
     from diffusion_runtime.mil.package import open_package
@@ -119,21 +112,7 @@ def _recipe_options(package: Path, recipe: Path) -> PalettizeOptions:
     return load_recipe(recipe).options(open_package(package))
 
 
-def _mix(package: Path, options: PalettizeOptions, target_bits: float) -> _Mixed:
-
-    from diffusion_convert.palettize.damage import measure_damage
-    from diffusion_convert.palettize.palettize_options import widths_for
-    from diffusion_convert.palettize.recipe import choose_bits
-    from diffusion_runtime.mil.package import open_package
-
-    widths = widths_for(open_package(package))
-    if not widths[0] <= target_bits <= widths[-1]:
-        raise InputError(f"--target-bits {target_bits:g}: expected {widths[0]} to {widths[-1]}")
-    damage = measure_damage(package, options, widths)
-    return _Mixed(replace(options, bits_by_weight=choose_bits(damage, target_bits, widths)), damage, widths)
-
-
-def _plot(mixed: _Mixed, path: Path, title: str) -> None:
+def _plot(mixed: Mixed, path: Path, title: str) -> None:
     from diffusion_convert.palettize.plot import candidate, plot_recipes
 
     chosen = candidate(mixed.damage, mixed.options.bits_by_weight or {})

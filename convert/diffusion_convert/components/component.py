@@ -75,8 +75,8 @@ class Component:
     ``min_psnr_db`` is the bound below which nothing is published, against the torch module in float32 over ``runs``
     draws of inputs. ``uses_attention``: it is converted once for each attention kind and runs on that kind's
     compute units; else on ``default_units``.
-    ``palettized``: `--nbits` alone palettizes it; ``min_palettized_psnr_db`` is the bound by bit width, against the
-    float16 package.
+    ``palettized``: `--nbits`, `--target-bits` and `--recipe` are about it; ``min_palettized_psnr_db`` is the bound
+    by bit width, against the float16 package.
     """
 
     name: str
@@ -98,5 +98,10 @@ class Component:
         return attention.about.compute_units if self.uses_attention else self.default_units
 
     def bits(self, options: ConvertOptions) -> int | None:
-        """Bits per weight that ``options`` ask for, None for 16-bit weights."""
+        """Bits of all weights that ``options`` ask for, None for 16-bit weights and where it is `mixed`."""
         return options.nbits_for.get(self.name, options.nbits if self.palettized else None)
+
+    def mixed(self, options: ConvertOptions) -> bool:
+        """Whether ``options`` give each weight bits of its own."""
+        asked = options.target_bits is not None or options.recipe is not None
+        return asked and self.palettized and self.name not in options.nbits_for

@@ -15,7 +15,7 @@ from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.conversion.assemble import assemble, describe
 from diffusion_convert.conversion.events import Event, Phase, Progress
-from diffusion_convert.conversion.part import Record, make
+from diffusion_convert.conversion.part import Record, check_recipe, make
 from diffusion_convert.conversion.plan import Part, Plan, fingerprint, make_plan
 from diffusion_convert.conversion.previous import Kept, Previous, kept_of, read
 from diffusion_convert.conversion.workspace import Workspace, check_space, clear, workspace
@@ -122,6 +122,7 @@ def _convert(
     for number, part in enumerate(plan.parts):
         progress(Event("", Phase.COMPONENTS, number / len(plan.parts)))
         records[part.name] = make(part, plan, place, known, _reporter(part, progress))
+    plan = replace(plan, notes=(*plan.notes, *check_recipe(plan, records)))
     with work(output) as slot:
         new = slot / "new"
         made = assemble(plan, place, records, kept.previous, new, known, progress)
@@ -137,5 +138,6 @@ def _reporter(part: Part, progress: Progress) -> export.OnPhase:
 
 def _places(source: str, options: ConvertOptions) -> tuple[Path, ...]:
     given = [place for place in (options.vae, options.base) if place]
-    named = [Path(source), *map(Path, given), *(lora.path for lora in options.loras)]
+    recipe = () if options.recipe is None else (options.recipe,)
+    named = [Path(source), *map(Path, given), *(lora.path for lora in options.loras), *recipe]
     return tuple(path for place in named if (path := place.expanduser()).exists())

@@ -22,12 +22,14 @@ from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_convert.options import Precision
 from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
+from diffusion_convert.palettize.recipe import mix
 from diffusion_convert.verification import compare
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes
-from diffusion_runtime.errors import PackageError, VerificationError
+from diffusion_runtime.errors import InputError, PackageError, VerificationError
+from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import Metadata
 
 RECORD = "record.json"
@@ -212,14 +214,14 @@ def _notes(job: Job, made: export.Exported, kept: list[str]) -> tuple[str, ...]:
 
 def _palettize(job: Job, record: Record) -> Record:
     """The package with palettized weights in place of the package. Its PSNR is against the 16-bit package."""
-    nbits = job.part.component.bits(job.plan.options)
-    if nbits is None:
-        return record
     started = time.perf_counter()
+    asked = _palettize_options(job)
+    if asked is None:
+        return record
     checked = palettize_checked(
         job.package,
         job.package,
-        PalettizeOptions(bits=nbits),
+        asked,
         samples=job.expected.inputs if job.expected else None,
         bounds=job.part.component.min_palettized_psnr_db,
         compare=job.expected is not None,
@@ -233,6 +235,35 @@ def _palettize(job: Job, record: Record) -> Record:
     )
     seconds = {**record.seconds, "palettize": time.perf_counter() - started}
     return record.model_copy(update={"component": component, "seconds": seconds})
+
+
+def _palettize_options(job: Job) -> PalettizeOptions | None:
+    """Which weights get how many bits; None: none of them."""
+    component, options = job.part.component, job.plan.options
+    if not component.mixed(options):
+        bits = component.bits(options)
+        return None if bits is None else PalettizeOptions(bits=bits)
+    if job.plan.recipe is not None:
+        return job.plan.recipe.options_by_name(open_package(job.package))
+    job.report("palettize", 0.0)
+    return mix(job.package, PalettizeOptions(), options.target_bits or 0.0).options
+
+
+def check_recipe(plan: Plan, records: Mapping[str, Record]) -> tuple[str, ...]:
+    """A note on what the plan's recipe names and was not converted. Raises InputError where that is all of it."""
+    if plan.recipe is None:
+        return ()
+    made = [records[part.name].component for part in plan.parts if part.component.mixed(plan.options)]
+    found = {
+        name for component in made if component.palettization for name in component.palettization.bits_by_weight
+    }
+    idle = sorted(set(plan.recipe.bits) - found)
+    if idle and not found:
+        raise InputError(
+            f"{plan.options.recipe}: names none of the weights that were converted, but "
+            f"{torch_networks.listed(idle)}; it was made for {plan.recipe.package}"
+        )
+    return (f"{plan.options.recipe}: has no use for {torch_networks.listed(idle)}",) if idle else ()
 
 
 def _cut(job: Job, record: Record) -> Record:

@@ -21,6 +21,7 @@ from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import check_vocabulary
 from diffusion_convert.components.component import Component, Shape
 from diffusion_convert.options import ConvertOptions, Precision
+from diffusion_convert.palettize.recipe import Recipe, load_recipe
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import TARGETS, AttentionKind, compiles
 from diffusion_runtime.real_path import real_path
@@ -56,6 +57,7 @@ class Plan:
     fingerprint: str
     size_bytes: int
     compiled: bool
+    recipe: Recipe | None = None
     notes: tuple[str, ...] = ()
 
     def variant(self, attention: AttentionKind) -> tuple[Part, ...]:
@@ -97,7 +99,8 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
     if options.compiled and not compiled:
         notes.append(_not_compiled(options.target))
     size = _size(weights, parts, options, compiled)
-    return Plan(checkpoint, options, shape, parts, stamp, size, compiled, tuple(notes))
+    recipe = None if options.recipe is None else load_recipe(options.recipe)
+    return Plan(checkpoint, options, shape, parts, stamp, size, compiled, recipe, tuple(notes))
 
 
 def tool_versions() -> dict[str, str]:
@@ -118,6 +121,12 @@ def _components(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Compon
     for option, names in (("--nbits-for", options.nbits_for), ("--chunk-unet", ["unet"] * options.chunk_unet)):
         if idle := [name for name in names if name not in chosen]:
             raise InputError(f"{option}: {idle[0]} is not converted; what is: {', '.join(chosen)}")
+    for option, value in (("--target-bits", options.target_bits), ("--recipe", options.recipe)):
+        if value is not None and not any(component.mixed(options) for component in chosen.values()):
+            can = ", ".join(name for name, component in table.items() if component.palettized)
+            raise InputError(
+                f"{option} {value}: nothing that is converted follows it; {can} can, without --nbits-for"
+            )
     return tuple(chosen.values())
 
 

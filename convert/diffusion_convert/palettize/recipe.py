@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from diffusion_convert.palettize.damage import Damage
-from diffusion_convert.palettize.palettize_options import PER_TENSOR, PalettizeOptions
+from diffusion_convert.palettize.damage import Damage, measure_damage
+from diffusion_convert.palettize.palettize_options import PER_TENSOR, PalettizeOptions, widths_for
+from diffusion_convert.palettize.select import palettizable
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.mil.package import Package
+from diffusion_runtime.mil.package import Package, open_package
 
 
 class Recipe(BaseModel):
@@ -40,9 +42,35 @@ class Recipe(BaseModel):
                 f"{package.path}: the recipe was made for {self.package} with hash {self.sha256[:12]}…, this "
                 f"package has {found[:12]}…; make a recipe for it with --target-bits and --save-recipe"
             )
-        return PalettizeOptions(
-            bits_by_weight=dict(self.bits), granularity=self.granularity, group_size=self.group_size
-        )
+        return self._for(self.bits)
+
+    def options_by_name(self, package: Package) -> PalettizeOptions | None:
+        """The options for the weights of ``package`` that the recipe names, whatever it was made for; None where it
+        names none of them."""
+        named = {name: self.bits[name] for name in palettizable(package, embeddings=True) if name in self.bits}
+        return self._for(named) if named else None
+
+    def _for(self, bits: Mapping[str, int]) -> PalettizeOptions:
+        return PalettizeOptions(bits_by_weight=dict(bits), granularity=self.granularity, group_size=self.group_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """Options with bits by weight, and what they were chosen from."""
+
+    options: PalettizeOptions
+    damage: Damage
+    widths: Sequence[int]
+
+
+def mix(path: Path, options: PalettizeOptions, target_bits: float) -> Mixed:
+    """Bits for each weight of the package at ``path``, ``target_bits`` on average, for the least damage to its
+    outputs. Raises InputError where the package's system has no such bits."""
+    widths = widths_for(open_package(path))
+    if not widths[0] <= target_bits <= widths[-1]:
+        raise InputError(f"--target-bits {target_bits:g}: expected {widths[0]} to {widths[-1]}")
+    damage = measure_damage(path, options, widths)
+    return Mixed(replace(options, bits_by_weight=choose_bits(damage, target_bits, widths)), damage, widths)
 
 
 def load_recipe(path: Path) -> Recipe:
