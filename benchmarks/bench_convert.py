@@ -4,7 +4,7 @@
 
 For each attention, the UNet (859.5 M parameters, 512x512, batch 2) is converted and verified in its own process.
 ``--whole`` converts all components in both variants instead, as a user would. Processor seconds are printed
-beside seconds: they are what compares on a machine that does other things, too.
+as well as seconds: they can be compared on a machine that does other things, too.
 """
 
 from __future__ import annotations

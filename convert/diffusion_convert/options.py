@@ -74,13 +74,14 @@ LoraLike = Lora | str | os.PathLike[str]
 class ConvertOptions:
     """Options of `convert`, with the command line's names and defaults.
 
-    ``attention`` empty: what the family is converted with (`Family.attention`). ``components`` empty: all that there
-    are. ``height`` and ``width`` in pixels, None: the checkpoint's own sample size. ``nbits``,
-    ``target_bits`` (an average: each weight gets bits of its own) and ``recipe`` (a file of bits by weight) exclude
-    each other; ``nbits_for`` goes before them. ``context_length``: text tokens that the UNet takes, None: as many as
-    the text encoder; two or three times as many are for long prompts, which are encoded in pieces. Texts as the
-    command line takes them ("float32", "unet,vae_decoder", "style.safetensors:0.8") become what the fields are
-    declared as, and one value stands for a tuple of one. Raises InputError for a value that cannot be used.
+    ``attention`` empty: what the family is converted with (`Family.attention`). ``components`` empty: all that
+    there are. ``height`` and ``width`` in pixels, None: the checkpoint's own sample size. ``nbits``,
+    ``target_bits`` (an average: each weight gets bits of its own) and ``recipe`` (a file of bits by weight)
+    exclude each other; ``nbits_for`` goes before them. ``context_length``: text tokens that the UNet takes,
+    None: as many as the text encoder; two or three times as many are for long prompts, which are encoded in
+    pieces. Texts as the command line takes them ("float32", "unet,vae_decoder", "style.safetensors:0.8") become
+    what the fields are declared as, and one value stands for a tuple of one. Raises InputError for a value that
+    cannot be used.
     """
 
     attention: tuple[AttentionKind, ...] = ()

@@ -1,4 +1,4 @@
-"""The one way to write: in a hidden work folder beside the result, then renamed into place, under a lock.
+"""The one way to write: in a hidden work folder next to the result, then renamed into place, under a lock.
 
 PLACE/.coreml-sd/lock             held while a command writes to PLACE as a whole (`locked`)
 PLACE/.coreml-sd/work-{key}/      one thing that is being written to PLACE

@@ -10,7 +10,7 @@
     ├── HubError              the Hugging Face Hub, or the way to it, failed: another try may do
     └── InstallationError     the installation lacks something, with how to get it
 
-Anything else that escapes is a defect of ours and keeps its traceback.
+Anything else that escapes is a bug in coreml-sd and keeps its traceback.
 """
 
 

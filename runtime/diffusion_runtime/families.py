@@ -56,7 +56,7 @@ _ATTENTION: Mapping[AttentionKind, Attention] = {
 
 ATTENTIONS: tuple[str, ...] = tuple(kind.value for kind in AttentionKind)
 PROCESSORS: Mapping[str, str] = {"cpu-and-gpu": "GPU", "cpu-and-ne": "Neural Engine"}
-"""What, beside the CPU, the compute units of an attention kind are."""
+"""The compute unit that an attention kind uses in addition to the CPU."""
 
 
 def preferred(compute_units: str | None) -> tuple[AttentionKind, ...]:

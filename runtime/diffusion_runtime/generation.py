@@ -168,7 +168,7 @@ def _still_usable(recorded_loading: Mapping[str, Any], given: Mapping[str, Any])
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """The lines of a text file that are not blank. Raises InputError where there are none."""
+    """The lines of a text file that are not blank. Raises InputError if all are blank."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:

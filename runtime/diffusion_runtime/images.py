@@ -31,8 +31,8 @@ OLD_METADATA_KEY = "coreml-diffusion"
 
 
 def load(path: Path, what: str = "image", mode: str = "RGB") -> Image.Image:
-    """A picture file as RGB (or ``mode``: "L" for a mask, "F" for depths as they are), turned upright. Its content
-    says what it is, whatever its name. Raises InputError where it is none of `FORMATS` or too large."""
+    """A picture file as RGB (or ``mode``: "L" for a mask, "F" for depths as they are), turned upright. The format
+    is told by the content, not by the name. Raises InputError if it is not one of `FORMATS` or too large."""
     with _opened(path, what, formats()) as image:
         upright = ImageOps.exif_transpose(image)
         if mode == "F":
@@ -138,7 +138,7 @@ def to_pil(arrays: np.ndarray) -> list[Image.Image]:
 
 
 def write_png(image: Image.Image, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write a PNG that appears whole or not at all, with ``metadata`` as JSON beside the pixels. Raises
+    """Write a PNG with ``metadata`` as JSON in a text entry; a write that fails leaves no partial file. Raises
     StorageError where it cannot be written."""
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
@@ -166,7 +166,7 @@ def check_writable(path: Path) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `write_png` wrote beside the pixels. Raises InputError where there is nothing."""
+    """The metadata that `write_png` wrote. Raises InputError if there is none."""
     with _opened(path, "picture", ("PNG",)) as image:
         texts = getattr(image, "text", {})
         text = texts.get(METADATA_KEY, texts.get(OLD_METADATA_KEY))

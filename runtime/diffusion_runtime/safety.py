@@ -1,4 +1,4 @@
-"""The safety checker's eye: what it is shown of a picture, and what it says."""
+"""Preprocessing for the safety checker, and reading its verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one way in for JSON that somebody else may have written: bounded, and every fault is one line with its place.
+"""The one reader of JSON from outside: limits on size and depth, and errors of one line that name the place.
 
 Python's own reader has no bounds: nesting ends in a RecursionError, a number of a million digits in a ValueError of
 another kind, and a pipe in place of a file in a wait for ever.

@@ -110,7 +110,7 @@ def _lacks_manifest(place: Path) -> bool:
 
 
 def _beside(folder: Path, target: Path) -> Path | None:
-    """The tokenizer's files beside another kind of the same variant, or in the whole folder."""
+    """The tokenizer's files of another kind of the same variant, or of the whole folder."""
     places = (*(target.parent / kind for kind in KINDS), folder, folder / "Resources", folder / "tokenizer")
     return next((place for place in places if all((place / file).is_file() for file in VOCABULARY_FILES)), None)
 
@@ -124,7 +124,7 @@ def _refuse_links(made: Manifest, place: Path, folder: Path) -> None:
 
 
 def _completed(made: Manifest, place: Path, tokenizer: Path, attention: str, kind: str, known: Hashes) -> Manifest:
-    """Put the tokenizer's files and the manifest beside the models in ``place``."""
+    """Put the tokenizer's files and the manifest next to the models in ``place``."""
     for file in VOCABULARY_FILES:
         if not (place / file).exists():
             with unfinished_file(place / file) as unfinished:

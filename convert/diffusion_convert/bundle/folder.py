@@ -57,7 +57,7 @@ def bundle_folder(
     """Compile what is not compiled, or not whole; then share, zip and describe, as ``options`` say.
 
     Every file is compared with its manifest before anything is written. Raises PackageError that names what is
-    changed or missing, InputError where there are no models or a picture is none, StorageError where another
+    changed or missing, InputError where there are no models or a file is not a picture, StorageError where another
     process is writing to the folder or the disk refuses.
     """
     options = options or BundleOptions()

@@ -50,7 +50,8 @@ _OPENRAIL = (
 
 
 def put_picture(picture: Path, folder: Path) -> Path:
-    """Copy a sample picture to ``folder``, where the model card shows it. Raises InputError for what is none."""
+    """Copy a sample picture to ``folder``, where the model card shows it. Raises InputError if the file is not a
+    picture."""
     suffix = picture.suffix.lower()
     if suffix not in PICTURES:
         raise InputError(f"{picture}: expected a picture ({', '.join(PICTURES)})")

@@ -1,7 +1,7 @@
 """What a network's configuration may say, checked where it is read: types, and sizes that can be built.
 
 A network is built without storage, but a million layers are a million objects. What the libraries' own classes
-check is left to them; unknown keys are theirs, too.
+check is left to them; so is what to do with unknown keys.
 """
 
 from __future__ import annotations

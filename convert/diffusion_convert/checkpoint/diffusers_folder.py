@@ -209,7 +209,7 @@ def _is_part(value: Any) -> bool:
 
 
 def read_submodel(folder: Path, class_name: str, variant: str | None = None) -> Submodel:
-    """The network in a folder, config.json beside its weights. No weight is read. Raises CheckpointError."""
+    """The network in a folder, config.json next to its weights. No weight is read. Raises CheckpointError."""
     config = config_models.checked(class_name, read_json(folder / "config.json"), str(folder / "config.json"))
     try:
         names = weight_files(

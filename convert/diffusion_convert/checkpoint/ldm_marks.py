@@ -87,7 +87,7 @@ def _said(scalars: Mapping[str, int | float | str]) -> Iterator[tuple[str, str, 
     try:
         nested = strict_json.parse_object(str(told.pop(_NESTED, "{}")), _NESTED, CheckpointError)
     except CheckpointError:
-        nested = {}  # a remark that cannot be read is none
+        nested = {}  # metadata that cannot be read says nothing
     for name, value in (told | nested).items():
         plain = str(value)[:100].lower() if isinstance(value, str | int | float) else ""
         key = re.sub(r"^.*\.|^ss_", "", name.lower())

@@ -58,7 +58,8 @@ Needed = Callable[[frozenset[str], ReadJson], tuple[str, ...]]
 
 
 def checkpoint_files(names: frozenset[str], read_json: ReadJson, variant: str | None = None) -> tuple[str, ...]:
-    """The files of a checkpoint: model_index.json says which parts there are. Empty where there is none."""
+    """The files of a checkpoint: model_index.json says which parts there are. Empty if there is no
+    model_index.json."""
     if INDEX not in names:
         return ()
     needed = {INDEX, CARD} & names
@@ -136,7 +137,7 @@ def _download(api: HfApi, repo_id: str, revision: str | None, info: Any, needed:
 
 def _note_revision(snapshot: Path, name: str) -> None:
     """Note in the cache what the revision's name stands for, to be found by it offline, as huggingface_hub does:
-    refs/NAME beside snapshots/COMMIT. Asked to, it would resolve the name once more, perhaps to another commit."""
+    refs/NAME next to snapshots/COMMIT. Asked to, it would resolve the name once more, perhaps to another commit."""
     if name == snapshot.name or ".." in Path(name).parts or Path(name).is_absolute():
         return
     note = snapshot.parent.parent / "refs" / name

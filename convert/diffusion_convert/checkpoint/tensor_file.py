@@ -20,8 +20,8 @@ _LFS_MAGIC = b"version https://git-lfs"
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """``tensors`` are views of the mapped file. ``scalars`` are the numbers and texts beside them (``global_step``,
-    ``modelspec.prediction_type``)."""
+    """``tensors`` are views of the mapped file. ``scalars`` are the numbers and texts next to them
+    (``global_step``, ``modelspec.prediction_type``)."""
 
     tensors: Mapping[str, torch.Tensor]
     scalars: Mapping[str, int | float | str] = field(default_factory=dict)

@@ -38,8 +38,8 @@ RENAMED = (
 
 _IGNORED = re.compile(r"(^|\.)(position_ids|num_batches_tracked|logit_scale)$")
 _LEFT_OUT = re.compile(r"^(?:text_model\.)?(ema|model_ema|loss|vision_model|visual_projection|text_projection)\.")
-"""What some published files carry beside a network's own weights: averages and losses of training, the rest of the
-CLIP that a text encoder is from. Where the network has a part of that name, it is no such thing."""
+"""What some published files hold in addition to a network's own weights: averages and losses of training, the rest
+of the CLIP that a text encoder is from. Where the network has a part of that name, it is no such thing."""
 _NEVER_RUN = re.compile(r"^neck\.fusion_stage\.layers\.0\.residual_layer1\.")
 """What transformers' networks have and never call, so that published checkpoints may lack it: the first layer of a
 DPT's fusion has nothing to add (github.com/huggingface/transformers/issues/28292)."""

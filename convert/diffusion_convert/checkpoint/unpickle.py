@@ -80,7 +80,7 @@ class _View:
 @dataclass(frozen=True, slots=True)
 class Pickled:
     """What a checkpoint holds: tensors by name, as views of the mapped file, and the plain numbers and texts that
-    lie beside its state dict (``global_step``, ``epoch``)."""
+    lie next to its state dict (``global_step``, ``epoch``)."""
 
     tensors: Mapping[str, torch.Tensor]
     scalars: Mapping[str, int | float | str]

@@ -55,7 +55,8 @@ def _system_error(error: OSError) -> str:
 
 
 def main() -> None:
-    """The entry point: errors of ours and of the system in one line and exit code 2, Ctrl-C exit code 130."""
+    """The entry point: prints our own and the system's errors as one line with exit code 2; Ctrl-C gives exit code
+    130."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for the names of files that are not UTF-8

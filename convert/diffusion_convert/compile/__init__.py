@@ -85,7 +85,8 @@ def compile_package(
 
 
 def _check_place(target: Path, package: Path) -> None:
-    """Raise InputError where the compiled model would lie in a file or its package, or replace what is none."""
+    """Raise InputError where the compiled model would lie in a file or in its own package, or replace something
+    that is no compiled model."""
     above = next((place for place in (target.parent, *target.parent.parents) if place.exists()), target.parent)
     if above.exists() and not above.is_dir():
         raise InputError(f"{above}: is a file; expected a folder for the compiled model")

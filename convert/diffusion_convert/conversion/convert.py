@@ -47,9 +47,9 @@ def convert(
 ) -> Conversion:
     """Convert a checkpoint to Core ML models, each verified against the checkpoint's own network.
 
-    The result appears as a whole or not at all. It is added to what was made there of the same source with the same
-    options, and takes the place of anything else that a conversion made there. A conversion that was stopped goes
-    on where it stopped.
+    A run that fails or is stopped leaves the models in the folder as they were. The result is added to what was
+    made there of the same source with the same options, and takes the place of anything else that a conversion made
+    there. A conversion that was stopped goes on where it stopped.
 
     Args:
         source: a folder in diffusers' layout, a .safetensors or .ckpt file, or the id of a repository on the

@@ -66,7 +66,7 @@ class Job:
 
 
 def make(part: Part, plan: Plan, place: Workspace, known: Hashes, report: export.OnPhase) -> Record:
-    """Make the folder of a part, unless it is there. It appears whole or not at all.
+    """Make the folder of a part, unless it exists. A run that is stopped leaves no partial folder.
 
     Raises VerificationError where the package does not compute what the checkpoint's own network computes."""
     kept = read_record(place.part(part.name))
@@ -89,7 +89,7 @@ def write_record(record: Record, folder: Path) -> None:
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record of a finished part; None where there is none."""
+    """The record of a finished part; None if it is not finished."""
     try:
         return strict_json.as_model(
             Record, strict_json.read(folder / RECORD, PackageError), str(folder), "a record", PackageError

@@ -40,7 +40,7 @@ class Workspace:
 def workspace(hidden: Path, fingerprint: str) -> Iterator[Workspace]:
     """The work folder of a conversion in ``hidden``, that of its output; those of others are removed.
 
-    Where an error or Ctrl-C ends the block, finished parts stay; if there is none, nothing does.
+    If an error or Ctrl-C ends the block, finished parts stay; the folder is removed if there are none.
     """
     place = Workspace(hidden / f"{_PREFIX}{fingerprint[:16]}")
     clear(hidden, place)
@@ -53,7 +53,7 @@ def workspace(hidden: Path, fingerprint: str) -> Iterator[Workspace]:
 
 
 def clear(hidden: Path, place: Workspace | None = None) -> None:
-    """Remove what conversions have left in ``hidden``, but for that in ``place``."""
+    """Remove the work folders of conversions in ``hidden``, except ``place``."""
     for path in hidden.glob(f"{_PREFIX}*"):
         if place is None or path != place.root:
             remove(path)

@@ -1,4 +1,4 @@
-"""coremltools 9.0 without what it does in vain when it converts a placeholder network (`placeholders`).
+"""Patches that skip coremltools 9.0's passes that are wasted on placeholder weights (`placeholders`).
 
 Of the minute that a full-size UNet takes in ``ct.convert``, most went into looking at, copying and comparing
 constants whose values mean nothing, and into validating all blocks after each of a hundred passes. `lean` replaces

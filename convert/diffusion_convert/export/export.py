@@ -58,8 +58,9 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What came out beside the package: ``modules`` maps MIL operations to the torch modules that they are from;
-    ``float32_weights`` are weights that float16 cannot hold. The network is not kept: it holds its file mapped."""
+    """What an export tells about its package: ``modules`` maps MIL operations to the torch modules that they are
+    from; ``float32_weights`` are weights that float16 cannot hold. The network is not kept: it holds its file
+    mapped."""
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
@@ -76,7 +77,7 @@ def export(
     metadata: Metadata,
     progress: OnPhase = lambda *_: None,
 ) -> Exported:
-    """Write ``component`` to the package ``path``, which appears whole or not at all.
+    """Write ``component`` to the package ``path``; an export that fails writes nothing there.
 
     Weights are read one by one, as they are written. Where a network does something with a weight that a
     placeholder does not survive, that weight is in memory from the start; where this does not do, all are.

@@ -86,7 +86,7 @@ class Placeholders:
 
     def take(self, array: np.ndarray) -> tuple[str, torch.Tensor] | None:
         """The name and the values of the weight that ``array`` stands for, in its shape; None where it is no
-        placeholder. Raises Misplaced where its elements are in another order, but for a transposed matrix."""
+        placeholder. Raises Misplaced if its elements are in another order, unless it is a transposed matrix."""
         index = self.find(array)
         if index is None:
             return None

@@ -131,7 +131,7 @@ class Layer(nn.Module):
 
 
 class Readout(nn.Module):
-    """Tokens back to a feature map: the class token is put beside every other one, and both are projected."""
+    """Tokens back to a feature map: the class token is appended to each other token, and the pair is projected."""
 
     def __init__(self, project: Any, reassemble: nn.Module) -> None:
         super().__init__()

@@ -106,7 +106,7 @@ def _require_finite(package: Path, samples: Samples, outputs: Samples) -> None:
 
 def load_samples(path: Path, specs: Mapping[str, TensorSpec]) -> list[dict[str, np.ndarray]]:
     """The inputs in an .npz file, one array for each input by its name: of the input's shape, or with one more
-    dimension in front for several calls. Raises InputError for a file that is none or does not fit."""
+    dimension in front for several calls. Raises InputError for a file that is no .npz or does not fit."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

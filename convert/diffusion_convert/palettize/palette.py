@@ -223,7 +223,7 @@ def _index(entries: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The nearest of ascending ``entries`` (float64) to each value; of two at equal distance the lower."""
     with np.errstate(invalid="ignore"):
         middles = (entries[1:] + entries[:-1]) / 2
-    # Beside an infinity: everything finite is nearer to the finite entry; between equal infinities: either.
+    # Next to an infinity: everything finite is nearer to the finite entry; between equal infinities: either.
     middles = np.where(np.isnan(middles), entries[1:], middles)
     middles = np.where(np.isneginf(middles), -_BEYOND, np.where(np.isposinf(middles), _BEYOND, middles))
     return np.searchsorted(middles, values, side="left")

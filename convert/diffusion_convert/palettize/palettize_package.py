@@ -43,8 +43,9 @@ def palettize_package(
 ) -> Report:
     """Write ``source``, an ML Program, to ``output`` with its weights palettized as ``options`` says.
 
-    ``output`` appears whole or not at all. Memory: a few weights at a time, one per core and one in hand. Every
-    weight is decompressed from the written file and compared with the original before ``output`` appears.
+    A run that is stopped leaves ``output`` as it was. Memory: a few weights at a time, one per core and one in
+    hand. Every weight is decompressed from the written file and compared with the original before ``output``
+    appears.
 
     Raises InputError (options that cannot be carried out, a palettized input, a program without weights),
     UnsupportedError (not an ML Program), PackageError (damaged), VerificationError (the file does not decompress to

@@ -80,7 +80,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the recipe as readable JSON; it appears whole or not at all."""
+    """Write the recipe as readable JSON; a write that fails leaves no partial file."""
     with unfinished_file(path) as unfinished:
         unfinished.write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
 

@@ -12,6 +12,6 @@ and 6 more for the peak; what is broken has less than 3 dB at any width. A compo
 
 
 def bound_db(average_bits: float, bounds: Mapping[int, float] = MIN_PSNR_DB) -> float:
-    """The bound at ``average_bits``, on the line between the widths beside it."""
+    """The bound at ``average_bits``, interpolated between the two nearest bit widths."""
     widths = sorted(bounds)
     return float(np.interp(average_bits, widths, [bounds[bits] for bits in widths]))

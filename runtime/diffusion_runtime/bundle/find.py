@@ -50,7 +50,7 @@ def find(
 ) -> Bundle:
     """The best variant at ``path`` for a backend ("coreml" or "torch") and compute units.
 
-    Raises InputError where there is none, PackageError for a damaged one."""
+    Raises InputError if there is no variant, PackageError for a damaged one."""
     if not path.exists():
         raise InputError(f"{path}: no such folder; expected models that `coreml-sd convert` wrote")
     if path.suffix in (".mlpackage", ".mlmodelc"):

@@ -1,6 +1,6 @@
 """manifest.json: the contract between convert, runtime and the Swift bridge.
 
-It lies beside the models that it describes (``original/packages/manifest.json``) and names every file relative
+It lies next to the models that it describes (``original/packages/manifest.json``) and names every file relative
 to its own folder. Paths never leave that folder. Readers refuse a format version that they do not know.
 """
 

@@ -130,5 +130,5 @@ def _optional(models: Models, name: str) -> Timed | None:
 
 
 def _side(estimator: Any) -> int:
-    """The height and width in pixels that a depth estimator takes; DPT's where there is none."""
+    """The height and width in pixels that a depth estimator takes; DPT's if there is no depth estimator."""
     return 384 if estimator is None else int(next(iter(estimator.inputs.values())).shape[-1])

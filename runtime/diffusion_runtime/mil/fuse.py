@@ -1,6 +1,6 @@
 """Rewrites of a lowered program: what a converter took apart is put together again, with torch's own kernels.
 
-Each pass takes the module, changes its graph, and leaves its results as they were but for rounding. A pattern that
+Each pass takes the module, changes its graph, and changes its results by rounding at most. A pattern that
 does not fit exactly is left alone. Values that a pass swallows no longer exist by their MIL names.
 """
 

@@ -33,7 +33,8 @@ def use_channels_last(module: fx.GraphModule) -> None:
 
 
 def _convolution(module: fx.GraphModule, node: fx.Node) -> dict[str, Any] | None:
-    """Arguments of ``fused.conv2d``; None where it is none with constant weights and even padding."""
+    """Arguments of ``fused.conv2d``; None if ``node`` is not a convolution with constant weights and even
+    padding."""
     shape, kernel = shape_of(operand(node, "x")), value_of(module, operand(node, "weight"))
     if shape is None or len(shape) != 4 or kernel is None or kernel.device.type not in CHANNELS_LAST_DEVICES:
         return None

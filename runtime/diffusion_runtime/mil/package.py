@@ -85,7 +85,7 @@ def resolve(root: Path, path: str, source: Path) -> Path:
 
 
 def open_package(path: Path) -> Package:
-    """Open an .mlpackage, .mlmodel or .mlmodelc. Raises InputError where there is none, PackageError (damaged, see
+    """Open an .mlpackage, .mlmodel or .mlmodelc. Raises InputError if nothing is there, PackageError (damaged, see
     `check_model`) or UnsupportedError as ``proto.read_model`` does."""
     package = _open(path)
     try:
@@ -129,7 +129,7 @@ def specification_path(package: Path) -> Path:
 
 
 def write_package(model: Model, path: Path, weights: Path | None = None) -> None:
-    """Write an .mlpackage that appears whole or not at all; an existing one at ``path`` is replaced. Raises
+    """Write an .mlpackage; an existing one at ``path`` is replaced once the new one is complete. Raises
     StorageError for what the disk refuses.
 
     ``weights`` is a finished weight file, which is moved into the package as ``weights/weight.bin``. The same model

@@ -31,7 +31,7 @@ length of the serialised ModelDescription that follows. A record (u32 kind, 12 z
 
 
 def read_compiled(path: Path) -> Model:
-    """The model in an .mlmodelc folder; equal to its package's but for what a compiler adds and sorts.
+    """The model in an .mlmodelc folder; equal to its package's, except for what a compiler adds and sorts.
 
     Raises PackageError (damaged) or UnsupportedError (a model that is no ML Program, or text that is not covered).
     """

@@ -63,7 +63,7 @@ class Tokenizer:
 
 def load(folder: Path, length: int = LENGTH, pad_token: str | None = None) -> Tokenizer:
     """The tokenizer of a folder with vocab.json and merges.txt, or tokenizer.json; settings and added tokens come
-    from the files beside them, as transformers reads them.
+    from the files next to them, as transformers reads them.
 
     ``length``: tokens of the text encoder. ``pad_token`` is used where no file says what pads. Raises InputError
     where files are missing and PackageError where they are damaged."""

@@ -21,8 +21,8 @@ __all__ = ["TASKS", "Job", "Prepared", "Request", "Task", "choose", "starts_from
 
 
 def starts_from(channels: int) -> tuple[str, ...]:
-    """What a UNet with so many input channels has to be given beside a prompt (keys of `GIVEN`); nothing where no
-    task is known for it."""
+    """What a UNet with so many input channels has to be given in addition to a prompt (keys of `GIVEN`); nothing
+    where no task is known for it."""
     needs = [task.needs for task in TASKS if task.channels == channels]
     return tuple(name for name in GIVEN if needs and all(name in needed for needed in needs))
 

@@ -1,4 +1,4 @@
-"""Four times larger: the UNet sees the small picture, slightly noised, beside the latents."""
+"""Four times larger: the UNet sees the small picture, slightly noised, in addition to the latents."""
 
 from __future__ import annotations
 

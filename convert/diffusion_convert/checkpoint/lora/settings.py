@@ -1,4 +1,4 @@
-"""peft's settings of an adapter: adapter_config.json beside it, or what diffusers keeps in the file's header."""
+"""peft's settings of an adapter: adapter_config.json next to it, or what diffusers keeps in the file's header."""
 
 from __future__ import annotations
 
