@@ -236,12 +236,13 @@ class Pipeline:
             seed: stands for a generator, 0 to 2^64-1; one for all pictures or one for each. None: a random one.
             rng: what ``seed`` is for: "torch" (as diffusers), "numpy" (as Apple's client) or "nvidia".
             latents: noise to start from, (pictures, channels, height, width) of latents.
+            long_prompt: refuse a prompt that is too long for the models, rather than cut it.
             denoising_start: the part of the steps that another model has done, whose latents are ``image``.
             denoising_end: the part of the steps after which another model goes on; ask for "latent" output.
-            original_size, crops_coords_top_left, target_size: what SDXL's UNets are told, (height, width) and (top,
-                left) in pixels; None: the picture's size. ``negative_…``: of the negative prompt.
+            original_size, crops_coords_top_left, target_size: what SDXL's UNets are told of the picture: (height,
+                width), (top, left) and (height, width) in pixels; None: its own size.
+            negative_original_size, negative_crops_coords_top_left, negative_target_size: of the negative prompt.
             aesthetic_score, negative_aesthetic_score: what SDXL's refiner is told, usually 0 to 10.
-            long_prompt: refuse a prompt that is too long for the models, rather than cut it.
             output_type: "pil", "np", "pt" or "latent", see `Result`.
             on_step: called after each step; raise in it to cancel.
             callback_on_step_end: diffusers' callback: it may give other latents, or set ``_interrupt``.
