@@ -32,7 +32,7 @@ from diffusion_runtime import ComputeUnits, InputError, Pipeline, Request, Resul
 
 
 def report(event: Event) -> None:
-    print(event.unit, event.phase, event.fraction)
+    print(event.part, event.phase, event.fraction)
 
 
 ConvertOptions(attention="original", precision="float32", components="unet,vae_decoder", vae=Path("vae"))

@@ -272,15 +272,26 @@ def _held(lock: Path, shown: Path) -> Iterator[None]:
             continue
         with file:
             if _take(file, where_unknown=True) and _is_at(file, lock):
-                file.truncate(0)
-                file.write(f"process {os.getpid()}, `{shlex.join(sys.argv)[:_SHOWN_COMMAND]}`")
-                file.flush()
+                _sign(file, lock)
                 yield
                 return
             file.seek(0)
             holder = file.read()
         time.sleep(_BETWEEN_TRIES)
     raise StorageError(f"{_outside(shown)}: is being written by {holder or 'another process'}; wait for it")
+
+
+def _sign(file: IO[str], lock: Path) -> None:
+    """Say in a lock file that is held who holds it. On a disk that is too full for that, the lock is removed."""
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()}, `{shlex.join(sys.argv)[:_SHOWN_COMMAND]}`")
+        file.flush()
+    except OSError:
+        with suppress(OSError):
+            lock.unlink()
+            lock.parent.rmdir()
+        raise
 
 
 @contextmanager

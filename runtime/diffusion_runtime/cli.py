@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -181,8 +182,6 @@ def run_models(
 
     A request is a line of JSON and the bytes of its arrays: see the module diffusion_runtime.run_models. The Swift
     package uses it on systems without Core ML."""
-    import sys
-
     from diffusion_runtime.backends import load_backend
     from diffusion_runtime.run_models import serve
 

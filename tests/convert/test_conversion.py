@@ -335,9 +335,11 @@ def test_the_size_counts_every_zip(tiny_checkpoint: Source) -> None:
     """split_einsum_v2 without split_einsum is zipped under both names; palettized weights are as small in zips."""
     checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
 
+    both = (AttentionKind.ORIGINAL, AttentionKind.SPLIT_EINSUM_V2)
+
     def size(**changes: Any) -> int:
         return make_plan(
-            checkpoint, ConvertOptions(**{"components": ("unet",), "compiled": False, **changes})
+            checkpoint, ConvertOptions(**{"attention": both, "components": ("unet",), "compiled": False, **changes})
         ).size_bytes
 
     one = size(attention="original")

@@ -81,7 +81,9 @@ def test_first_divergence_is_named(checkpoint: Checkpoint, package: tuple[Path, 
 
 def other_states(unet: UNet, sample: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Each row with the prompt of the other; the network that it is compared with takes its own."""
-    found: torch.Tensor = FORWARD(unet, sample, timestep, states.flip(0) if unet.channels_first else states)
+    found: torch.Tensor = FORWARD(
+        unet, sample, timestep, torch.cat([states[1:], states[:1]]) if unet.channels_first else states
+    )
     return found
 
 

@@ -297,3 +297,24 @@ def test_a_work_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="is a symbolic link"):
         write(tmp_path / "a", "new")
     assert (tmp_path / "mine" / "work-1").is_dir()
+
+
+@pytest.mark.parametrize("how", ["locked(place)", "work(place)", "unfinished_file(place / 'file')"])
+def test_a_disk_too_full_for_a_lock_is_left_as_it_was(tmp_path: Path, how: str) -> None:
+    """The limit on the size of files stands in for a full disk: the lock's first byte does not fit."""
+    code = f"""
+import resource, signal, sys
+from pathlib import Path
+from diffusion_runtime.atomic import locked, unfinished_file, work
+from diffusion_runtime.errors import StorageError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+place = Path(sys.argv[1])
+try:
+    with {how}:
+        sys.exit(3)
+except (StorageError, OSError):
+    pass
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert list(tmp_path.iterdir()) == []

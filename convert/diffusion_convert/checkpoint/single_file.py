@@ -186,9 +186,10 @@ def _family(
     """The family and, where it was not certain, a sentence that says so."""
     unet, first = parts["unet"], "input_blocks.0.0.weight"
     channels = unet[first].shape[1] if first in unet and unet[first].ndim == 4 else 0
-    takes = [family for family in FAMILIES.values() if family.in_channels == channels]
+    one_encoder = [family for family in FAMILIES.values() if not family.added_conditions]
+    takes = [family for family in one_encoder if family.in_channels == channels]
     if not takes:
-        known = ", ".join(sorted({str(family.in_channels) for family in FAMILIES.values()}))
+        known = ", ".join(sorted({str(family.in_channels) for family in one_encoder}))
         raise CheckpointError(f"{path}: a UNet with {channels} input channels; known are {known}")
     says, certain = _text_encoder(parts, marks)
     fits = [family for family in takes if {family.text_encoder} == set(says.values())]

@@ -19,7 +19,7 @@ from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError, UnsupportedError, VerificationError
 from diffusion_runtime.mil.package import open_package, write_package
-from diffusion_runtime.mil.program import Block, Operation, operations
+from diffusion_runtime.mil.program import Block, DType, Operation, TensorType, Value, operations
 
 Package = Callable[..., Path]
 WEIGHTS = {"wide", "up", "rows", "mixed"}
@@ -234,8 +234,14 @@ def test_a_palettized_input_is_refused(tiny_package: Package, tmp_path: Path) ->
 def test_a_program_without_weights_is_refused(tiny_package: Package, tmp_path: Path) -> None:
     package = open_package(tiny_package("iOS16"))
     function = package.model.program.functions["main"]
-    kept = tuple(op for op in function.block.operations if op.type == "const" and not _is_weight(op))
-    empty = replace(function, blocks={function.opset: Block(kept, ())})
+    kept = [op for op in function.block.operations if op.type == "const" and not _is_weight(op)]
+    outputs = function.block.outputs
+    for variable in (made for op in function.block.operations for made in op.outputs if made.name in outputs):
+        assert isinstance(variable.type, TensorType)
+        shape = Value(TensorType(DType.INT32, (len(variable.type.shape),)), np.array(variable.type.shape, "<i4"))
+        zero = Value(TensorType(variable.type.dtype), np.zeros((), np.float32))
+        kept.append(Operation("fill", {"shape": (shape,), "value": (zero,)}, (variable,)))
+    empty = replace(function, blocks={function.opset: Block(tuple(kept), outputs)})
     model = replace(package.model, program=replace(package.model.program, functions={"main": empty}))
     weights = tmp_path / "weight.bin"
     shutil.copy(package.root / "weights" / "weight.bin", weights)
