@@ -16,8 +16,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import toy_models
-from diffusion_runtime import cli, diagnosis, images
+from diffusion_runtime import diagnosis, images
 from diffusion_runtime.cli import app
+from diffusion_runtime.cli import generate as generate_command
 from diffusion_runtime.errors import DiffusionError, InputError
 
 Run = Callable[..., Any]
@@ -63,7 +64,7 @@ def test_times_of_loading_first_and_later_calls_are_reported(run: Run, toy_folde
 def test_progress_without_a_terminal_is_a_line_now_and_then(
     run: Run, toy_folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, lines: int
 ) -> None:
-    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", seconds)
+    monkeypatch.setattr(generate_command, "SECONDS_BETWEEN_LINES", seconds)
     result = run("generate", toy_folder, *WANTED, "--scheduler", "ddim", *FAST)
     said = [line for line in result.stderr.splitlines() if line.startswith("denoising: step")]
     assert said == [f"denoising: step {number} of 3" for number in range(1, lines + 1)]

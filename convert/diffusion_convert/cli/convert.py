@@ -23,7 +23,7 @@ from diffusion_convert.options import (
     parse_lora,
     parse_nbits,
 )
-from diffusion_runtime.cli import INTERRUPTED
+from diffusion_runtime.cli.console import INTERRUPTED
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.families import DEFAULT_TARGET, FAMILIES, PALETTE_BITS, PROCESSORS, TARGETS, AttentionKind
 

@@ -12,10 +12,10 @@ import typer
 
 from diffusion_convert.cli import bench, bundle, convert, inspect, palettize, share, verify
 from diffusion_runtime import cli as runtime
+from diffusion_runtime.cli.console import INTERRUPTED
 from diffusion_runtime.errors import DiffusionError
 
 BAD_INPUT = 2
-INTERRUPTED = runtime.INTERRUPTED
 
 app = typer.Typer(
     add_completion=False,

@@ -1,13 +1,21 @@
-"""The runtime's commands: options in, pictures and lines out. `diffusion_convert.cli` puts them beside its own."""
+"""`coreml-sd generate`: options in, pictures and lines out."""
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from diffusion_runtime.cli.console import (
+    INTERRUPTED,
+    SECONDS_BETWEEN_LINES,
+    error_console,
+    option,
+    progress_bar,
+    say,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,12 +25,6 @@ if TYPE_CHECKING:
     from diffusion_runtime.generation import Made, OnStep, Order
     from diffusion_runtime.pipeline import Run
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
-)
-
-INTERRUPTED = 130  # what shells call a program that was stopped by Ctrl-C
-SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 GENERATE_HELP = """
 Make pictures with converted models.
 
@@ -64,68 +66,59 @@ Examples:
 """
 
 
-def _option(help_text: str, *names: str) -> Any:
-    return typer.Option(*names, help=help_text, show_default=False)
-
-
-@app.command(help=GENERATE_HELP)
 def generate(
     models: Annotated[Path | None, typer.Argument(help="Folder of models.", show_default=False)] = None,
-    prompt: Annotated[str | None, _option("What to draw.")] = None,
+    prompt: Annotated[str | None, option("What to draw.")] = None,
     output: Annotated[
-        Path | None, _option("PNG to write; several become NAME-1.png, NAME-2.png, …", "--output", "-o")
+        Path | None, option("PNG to write; several become NAME-1.png, NAME-2.png, …", "--output", "-o")
     ] = None,
-    negative_prompt: Annotated[str | None, _option("What not to draw.")] = None,
-    prompts_file: Annotated[
-        Path | None, _option("Text file with one prompt per line, instead of --prompt.")
-    ] = None,
-    steps: Annotated[int | None, _option("Denoising steps. Default: 50.")] = None,
+    negative_prompt: Annotated[str | None, option("What not to draw.")] = None,
+    prompts_file: Annotated[Path | None, option("Text file with one prompt per line, instead of --prompt.")] = None,
+    steps: Annotated[int | None, option("Denoising steps. Default: 50.")] = None,
     guidance_scale: Annotated[
         float | None,
-        _option("How closely to follow the prompt; 1 or less: off. Default: the models' (7.5; 5 for SDXL)."),
+        option("How closely to follow the prompt; 1 or less: off. Default: the models' (7.5; 5 for SDXL)."),
     ] = None,
-    seed: Annotated[int | None, _option("Same seed, same picture. Default: random, printed.")] = None,
+    seed: Annotated[int | None, option("Same seed, same picture. Default: random, printed.")] = None,
     rng: Annotated[
-        str | None, _option("torch (as diffusers), numpy (as Apple's Python client) or nvidia. Default: torch.")
+        str | None, option("torch (as diffusers), numpy (as Apple's Python client) or nvidia. Default: torch.")
     ] = None,
     scheduler: Annotated[
         str | None,
-        _option(
+        option(
             "pndm, ddim, ddpm, lms, euler, euler-ancestral, heun, 'dpm++ 2m karras', 'dpm++ sde', unipc, lcm, …; "
             "an unknown one lists all. Default: the checkpoint's."
         ),
     ] = None,
     count: Annotated[int, typer.Option(help="Pictures per prompt, with seeds counting up.")] = 1,
-    image: Annotated[Path | None, _option("Picture to start from, paint in or enlarge.")] = None,
+    image: Annotated[Path | None, option("Picture to start from, paint in or enlarge.")] = None,
     strength: Annotated[
-        float | None, _option("How much of --image may change, above 0 to 1. Default: 0.8; 1 with --mask.")
+        float | None, option("How much of --image may change, above 0 to 1. Default: 0.8; 1 with --mask.")
     ] = None,
-    mask: Annotated[Path | None, _option("White where --image is painted anew.")] = None,
-    depth_image: Annotated[Path | None, _option("Depth of --image, brighter is nearer.")] = None,
-    noise_level: Annotated[int | None, _option("Upscaling: noise put on --image, 0 to 350. Default: 20.")] = None,
+    mask: Annotated[Path | None, option("White where --image is painted anew.")] = None,
+    depth_image: Annotated[Path | None, option("Depth of --image, brighter is nearer.")] = None,
+    noise_level: Annotated[int | None, option("Upscaling: noise put on --image, 0 to 350. Default: 20.")] = None,
     long_prompt: Annotated[
-        bool, _option("Refuse a prompt that is too long for the models, rather than cut it.", "--long-prompt")
+        bool, option("Refuse a prompt that is too long for the models, rather than cut it.", "--long-prompt")
     ] = False,
     preview: Annotated[
-        bool, _option("Keep NAME-preview.png up to date while working, checked as pictures are.", "--preview")
+        bool, option("Keep NAME-preview.png up to date while working, checked as pictures are.", "--preview")
     ] = False,
     from_picture: Annotated[
-        Path | None, _option("Repeat a picture that was made here; other options override.", "--from")
+        Path | None, option("Repeat a picture that was made here; other options override.", "--from")
     ] = None,
     backend: Annotated[str, typer.Option(help="auto (coreml on macOS, else torch), coreml or torch.")] = "auto",
     compute_units: Annotated[
-        str | None, _option("all, cpu-and-gpu, cpu-and-ne or cpu-only. Default: the models'.")
+        str | None, option("all, cpu-and-gpu, cpu-and-ne or cpu-only. Default: the models'.")
     ] = None,
-    reduce_memory: Annotated[bool, _option("Load and free models stage by stage.", "--reduce-memory")] = False,
-    dtype: Annotated[str | None, _option("torch backend: float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, _option("torch backend: cpu, cuda or mps.")] = None,
-    tokenizer: Annotated[
-        Path | None, _option("Folder of vocab.json and merges.txt, where MODELS has none.")
-    ] = None,
+    reduce_memory: Annotated[bool, option("Load and free models stage by stage.", "--reduce-memory")] = False,
+    dtype: Annotated[str | None, option("torch backend: float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, option("torch backend: cpu, cuda or mps.")] = None,
+    tokenizer: Annotated[Path | None, option("Folder of vocab.json and merges.txt, where MODELS has none.")] = None,
     prediction_type: Annotated[
-        str | None, _option("Models without manifest: epsilon, v_prediction or sample.")
+        str | None, option("Models without manifest: epsilon, v_prediction or sample.")
     ] = None,
-    latent_scale: Annotated[float | None, _option("Models without manifest: the VAE's scaling factor.")] = None,
+    latent_scale: Annotated[float | None, option("Models without manifest: the VAE's scaling factor.")] = None,
     safety: Annotated[bool, typer.Option("--safety/--no-safety", help="Use the safety checker.")] = True,
 ) -> None:
     from diffusion_runtime import generation
@@ -170,44 +163,8 @@ def generate(
     try:
         _make(order, done)
     except KeyboardInterrupt:
-        _say(_console(), f"interrupted: {len(done)} of {len(order.planned)} pictures are finished")
+        say(error_console(), f"interrupted: {len(done)} of {len(order.planned)} pictures are finished")
         raise typer.Exit(INTERRUPTED) from None
-
-
-@app.command()
-def run_models(
-    backend: Annotated[str, typer.Option(help="auto (coreml on macOS, else torch), coreml or torch.")] = "auto",
-) -> None:
-    """Run models for a program in another language, over standard input and output.
-
-    A request is a line of JSON and the bytes of its arrays: see the module diffusion_runtime.run_models. The Swift
-    package uses it on systems without Core ML."""
-    from diffusion_runtime.backends import load_backend
-    from diffusion_runtime.run_models import serve
-
-    answers = sys.stdout.buffer
-    sys.stdout = sys.stderr  # what a library prints must not be taken for an answer
-    try:
-        serve(load_backend(backend), sys.stdin.buffer, answers)
-    except (BrokenPipeError, KeyboardInterrupt):  # the program that asked has ended
-        raise typer.Exit(INTERRUPTED) from None
-
-
-@app.command()
-def doctor() -> None:
-    """Say what this machine can do, what is missing, and how to get it."""
-    from diffusion_runtime import diagnosis
-
-    findings = diagnosis.examine()
-    console = _console()
-    width = max(len(finding.name) for finding in findings)
-    for finding in findings:
-        typer.echo(f"{finding.state.value:<8} {finding.name:<{width}}  {finding.text}")
-        if finding.remedy:
-            typer.echo(f"{'':<8} {'':<{width}}  -> {finding.remedy}")
-    if any(finding.state is diagnosis.State.BROKEN for finding in findings):
-        console.print("something is broken: see above")
-        raise typer.Exit(2)
 
 
 def _make(order: Order, done: list[Made]) -> None:
@@ -215,18 +172,18 @@ def _make(order: Order, done: list[Made]) -> None:
     from diffusion_runtime import generation
     from diffusion_runtime.loading import load_pipeline
 
-    console = _console()
+    console = error_console()
     with console.status("loading models"):
         pipeline = load_pipeline(order.models, **order.loading)
     for note in pipeline.notes:
-        _say(console, note)
+        say(console, note)
     told: set[str] = set()
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         on_step = _reporter(progress, len(order.planned))
         for made in generation.make(pipeline, order, on_step):
             for note in made.notes:
                 if note not in told:
-                    _say(console, note)
+                    say(console, note)
             told.update(made.notes)
             _report(console, made)
             done.append(made)
@@ -246,7 +203,7 @@ def _text(path: Path | None) -> str | None:
 
 def _report(console: Console, made: Made) -> None:
     if made.flagged:
-        _say(
+        say(
             console,
             f"{made.path}: the safety checker flagged this picture, so it is black; try another seed or prompt",
         )
@@ -273,28 +230,5 @@ def _reporter(progress: Progress, pictures: int) -> OnStep:
     return on_step
 
 
-def _progress(console: Console) -> Progress:
-    from rich import progress
-
-    return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("left"),
-        progress.TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-def _console() -> Console:
-    """Progress and notes go to the error stream, so that the output stream lists the pictures alone."""
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _say(console: Console, note: str) -> None:
-    console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+def register(app: typer.Typer) -> None:
+    app.command(help=GENERATE_HELP)(generate)
