@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import CLIPTokenizer
 
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.prompt import tokenizer
 from diffusion_runtime.prompt.emphasis import Fragment, is_weighted, parse
 from diffusion_runtime.prompt.text_states import TextStates
 
@@ -78,12 +82,66 @@ def test_weighted_states_are_scaled_and_brought_back_to_their_mean(reference: Ca
     assert weighted.shape == (32, 1, 77)
 
 
-def test_tokens_are_diffusers(reference: Callable[[str], Any]) -> None:
-    found = reference("sd1")
-    clip, ours = found.diffusers.tokenizer, found.pipeline().tokenizer
-    for prompt in ("A  Cat, 日本 🐱!", "", "x" * 500, "a photo of an astronaut (riding) a horse"):
+STRANGE = (
+    "A  Cat, 日本 🐱!",
+    "",
+    "x" * 500,
+    "a photo of an astronaut (riding) a horse",
+    " ",
+    "\n\t \r\n\x0b\x0c",
+    "a\0b",
+    "\0",
+    "a cat\0",
+    "a\x01\x02b\x1f c\x7f \x1c\x1d",
+    "a\u200db a\u200b b \u202eabc\u202c",  # joiners, and text from right to left
+    "\ufeffa cat\ufeff",
+    "a\u2028b\u2029c\u0085d\u00a0e\u3000f",
+    "日本語の猫 中文 한국어，。！",
+    "👩\u200d👩\u200d👧\u200d👦 family 🏳️\u200d🌈 👍🏽",
+    "e\u0301clair e\u0308\u0301 Å A\u030a a" + "\u0301" * 40,
+    "supercalifragilistic" * 50,
+    "a </w> b</w>",
+    "a <|endoftext|> b <|startoftext|>c<|endoftext|>",
+    "<|ENDOFTEXT|> x",
+    "<|endoftext|>" * 80,
+    "it's we'll I'M THEY'RE 's's s don´t",
+    "İstanbul ß ſ ǅ Σς ﬁ ① Ⅻ ᾳ \u1e9e",
+    "1234567 ½ ٣ ⅷ 10³ a_b_c !!!???...---",
+    "a\\nb \\ ((a)) [UNK]",
+    "\ue000\uf8ff \U0010ffff \ufffe \uffff",
+    "cat " * 200,
+)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLIP's own tokenizer, as checkpoints have it."""
+    from diffusion_convert.checkpoint import ldm_configs
+
+    clip, folder = ldm_configs.FOLDER / "clip", tmp_path_factory.mktemp("clip")
+    for path in (clip / "vocab.json", clip / "merges.txt", *(clip / "pad-end-of-text").iterdir()):
+        shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+@pytest.mark.parametrize("prompt", STRANGE, ids=range(len(STRANGE)))
+def test_tokens_are_those_of_transformers(reference: Callable[[str], Any], published: Path, prompt: str) -> None:
+    for folder in (reference("sd1").folder / "tokenizer", published):
+        clip = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         theirs = clip(prompt, padding="max_length", max_length=77, truncation=True).input_ids
-        assert ours.encode(prompt).ids[0].tolist() == theirs
+        assert tokenizer.load(folder).encode(prompt).ids[0].tolist() == theirs
+
+
+@pytest.mark.parametrize("prompt", ["a\0b", "\ufeffa \x1b[31mcat", "👩\u200d👧 日本語"])
+def test_strange_prompts_are_drawn_as_by_diffusers(
+    reference: Callable[[str], Any], psnr_db: Callable[[Any, Any], float], prompt: str
+) -> None:
+    found = reference("sd2-base")
+    pictures = [
+        one(prompt, num_inference_steps=2, generator=torch.Generator().manual_seed(3)).images[0]
+        for one in (found.pipeline(), found.diffusers)
+    ]
+    assert psnr_db(*map(np.asarray, pictures)) >= 40.0
 
 
 def test_padding_is_the_checkpoints_own(reference: Callable[[str], Any]) -> None:

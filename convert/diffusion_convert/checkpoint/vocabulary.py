@@ -34,6 +34,20 @@ def check_vocabulary(files: Mapping[str, Path]) -> None:
         )
 
 
+def unknown_tokens(files: Mapping[str, Path], size: int) -> tuple[str, ...]:
+    """The tokens of a tokenizer with numbers that a text encoder with an embedding for ``size`` tokens does not
+    have: transformers fails at prompts with them. Raises CheckpointError where that is every prompt."""
+    clip = _load(files)
+    needed = {clip.bos_token, clip.eos_token, clip.pad_token}
+    beyond = {token: number for token, number in clip.get_vocab().items() if number >= size}
+    if lost := sorted(beyond.keys() & needed):
+        raise CheckpointError(
+            f"the tokenizer gives {lost[0]} the number {beyond[lost[0]]}, but the text encoder has an embedding "
+            f"for {size} tokens only: not of one model"
+        )
+    return tuple(sorted(beyond, key=lambda token: (beyond[token], token)))
+
+
 def write_vocabulary(files: Mapping[str, Path], target: Path) -> None:
     """Write a tokenizer to the folder ``target`` as vocab.json, merges.txt and what goes with them.
 
@@ -80,6 +94,7 @@ def _load(files: Mapping[str, Path]) -> Any:
     """The tokenizer as diffusers would load it: by transformers, from a folder of these files."""
     from transformers import CLIPTokenizer
 
+    main = files.get(FAST) or files["vocab.json"]
     for name in files.keys() - {"merges.txt"}:
         strict_json.read_object(files[name], CheckpointError, strict_json.MAX_VOCABULARY_BYTES)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,9 +105,9 @@ def _load(files: Mapping[str, Path]) -> Any:
             kind = json.loads(clip.backend_tokenizer.to_str())["model"]["type"]
         except Exception as error:  # tokenizers raises bare Exception for a damaged file
             first = (str(error).splitlines() or [repr(error)])[0]
-            raise CheckpointError(f"{files[FAST]}: not the file of a byte-pair tokenizer: {first}") from error
+            raise CheckpointError(f"{main}: not the file of a byte-pair tokenizer: {first}") from error
     if kind != "BPE":
-        raise CheckpointError(f"{files[FAST]}: a {kind} tokenizer; expected CLIP's byte pairs (BPE)")
+        raise CheckpointError(f"{main}: a {kind} tokenizer; expected CLIP's byte pairs (BPE)")
     return clip
 
 

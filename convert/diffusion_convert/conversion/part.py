@@ -29,6 +29,7 @@ from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes
 from diffusion_runtime.errors import InputError, PackageError, VerificationError
+from diffusion_runtime.families import TEXT_ENCODERS
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import Metadata
 
@@ -192,10 +193,18 @@ def _record(
             precision="float32" if export_options.precision is Precision.FLOAT32 else "float16",
             float32_ops=tuple(kept),
             psnr_db=dict(psnr_db),
+            vocabulary_size=_vocabulary_size(job),
         ),
         seconds=dict(seconds),
         notes=_notes(job, made, kept),
     )
+
+
+def _vocabulary_size(job: Job) -> int | None:
+    component = job.part.component
+    if component.name not in TEXT_ENCODERS:
+        return None
+    return int(job.plan.checkpoint.models[component.subfolder].config["vocab_size"])
 
 
 def _notes(job: Job, made: export.Exported, kept: list[str]) -> tuple[str, ...]:

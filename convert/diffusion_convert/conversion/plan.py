@@ -18,12 +18,12 @@ from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.diffusers_folder import NETWORKS, SCHEDULERS, TOKENIZERS
 from diffusion_convert.checkpoint.family import default_size, latent_factor, text_length
 from diffusion_convert.checkpoint.model import Checkpoint
-from diffusion_convert.checkpoint.vocabulary import check_vocabulary
+from diffusion_convert.checkpoint.vocabulary import check_vocabulary, unknown_tokens
 from diffusion_convert.components.component import Component, Shape
 from diffusion_convert.options import ConvertOptions, Precision
 from diffusion_convert.palettize.recipe import Recipe, load_recipe
 from diffusion_runtime.errors import CheckpointError, InputError
-from diffusion_runtime.families import TARGETS, AttentionKind, compiles
+from diffusion_runtime.families import FAMILIES, TARGETS, AttentionKind, compiles
 from diffusion_runtime.real_path import real_path
 
 SOURCE_SUFFIXES = (".json", ".safetensors", ".bin")
@@ -76,13 +76,7 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
     with their network's, sizes with what the networks can do."""
     shape = _shape(checkpoint, options)
     chosen = _components(checkpoint, options)
-    try:
-        check_vocabulary(checkpoint.tokenizer)
-        if checkpoint.tokenizer_2:
-            check_vocabulary(checkpoint.tokenizer_2)
-    except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.name}: {error}") from error
-    weights, notes = {}, list(checkpoint.notes)
+    weights, notes = {}, [*checkpoint.notes, *_check_vocabularies(checkpoint)]
     for subfolder in dict.fromkeys(component.subfolder for component in chosen):
         submodel = checkpoint.models[subfolder]
         tensors = submodel.tensors()
@@ -101,6 +95,24 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
     size = _size(weights, parts, options, compiled)
     recipe = None if options.recipe is None else load_recipe(options.recipe)
     return Plan(checkpoint, options, shape, parts, stamp, size, compiled, recipe, tuple(notes))
+
+
+def _check_vocabularies(checkpoint: Checkpoint) -> Iterator[str]:
+    """Raises CheckpointError for tokenizers that cannot be used; yields what of them cannot."""
+    tokenizers = [files for files in (checkpoint.tokenizer, checkpoint.tokenizer_2) if files]
+    encoders = [name for name in FAMILIES[checkpoint.family].encoders if name in checkpoint.models]
+    try:
+        for files in tokenizers or [checkpoint.tokenizer]:
+            check_vocabulary(files)
+        for files, encoder in zip(tokenizers, encoders, strict=False):
+            size = int(checkpoint.models[encoder].config["vocab_size"])
+            if unknown := unknown_tokens(files, size):
+                yield (
+                    f"{encoder} has an embedding for {size} tokens, its tokenizer has {len(unknown)} more: prompts "
+                    f"with {torch_networks.listed(list(unknown))} cannot be drawn"
+                )
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.name}: {error}") from error
 
 
 def tool_versions() -> dict[str, str]:

@@ -100,7 +100,8 @@ class Palettization(_Frozen):
 
 class Component(_Frozen):
     """One converted submodule. ``files`` are this component's models in the order in which they run (two for a
-    chunked UNet); ``sha256`` maps each regular file below them, relative to the manifest, to its hash."""
+    chunked UNet); ``sha256`` maps each regular file below them, relative to the manifest, to its hash.
+    ``vocabulary_size``: how many tokens a text encoder knows, as far as that is known."""
 
     files: tuple[RelativePath, ...]
     inputs: Annotated[tuple[Tensor, ...], AfterValidator(_declared)]
@@ -112,6 +113,7 @@ class Component(_Frozen):
     sha256: dict[RelativePath, str] = {}
     psnr_db: dict[str, float] = {}
     palettization: Palettization | None = None
+    vocabulary_size: int | None = Field(default=None, ge=1)
 
 
 class FusedLora(_Frozen):

@@ -18,7 +18,7 @@ from diffusion_runtime.mil.program import TensorType, operations
 
 if TYPE_CHECKING:
     from diffusion_runtime.mil.model import Model
-    from diffusion_runtime.mil.program import Feature, Function
+    from diffusion_runtime.mil.program import Feature, Function, Value
 
 _CHUNKS = ("unet_chunk1", "unet_chunk2")
 _PACKAGE = re.compile(
@@ -149,7 +149,39 @@ def _component(folder: Path, files: tuple[str, ...], models: list[Model], units:
                 needed.setdefault(tensor.name, tensor)
         outputs = _tensors(model.interface.outputs, folder / file)
         given |= {tensor.name for tensor in outputs}
-    return Component(files=files, inputs=tuple(needed.values()), outputs=outputs, compute_units=units)
+    return Component(
+        files=files,
+        inputs=tuple(needed.values()),
+        outputs=outputs,
+        compute_units=units,
+        vocabulary_size=_vocabulary_size(models[0]) if "input_ids" in needed else None,
+    )
+
+
+def _vocabulary_size(model: Model) -> int | None:
+    """The length of the table in which the numbers of a prompt's tokens are looked up, whatever is done to them
+    before; None where there is no such table."""
+    ids = {"input_ids"}
+    for function in model.program.functions.values():
+        for operation in operations(function.block):
+            given = {key for key, bound in operation.inputs.items() for name in bound if _is_one(name, ids)}
+            if operation.type == "gather" and "indices" in given:
+                return _rows(function, operation.inputs["x"])
+            if given:
+                ids |= {output.name for output in operation.outputs}
+    return None
+
+
+def _is_one(binding: str | Value, names: set[str]) -> bool:
+    return isinstance(binding, str) and binding in names
+
+
+def _rows(function: Function, table: tuple[str | Value, ...]) -> int | None:
+    known: dict[str, object] = {
+        variable.name: variable.type for operation in operations(function.block) for variable in operation.outputs
+    }
+    kind = known.get(table[0]) if isinstance(table[0], str) else table[0].type
+    return kind.shape[0] if isinstance(kind, TensorType) and len(kind.shape) == 2 else None
 
 
 def _tensors(features: Sequence[Feature], path: Path) -> tuple[Tensor, ...]:

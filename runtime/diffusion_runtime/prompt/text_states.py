@@ -59,6 +59,7 @@ class TextStates:
         for name, tokenizer in zip(self.encoders, self.tokenizers, strict=False):
             pieces = self._pieces(tokenizer)
             tokens = [tokenizer.encode(text or "", pieces) for text in distinct]
+            self._check_known(name, tokenizer, tokens)
             notes |= dict.fromkeys(self._note(token, tokenizer, pieces) for token in tokens if token.lost)
             found = [self._states(name, token) for token in tokens]
             states.append(torch.stack([one for one, _ in found]))
@@ -80,6 +81,18 @@ class TextStates:
                 f"unet: takes {self.unet_length} text tokens, no multiple of the encoder's {tokenizer.length}"
             )
         return pieces
+
+    def _check_known(self, name: str, tokenizer: Tokenizer, tokens: Sequence[Tokens]) -> None:
+        """An embedding that ends before a token's number gives what happens to be there, or zeros."""
+        described = self.manifest.components.get(name)
+        size = described.vocabulary_size if described is not None else None
+        if size is None or not (unknown := sorted({int(n) for one in tokens for n in one.ids.flat if n >= size})):
+            return
+        raise InputError(
+            f"the tokenizer gives {tokenizer.clip.convert_ids_to_tokens(unknown[0])!r} the number {unknown[0]}, "
+            f"but the {name} knows {size} tokens only: leave it out of the prompt, or name the tokenizer that "
+            "belongs to these models with --tokenizer"
+        )
 
     def _note(self, tokens: Tokens, tokenizer: Tokenizer, pieces: int) -> str:
         room = (tokenizer.length - 2) * len(tokens.ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ class Tokenizer:
         ids: list[int] = []
         weights: list[float] = []
         for fragment in emphasis.parse(prompt):
-            part = self.clip(fragment.text, add_special_tokens=False, verbose=False)["input_ids"]
+            text = self._all_vectors(fragment.text)
+            part = self.clip(text, add_special_tokens=False, verbose=False)["input_ids"]
             ids += part
             weights += [fragment.weight] * len(part)
         room = self.length - 2
@@ -55,6 +57,16 @@ class Tokenizer:
             part_weights = weights[start : start + room]
             row[1 : 1 + len(part_weights)] = part_weights
         return Tokens(np.array(rows, np.int64), counts, lost)
+
+    def _all_vectors(self, text: str) -> str:
+        """A textual inversion of several vectors is the tokens ``<name>``, ``<name>_1``, …: the prompt names the
+        first alone, and diffusers' pipelines put the others after it, wherever the prompt has its letters."""
+        added = self.clip.added_tokens_encoder
+        for token in dict.fromkeys(self.clip.tokenize(text)):
+            if token in added and f"{token}_1" in added:
+                vectors = takewhile(added.__contains__, (f"{token}_{number}" for number in count(1)))
+                text = text.replace(token, " ".join([token, *vectors]))
+        return text
 
     def _piece(self, ids: list[int]) -> list[int]:
         filled = [self.clip.bos_token_id, *ids, self.clip.eos_token_id]
