@@ -72,7 +72,7 @@ bench: $(READY)  ## speed and memory at full size: about an hour and 10 GB of di
 	@$(BIN)/python benchmarks/run.py
 
 docs: $(READY)  ## the API reference, from the docstrings, to site/
-	@$(BIN)/python -m pdoc --docformat restructuredtext -o site diffusion_convert diffusion_runtime && echo "site/index.html"
+	@$(BIN)/python -W error -m pdoc --docformat restructuredtext -o site diffusion_convert diffusion_runtime && echo "site/index.html"
 
 lock: $(READY)  ## rewrite requirements.lock from what is installed in .venv
 	@$(BIN)/python -m pip freeze --exclude-editable --exclude coreml-sd | sed -E 's/\+[a-z0-9.]+$$//' > requirements.lock.new

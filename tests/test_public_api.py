@@ -16,6 +16,7 @@ import pytest
 import diffusion_convert
 import diffusion_runtime
 from diffusion_convert import AttentionKind, ConvertOptions, Lora, Precision
+from diffusion_runtime.arguments import SizeArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (diffusion_runtime, diffusion_convert)
@@ -118,6 +119,8 @@ def test_every_argument_is_documented(function: str) -> None:
     for part in function.split("."):
         found = getattr(found, part)
     names = [name for name in inspect.signature(found).parameters if name != "self"]
+    if "others" in names:
+        names[-1:] = [*SizeArguments.__annotations__, "others"]
     arguments = inspect.getdoc(found).partition("Args:")[2].partition("Returns:")[0]  # type: ignore[union-attr]
     documented = [
         name.strip()
@@ -127,6 +130,16 @@ def test_every_argument_is_documented(function: str) -> None:
     ]
     assert documented == names
     assert "Raises:" in (found.__doc__ or "")
+
+
+def test_api_pages_are_built_without_a_warning(tmp_path: Path) -> None:
+    """As `make docs` builds them."""
+    recipe = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "-m pdoc" in line)
+    arguments = recipe.partition("python ")[2].partition(" && ")[0].replace(" site ", f" {tmp_path} ").split()
+    made = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    page = (tmp_path / "diffusion_runtime.html").read_text()
+    assert all(f'id="{name}"' in page for name in diffusion_runtime.__all__)
 
 
 def test_unknown_names_are_missing() -> None:

@@ -24,10 +24,11 @@ from diffusion_runtime.errors import (
 )
 
 if TYPE_CHECKING:
+    from diffusion_runtime.arguments import Result
     from diffusion_runtime.backends import ComputeUnits
     from diffusion_runtime.denoising import Step
     from diffusion_runtime.loading import load_pipeline
-    from diffusion_runtime.pipeline import Pipeline, Result, Run, RuntimeNote
+    from diffusion_runtime.pipeline import Pipeline, Run, RuntimeNote
     from diffusion_runtime.tasks.job import Request
 
 __all__ = [
@@ -53,7 +54,7 @@ _LAZY = {
     "ComputeUnits": "diffusion_runtime.backends",
     "Pipeline": "diffusion_runtime.pipeline",
     "Request": "diffusion_runtime.tasks.job",
-    "Result": "diffusion_runtime.pipeline",
+    "Result": "diffusion_runtime.arguments",
     "Run": "diffusion_runtime.pipeline",
     "RuntimeNote": "diffusion_runtime.pipeline",
     "Step": "diffusion_runtime.denoising",

@@ -34,21 +34,9 @@ class Neutral(TypedDict, total=False):
     callback_steps: None
 
 
-NEUTRAL: Mapping[str, object] = {
-    "timesteps": None,
-    "sigmas": None,
-    "prompt_embeds": None,
-    "negative_prompt_embeds": None,
-    "ip_adapter_image": None,
-    "ip_adapter_image_embeds": None,
-    "masked_image_latents": None,
-    "padding_mask_crop": None,
-    "cross_attention_kwargs": None,
-    "clip_skip": None,
+NEUTRAL: Mapping[str, object] = dict.fromkeys(Neutral.__annotations__) | {
     "guidance_rescale": 0.0,
     "return_dict": True,
-    "callback": None,
-    "callback_steps": None,
 }
 """The values of `Neutral` that change nothing."""
 

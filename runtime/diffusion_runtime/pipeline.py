@@ -13,84 +13,44 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import torch
 from PIL import Image
 
 from diffusion_runtime import callbacks, denoising, guidance, images, schedulers, tasks
-from diffusion_runtime.added_conditions import Size, SizeConditioning
+from diffusion_runtime.added_conditions import SizeConditioning
+from diffusion_runtime.arguments import (
+    Arguments,
+    Generators,
+    Others,
+    Result,
+    SizeArguments,
+    Texts,
+    as_output_type,
+    check_output_type,
+    noise_of,
+    texts_of,
+)
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS
 from diffusion_runtime.models import Models
-from diffusion_runtime.noise import Noise, fresh_seed, from_generators, from_seeds
+from diffusion_runtime.noise import Noise
 from diffusion_runtime.prompt.text_states import TextStates
 from diffusion_runtime.prompt.tokenizer import Tokenizer
 from diffusion_runtime.safety import is_flagged
 from diffusion_runtime.tasks import Request
 
-Texts = str | Sequence[str]
 STATES = "encoder_hidden_states"
 LCM_GUIDANCE_SCALE = 8.5
 """The default of diffusers' LatentConsistencyModelPipeline."""
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class RuntimeNote(UserWarning):
     """Something the caller should know: a prompt that was cut, a picture that was resized."""
-
-
-Images = TypeVar("Images")
-
-
-class Result(NamedTuple, Generic[Images]):
-    """``images`` are a list of PIL pictures, or what ``output_type`` asks for: "np" an array (n, height, width, 3)
-    in 0..1, "pt" a tensor (n, 3, height, width) in 0..1, "latent" a tensor (n, channels, height, width) of latents.
-
-    ``nsfw_content_detected`` has one entry per picture, or is None where nothing was checked. ``notes`` are for the
-    user."""
-
-    images: Images
-    nsfw_content_detected: list[bool] | None
-    notes: tuple[str, ...] = ()
-
-
-class Arguments(callbacks.Neutral, total=False):
-    """The arguments of `Pipeline.__call__` by keyword, for type checkers; see there."""
-
-    negative_prompt: Texts | None
-    image: Image.Image | torch.Tensor | None
-    mask_image: Image.Image | None
-    depth_map: Image.Image | torch.Tensor | None
-    height: int | None
-    width: int | None
-    num_inference_steps: int
-    guidance_scale: float | None
-    strength: float | None
-    noise_level: int | None
-    num_images_per_prompt: int
-    eta: float
-    generator: torch.Generator | Sequence[torch.Generator] | None
-    seed: int | Sequence[int] | None
-    rng: str
-    latents: torch.Tensor | None
-    long_prompt: bool
-    denoising_start: float | None
-    denoising_end: float | None
-    original_size: Size | None
-    crops_coords_top_left: Size
-    target_size: Size | None
-    negative_original_size: Size | None
-    negative_crops_coords_top_left: Size
-    negative_target_size: Size | None
-    aesthetic_score: float
-    negative_aesthetic_score: float
-    on_step: Callable[[Step], None] | None
-    callback_on_step_end: callbacks.AtStepEnd | None
-    callback_on_step_end_tensor_inputs: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,26 +153,18 @@ class Pipeline:
         noise_level: int | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators | None = None,
         seed: int | Sequence[int] | None = None,
         rng: str = "torch",
         latents: torch.Tensor | None = None,
         long_prompt: bool = False,
         denoising_start: float | None = None,
         denoising_end: float | None = None,
-        original_size: Size | None = None,
-        crops_coords_top_left: Size = (0, 0),
-        target_size: Size | None = None,
-        negative_original_size: Size | None = None,
-        negative_crops_coords_top_left: Size = (0, 0),
-        negative_target_size: Size | None = None,
-        aesthetic_score: float = 6.0,
-        negative_aesthetic_score: float = 2.5,
         output_type: str = "pil",
         on_step: Callable[[Step], None] | None = None,
         callback_on_step_end: callbacks.AtStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        **others: Unpack[callbacks.Neutral],
+        **others: Unpack[Others],
     ) -> Result[Any]:
         """Make pictures. Names and defaults are those of diffusers' pipelines, where they have the argument.
 
@@ -239,14 +191,14 @@ class Pipeline:
             long_prompt: refuse a prompt that is too long for the models, rather than cut it.
             denoising_start: the part of the steps that another model has done, whose latents are ``image``.
             denoising_end: the part of the steps after which another model goes on; ask for "latent" output.
-            original_size, crops_coords_top_left, target_size: what SDXL's UNets are told of the picture: (height,
-                width), (top, left) and (height, width) in pixels; None: its own size.
-            negative_original_size, negative_crops_coords_top_left, negative_target_size: of the negative prompt.
-            aesthetic_score, negative_aesthetic_score: what SDXL's refiner is told, usually 0 to 10.
             output_type: "pil", "np", "pt" or "latent", see `Result`.
             on_step: called after each step; raise in it to cancel.
             callback_on_step_end: diffusers' callback: it may give other latents, or set ``_interrupt``.
             callback_on_step_end_tensor_inputs: what that callback is given; only "latents" can be had.
+            original_size, crops_coords_top_left, target_size: what SDXL's UNets are told of the picture: (height,
+                width), (top, left) and (height, width) in pixels; None: its own size.
+            negative_original_size, negative_crops_coords_top_left, negative_target_size: of the negative prompt.
+            aesthetic_score, negative_aesthetic_score: what SDXL's refiner is told, usually 0 to 10.
             others: arguments of diffusers that do nothing here: any but their defaults are refused.
 
         Returns:
@@ -257,10 +209,11 @@ class Pipeline:
             DiffusionError: where a model computes NaN.
 
         Notes for the user are issued as `RuntimeNote` warnings."""
-        callbacks.refuse(others)
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(f"output type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
-        prompts, negatives = _texts(prompt, negative_prompt, num_images_per_prompt)
+        rest: dict[str, Any] = {**others}
+        sizes = SizeConditioning(**{name: rest.pop(name) for name in SizeArguments.__annotations__ if name in rest})
+        callbacks.refuse(rest)
+        check_output_type(output_type)
+        prompts, negatives = texts_of(prompt, negative_prompt, num_images_per_prompt)
         request = Request(
             prompts,
             negatives,
@@ -278,18 +231,9 @@ class Pipeline:
             long_prompt=long_prompt,
             denoising_start=denoising_start,
             denoising_end=denoising_end,
-            sizes=SizeConditioning(
-                original_size,
-                crops_coords_top_left,
-                target_size,
-                negative_original_size,
-                negative_crops_coords_top_left,
-                negative_target_size,
-                aesthetic_score,
-                negative_aesthetic_score,
-            ),
+            sizes=sizes,
         )
-        run = self.prepare(request, _noise(generator, seed, rng))
+        run = self.prepare(request, noise_of(generator, seed, rng))
         control = callbacks.Control(self, run.job.scheduler, run.total, run.job.request.scale)
         finished = callbacks.run_steps(
             control,
@@ -384,7 +328,7 @@ class Pipeline:
         if output_type == "latent":
             return Result(latents, None, run.notes)
         arrays, flags = self._decoded(latents)
-        return Result(_of_type(arrays, output_type), flags, run.notes)
+        return Result(as_output_type(arrays, output_type), flags, run.notes)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (n, channels, height, width) to pictures (n, 3, height, width) in about -1..1."""
@@ -431,45 +375,3 @@ class Pipeline:
                 f"{asked[1]}x{asked[0]} pixels: these models make {width}x{height} (width x height); "
                 "convert again with --height and --width for another size"
             )
-
-
-def _of_type(arrays: np.ndarray, output_type: str) -> Any:
-    """Pictures (n, height, width, 3) in 0..1 as a caller wants them; "pt" has the colours second, as diffusers'."""
-    if output_type == "np":
-        return arrays
-    return images.to_pil(arrays) if output_type == "pil" else torch.from_numpy(arrays).permute(0, 3, 1, 2)
-
-
-def _noise(
-    generator: torch.Generator | Sequence[torch.Generator] | None, seed: int | Sequence[int] | None, rng: str
-) -> Noise:
-    if generator is not None and seed is not None:
-        raise InputError("generator and seed are both given: give one")
-    if generator is not None:
-        return from_generators(generator)
-    if seed is None:
-        return from_seeds([fresh_seed()], rng)
-    given: object = seed
-    if isinstance(given, str):  # a sequence too, of digits
-        raise InputError(f"seed {seed!r}: expected a whole number, or one for each picture")
-    return from_seeds(list(seed) if isinstance(seed, Sequence) else [seed], rng)
-
-
-def _texts(prompt: Texts, negative: Texts | None, count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """One prompt and one negative prompt per picture; no negative prompts where none is given."""
-    if not isinstance(count, int) or count < 1:
-        raise InputError(f"{count!r} pictures per prompt: expected a whole number, at least 1")
-    for name, texts in (("prompt", prompt), ("negative prompt", negative or "")):
-        if not isinstance(texts, (str, list, tuple)):
-            raise InputError(f"{name} is a {type(texts).__name__}: expected a text or a list of texts")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if negative is None:
-        return _repeated(prompts, count), ()
-    negatives: list[str] = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-    if len(negatives) != len(prompts):
-        raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
-    return _repeated(prompts, count), _repeated(negatives, count)
-
-
-def _repeated(texts: Sequence[str], count: int) -> tuple[str, ...]:
-    return tuple(text for text in texts for _ in range(count))

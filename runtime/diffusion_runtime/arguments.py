@@ -1,0 +1,123 @@
+"""The arguments of `Pipeline.__call__` by name, and what it gives back."""
+
+# Without `from __future__ import annotations`: a NamedTuple keeps annotations that are strings as references which
+# nobody outside of this module can resolve, pdoc included.
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypedDict, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusion_runtime import callbacks, images
+from diffusion_runtime.added_conditions import Size
+from diffusion_runtime.denoising import Step
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.noise import Noise, fresh_seed, from_generators, from_seeds
+
+Texts = str | Sequence[str]
+Generators = torch.Generator | Sequence[torch.Generator]
+Images = TypeVar("Images")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class SizeArguments(TypedDict, total=False):
+    """What SDXL's UNets are told of a picture; see `SizeConditioning`, which has the defaults."""
+
+    original_size: Size | None
+    crops_coords_top_left: Size
+    target_size: Size | None
+    negative_original_size: Size | None
+    negative_crops_coords_top_left: Size
+    negative_target_size: Size | None
+    aesthetic_score: float
+    negative_aesthetic_score: float
+
+
+class Others(SizeArguments, callbacks.Neutral, total=False):
+    """What `Pipeline.__call__` takes and passes on."""
+
+
+class Arguments(Others, total=False):
+    """All arguments but the prompt and ``output_type``, for type checkers."""
+
+    negative_prompt: Texts | None
+    image: Image.Image | torch.Tensor | None
+    mask_image: Image.Image | None
+    depth_map: Image.Image | torch.Tensor | None
+    height: int | None
+    width: int | None
+    num_inference_steps: int
+    guidance_scale: float | None
+    strength: float | None
+    noise_level: int | None
+    num_images_per_prompt: int
+    eta: float
+    generator: Generators | None
+    seed: int | Sequence[int] | None
+    rng: str
+    latents: torch.Tensor | None
+    long_prompt: bool
+    denoising_start: float | None
+    denoising_end: float | None
+    on_step: Callable[[Step], None] | None
+    callback_on_step_end: callbacks.AtStepEnd | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
+
+
+class Result(NamedTuple, Generic[Images]):
+    """``images`` are a list of PIL pictures, or what ``output_type`` asks for: "np" an array (n, height, width, 3)
+    in 0..1, "pt" a tensor (n, 3, height, width) in 0..1, "latent" a tensor (n, channels, height, width) of latents.
+
+    ``nsfw_content_detected`` has one entry per picture, or is None where nothing was checked. ``notes`` are for the
+    user."""
+
+    images: Images
+    nsfw_content_detected: list[bool] | None
+    notes: tuple[str, ...] = ()
+
+
+def check_output_type(output_type: str) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise InputError(f"output type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
+
+
+def as_output_type(arrays: np.ndarray, output_type: str) -> Any:
+    """Pictures (n, height, width, 3) in 0..1 as a caller wants them; "pt" has the colours second, as diffusers'."""
+    if output_type == "np":
+        return arrays
+    return images.to_pil(arrays) if output_type == "pil" else torch.from_numpy(arrays).permute(0, 3, 1, 2)
+
+
+def noise_of(generator: Generators | None, seed: int | Sequence[int] | None, rng: str) -> Noise:
+    if generator is not None and seed is not None:
+        raise InputError("generator and seed are both given: give one")
+    if generator is not None:
+        return from_generators(generator)
+    if seed is None:
+        return from_seeds([fresh_seed()], rng)
+    given: object = seed
+    if isinstance(given, str):  # a sequence too, of digits
+        raise InputError(f"seed {seed!r}: expected a whole number, or one for each picture")
+    return from_seeds(list(seed) if isinstance(seed, Sequence) else [seed], rng)
+
+
+def texts_of(prompt: Texts, negative: Texts | None, count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """One prompt and one negative prompt per picture; no negative prompts where none is given."""
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"{count!r} pictures per prompt: expected a whole number, at least 1")
+    for name, texts in (("prompt", prompt), ("negative prompt", negative or "")):
+        if not isinstance(texts, (str, list, tuple)):
+            raise InputError(f"{name} is a {type(texts).__name__}: expected a text or a list of texts")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if negative is None:
+        return _repeated(prompts, count), ()
+    negatives: list[str] = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+    if len(negatives) != len(prompts):
+        raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
+    return _repeated(prompts, count), _repeated(negatives, count)
+
+
+def _repeated(texts: Sequence[str], count: int) -> tuple[str, ...]:
+    return tuple(text for text in texts for _ in range(count))
