@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffusion_convert.networks.attention import ATTENTION
+from diffusion_convert.networks.attention.original import MASKED_BATCH
 from diffusion_convert.networks.attention.split_einsum_v2 import QUERY_CHUNK, chunk_sizes
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.coremltools_import import import_coremltools
@@ -56,8 +57,9 @@ def test_agrees_with_torch(batch: int, queries: int, own_keys: bool) -> None:
     assert min(got.values()) >= AGREEMENT_DB, got
 
 
+@pytest.mark.parametrize("target", ["macOS13", "macOS15"])
 @pytest.mark.parametrize("kind", AttentionKind)
-def test_packages_agree_with_torch(kind: AttentionKind, tmp_path: Path) -> None:
+def test_packages_agree_with_torch(kind: AttentionKind, target: str, tmp_path: Path) -> None:
     """One package with an attention of every length, self and cross, batch 1 and 2, run by the torch backend."""
     sizes = [(batch, queries, keys) for batch in (1, 2) for queries in POSITIONS for keys in (queries, TEXT_LENGTH)]
 
@@ -73,7 +75,7 @@ def test_packages_agree_with_torch(kind: AttentionKind, tmp_path: Path) -> None:
         torch.jit.trace(Module().eval(), tuple(arrays.values()), check_trace=False),  # type: ignore[no-untyped-call]
         inputs=[ct.TensorType(name, tensor.shape) for name, tensor in arrays.items()],
         outputs=[ct.TensorType(f"y{index}") for index in range(len(sizes))],
-        minimum_deployment_target=ct.target.macOS13,
+        minimum_deployment_target=getattr(ct.target, target),
         skip_model_load=True,
     ).save(str(tmp_path / "attention.mlpackage"))
     model = TorchBackend().load(tmp_path / "attention.mlpackage")
@@ -108,23 +110,34 @@ def test_chunks_cover_every_query(queries: int) -> None:
     assert 0 < sizes[-1] <= QUERY_CHUNK
 
 
-def converted(kind: AttentionKind, queries: int, keys: int, heads: int = HEADS) -> collections.Counter[str]:
+def converted(
+    kind: AttentionKind,
+    queries: int,
+    keys: int,
+    heads: int = HEADS,
+    target: str = "macOS13",
+    batch: int = 1,
+    masked: bool = False,
+    scale: float | None = None,
+) -> collections.Counter[str]:
     """How often each operation stands in the program of one attention."""
+    mask = torch.full((keys, queries), -1e4).tril(-1)[None, :, None] if masked else None
 
     class Module(torch.nn.Module):
         def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            return ATTENTION[kind](query, key, value, heads, SCALE)
+            own = (HEADS * EACH // heads) ** -0.5
+            return ATTENTION[kind](query, key, value, heads, scale or own, mask)
 
     ct = import_coremltools()
-    traced = torch.jit.trace(Module().eval(), random_qkv(1, queries, keys), check_trace=False)  # type: ignore[no-untyped-call]
+    traced = torch.jit.trace(Module().eval(), random_qkv(batch, queries, keys), check_trace=False)  # type: ignore[no-untyped-call]
     program = ct.convert(
         traced,
         inputs=[
-            ct.TensorType(name, (1, HEADS * EACH, 1, length))
+            ct.TensorType(name, (batch, HEADS * EACH, 1, length))
             for name, length in (("query", queries), ("key", keys), ("value", keys))
         ],
         convert_to="milinternal",
-        minimum_deployment_target=ct.target.macOS13,
+        minimum_deployment_target=getattr(ct.target, target),
     )
     operations = [operation for operation in program.functions["main"].operations if operation.op_type != "const"]
     assert all(len(output.shape) <= 4 for operation in operations for output in operation.outputs)
@@ -141,8 +154,8 @@ def test_split_kinds_stay_einsum_operations_and_the_original_has_none() -> None:
 @pytest.mark.parametrize(
     ("kind", "count"),
     [
-        # 3 reshapes in, scale, 2 products, softmax, 1 reshape out: no transpose is left.
-        (AttentionKind.ORIGINAL, 8),
+        # 3 reshapes in, scale, 2 products, softmax, 1 transpose and 1 reshape out
+        (AttentionKind.ORIGINAL, 9),
         # transpose, scale, 3 splits, 3 per head, concat
         (AttentionKind.SPLIT_EINSUM, 6 + 3 * HEADS),
         # the same, and per head 1 split, 3 per chunk, 1 concat; 1100 queries are three chunks
@@ -160,3 +173,44 @@ def test_one_head_needs_no_split_and_no_concat(kind: AttentionKind) -> None:
     operations = converted(kind, 64, 64, heads=1)
     assert not operations["split"]
     assert not operations["concat"]
+
+
+@pytest.mark.parametrize("target", ["macOS15", "iOS18", "macOS26"])
+def test_new_systems_get_the_fused_operation_and_old_ones_two_products(target: str) -> None:
+    for masked in (False, True):
+        new = converted(AttentionKind.ORIGINAL, 77, 77, target=target, masked=masked)
+        assert new["scaled_dot_product_attention"] == 1
+        assert not new["matmul"] + new["softmax"]
+    old = converted(AttentionKind.ORIGINAL, 77, 77, target="macOS14")
+    assert (old["scaled_dot_product_attention"], old["matmul"], old["softmax"]) == (0, 2, 1)
+
+
+def test_no_fused_operation_where_it_is_wrong() -> None:
+    """Batches of ten and more with a mask; without a mask it is right there."""
+    masked = {
+        batch: converted(AttentionKind.ORIGINAL, 64, 64, target="macOS15", batch=batch, masked=True)
+        for batch in (MASKED_BATCH - 1, MASKED_BATCH)
+    }
+    assert [found["scaled_dot_product_attention"] for found in masked.values()] == [1, 0]
+    plain = converted(AttentionKind.ORIGINAL, 64, 64, target="macOS15", batch=MASKED_BATCH)
+    assert plain["scaled_dot_product_attention"] == 1
+
+
+@pytest.mark.parametrize("batch", [1, MASKED_BATCH])
+def test_every_batch_and_scale_agrees_with_torch(batch: int) -> None:
+    queries = 96
+    qkv = random_qkv(batch, queries, queries)
+    mask = torch.full((queries, queries), -1e4).tril(-1)[None, :, None]
+    q, k, v = (x.double().reshape(batch, HEADS, EACH, queries).transpose(2, 3) for x in qkv)
+    for scale in (SCALE, 1.0):
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask.double().permute(0, 2, 3, 1), scale=scale
+        )
+        got = ATTENTION[AttentionKind.ORIGINAL](*qkv, HEADS, scale, mask)
+        assert psnr_db(wanted.transpose(2, 3).reshape(qkv[0].shape), got) >= AGREEMENT_DB, scale
+
+
+def test_another_scale_than_the_operations_own_is_a_factor_of_the_query() -> None:
+    found = converted(AttentionKind.ORIGINAL, 64, 64, target="macOS15", scale=1.0)
+    assert (found["scaled_dot_product_attention"], found["mul"]) == (1, 1)
+    assert not converted(AttentionKind.ORIGINAL, 64, 64, target="macOS15")["mul"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import attention_weights
 import tiny_checkpoints
 from diffusion_convert import convert
 from diffusion_convert.checkpoint.family import latent_factor
@@ -158,6 +159,15 @@ def test_split_attention_shows_einsum(made: Conversion) -> None:
         package = open_package(made.output / variant / "packages" / manifest.components["unet"].files[0])
         kinds = {operation.type for operation in operations(package.model.program.functions["main"].block)}
         assert ("einsum" in kinds) == variant.startswith("split"), variant
+
+
+def test_original_attention_never_multiplies_by_transposed_weights(made: Conversion) -> None:
+    """It is reported to abort on the GPU of macOS 26. Components without a choice of attention have it, too."""
+    for name, component in made.variants["original"].components.items():
+        package = open_package(made.output / "original" / "packages" / component.files[0])
+        products = attention_weights.products(package.model)
+        assert products, name
+        assert not any(products.values()), (name, products)
 
 
 def test_components_without_a_choice_are_stored_once(made: Conversion) -> None:

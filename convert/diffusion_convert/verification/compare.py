@@ -141,15 +141,18 @@ def psnr_db(expected: np.ndarray, found: np.ndarray) -> float:
 def overflowing(path: Path, largest: Mapping[str, float], limit: float) -> dict[str, float]:
     """The values of the package at ``path`` that are float16 and were larger than ``limit``, and what is computed
     of them, by name, with the size."""
+    from diffusion_runtime.mil.observe import SCORES
+
     package = open_package(path)
     found: dict[str, float] = {}
     for operation in operations(package.model.function.block):
         taken = max((largest.get(name, 0.0) for name in _taken(operation)), default=0.0)
         for variable in operation.outputs:
             half = isinstance(variable.type, TensorType) and variable.type.dtype is DType.FLOAT16
-            size = max(largest.get(variable.name, 0.0), taken)
-            if half and (size > limit or math.isnan(size)):
-                found[variable.name] = size
+            sizes = (largest.get(variable.name, 0.0), largest.get(variable.name + SCORES, 0.0), taken)
+            hot = [size for size in sizes if size > limit or math.isnan(size)]
+            if half and hot:
+                found[variable.name] = max(hot)
     return found
 
 

@@ -74,6 +74,12 @@ def product(node: fx.Node, arguments: Mapping[str, Any]) -> Tensor:
     return torch.cat(parts, dim=-2 if name == "x" else -1)
 
 
+def scores_in_parts(query: Tensor, key: Tensor) -> Iterator[Tensor]:
+    """query keyᵀ over (batch, ..., length, width), some rows at a time."""
+    shape = (*query.shape[:-1], key.shape[-2])
+    yield from Rows(tuple(shape), lambda rows: _narrow(query, -2, rows) @ key.transpose(-1, -2)).parts()
+
+
 def _scores(softmax: fx.Node, shape: tuple[int, ...]) -> list[fx.Node]:
     """The nodes from the product to the last before the other, where ``softmax`` is between two; else none."""
     if len(shape) < 2 or operand(softmax, "axis", -1) % len(shape) != len(shape) - 1:

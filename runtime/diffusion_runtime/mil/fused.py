@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion_runtime.mil.ops.linear import dense
+
 
 def group_norm(
     x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, epsilon: float = 1e-5
@@ -42,7 +44,7 @@ def attend(
     elif len(batch) != 2:
         q, k, v = (t.reshape(1, math.prod(batch), *t.shape[-2:]) for t in (q, k, v))
         mask = _expanded(mask, batch).reshape(1, math.prod(batch), *mask.shape[-2:]) if mask is not None else None
-    mixed = F.scaled_dot_product_attention(_dense(q), _dense(k), _dense(v), mask, scale=scale)
+    mixed = F.scaled_dot_product_attention(dense(q), dense(k), dense(v), mask, scale=scale)
     if heads > 1:
         mixed = mixed.transpose(1, 2).flatten(2)
     return mixed.reshape(*batch, *mixed.shape[-2:]).permute(out_order)
@@ -80,11 +82,6 @@ def silu_into(x: Tensor) -> Tensor:
 def _by_head(x: Tensor, heads: int) -> Tensor:
     """(batch, 1 …, length, heads · each) -> (batch, heads, length, each), no copy."""
     return x.reshape(x.shape[0], x.shape[-2], heads, x.shape[-1] // heads).transpose(1, 2)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """torch's fast attention wants the channels of one position side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _expanded(mask: Tensor, batch: Sequence[int]) -> Tensor:

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, fx
 
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError
-from diffusion_runtime.mil.by_rows import Rows, defer, large_scores, product
+from diffusion_runtime.mil.by_rows import Rows, defer, large_scores, product, scores_in_parts
 from diffusion_runtime.mil.constants import torch_dtype
 from diffusion_runtime.mil.lower import REFUSALS, check_value, refusal
+from diffusion_runtime.mil.match import operation
 
 Observe = Callable[[str, str, Tensor], None]
 """Called with the MIL name of each computed value, the op that computed it, and the value. The scores of a large
-attention (`by_rows.HELD_ELEMENTS`) come in parts, one call for each."""
+attention (`by_rows.HELD_ELEMENTS`) come in parts, one call for each. An attention that is one op shows, before its
+value, its scores without their scale, in parts as well, under the name with `SCORES` after it."""
+SCORES = ".scores"
 
 
 def observe(
@@ -81,8 +84,15 @@ class _Watched(fx.Interpreter):
         except REFUSALS as error:
             raise PackageError(f"{where}: {refusal(error)}") from error
         if isinstance(value, Tensor) and "mil" in n.meta and n.op in ("call_function", "placeholder"):
+            self._show_scores(n)
             self._show(n, value)
         return value
+
+    def _show_scores(self, n: fx.Node) -> None:
+        if operation(n) == "scaled_dot_product_attention":
+            _, arguments = self.fetch_args_kwargs_from_env(n)
+            for part in scores_in_parts(arguments["query"], arguments["key"]):
+                self._watch(n.meta["mil"] + SCORES, n.meta["op"], part)
 
     def _value(self, n: fx.Node) -> Any:
         if n.op == "call_function" and self._in_parts:

@@ -144,11 +144,18 @@ def by_matmul_scaled_after(mb: Any, q: Any, k: Any, v: Any) -> Any:
 
 
 def by_matmul_on_columns(mb: Any, q: Any, k: Any, v: Any) -> Any:
-    """(batch, heads, width, length), as our own converter writes it."""
+    """(batch, heads, width, length), as our own converter wrote it in 0.1."""
     q, k, v = (mb.transpose(x=t, perm=[0, 1, 3, 2]) for t in (q, k, v))
     scores = mb.matmul(x=q, y=mb.mul(x=k, y=np.float32(0.3)), transpose_x=True)
     mixed = mb.matmul(x=v, y=mb.softmax(x=scores, axis=3), transpose_y=True)
     return mb.transpose(x=mixed, perm=[0, 1, 3, 2])
+
+
+def by_matmul_weights_first(mb: Any, q: Any, k: Any, v: Any) -> Any:
+    """As our own converter writes it: everything is (batch, heads, width, length) but the scores."""
+    q, k, v = (mb.transpose(x=t, perm=[0, 1, 3, 2]) for t in (q, k, v))
+    scores = mb.matmul(x=mb.mul(x=q, y=np.float32(0.3)), y=k, transpose_x=True)
+    return mb.matmul(x=mb.softmax(x=scores, axis=3), y=v, transpose_y=True)
 
 
 def by_matmul_keys_first(mb: Any, q: Any, k: Any, v: Any) -> Any:
@@ -164,7 +171,15 @@ def by_batched_matmul(mb: Any, q: Any, k: Any, v: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "body", [by_matmul, by_matmul_scaled_after, by_matmul_on_columns, by_matmul_keys_first, by_batched_matmul]
+    "body",
+    [
+        by_matmul,
+        by_matmul_scaled_after,
+        by_matmul_on_columns,
+        by_matmul_weights_first,
+        by_matmul_keys_first,
+        by_batched_matmul,
+    ],
 )
 def test_attention_of_all_heads_at_once(body: Body, save_program: Callable[..., Path]) -> None:
     shapes = {"q": (2, 3, 10, 4), "k": (2, 3, 7, 4), "v": (2, 3, 7, 4)}

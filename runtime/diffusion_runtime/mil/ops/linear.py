@@ -35,4 +35,9 @@ def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
 ) -> Tensor:
     """softmax(query key^T / sqrt(width) + mask) value over (batch, ..., length, width)."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask)
+    return F.scaled_dot_product_attention(dense(query), dense(key), dense(value), attn_mask)
+
+
+def dense(x: Tensor) -> Tensor:
+    """torch's fast attention wants the channels of one position side by side: otherwise it holds all scores."""
+    return x if x.stride(-1) == 1 else x.contiguous()
