@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from full_size import CONFIG, full_size_unet
+from full_size import full_size_unet
+from full_size_checkpoint import SD1_UNET
 
 TOKENS = 77
 
@@ -29,9 +30,9 @@ def diffusers_step() -> Callable[[], object]:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
-    network = UNet2DConditionModel.from_config(dict(CONFIG)).eval().requires_grad_(False)
-    size, width = CONFIG["sample_size"], CONFIG["cross_attention_dim"]
-    latents, states = torch.randn(2, CONFIG["in_channels"], size, size), torch.randn(2, TOKENS, width)
+    network = UNet2DConditionModel.from_config(dict(SD1_UNET)).eval().requires_grad_(False)
+    size, width = SD1_UNET["sample_size"], SD1_UNET["cross_attention_dim"]
+    latents, states = torch.randn(2, SD1_UNET["in_channels"], size, size), torch.randn(2, TOKENS, width)
 
     def step() -> object:
         with torch.inference_mode():

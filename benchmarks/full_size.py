@@ -7,7 +7,6 @@ where no checkpoint may be downloaded.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,28 +14,7 @@ from typing import Any
 import torch
 
 from diffusion_runtime.families import AttentionKind
-
-CONFIG: Mapping[str, Any] = {
-    "_class_name": "UNet2DConditionModel",
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "center_input_sample": False,
-    "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-05,
-    "norm_num_groups": 32,
-    "out_channels": 4,
-    "sample_size": 64,
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}
-VAE: Mapping[str, Any] = {"block_out_channels": [128, 256, 512, 512], "scaling_factor": 0.18215}
+from full_size_checkpoint import SD1_UNET, VAE, random_weight
 
 
 def random_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -46,15 +24,9 @@ def random_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(dict(config))
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, value in network.state_dict().items():
-        if value.ndim == 1:
-            fill = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            tensors[name] = torch.full(value.shape, fill, dtype=torch.float16)
-        else:
-            deviation = 1 / math.sqrt(3 * math.prod(value.shape[1:]))
-            tensors[name] = (torch.randn(value.shape, generator=generator) * deviation).half()
-    return tensors
+    return {
+        name: random_weight(name, tuple(value.shape), generator) for name, value in network.state_dict().items()
+    }
 
 
 def full_size_unet(folder: Path, attention: AttentionKind = AttentionKind.ORIGINAL) -> Path:
@@ -71,13 +43,13 @@ def full_size_unet(folder: Path, attention: AttentionKind = AttentionKind.ORIGIN
     path = folder / f"unet{suffix}.mlpackage"
     if path.exists():
         return path
-    tensors = random_tensors(CONFIG)
+    tensors = random_tensors(SD1_UNET)
     checkpoint = Checkpoint(
         name="random-sd-1.5",
         family="sd1",
         source=Source(name="random"),
         models={
-            "unet": Submodel("UNet2DConditionModel", CONFIG, lambda: tensors),
+            "unet": Submodel("UNet2DConditionModel", SD1_UNET, lambda: tensors),
             "vae": Submodel("AutoencoderKL", VAE, dict),
         },
         schedulers={},

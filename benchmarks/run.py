@@ -3,7 +3,7 @@
     python benchmarks/run.py [NAME ...]      all, or only those named: loop, convert, compile, palettize, quality,
                                               torch
 
-Needs about 10 GB of disk (bench-out/, removed by `make clean`) and 16 GB of memory, most of it coremltools'
+Needs about 25 GB of disk (bench-out/, removed by `make clean`) and 16 GB of memory, most of it coremltools'
 and diffusers' own, against which we are measured. Ends with status 1 if a measurement failed.
 """
 
@@ -22,6 +22,7 @@ BENCHES: dict[str, tuple[tuple[str, ...], ...]] = {
     "convert": (
         ("bench_convert.py", "--folder", str(OUTPUT)),
         ("bench_convert.py", "--folder", str(OUTPUT), "--whole"),
+        ("bench_convert.py", "--folder", str(OUTPUT), "--whole", "--family", "sdxl", "--limit-gb", "8"),
     ),
     "compile": (("bench_compile.py", str(OUTPUT)),),
     "palettize": (("bench_palettize.py", "--package", str(PACKAGE), "--folder", str(OUTPUT)),),
