@@ -90,6 +90,9 @@ DEPTH: Rules = (
 )
 
 
+NOT_IN_SHAPES = ("attention_head_dim", "num_attention_heads", "addition_time_embed_dim")
+
+
 def write(folder: Path, path: Path, **beside_state_dict: Any) -> Path:
     """A diffusers folder's checkpoint as one file, .safetensors or .ckpt by ``path``'s name, with its tokenizer
     beside it and its head counts in ``STEM.config.json``: tiny models are too narrow for the families' rules."""
@@ -99,10 +102,11 @@ def write(folder: Path, path: Path, **beside_state_dict: Any) -> Path:
         save_file(tensors, path)
     else:
         torch.save({"state_dict": tensors, **beside_state_dict}, path)
-    shutil.copytree(folder / "tokenizer", path.parent / "tokenizer", dirs_exist_ok=True)
+    for tokenizer in folder.glob("tokenizer*"):
+        shutil.copytree(tokenizer, path.parent / tokenizer.name, dirs_exist_ok=True)
     heads = {
-        subfolder: {key: config[key] for key in ("attention_head_dim", "num_attention_heads") if key in config}
-        for subfolder in ("unet", "text_encoder", "depth_estimator")
+        subfolder: {key: config[key] for key in NOT_IN_SHAPES if config.get(key) is not None}
+        for subfolder in ("unet", "text_encoder", "text_encoder_2", "depth_estimator")
         if (config := read_config(folder, subfolder))
     }
     path.with_suffix(".config.json").write_text(json.dumps(heads))
@@ -114,10 +118,13 @@ def to_compvis(folder: Path) -> Tensors:
     config = read_config(folder, "unet")
     unet = prefixed("model.diffusion_model.", unet_tensors(read_weights(folder, "unet"), config))
     tensors = {**unet, **prefixed("first_stage_model.", vae_tensors(read_weights(folder, "vae")))}
-    text = read_weights(folder, "text_encoder")
-    if read_config(folder, "text_encoder")["hidden_act"] == "gelu":
-        tensors |= prefixed("cond_stage_model.model.", open_clip_tensors(text))
+    if (folder / "text_encoder_2").is_dir():
+        tensors |= sgm_text_tensors(folder)
+    elif read_config(folder, "text_encoder")["hidden_act"] == "gelu":
+        text = read_weights(folder, "text_encoder")
+        tensors |= prefixed("cond_stage_model.model.", open_clip_tensors(text, unused_block=True))
     else:
+        text = read_weights(folder, "text_encoder")
         text["text_model.embeddings.position_ids"] = torch.arange(77).unsqueeze(0)
         tensors |= prefixed("cond_stage_model.transformer.", text)
     if (folder / "depth_estimator").is_dir():
@@ -130,6 +137,17 @@ def to_compvis(folder: Path) -> Tensors:
     return tensors | averaged | {"betas": torch.linspace(0, 1, 1000), "model_ema.num_updates": torch.tensor(3)}
 
 
+def sgm_text_tensors(folder: Path) -> Tensors:
+    """Stable Diffusion XL's encoders: OpenCLIP's has all its blocks and is used with its projection; the refiner
+    has no other."""
+    second = prefixed(".model.", open_clip_tensors(read_weights(folder, "text_encoder_2")))
+    if not (folder / "text_encoder").is_dir():
+        return prefixed("conditioner.embedders.0", second)
+    first = read_weights(folder, "text_encoder")
+    first["text_model.embeddings.position_ids"] = torch.arange(77).unsqueeze(0)
+    return prefixed("conditioner.embedders.0.transformer.", first) | prefixed("conditioner.embedders.1", second)
+
+
 def unet_tensors(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Tensors:
     """UNet2DConditionModel's tensors by LDM's names: blocks are numbered through, samplers have numbers too."""
     step = config["layers_per_block"] + 1
@@ -138,6 +156,9 @@ def unet_tensors(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any])
         (r"^conv_in\.", "input_blocks.0.0."),
         (r"^time_embedding\.linear_1\.", "time_embed.0."),
         (r"^time_embedding\.linear_2\.", "time_embed.2."),
+        (r"^time_embedding\.cond_proj\.", "time_embed.cond_proj."),
+        (r"^add_embedding\.linear_1\.", "label_emb.0.0."),
+        (r"^add_embedding\.linear_2\.", "label_emb.0.2."),
         (r"^class_embedding\.", "label_emb."),
         (r"^conv_norm_out\.", "out.0."),
         (r"^conv_out\.", "out.2."),
@@ -180,24 +201,31 @@ def vae_tensors(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     }
 
 
-def open_clip_tensors(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """CLIPTextModel's tensors by OpenCLIP's names, the projections joined, and a last block that is not used."""
+def open_clip_tensors(tensors: Mapping[str, torch.Tensor], unused_block: bool = False) -> Tensors:
+    """CLIPTextModel's tensors by OpenCLIP's names, the projections joined; a matrix in place of the last linear
+    layer, made up where there is none; and a last block that is not used."""
     joined: Tensors = {}
     for name, value in tensors.items():
         place = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", name)
         if place:
             parts = [tensors[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
             joined[f"transformer.resblocks.{place[1]}.attn.in_proj_{place[2]}"] = torch.cat(parts)
-        elif not re.search(r"\.[kv]_proj\.", name):
+        elif name != "text_projection.weight" and not re.search(r"\.[kv]_proj\.", name):
             joined[renamed(name, OPEN_CLIP)] = value
+    width = joined["positional_embedding"].shape[1]
+    projection = (
+        tensors["text_projection.weight"].T if "text_projection.weight" in tensors else torch.randn(width, width)
+    )
+    joined |= {"text_projection": projection.contiguous(), "logit_scale": torch.tensor(4.6)}
+    if not unused_block:
+        return joined
     last = 1 + max(int(m[1]) for name in joined if (m := re.match(r"transformer\.resblocks\.(\d+)\.", name)))
     unused = {
         name.replace("resblocks.0.", f"resblocks.{last}."): value + 1
         for name, value in joined.items()
         if "resblocks.0." in name
     }
-    width = joined["positional_embedding"].shape[1]
-    return joined | unused | {"text_projection": torch.randn(width, width), "logit_scale": torch.tensor(4.6)}
+    return joined | unused
 
 
 def depth_tensors(tensors: Mapping[str, torch.Tensor]) -> Tensors:

@@ -79,6 +79,7 @@ def text_layers(kind: str, there: int, data: Mapping[str, Any], asked: Mapping[s
     `TEXT_LAYER`), all, but not the last where the family takes the states before that. Raises CheckpointError for a
     layer that is not there."""
     whole = there
+    penultimate = bool(data.get("rules", {}).get("penultimate_states"))  # taken of all layers when it runs
     if data.get("rules", {}).get("before_last_text_layer"):
         # What diffusers saved lacks the last layer. OpenCLIP's names are used by files that have it, and by some
         # full-size ones without it.
@@ -91,7 +92,8 @@ def text_layers(kind: str, there: int, data: Mapping[str, Any], asked: Mapping[s
     if asked.get("layer") == "hidden" and isinstance(index, int):  # 0: the embeddings, -1: all layers
         used = index if index >= 0 else whole + 1 + index
     else:
-        used = {None: usual, "last": whole, "penultimate": whole - 1}.get(asked.get("layer"), 0)
+        used = {None: usual - penultimate, "last": whole, "penultimate": whole - 1}.get(asked.get("layer"), 0)
+    used += penultimate
     if not 1 <= used <= there:
         told = ", ".join(f"{key}: {value}" for key, value in asked.items())
         raise CheckpointError(f"{told}: no such layer in the file's text encoder, which has {there}")
@@ -130,14 +132,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
-        unet = model["unet_config"]["params"]
+        unet = (model.get("unet_config") or model["network_config"])["params"]
         width, heads = int(unet.get("num_head_channels", -1)), int(unet.get("num_heads", -1))
         blocks = [int(unet["model_channels"]) * int(multiple) for multiple in unet["channel_mult"]]
-        text = dict((model.get("cond_stage_config") or {}).get("params") or {})
+        text = _text_section(model)
         numbers = {key: float(model[key]) for key in ("scale_factor", "linear_start", "linear_end") if key in model}
+        denoiser = (model.get("denoiser_config") or {}).get("params") or {}
+        scaling = str(denoiser["scaling_config"]["target"]) if "scaling_config" in denoiser else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path}: not an LDM configuration: {error!r}".splitlines()[0]) from error
     prediction = {"v": "v_prediction", "eps": "epsilon"}.get(str(model.get("parameterization", "eps")))
+    if scaling is not None:
+        prediction = {"VScaling": "v_prediction", "EpsScaling": "epsilon"}.get(scaling.rpartition(".")[2])
     found: dict[str, dict[str, Any]] = {
         "unet": {"attention_head_dim": heads if heads > 0 else [_heads(channels, width) for channels in blocks]},
         "vae": {"scaling_factor": numbers.get("scale_factor")},
@@ -150,3 +156,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     }
     told = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in found.items()}
     return {section: keys for section, keys in told.items() if keys}
+
+
+def _text_section(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What an LDM configuration says of its (first) text encoder's states. Configurations of SDXL list embedders,
+    the last of which embed sizes; of the second encoder, the states before the last are all that there is."""
+    embedders = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
+    text = embedders[0] if embedders else model.get("cond_stage_config") or {}
+    return dict(text.get("params") or {})

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from diffusion_convert.checkpoint import diffusers_unet
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,10 +33,11 @@ NETWORKS = (
         "clip",
         (
             "cond_stage_model.transformer.",
+            "conditioner.embedders.0.transformer.",
             # as node editors keep it: by the name of the encoder (CLIP ViT-L, or OpenCLIP ViT-H of SD 2)
             *(
                 f"{outer}{encoder}.transformer."
-                for outer in ("", "cond_stage_model.", "text_encoders.")
+                for outer in ("", "conditioner.", "cond_stage_model.", "text_encoders.")
                 for encoder in ("clip_l", "clip_h")
             ),
         ),
@@ -47,6 +50,25 @@ NETWORKS = (
         "text_encoder",
         "CLIPTextModel",
     ),
+    Network(
+        "clip_2",
+        (
+            "conditioner.embedders.1.transformer.",
+            *(
+                f"{outer}clip_g.transformer."
+                for outer in ("", "conditioner.", "cond_stage_model.", "text_encoders.")
+            ),
+        ),
+        "text_encoder_2",
+        "CLIPTextModelWithProjection",
+    ),
+    Network(
+        "open_clip_2",
+        # the refiner has no other encoder
+        ("conditioner.embedders.1.model.", "conditioner.embedders.0.model.", "clip_g.model."),
+        "text_encoder_2",
+        "CLIPTextModelWithProjection",
+    ),
     Network("depth", ("depth_model.model.",), "depth_estimator", "DPTForDepthEstimation"),
 )
 _BARE_UNET = "input_blocks.0.0.weight"
@@ -54,12 +76,10 @@ AVERAGED = "model_ema."
 """Under this lie the averages that training keeps of the UNet, by names without dots."""
 
 OTHER_LAYOUTS: Mapping[str, str] = {
-    "conditioner.embedders.": "a Stable Diffusion XL file: give its diffusers folder or Hub id instead",
     "lora_unet_": "a LoRA: give it with --lora, next to the checkpoint that it is for",
     "lora_te": "a LoRA: give it with --lora, next to the checkpoint that it is for",
     "unet.": "a LoRA in diffusers' layout: give it with --lora, next to the checkpoint that it is for",
     "control_model.": "a ControlNet and not a checkpoint",
-    "down_blocks.": "a UNet in diffusers' layout: give the folder that holds model_index.json",
     "double_blocks.": "a Flux model, which is not covered",
     "model.diffusion_model.double_blocks.": "a Flux model, which is not covered",
     "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 model, which is not covered",
@@ -73,7 +93,7 @@ _WORDS = re.compile(
     "|".join(
         sorted(
             (
-                *("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out"),
+                *("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "cond_proj", "out"),
                 *("in_layers", "out_layers", "emb_layers", "skip_connection", "op", "conv"),
                 *("norm", "norm1", "norm2", "norm3", "proj_in", "proj_out", "transformer_blocks"),
                 *("attn1", "attn2", "to_q", "to_k", "to_v", "to_out", "ff", "net", "proj", "weight", "bias"),
@@ -98,10 +118,13 @@ def split(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
             parts[network.kind] = {
                 n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)
             }
-    if "clip" in parts and not any(n.startswith("text_model.") for n in parts["clip"]):
-        parts["clip"] = {f"text_model.{n}": value for n, value in parts["clip"].items()}  # newer writers do so
+    for kind in ("clip", "clip_2"):
+        if kind in parts and not any(n.startswith("text_model.") for n in parts[kind]):
+            parts[kind] = {_within_text_model(n): value for n, value in parts[kind].items()}
     if "vae" in parts:
         parts["vae"] = {_ldm_vae_name(n): value for n, value in parts["vae"].items()}
+    if "unet" not in parts and diffusers_unet.is_one(tensors):
+        parts["unet"] = diffusers_unet.by_ldm_names(tensors)
     if "unet" not in parts and (averaged := _averaged(tensors)):
         parts["unet"] = averaged
     return parts
@@ -110,7 +133,11 @@ def split(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
 def only_averaged(tensors: Tensors) -> bool:
     """Whether the UNet of `split` is the one that training averaged."""
     others = (*NETWORKS[0].prefixes, _BARE_UNET)
-    return not any(name.startswith(others) for name in tensors) and bool(_averaged(tensors))
+    return (
+        not any(name.startswith(others) for name in tensors)
+        and not diffusers_unet.is_one(tensors)
+        and bool(_averaged(tensors))
+    )
 
 
 def _averaged(tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -126,7 +153,14 @@ def _dotted(flat: str) -> str:
         return flat
     if words[0] in ("input_blocks", "output_blocks") and len(words[1]) > 1:
         words[1] = f"{words[1][:-1]}.{words[1][-1]}"
+    if words[0] == "label_emb" and words[1].isdigit():
+        words[1] = ".".join(words[1])
     return ".".join(words)
+
+
+def _within_text_model(name: str) -> str:
+    """Newer writers leave the level of the model inside of the model out; the projection never was in it."""
+    return name if name.startswith("text_projection") else f"text_model.{name}"
 
 
 def _ldm_vae_name(name: str) -> str:

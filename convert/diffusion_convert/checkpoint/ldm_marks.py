@@ -28,25 +28,45 @@ _ZERO_SNR = frozenset(
     )
 )
 _V2 = frozenset(("v2", "isv2"))
+_TITLES = ("modelspec.title", "modelspec.architecture")
 _NESTED = "ot_config"
 """OneTrainer's whole configuration, as JSON in one text."""
+
+
+FEW_STEPS: Mapping[str, Mapping[str, Any]] = {
+    "lcm": {
+        "_class_name": "LCMScheduler",
+        "original_inference_steps": 50,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "timestep_spacing": "leading",
+    },
+    "turbo": {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
+    "lightning": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
+    "hyper": {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"},
+}
+"""Words by which models that draw in 1 to 8 steps call themselves, and the scheduler that each kind is published
+with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Marks:
     """``prediction``: "v_prediction" or "epsilon"; ``zero_snr``: the noise schedule was rescaled so that its last
-    step is noise alone; ``v2``: whether it is a Stable Diffusion 2. None, False: the file does not say."""
+    step is noise alone; ``v2``: whether it is a Stable Diffusion 2; ``few_steps``: a key of `FEW_STEPS`. None,
+    False: the file does not say."""
 
     prediction: str | None = None
     zero_snr: bool = False
     v2: bool | None = None
+    few_steps: str | None = None
 
     def scheduler(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """What follows for a scheduler's configuration, on top of ``base``."""
         found: dict[str, Any] = {"prediction_type": self.prediction} if self.prediction else {}
+        found |= FEW_STEPS.get(self.few_steps or "", {})
         if self.zero_snr:
             found |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-            if base.get("_class_name") == "PNDMScheduler":  # it cannot rescale
+            if {**base, **found}.get("_class_name") == "PNDMScheduler":  # it cannot rescale
                 found["_class_name"] = "DDIMScheduler"
         return found
 
@@ -78,7 +98,13 @@ def read(path: Path, file: TensorFile, settled: bool = False) -> Marks:
         )
     # Where the last step is noise alone, what its noise was cannot be asked: such models predict v.
     prediction = "v_prediction" if v or (zero_snr and not epsilon) else "epsilon" if epsilon or not_v else None
-    return Marks(prediction, zero_snr, v2)
+    return Marks(prediction, zero_snr, v2, _few_steps(path.stem, *(file.scalars.get(key, "") for key in _TITLES)))
+
+
+def _few_steps(*names: object) -> str | None:
+    """The word of `FEW_STEPS` in a file's name or title: juggernautXL_v9Lightning, SDXL-Turbo."""
+    words = {word.lower() for name in names for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", str(name))}
+    return next((word for word in FEW_STEPS if word in words), None)
 
 
 def _said(scalars: Mapping[str, int | float | str]) -> Iterator[tuple[str, str, str]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from diffusion_convert.checkpoint.ldm_shapes import Tensors
+from diffusion_convert.checkpoint.ldm_shapes import GUIDANCE, Tensors
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,8 @@ def unet(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]
 
     prefixed = {f"model.diffusion_model.{name}": value for name, value in tensors.items()}
     mapped: dict[str, torch.Tensor] = convert_ldm_unet_checkpoint(prefixed, dict(config))
+    if GUIDANCE in tensors:  # diffusers' mapping does not know it
+        mapped["time_embedding.cond_proj.weight"] = tensors[GUIDANCE]
     return mapped
 
 
@@ -56,13 +58,21 @@ def open_clip(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, torch.Te
     used = {
         name: value
         for name, value in tensors.items()
-        if name != "text_projection"
+        if not name.startswith("text_projection")
         and not ((block := re.match(r"transformer\.resblocks\.(\d+)\.", name)) and int(block[1]) >= layers)
     }
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
     with _views():
         mapped: dict[str, torch.Tensor] = convert_open_clip_checkpoint(model, used, prefix="")
     return mapped
+
+
+def open_clip_2(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """As `open_clip`, with the projection, by CLIPTextModelWithProjection's names."""
+    projection = tensors.get("text_projection.weight")
+    if projection is None:
+        projection = tensors["text_projection"].T
+    return {**open_clip(tensors, config), "text_projection.weight": projection}
 
 
 def depth(tensors: Tensors, _config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -148,5 +158,7 @@ NAMES: Mapping[str, Callable[[Tensors, Mapping[str, Any]], dict[str, torch.Tenso
     "vae": vae,
     "clip": clip,
     "open_clip": open_clip,
+    "clip_2": clip,
+    "open_clip_2": open_clip_2,
     "depth": depth,
 }

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, "torch.Tensor"]
 
 MAX_CHILDREN = 256
+ADDED, GUIDANCE = "label_emb.0.0.weight", "time_embed.cond_proj.weight"
+"""Where a UNet takes SDXL's sizes and pooled text, and a latent consistency model's guidance."""
 FULL_OPEN_CLIP_BLOCKS = 24
 """OpenCLIP ViT-H's. Stable Diffusion 2 takes the states before the last; diffusers keeps only those before that."""
 
@@ -44,6 +46,8 @@ def unet(tensors: Tensors) -> dict[str, Any]:
     if cross is None or project is None:
         raise CheckpointError("the UNet has no cross-attention: expected attn2.to_k.weight in its blocks")
     classes = shape(tensors, "label_emb.weight", 2)[0] if "label_emb.weight" in tensors else None
+    added = shape(tensors, ADDED, 2)[1] if ADDED in tensors else None
+    guided = shape(tensors, GUIDANCE, 2)[1] if GUIDANCE in tensors else None
     return {
         "block_out_channels": [
             shape(tensors, f"input_blocks.{block[0]}.0.in_layers.2.weight", 4)[0] for block in blocks
@@ -52,11 +56,50 @@ def unet(tensors: Tensors) -> dict[str, Any]:
         "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in down],
         "in_channels": shape(tensors, "input_blocks.0.0.weight", 4)[1],
         "layers_per_block": layers,
+        "mid_block_type": _mid_block(tensors),
         "num_class_embeds": classes,
         "out_channels": shape(tensors, "out.2.weight", 4)[0],
+        "projection_class_embeddings_input_dim": added,
+        "time_cond_proj_dim": guided,
+        **_transformers(tensors, blocks, layers),
         "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in up],
         "use_linear_projection": tensors[project].ndim == 2,
     }
+
+
+def _mid_block(tensors: Tensors) -> str | None:
+    """Distilled UNets have a middle of one layer without attention, or none."""
+    if not count(tensors, "middle_block"):
+        return None
+    return "UNetMidBlock2DCrossAttn" if _attends(tensors, "middle_block.1.") else "UNetMidBlock2D"
+
+
+def _transformers(tensors: Tensors, blocks: Sequence[Sequence[int]], layers: int) -> dict[str, Any]:
+    """How many layers the transformers have, as diffusers' configurations say it: one number for all, one for each
+    block, or one for each layer of a block; for the way up only where that is not the way down, turned round."""
+    down = [_depths(tensors, [f"input_blocks.{index}.1" for index in block]) for block in blocks]
+    up = [
+        _depths(tensors, [f"output_blocks.{index * (layers + 1) + layer}.1" for layer in range(layers + 1)])
+        for index in range(len(blocks))
+    ]
+    mid = _depths(tensors, ["middle_block.1"])
+    used = [depth for depth in (*down, *up, mid) if depth]
+    if all(depth == used[0] and isinstance(depth, int) for depth in used):
+        return {"transformer_layers_per_block": used[0]}
+    if not down[-1] and mid:
+        down[-1] = mid  # the middle is as deep as the last block
+    if mid and mid != down[-1]:
+        raise CheckpointError(f"the UNet's middle has {mid} transformer layers, the block before it {down[-1]}")
+    found: dict[str, Any] = {"transformer_layers_per_block": [depth or 1 for depth in down]}
+    if any(one and one != other for one, other in zip(up, reversed(down), strict=True)):
+        found["reverse_transformer_layers_per_block"] = [depth or 1 for depth in up]
+    return found
+
+
+def _depths(tensors: Tensors, places: Sequence[str]) -> int | list[int]:
+    """How many layers the transformers there have, one number where all have as many; 0 where there are none."""
+    found = [count(tensors, f"{place}.transformer_blocks") for place in places]
+    return found[0] if len(set(found)) == 1 else found
 
 
 def vae(tensors: Tensors) -> dict[str, Any]:
@@ -97,6 +140,19 @@ def open_clip(tensors: Tensors) -> dict[str, Any]:
         "num_hidden_layers": count(tensors, "transformer.resblocks"),
         "vocab_size": vocabulary,
     }
+
+
+def clip_2(tensors: Tensors) -> dict[str, Any]:
+    """CLIPTextModelWithProjection's sizes, from its tensors."""
+    return {**clip(tensors), "projection_dim": shape(tensors, "text_projection.weight", 2)[0]}
+
+
+def open_clip_2(tensors: Tensors) -> dict[str, Any]:
+    """CLIPTextModelWithProjection's sizes, from an OpenCLIP text transformer's tensors with their projection, a
+    matrix (states, projected) or, of newer writers, a linear layer."""
+    if "text_projection" in tensors:
+        return {**open_clip(tensors), "projection_dim": shape(tensors, "text_projection", 2)[1]}
+    return {**open_clip(tensors), "projection_dim": shape(tensors, "text_projection.weight", 2)[0]}
 
 
 def depth(tensors: Tensors) -> dict[str, Any]:
@@ -152,5 +208,7 @@ SIZES: Mapping[str, Callable[[Tensors], dict[str, Any]]] = {
     "vae": vae,
     "clip": clip,
     "open_clip": open_clip,
+    "clip_2": clip_2,
+    "open_clip_2": open_clip_2,
     "depth": depth,
 }

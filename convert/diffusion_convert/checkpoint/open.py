@@ -71,9 +71,10 @@ def _check_fits(checkpoint: Checkpoint) -> None:
     unet, vae = (checkpoint.models[name].config for name in ("unet", "vae"))
     pairs = [("VAE has latents of", int(vae["latent_channels"]), "channels", int(unet["out_channels"]))]
     text = [model for name, model in checkpoint.models.items() if name.startswith("text_encoder")]
-    if len(text) == 1:
-        widths = int(text[0].config["hidden_size"]), int(unet["cross_attention_dim"])
-        pairs.append(("text encoder gives states of", widths[0], "channels", widths[1]))
+    if text:
+        width = sum(int(model.config["hidden_size"]) for model in text)
+        what = f"text encoder{'s give' if len(text) > 1 else ' gives'} states of"
+        pairs.append((what, width, "channels", int(unet["cross_attention_dim"])))
     for what, given, unit, wanted in pairs:
         if given != wanted:
             raise CheckpointError(

@@ -7,7 +7,8 @@ folder ``tokenizer`` beside it are taken, else CLIP's, which every published Sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_convert.checkpoint import (
     config_models,
     ldm_configs,
+    ldm_family,
     ldm_marks,
     ldm_names,
     ldm_shapes,
@@ -27,21 +29,14 @@ from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.vocabulary import TOKENIZER_FILES
 from diffusion_runtime.bundle.integrity import sha256
 from diffusion_runtime.bundle.manifest import Source
-from diffusion_runtime.errors import CheckpointError, InputError
-from diffusion_runtime.families import FAMILIES, TEXT_WIDTHS
+from diffusion_runtime.errors import CheckpointError
+from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 
 if TYPE_CHECKING:
     import torch
 
 CLIP_VOCABULARY_SIZE = 49408
-TELLING_BIAS, MIN_V_SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
-BASE_GLOBAL_STEP = 875_000
-"""``global_step`` of the official 512-base-ema.ckpt, by which diffusers, too, knows the epsilon model of SD 2."""
-
-
-TEXT_KINDS = ("clip", "open_clip")
-"""The kinds of text encoders: CLIP ViT-L of Stable Diffusion 1, OpenCLIP ViT-H of 2."""
 GIVEN_BY = {"vae": "--vae or --base", "text encoder": "--base"}
 """What a file may lack, and the option that gives it."""
 
@@ -60,18 +55,15 @@ def open_single_file(
     _check_layout(path, file.tensors, parts, without_vae, base)
     given = ldm_configs.read_beside(path)
     marks = ldm_marks.read(path, file, settled="prediction_type" in given.get("scheduler", {}))
-    found, notes = _family(path, parts, family, marks, file.scalars, given, base)
+    if ldm_shapes.GUIDANCE in parts["unet"]:
+        marks = replace(marks, few_steps="lcm")
+    found, notes = ldm_family.detect(path, parts, family, marks, file.scalars, given, base)
     data = ldm_configs.family_data(found)
     schedulers = {name: data[name] for name in SCHEDULERS if name in data}
     if base is not None and base.family == found:
         schedulers = dict(base.schedulers)
     beside = ldm_configs.merge({"scheduler": marks.scheduler(schedulers["scheduler"])}, given)
-    models = dict(base.models) if base is not None else {}
-    models |= {
-        network.subfolder: submodel(path, network, parts[network.kind], data, beside)
-        for network in NETWORKS
-        if network.kind in parts
-    }
+    models = _models(path, parts, FAMILIES[found].encoders, data, beside, base)
     if parts["unet"]["input_blocks.0.0.weight"].shape[1] == 5 and "depth_estimator" not in models:
         raise CheckpointError(f"{path}: its UNet takes depth, but the depth estimator (depth_model.) is missing")
     return Checkpoint(
@@ -80,12 +72,62 @@ def open_single_file(
         source=Source(name=path.name, sha256=sha256(path)),
         models=models,
         schedulers={name: ldm_configs.merge(config, beside.get(name, {})) for name, config in schedulers.items()},
-        tokenizer=base.tokenizer
-        if base is not None
-        else _tokenizer(path, data["tokenizer"], models["text_encoder"].config["vocab_size"]),
+        **_tokenizers(path, data, models, base),
         pipeline_class=data["pipeline_class"],
         pipeline_config=data.get("pipeline_config", {}),
-        notes=(*notes, *_notes(path, file, parts, data, given)),
+        notes=(*notes, *_notes(path, file, parts, data, given), *_few_steps(path, marks, given)),
+    )
+
+
+def _models(
+    path: Path,
+    parts: Mapping[str, ldm_shapes.Tensors],
+    encoders: Collection[str],
+    data: Mapping[str, Any],
+    beside: ldm_configs.Sections,
+    base: Checkpoint | None,
+) -> dict[str, Submodel]:
+    """The file's networks, and the base's in place of those that it lacks; text encoders only as the family's."""
+    given = base.models if base is not None else {}
+    models = {name: model for name, model in given.items() if name in encoders or not name.startswith("text_")}
+    for network in NETWORKS:
+        other = network.subfolder.startswith("text_") and network.subfolder not in encoders
+        if network.kind in parts and not other:
+            models[network.subfolder] = submodel(path, network, parts[network.kind], data, beside)
+    if missing := [name for name in encoders if name not in models]:
+        raise CheckpointError(f"{path}: has no {' and no '.join(missing)}: give what is missing with --base")
+    return models
+
+
+def _tokenizers(
+    path: Path, data: Mapping[str, Any], models: Mapping[str, Submodel], base: Checkpoint | None
+) -> dict[str, Mapping[str, Path]]:
+    """`Checkpoint.tokenizer` and, where there are two text encoders, `Checkpoint.tokenizer_2`."""
+    names = {name: name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS if name in models}
+    if base is not None:
+        both = dict(zip((name for name in TEXT_ENCODERS if name in base.models), _given(base), strict=False))
+        found = [both[name] for name in names]
+    else:
+        found = [
+            _tokenizer(path, folder, data[folder], models[name].config["vocab_size"])
+            for name, folder in names.items()
+        ]
+    return dict(zip(("tokenizer", "tokenizer_2"), found, strict=False))
+
+
+def _given(base: Checkpoint) -> tuple[Mapping[str, Path], ...]:
+    return (base.tokenizer, base.tokenizer_2)
+
+
+def _few_steps(path: Path, marks: ldm_marks.Marks, given: ldm_configs.Sections) -> tuple[str, ...]:
+    if marks.few_steps is None or "_class_name" in given.get("scheduler", {}):
+        return ()
+    about = ldm_marks.FEW_STEPS[marks.few_steps]
+    return (
+        f"{path.name} is taken for a model of few steps ({marks.few_steps}): its scheduler is "
+        f"{about['_class_name']} with {about['timestep_spacing']} timesteps "
+        f"({path.with_suffix('.config.json').name} can say otherwise); draw with --steps 4 to 8"
+        + ("" if marks.few_steps == "lcm" else " and --guidance-scale 1"),
     )
 
 
@@ -99,7 +141,10 @@ def _notes(
     found = []
     if only_averaged(file.tensors):
         found.append(f"{path.name} has only the weights that training averaged (model_ema): those are used")
-    layer, kind = given.get(ldm_configs.TEXT_LAYER, {}), next((kind for kind in TEXT_KINDS if kind in parts), None)
+    layer, kind = (
+        given.get(ldm_configs.TEXT_LAYER, {}),
+        next((kind for kind in ldm_family.TEXT_KINDS if kind in parts), None),
+    )
     if kind is not None and ldm_configs.skips(kind, parts[kind], data, layer):
         told = ", ".join(f"{key} {value}" for key, value in layer.items())
         found.append(
@@ -159,14 +204,14 @@ def _check_layout(
     base: Checkpoint | None,
 ) -> None:
     """Raises CheckpointError for a file that lacks a network that nothing else gives."""
-    there = {"text encoder" if kind in TEXT_KINDS else kind for kind in parts}
+    there = {"text encoder" if kind.removesuffix("_2") in ldm_family.TEXT_KINDS else kind for kind in parts}
     there |= {"vae"} if without_vae or base is not None else set()
     there |= {"text encoder"} if base is not None else set()
     missing = [kind for kind in ("unet", "vae", "text encoder") if kind not in there]
     if not missing:
         return
     for prefix, what in OTHER_LAYOUTS.items():
-        if any(name.startswith(prefix) for name in tensors):
+        if "unet" in missing and any(name.startswith(prefix) for name in tensors):
             raise CheckpointError(f"{path}: this is {what}")
     what = "expected a checkpoint in CompVis layout"
     if "unet" not in missing:
@@ -174,98 +219,17 @@ def _check_layout(
     raise CheckpointError(f"{path}: has no {' and no '.join(missing)}: {what}")
 
 
-def _family(
-    path: Path,
-    parts: Mapping[str, ldm_shapes.Tensors],
-    asked: str | None,
-    marks: ldm_marks.Marks,
-    scalars: Mapping[str, int | float | str],
-    beside: ldm_configs.Sections,
-    base: Checkpoint | None,
-) -> tuple[str, tuple[str, ...]]:
-    """The family and, where it was not certain, a sentence that says so."""
-    unet, first = parts["unet"], "input_blocks.0.0.weight"
-    channels = unet[first].shape[1] if first in unet and unet[first].ndim == 4 else 0
-    one_encoder = [family for family in FAMILIES.values() if not family.added_conditions]
-    takes = [family for family in one_encoder if family.in_channels == channels]
-    if not takes:
-        known = ", ".join(sorted({str(family.in_channels) for family in one_encoder}))
-        raise CheckpointError(f"{path}: a UNet with {channels} input channels; known are {known}")
-    says, certain = _text_encoder(parts, marks)
-    fits = [family for family in takes if {family.text_encoder} == set(says.values())]
-    if asked is not None:
-        accepted = [family.name for family in (fits if certain and fits else takes)]
-        if asked not in accepted:
-            raise InputError(
-                f"{path}: family {asked!r} does not fit a file with {channels} input channels and "
-                f"{' and '.join(says)}: expected {' or '.join(accepted)}"
-            )
-        return asked, ()
-    if not fits:
-        told = [" and ".join(what for what, kind in says.items() if kind == one) for one in TEXT_KINDS]
-        raise CheckpointError(
-            f"{path}: contradicts itself: {told[0] or 'nothing'} speaks for Stable Diffusion 1, "
-            f"{told[1] or 'nothing'} for 2: --family decides ({', '.join(family.name for family in takes)})"
-        )
-    if len(fits) == 1:
-        return fits[0].name, ()
-    by_prediction = {kind: family.name for family in reversed(fits) for kind in family.prediction_types}
-    prediction = beside.get("scheduler", {}).get("prediction_type", marks.prediction)
-    if prediction is not None:
-        return by_prediction.get(prediction, by_prediction["epsilon"]), ()
-    if base is not None and base.family in by_prediction.values():
-        return base.family, ()
-    if scalars.get("global_step") == BASE_GLOBAL_STEP:
-        return by_prediction["epsilon"], ()
-    v, noise = by_prediction["v_prediction"], by_prediction["epsilon"]
-    likely, other = (v, noise) if predicts_v(unet) else (noise, v)
-    note = (
-        f"{path.name} does not say whether it predicts v (768 pixels) or the noise (512 pixels): judged by its "
-        f"weights to be {likely}; --family {other} chooses the other"
-    )
-    return likely, (note,)
-
-
-def _text_encoder(parts: Mapping[str, ldm_shapes.Tensors], marks: ldm_marks.Marks) -> tuple[dict[str, str], bool]:
-    """What says of which kind the text encoder is -> the kind; and whether that is certain. Names say little:
-    OpenCLIP's is also written with those of CLIP's."""
-    says: dict[str, str] = {}
-    matrices = {name: value for name, value in parts["unet"].items() if value.ndim == 2}
-    context = next((value.shape[1] for name, value in matrices.items() if name.endswith("attn2.to_k.weight")), 0)
-    if context in TEXT_WIDTHS:
-        says[f"a UNet that attends to states of width {context}"] = TEXT_WIDTHS[context]
-    embedding = parts.get("clip", {}).get("text_model.embeddings.token_embedding.weight")
-    width = embedding.shape[-1] if embedding is not None and embedding.ndim else 0
-    if width in TEXT_WIDTHS:
-        says[f"a text encoder of width {width}"] = TEXT_WIDTHS[width]
-    if "open_clip" in parts:
-        says["a text encoder with OpenCLIP's names"] = "open_clip"
-    if marks.v2 is not None:
-        says[f"metadata that say {'2' if marks.v2 else '1'}"] = "open_clip" if marks.v2 else "clip"
-    if says:
-        return says, True
-    linear = any(name.endswith("1.proj_in.weight") for name in matrices)
-    what = f"a UNet whose projections are {'linear' if linear else 'convolutions'}"
-    return {what: "open_clip" if linear else "clip"}, False
-
-
-def predicts_v(unet: ldm_shapes.Tensors) -> bool:
-    """Whether SD 2 weights are of a model that predicts v: those have learnt a wide bias before the last attention,
-    as ComfyUI judges them, too. Where the UNet is another than SD 2's, v is assumed."""
-    bias = unet.get(TELLING_BIAS)
-    return bias is None or float(bias.float().std(correction=0)) > MIN_V_SPREAD
-
-
-def _tokenizer(path: Path, settings: str, vocabulary_size: int) -> dict[str, Path]:
-    """Files by name: those beside the checkpoint, else CLIP's vocabulary with the family's settings."""
-    for folder in (path.parent / "tokenizer", path.parent):
+def _tokenizer(path: Path, name: str, settings: str, vocabulary_size: int) -> dict[str, Path]:
+    """Files by name: those beside the checkpoint or in a folder ``name`` there, else CLIP's vocabulary with the
+    family's settings."""
+    for folder in (path.parent / name, path.parent):
         there = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
         if "tokenizer.json" in there or there.keys() >= set(VOCABULARY_FILES):
             return _files(ldm_configs.FOLDER / "clip" / settings) | there
     if vocabulary_size < CLIP_VOCABULARY_SIZE:
         raise CheckpointError(
             f"{path}: its text encoder knows {vocabulary_size} tokens, CLIP's tokenizer {CLIP_VOCABULARY_SIZE}: "
-            "put its vocab.json and merges.txt beside it, or into a folder `tokenizer` there"
+            f"put its vocab.json and merges.txt beside it, or into a folder `{name}` there"
         )
     clip = ldm_configs.FOLDER / "clip"
     return {"vocab.json": clip / "vocab.json", "merges.txt": clip / "merges.txt"} | _files(clip / settings)
