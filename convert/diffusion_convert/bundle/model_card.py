@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from diffusion_convert.bundle.clients import Needs, Place, needs_of, running, tokens_of_encoder, tokens_of_unet
 from diffusion_convert.bundle.zip_names import zip_names
 from diffusion_runtime.atomic import unfinished_file
+from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.manifest import Manifest, Source
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import FAMILIES, PROCESSORS, AttentionKind, preferred
@@ -77,11 +79,18 @@ def card_of(folder: Path, variants: Mapping[str, Mapping[str, Manifest]]) -> str
     found = {attention: kinds.get("compiled") or kinds["packages"] for attention, kinds in variants.items()}
     zips = {path.name: path.stat().st_size for path in sorted(folder.glob("*.zip"))}
     picture = next((name for suffix in PICTURES if (folder / (name := f"{_SAMPLE}{suffix}")).is_file()), None)
-    return model_card(found, zips, picture)
+    there = {kind for kinds in variants.values() for kind in kinds}
+    return model_card(found, zips, picture, there)
 
 
-def model_card(variants: Mapping[str, Manifest], zips: Mapping[str, int], picture: str | None = None) -> str:
-    """The card's text for manifests by attention and zips' sizes in bytes by name."""
+def model_card(
+    variants: Mapping[str, Manifest],
+    zips: Mapping[str, int],
+    picture: str | None = None,
+    kinds: Collection[str] = KINDS,
+) -> str:
+    """The card's text for manifests by attention and zips' sizes in bytes by name. ``kinds``: which of packages and
+    compiled models there are."""
     first = next(iter(variants.values()))
     sections = [
         "\n".join(_header(first)),
@@ -91,7 +100,7 @@ def model_card(variants: Mapping[str, Manifest], zips: Mapping[str, int], pictur
         "## Which variant",
         "\n".join(_variant_table(variants, zips)),
         "## How to run",
-        _running(variants, first),
+        _running(variants, first, kinds),
         "## How close to the source",
         _quality_note(variants),
         "\n".join(_quality_table(variants)),
@@ -178,20 +187,16 @@ def _size(size_bytes: int) -> str:
 
 def _long_prompts(made: Manifest) -> str:
     """What to know of a UNet that takes more tokens than the text encoder gives; empty for any other."""
-    encoder, unet = made.components.get("text_encoder"), made.components.get("unet")
-    if encoder is None or unet is None:
-        return ""
-    length = next((tensor.shape[-1] for tensor in encoder.inputs), 0)
-    tokens = next((one.shape[-1] for one in unet.inputs if one.name == "encoder_hidden_states"), length)
+    tokens, length = tokens_of_unet(made), tokens_of_encoder(made)
     if tokens == length:
         return ""
     return f"""**Long prompts**: the UNet of these models takes {tokens} text tokens, {tokens // length} pieces of
-{length} that are encoded one by one. `coreml-sd` does that; other apps don't, and cannot run these models.
+{length} that are encoded one by one. `coreml-sd` does that.
 
 """
 
 
-def _running(variants: Mapping[str, Manifest], made: Manifest) -> str:
+def _running(variants: Mapping[str, Manifest], made: Manifest, kinds: Collection[str]) -> str:
     attention = next(iter(variants))
     units = AttentionKind(attention).about.compute_units
     return f"""{_long_prompts(made)}**Python** (any machine; on a Mac with Core ML): download and generate.
@@ -203,26 +208,35 @@ coreml-sd generate models --prompt "a photograph of an astronaut riding a horse"
     --compute-units {units} -o astronaut.png
 ```
 
-**Swift**: [apple/ml-stable-diffusion](https://github.com/apple/ml-stable-diffusion) takes the folder of compiled
-models that was downloaded as its resources: `StableDiffusionPipeline(resourcesAt:controlNet:configuration:)` or, in
-a copy of that repository, on the command line
-
-```
-swift run StableDiffusionSample "a photograph of an astronaut riding a horse" \\
-    --resource-path models/{attention}/compiled --compute-units {_camel(units)}
-```
-
-**Mochi Diffusion**: unpack a zip of the table above into the app's folder of models (`~/MochiDiffusion/models`) and
-choose `{_title(made)}` there; take {_by_processor()}.
-
-**Hugging Face's Diffusers app** downloads the zips itself, from the repositories listed in its `ModelInfo.swift`:
-add `ModelInfo(modelId: "{REPOSITORY}", modelVersion: "{_title(made)}")`. It asks for zips that are named like the
-repository."""
+{running(made, _place(made, variants, units), kinds)}"""
 
 
-def _by_processor() -> str:
-    """The best attention kind for each processor, as a choice."""
-    return ", ".join(f"`{preferred(units)[0].value}` for the {name}" for units, name in PROCESSORS.items())
+def _place(made: Manifest, variants: Collection[str], units: str) -> Place:
+    """Where the models are and what they are called, for `Client.how`."""
+    xl = Needs.SDXL in needs_of(made) or Needs.REFINER in needs_of(made)
+    scale = f"encoderScaleFactor and decoderScaleFactor at {made.latents.scale:g}"
+    return Place(
+        repository=REPOSITORY,
+        title=_title(made),
+        source=made.source.name,
+        attention=next(iter(variants)),
+        camel_units=_camel(units),
+        upper_units=units.upper().replace("-", "_"),
+        by_processor=_by_processor(variants),
+        pipeline="StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
+        scale=f" with {scale}," if xl else "",
+        xl_option=" --xl" if xl else "",
+        is_xl=", isXL: true" if xl else "",
+    )
+
+
+def _by_processor(variants: Collection[str]) -> str:
+    """The best of the variants for each processor, as a choice."""
+    best = {
+        name: next((kind.value for kind in preferred(units) if kind.value in variants), "")
+        for units, name in PROCESSORS.items()
+    }
+    return ", ".join(f"`{kind}` for the {name}" for name, kind in best.items() if kind)
 
 
 def _camel(units: str) -> str:

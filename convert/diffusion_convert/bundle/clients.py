@@ -1,0 +1,342 @@
+"""Which apps can run which models: one table of apps and what they have fixed.
+
+The model card and README's table of compatibility are made of it. What is said here was read in the apps' public
+sources or measured with them; to add an app, or what it lacks, is to add an entry.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from diffusion_runtime.bundle.find import KINDS
+from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.families import FAMILIES, LATENT_SCALE
+
+
+class Needs(enum.Enum):
+    """What a model can ask of an app. The value says what is so about the model, for the reason on its card."""
+
+    SDXL = "two text encoders, and sizes and a pooled state as further inputs"
+    REFINER = "it goes on from a picture of Stable Diffusion XL, with an aesthetic score as input"
+    IN_PAINTING = "the UNet takes a mask and a masked picture: 9 channels"
+    DEPTH = "the UNet takes a depth map: 5 channels"
+    UPSCALING = "the UNet takes a small picture and how much noise it was given: 7 channels"
+    OTHER_INPUTS = "the UNet takes inputs of its own"
+    GUIDANCE_INPUT = "the guidance scale is an input of the UNet"
+    LATENT_SCALE = "latents have another scale"
+    OWN_LATENT_SCALE = "latents of the checkpoint have another scale, which is folded into the VAE"
+    PADS_WITH_END = "prompts are padded with <|endoftext|>"
+    PADS_OTHERWISE = "prompts are not padded with <|endoftext|>"
+    V_PREDICTION = "the UNet predicts v"
+    ZERO_SNR = (
+        "the UNet predicts v, and its noisiest step has no signal left, so that v cannot be folded into noise"
+    )
+    LONG_PROMPTS = "the UNet takes more text tokens than the text encoder gives"
+    CHUNKS = "the UNet is cut in two"
+    STATES_1024 = "text states are Stable Diffusion 2's"
+    PICTURE = "a picture to start from"
+
+
+class Layout(enum.Enum):
+    """Whose interface models have."""
+
+    APPLE = "apple"
+    COMFYUI = "comfyui"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Client:
+    """An app or program that runs models.
+
+    ``lacks``: what it cannot do, and why, as the end of a sentence about it. ``how``: what a user of these models
+    does, with the fields of `Place` in it; empty: the card says it elsewhere. ``kinds``: what it reads.
+    """
+
+    name: str
+    lacks: Mapping[Needs, str]
+    how: str = ""
+    layout: Layout = Layout.APPLE
+    kinds: tuple[str, ...] = ("compiled",)
+
+    def obstacles(self, needs: frozenset[Needs]) -> tuple[str, ...]:
+        """Why it cannot run a model with these needs; empty where it can."""
+        return tuple(dict.fromkeys(why for need, why in self.lacks.items() if need in needs))
+
+
+_EPSILON = "takes what the UNet predicts for noise, where these models predict v"
+_NO_PICTURES_IN = "has no inputs for what its UNet takes in addition to latents"
+_FIXED_BY_APPLE: Mapping[Needs, str] = {
+    Needs.IN_PAINTING: _NO_PICTURES_IN,
+    Needs.DEPTH: _NO_PICTURES_IN,
+    Needs.UPSCALING: _NO_PICTURES_IN,
+    Needs.OTHER_INPUTS: _NO_PICTURES_IN,
+    Needs.GUIDANCE_INPUT: "does not give the UNet the guidance scale",
+    Needs.LATENT_SCALE: f"has the scale of latents fixed at {LATENT_SCALE} (Stable Diffusion XL: 0.13025)",
+    Needs.PADS_OTHERWISE: "pads prompts with <|endoftext|>, which these models were not trained with",
+    Needs.ZERO_SNR: f"{_EPSILON}, whose noisiest step has no signal left (`--fold prediction` is impossible)",
+    Needs.V_PREDICTION: f"{_EPSILON} (convert with `--fold prediction`)",
+    Needs.LONG_PROMPTS: "encodes one piece of a prompt, where these models take several",
+}
+"""Apple's Swift package, and every app that is built on it."""
+
+
+def _without(lacks: Mapping[Needs, str], *needs: Needs) -> dict[Needs, str]:
+    return {need: why for need, why in lacks.items() if need not in needs}
+
+
+_BESIDE_BASE = "runs a refiner beside its base only: put its `Unet.mlmodelc` there, as `UnetRefiner.mlmodelc`"
+_OWN_VAE = "decodes with the checkpoint's own VAE, at a scale fixed at 0.18215"
+_COMFYUI: Mapping[Needs, str] = {
+    **_without(_FIXED_BY_APPLE, Needs.GUIDANCE_INPUT, Needs.PADS_OTHERWISE),
+    Needs.STATES_1024: "knows Stable Diffusion 1 and XL alone",
+    Needs.CHUNKS: "does not run a UNet that is cut in two",
+    Needs.LATENT_SCALE: _OWN_VAE,
+    Needs.OWN_LATENT_SCALE: _OWN_VAE,
+}
+_IN_COMFYUI = """put the UNet's `.mlpackage` of `{attention}/packages` into `models/unet` and choose it in the node
+"Load Core ML UNet"; text encoder and VAE are those of the checkpoint itself."""
+_ENCODER_INPUT = "looks for an input `z` of the VAE encoder, which is called `x` here and in Apple's models"
+
+CLIENTS: tuple[Client, ...] = (
+    Client(
+        "Apple's ml-stable-diffusion (Swift)",
+        _FIXED_BY_APPLE,
+        """takes the folder of compiled models that was downloaded as its resources:
+`{pipeline}(resourcesAt:…)`{scale} or, in a copy of
+[that repository](https://github.com/apple/ml-stable-diffusion), on the command line
+
+```
+swift run StableDiffusionSample "a photograph of an astronaut riding a horse" \\
+    --resource-path models/{attention}/compiled --compute-units {camel_units}{xl_option}
+```""",
+    ),
+    Client(
+        "Mochi Diffusion",
+        {**_FIXED_BY_APPLE, Needs.REFINER: _BESIDE_BASE},
+        """unpack a zip of the table above into the app's folder of models (`~/MochiDiffusion/models`) and
+choose `{title}` there; take {by_processor}.""",
+    ),
+    Client(
+        "Hugging Face's Diffusers app",
+        {
+            **_FIXED_BY_APPLE,
+            Needs.REFINER: _BESIDE_BASE,
+            Needs.PICTURE: "draws from prompts alone",
+        },
+        """downloads the zips itself, from the repositories listed in its `ModelInfo.swift`:
+add `ModelInfo(modelId: "{repository}", modelVersion: "{title}"{is_xl})`. It asks for zips that are named like the
+repository.""",
+    ),
+    Client(
+        "Apple's ml-stable-diffusion (Python)",
+        {
+            **_without(_FIXED_BY_APPLE, Needs.V_PREDICTION, Needs.ZERO_SNR, Needs.PADS_OTHERWISE),
+            Needs.REFINER: "does not run refiners",
+            Needs.CHUNKS: "does not run a UNet that is cut in two",
+            Needs.PICTURE: "draws from prompts alone",
+        },
+        """takes the folder of packages, and the tokenizer and scheduler of the checkpoint itself:
+
+```
+python -m python_coreml_stable_diffusion.pipeline --prompt "a photograph of an astronaut riding a horse" \\
+    -i models/{attention}/packages -o . --model-version {source} --compute-unit {upper_units}
+```""",
+        kinds=("packages",),
+    ),
+    Client(
+        "GuernikaKit",
+        {
+            **_without(_FIXED_BY_APPLE, Needs.V_PREDICTION, Needs.PADS_OTHERWISE, Needs.GUIDANCE_INPUT),
+            Needs.PADS_WITH_END: 'pads prompts with "!", which these models were not trained with',
+            Needs.SDXL: "looks for `last_hidden_state`, which text encoders of Stable Diffusion XL do not have",
+            Needs.REFINER: _ENCODER_INPUT,
+            Needs.IN_PAINTING: _ENCODER_INPUT,
+            Needs.PICTURE: _ENCODER_INPUT,
+        },
+        """unpack a zip of the table above and remove `VAEEncoder.mlmodelc` from the folder: the app stops
+where the encoder's input is not called `z`.""",
+    ),
+    Client(
+        "ComfyUI-CoreMLSuite 1.x",
+        _COMFYUI,
+        _IN_COMFYUI,
+        kinds=("packages",),
+    ),
+    Client(
+        "ComfyUI-CoreMLSuite 2.x",
+        _COMFYUI,
+        _IN_COMFYUI,
+        layout=Layout.COMFYUI,
+        kinds=("packages",),
+    ),
+    Client("coreml-sd", {}, kinds=("packages", "compiled")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What `Client.how` can name: the Hub's id of the models, the variant, its compute units as Swift and as
+    coremltools spell them, and so on."""
+
+    repository: str
+    title: str
+    source: str
+    attention: str
+    camel_units: str
+    upper_units: str
+    by_processor: str
+    pipeline: str
+    scale: str
+    xl_option: str
+    is_xl: str
+
+    def fill(self, text: str) -> str:
+        return text.format(**{name: getattr(self, name) for name in self.__slots__})
+
+
+_BY_CHANNELS: Mapping[int, Needs] = {9: Needs.IN_PAINTING, 5: Needs.DEPTH, 7: Needs.UPSCALING}
+_PLAIN_CHANNELS = 4
+_AESTHETIC_TIME_IDS = 5
+
+
+def needs_of(made: Manifest) -> frozenset[Needs]:
+    """What the models of a manifest ask of an app."""
+    return frozenset((*_needs_of_unet(made), *_needs_of_prompts(made), *_needs_of_arithmetic(made)))
+
+
+def _needs_of_unet(made: Manifest) -> Iterator[Needs]:
+    unet = made.components.get("unet")
+    if unet is None:
+        return
+    shapes = {tensor.name: tensor.shape for tensor in unet.inputs}
+    channels = shapes.get("sample", (0, _PLAIN_CHANNELS))[1]
+    if channels != _PLAIN_CHANNELS:
+        yield _BY_CHANNELS.get(channels, Needs.OTHER_INPUTS)
+    elif "class_labels" in shapes:
+        yield Needs.OTHER_INPUTS
+    if "time_ids" in shapes:
+        yield Needs.REFINER if shapes["time_ids"][-1] == _AESTHETIC_TIME_IDS else Needs.SDXL
+    if "timestep_cond" in shapes:
+        yield Needs.GUIDANCE_INPUT
+    if len(unet.files) > 1:
+        yield Needs.CHUNKS
+
+
+def _needs_of_prompts(made: Manifest) -> Iterator[Needs]:
+    family = FAMILIES.get(made.family)
+    first = next((name for name in family.encoders), "") if family is not None else ""
+    if family is not None and first == "text_encoder" and not family.added_conditions:
+        folded = getattr(made, "folded", None)
+        pads_otherwise = family.pad_token is not None
+        if not pads_otherwise:
+            yield Needs.PADS_WITH_END
+        elif folded is None or first not in (folded.padding or {}):
+            yield Needs.PADS_OTHERWISE
+        if pads_otherwise:
+            yield Needs.STATES_1024
+    if tokens_of_unet(made) != tokens_of_encoder(made):
+        yield Needs.LONG_PROMPTS
+
+
+def _needs_of_arithmetic(made: Manifest) -> Iterator[Needs]:
+    family = FAMILIES.get(made.family)
+    fixed = family.latent_scale if family is not None and family.added_conditions else LATENT_SCALE
+    if made.latents.scale != fixed or made.latents.shift:
+        yield Needs.LATENT_SCALE
+    if (folded := getattr(made, "folded", None)) is not None and folded.latents is not None:
+        yield Needs.OWN_LATENT_SCALE
+    if made.prediction_type != "epsilon":
+        yield Needs.ZERO_SNR if made.scheduler.get("rescale_betas_zero_snr") else Needs.V_PREDICTION
+
+
+def tokens_of_encoder(made: Manifest) -> int:
+    """How many tokens the text encoder takes; 0 where there is none."""
+    encoder = next(
+        (made.components[name] for name in ("text_encoder", "text_encoder_2") if name in made.components), None
+    )
+    return 0 if encoder is None else next((tensor.shape[-1] for tensor in encoder.inputs), 0)
+
+
+def tokens_of_unet(made: Manifest) -> int:
+    """How many text tokens the UNet takes; where it is not known, as many as the text encoder gives."""
+    unet, length = made.components.get("unet"), tokens_of_encoder(made)
+    if unet is None or not length:
+        return length
+    states = next((one.shape for one in unet.inputs if one.name == "encoder_hidden_states"), None)
+    return length if states is None else states[-1]
+
+
+# --- README's table
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A column of README's table: kinds of models as `convert` writes them, and what they ask of an app."""
+
+    title: str
+    needs: frozenset[Needs] = field(default_factory=frozenset)
+
+
+TASKS: tuple[Task, ...] = (
+    Task("SD 1", frozenset({Needs.PADS_WITH_END})),
+    Task("SD 2 base", frozenset({Needs.STATES_1024})),
+    Task("SD 2 768-v", frozenset({Needs.STATES_1024, Needs.V_PREDICTION})),
+    Task("the same with `--fold prediction`", frozenset({Needs.STATES_1024})),
+    Task("v, zero SNR", frozenset({Needs.ZERO_SNR})),
+    Task("SDXL", frozenset({Needs.SDXL})),
+    Task("refiner", frozenset({Needs.REFINER})),
+    Task("LCM with a guidance input", frozenset({Needs.PADS_WITH_END, Needs.GUIDANCE_INPUT})),
+    Task("from a picture", frozenset({Needs.PICTURE})),
+    Task("in-painting models", frozenset({Needs.IN_PAINTING})),
+    Task("depth", frozenset({Needs.DEPTH})),
+    Task("x4 upscaler", frozenset({Needs.UPSCALING})),
+)
+
+
+def compatibility_table() -> str:
+    """README's table of apps and tasks, in Markdown."""
+    rows = [
+        ("", *(task.title for task in TASKS)),
+        ("---", *("---" for _ in TASKS)),
+        *(
+            (_named(client), *("no" if client.obstacles(task.needs) else "yes" for task in TASKS))
+            for client in CLIENTS
+        ),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _named(client: Client) -> str:
+    return client.name if client.layout is Layout.APPLE else f"{client.name} (`--layout {client.layout.value}`)"
+
+
+# --- the card's section
+
+
+def running(made: Manifest, place: Place, kinds: Collection[str] = KINDS, layout: Layout = Layout.APPLE) -> str:
+    """What to do with the models in each app that can run them, and one line for each that cannot, in Markdown.
+    ``kinds``: what there is of them, packages and compiled models or one of these."""
+    needs = needs_of(made)
+    others = {client: _obstacles(client, needs, kinds, layout) for client in CLIENTS if client.how}
+    parts = [f"**{client.name}**: {place.fill(client.how)}" for client, why in others.items() if not why]
+    lines = [f"- {client.name}: {'; '.join(why)}." for client, why in others.items() if why]
+    if lines:
+        parts.append("\n".join(["Not with:", "", *lines]))
+    return "\n\n".join(parts)
+
+
+def _obstacles(client: Client, needs: frozenset[Needs], kinds: Collection[str], layout: Layout) -> tuple[str, ...]:
+    found = client.obstacles(needs)
+    if client.layout is not layout:
+        return found or (f"has an interface of its own: convert with `--layout {client.layout.value}`",)
+    if not set(client.kinds) & set(kinds):
+        return (*found, f"reads {_KINDS[client.kinds[0]]}")
+    return found
+
+
+_KINDS = {
+    "compiled": "compiled models, which are not here: `coreml-sd bundle` makes them",
+    "packages": "packages, which are not here",
+}

@@ -1,0 +1,158 @@
+"""The card names an app only where it can run the models, and README's table is made of the same data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffusion_convert.bundle.clients import CLIENTS, TASKS, Needs, compatibility_table, needs_of
+from diffusion_convert.bundle.model_card import model_card
+from diffusion_runtime.bundle.manifest import Component, Manifest, Tensor
+from diffusion_runtime.families import FAMILIES
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+SWIFT, MOCHI, HUGGING_FACE, PYTHON = (client.name for client in CLIENTS[:4])
+GUERNIKA, COMFY_1, COMFY_2 = (client.name for client in CLIENTS[4:7])
+ALL = {SWIFT, MOCHI, HUGGING_FACE, PYTHON, GUERNIKA, COMFY_1, COMFY_2}
+
+
+def made(family: str, scale: float | None = None, **changes: object) -> Manifest:
+    """The manifest of a family's models as `convert` writes it."""
+    about = FAMILIES[family]
+    unet: dict[str, tuple[int, ...]] = {
+        "sample": (2, about.in_channels, 64, 64),
+        "timestep": (2,),
+        "encoder_hidden_states": (2, 768, 1, 77),
+    }
+    if about.class_labels:
+        unet["class_labels"] = (2,)
+    if about.added_conditions:
+        unet |= {"time_ids": (2, 5 if family == "sdxl-refiner" else 6), "text_embeds": (2, 1280)}
+    inputs: dict[str, dict[str, tuple[int, ...]]] = {
+        "unet": unet,
+        **{name: {"input_ids": (1, 77)} for name in about.encoders},
+    }
+    components = {
+        name: Component(
+            files=(f"{name}.mlmodelc",),
+            inputs=tuple(Tensor(name=port, dtype="float16", shape=shape) for port, shape in ports.items()),
+            outputs=(),
+        )
+        for name, ports in inputs.items()
+    }
+    values = {
+        "name": "maker/model",
+        "family": family,
+        "source": {"name": "maker/model", "license": "mit"},
+        "kind": "compiled",
+        "attention": "original",
+        "height": 512,
+        "width": 512,
+        "batch_size": 2,
+        "target": "macOS13",
+        "latents": {"channels": 4, "factor": 8, "scale": scale or about.latent_scale},
+        "prediction_type": about.prediction_types[0],
+        "components": components,
+        "scheduler": {"_class_name": "DDIMScheduler"},
+    }
+    return Manifest.model_validate({**values, **changes})
+
+
+def named(manifest: Manifest) -> set[str]:
+    """The apps that the card says how to use."""
+    text = model_card({"original": manifest}, {})
+    return {name for name in ALL if f"\n**{name}**: " in text}
+
+
+def refused(manifest: Manifest) -> dict[str, str]:
+    """The apps that the card says cannot run it, with the reason."""
+    lines = model_card({"original": manifest}, {}).splitlines()
+    return {name: line for name in ALL for line in lines if line.startswith(f"- {name}: ")}
+
+
+CARDS = {
+    "sd1": (made("sd1"), {SWIFT, MOCHI, HUGGING_FACE, PYTHON, COMFY_1}),
+    "sd1 v": (made("sd1", prediction_type="v_prediction"), {PYTHON}),
+    "sd1 with a scale of its own": (made("sd1", scale=0.7295), set()),
+    "sd2 base, padding not folded": (made("sd2-base"), {PYTHON, GUERNIKA}),
+    "sd2 768-v": (made("sd2-v"), {PYTHON, GUERNIKA}),
+    "sd2 zero SNR": (
+        made("sd2-v", scheduler={"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}),
+        {PYTHON},
+    ),
+    "sd1 in-painting": (made("sd1-inpainting"), set()),
+    "sd2 in-painting": (made("sd2-inpainting"), set()),
+    "depth": (made("sd2-depth"), set()),
+    "x4": (made("x4-upscaler", latents={"channels": 4, "factor": 4, "scale": 0.08333}), set()),
+    "sdxl": (made("sdxl"), {SWIFT, MOCHI, HUGGING_FACE, PYTHON, COMFY_1}),
+    "sdxl in-painting": (made("sdxl-inpainting"), set()),
+    "refiner": (made("sdxl-refiner"), {SWIFT, COMFY_1}),
+}
+
+
+@pytest.mark.parametrize("kind", CARDS)
+def test_only_apps_that_can_run_a_model_are_named(kind: str) -> None:
+    manifest, able = CARDS[kind]
+    assert named(manifest) == able
+    why = refused(manifest)
+    assert why.keys() == ALL - able
+    assert all(line.endswith(".") and len(line) > len(name) + 10 for name, line in why.items())
+
+
+def test_every_family_has_a_card_in_the_test() -> None:
+    assert {manifest.family for manifest, _ in CARDS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("sd1 v", "convert with `--fold prediction`"),
+        ("sd2 zero SNR", "whose noisiest step has no signal left"),
+        ("sd1 with a scale of its own", "scale of latents fixed at 0.18215"),
+        ("sd2 base, padding not folded", "pads prompts with <|endoftext|>"),
+        ("depth", "has no inputs for what its UNet takes"),
+    ],
+)
+def test_reasons_are_told(kind: str, reason: str) -> None:
+    assert reason in refused(CARDS[kind][0])[MOCHI]
+
+
+def test_a_unet_in_two_and_a_guidance_input() -> None:
+    plain = made("sd1")
+    unet = plain.components["unet"]
+    cut = unet.model_copy(update={"files": ("UnetChunk1.mlmodelc", "UnetChunk2.mlmodelc")})
+    chunked = plain.model_copy(update={"components": {**plain.components, "unet": cut}})
+    assert named(chunked) == {SWIFT, MOCHI, HUGGING_FACE}
+    extra = (*unet.inputs, Tensor(name="timestep_cond", dtype="float16", shape=(2, 256)))
+    lcm = unet.model_copy(update={"inputs": extra})
+    assert named(plain.model_copy(update={"components": {**plain.components, "unet": lcm}})) == {COMFY_1}
+
+
+def test_what_is_not_there_is_not_recommended() -> None:
+    only = model_card({"original": made("sd1", kind="packages")}, {}, kinds=("packages",))
+    assert "- Mochi Diffusion: reads compiled models" in only
+    assert f"**{PYTHON}**: " in only
+    assert f"- {PYTHON}: reads packages, which are not here" in model_card(
+        {"original": made("sd1")}, {}, kinds=("compiled",)
+    )
+
+
+def test_the_card_names_the_variants_that_there_are() -> None:
+    text = model_card({"original": made("sdxl")}, {})
+    assert "take `original` for the GPU" in text.replace("\n", " ")
+    assert "split_einsum" not in text
+    for told in ("StableDiffusionXLPipeline", "at 0.13025", "--xl", "isXL: true", "CPU_AND_GPU"):
+        assert told in text
+
+
+def test_readmes_table_is_up_to_date() -> None:
+    assert compatibility_table() in README.read_text(encoding="utf-8"), f"paste this:\n{compatibility_table()}"
+
+
+def test_tasks_and_apps_use_every_need() -> None:
+    """A need that no app lacks says nothing, and one that no family has is not looked for."""
+    lacked = {need for client in CLIENTS for need in client.lacks}
+    assert lacked == set(Needs)
+    asked = {need for manifest, _ in CARDS.values() for need in needs_of(manifest)}
+    assert asked >= {need for task in TASKS for need in task.needs} - {Needs.PICTURE, Needs.GUIDANCE_INPUT}
