@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusion_convert.checkpoint import unpickle
 from diffusion_runtime.errors import CheckpointError
@@ -16,6 +20,9 @@ if TYPE_CHECKING:
 _TORCH_MAGICS = (b"PK", b"\x80")
 """What zips and pickles begin with."""
 _LFS_MAGIC = b"version https://git-lfs"
+_PAGEOUT = 21
+"""Linux' advice MADV_PAGEOUT, which `mmap` does not name. Unlike MADV_DONTNEED it keeps what was written to the
+pages, so that it may be given for memory of any kind: a fused weight is not in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,19 @@ def read(path: Path) -> TensorFile:
         found = unpickle.load(path)
         return TensorFile(found.tensors, found.scalars)
     return _read_safetensors(path)
+
+
+def let_go(tensor: torch.Tensor) -> None:
+    """Have the system take back the memory of a ``tensor`` that lies in a mapped file, or it fills up with what was
+    read once; it is read anew where it is needed again. Nothing where the system cannot."""
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    if (advise := _advise()) is not None and tensor.nbytes >= mmap.PAGESIZE:
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), _PAGEOUT)
+
+
+@cache
+def _advise() -> Any:
+    return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 
 
 def _read_safetensors(path: Path) -> TensorFile:

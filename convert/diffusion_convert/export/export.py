@@ -13,6 +13,7 @@ import numpy as np
 
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
+from diffusion_convert.checkpoint.tensor_file import let_go
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.export.coremltools_patches import patched_coremltools, temporary_files_in
 from diffusion_convert.export.placeholders import Misplaced, Placeholders
@@ -148,7 +149,11 @@ def _convert(
     teach_coremltools()
 
     def write(array: np.ndarray) -> int:
-        return writer.add(_stored(array, placeholders), DTYPES[array.dtype])
+        found = placeholders.take(array)
+        offset = writer.add(_stored(array, found), DTYPES[array.dtype])
+        if found is not None:
+            let_go(found[1])
+        return offset
 
     with torch_networks.silent(), patched_coremltools(placeholders, write, clock.progress):
         converted = ct.convert(
@@ -164,14 +169,14 @@ def _convert(
     return model, _modules(converted._mil_program)
 
 
-def _stored(array: np.ndarray, placeholders: Placeholders) -> np.ndarray:
-    """The elements to store for a constant: its own, or of a placeholder the weight's, in the constant's type."""
+def _stored(array: np.ndarray, weight: tuple[str, torch.Tensor] | None) -> np.ndarray:
+    """The elements to store for a constant: its own, or those of the named weight that it stands for, in the
+    constant's type."""
     import torch
 
-    found = placeholders.take(array)
-    if found is None:
+    if weight is None:
         return np.ascontiguousarray(array)
-    name, tensor = found
+    name, tensor = weight
     stored = tensor.to(torch.float16 if array.dtype == np.float16 else torch.float32)
     if not bool(torch.isfinite(stored).all()):
         kind = "an infinite or undefined value" if not bool(torch.isfinite(tensor).all()) else "no room in float16"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffusion_convert.checkpoint.tensor_file import let_go
 from diffusion_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class Placeholders:
             tensor = self._weights[index].read()
             wider = tensor.dtype.itemsize > 2 or tensor.dtype == torch.bfloat16
             self._exceeding[index] = wider and bool(max(map(abs, map(float, torch.aminmax(tensor)))) > FLOAT16_MAX)
+            let_go(tensor)
         return self._exceeding[index]
 
     def exceeding(self) -> tuple[str, ...]:

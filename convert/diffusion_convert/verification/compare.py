@@ -19,6 +19,7 @@ import numpy as np
 
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.checkpoint.tensor_file import let_go
 from diffusion_convert.components.component import Component, Shape
 from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_runtime.atomic import unfinished_file
@@ -196,8 +197,8 @@ def first_divergence(path: Path, network: torch.nn.Module, modules: Mapping[str,
 def widened(network: torch.nn.Module) -> Iterator[None]:
     """In this context, ``network`` computes in float32 whatever its tensors are stored as.
 
-    A module's own parameters and buffers are widened as it is called and dropped after, so a network whose weights
-    are mapped from a file never lies in memory as a whole.
+    A module's own parameters and buffers are widened as it is called and dropped after, and what is mapped from a
+    file is let go of, so such a network never lies in memory as a whole.
     """
     import torch
 
@@ -218,6 +219,8 @@ def widened(network: torch.nn.Module) -> Iterator[None]:
     def restore(module: torch.nn.Module, *_: Any) -> None:
         for place, name, tensor in stored.pop(module, []):
             place[name] = tensor
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            let_go(tensor)
 
     handles = []
     for module in network.modules():

@@ -1,0 +1,73 @@
+"""Weights are mapped from their files: they are read one by one, and do not fill the memory when they were."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from diffusion_convert.checkpoint import tensor_file
+from diffusion_convert.checkpoint.open import open_checkpoint
+from diffusion_convert.checkpoint.tensor_file import let_go
+from diffusion_convert.components import table
+from diffusion_convert.components.component import Shape
+from diffusion_convert.export import export as export_module
+from diffusion_convert.export.export import ExportOptions, export
+from diffusion_convert.verification.compare import widened
+from diffusion_runtime.families import AttentionKind
+from diffusion_runtime.mil.program import Metadata
+
+WIDTH, LAYERS = 2048, 8  # 8.4 MB each
+
+
+def mapped_bytes() -> int:
+    """How much of the files that this process has mapped lies in its memory."""
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssFile:")]
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such advice")
+def test_a_network_is_not_in_memory_after_it_has_run(tmp_path: Path) -> None:
+    network = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))).half()
+    save_file(
+        {name: value.contiguous() for name, value in network.state_dict().items()}, tmp_path / "x.safetensors"
+    )
+    network.load_state_dict(tensor_file.read(tmp_path / "x.safetensors").tensors, assign=True)
+    before = mapped_bytes()
+    with widened(network), torch.no_grad():
+        network(torch.ones(1, WIDTH))
+    assert mapped_bytes() - before < 2 * WIDTH * WIDTH * 2
+
+
+def test_what_was_let_go_of_is_still_there(tmp_path: Path) -> None:
+    save_file({"mapped": torch.arange(100_000.0)}, tmp_path / "x.safetensors")
+    mapped = tensor_file.read(tmp_path / "x.safetensors").tensors["mapped"]
+    written = tensor_file.read(tmp_path / "x.safetensors").tensors["mapped"]
+    written.add_(1)  # of its own memory, as the file is not written to
+    own = torch.arange(100_000.0)
+    for tensor in (mapped, written, own, own[5:7], torch.zeros(0)):
+        let_go(tensor)
+    assert torch.equal(mapped, torch.arange(100_000.0))
+    assert torch.equal(written, torch.arange(100_000.0) + 1)
+    assert torch.equal(own, torch.arange(100_000.0))
+
+
+def test_each_weight_is_let_go_of_as_it_is_written(
+    tmp_path: Path, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
+    freed: list[int] = []
+    monkeypatch.setattr(export_module, "let_go", lambda tensor: freed.append(tensor.numel()))
+    options = ExportOptions(AttentionKind.ORIGINAL, Shape(64, 64, 2), "macOS13")
+    export(table()["vae_encoder"], checkpoint, options, tmp_path / "x.mlpackage", Metadata())
+    large = [
+        tensor.numel()
+        for name, tensor in checkpoint.models["vae"].tensors().items()
+        if name.startswith(("encoder.", "quant_conv.")) and tensor.ndim > 1 and tensor.numel() >= 1024
+    ]
+    assert sorted(freed) == sorted(large)
