@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,13 +52,15 @@ OnStep = Callable[[int, "Step", "Run"], None]
 @dataclass(frozen=True, slots=True)
 class Order:
     """What a command line asks for: pictures of the models in a folder, how to load them (`load_pipeline`'s
-    arguments by name), the pictures to start from ("image", "mask", "depth_image"), and where previews go."""
+    arguments by name), the pictures to start from ("image", "mask", "depth_image"), where previews go, and what
+    else the pictures' records say."""
 
     models: str
     planned: tuple[Planned, ...]
     loading: Mapping[str, Any]
     inputs: Mapping[str, Image.Image]
     preview: Path | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def order(
@@ -71,6 +73,7 @@ def order(
     count: int = 1,
     output: Path | None = None,
     preview: bool = False,
+    extra: Mapping[str, Any] = EMPTY,
 ) -> Order:
     """``options`` are the fields of `Settings` and ``loading`` the arguments of `load_pipeline` that were given; a
     picture's record, else defaults, say the rest. How a picture's models were loaded counts for models of their
@@ -99,7 +102,7 @@ def order(
     shown = _preview(output) if preview else None
     inputs = _inputs(settings)
     _check(planned, inputs)
-    return Order(folder, planned, {**kept, **loading, "scheduler": settings.scheduler}, inputs, shown)
+    return Order(folder, planned, {**kept, **loading, "scheduler": settings.scheduler}, inputs, shown, extra)
 
 
 def plan(settings: Settings, prompts: tuple[str, ...], count: int, output: Path) -> tuple[Planned, ...]:
@@ -184,7 +187,7 @@ def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
     fails."""
     planned, preview = order.planned, order.preview
     first = planned[0].settings
-    record = {**_named(order), **_record(pipeline), **png_record.hashes(first)}
+    record = {**_named(order), **_record(pipeline), **png_record.hashes(first), **order.extra}
     group = 1 if pipeline.is_guided(_request(planned[:1], order.inputs)) else pipeline.batch_size
     with nullcontext() if preview is None else passing_file(preview) as show:
         for start in range(0, len(planned), group):
@@ -235,7 +238,8 @@ def _written(
     for item, image, flagged in zip(planned, result.images, flags, strict=True):
         settings = replace(item.settings, scheduler=used, **_filled_in(run))
         inputs = png_record.named_inputs(settings, item.path)
-        images.write_png(image, item.path, {**asdict(settings), **inputs, "task": run.task.name, **record})
+        told = {**asdict(settings), **inputs, "task": run.task.name, **record, "flagged": bool(flagged)}
+        images.write_png(image, item.path, told)
         yield Made(item.path, settings, flagged, result.notes)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from diffusion_runtime.cli import generate, machine
+from diffusion_runtime.cli import batch, generate, machine
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
 )
-for module in (generate, machine):
+for module in (generate, batch, machine):
     module.register(app)
