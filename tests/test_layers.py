@@ -76,7 +76,7 @@ def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
 HEAVY = frozenset(
     {
         *("coremltools", "diffusers", "google", "huggingface_hub", "matplotlib", "rich", "safetensors"),
-        *("scipy", "torch", "transformers", "yaml"),
+        *("pyarrow", "ray", "scipy", "torch", "transformers", "yaml"),
     }
 )
 """Libraries that take long to import, or are needed for few inputs: functions may import them."""

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_runtime import generation
 from diffusion_runtime.batch.places import open_place
 from diffusion_runtime.batch.tasks import KEY, Answer, Task
 from diffusion_runtime.errors import DiffusionError, StorageError
+from diffusion_runtime.schedulers import canonical
 
 if TYPE_CHECKING:
     from diffusion_runtime.pipeline import Pipeline
@@ -58,9 +60,6 @@ class Worker:
         return Answer(task, flagged, time.monotonic() - start)
 
     def _make(self, task: Task, alive: Callable[[], None]) -> tuple[bool, ...]:
-        from diffusion_runtime import generation
-        from diffusion_runtime.schedulers import canonical
-
         options = {name: value for name, value in asdict(task.settings).items() if value is not None}
         with self.place.writing(f"{task.number:06}") as folder:
             order = generation.order(
