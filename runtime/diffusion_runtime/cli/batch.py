@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -152,8 +153,6 @@ def _run(batch: Batch, output: str) -> None:
 
 def _show(batch: Batch, total: int) -> None:
     """Make the pictures, with progress and an estimate; where there is no terminal, a line now and then."""
-    import time
-
     console, started = error_console(), time.monotonic()
     said, made = started, 0
     with progress_bar(console) as progress:
