@@ -17,11 +17,11 @@ import typer.main
 import small_bundle
 from diffusion_convert import convert
 from diffusion_convert.cli import convert as convert_command
-from diffusion_convert.cli import main as cli
 from diffusion_convert.conversion.convert import Conversion
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.atomic import WORK_FOLDER
 from diffusion_runtime.bundle import manifest
+from diffusion_runtime.cli.console import INTERRUPTED
 from diffusion_runtime.families import AttentionKind
 
 # Where the tests' own parent ignores Ctrl-C, as nohup and background jobs of shells do, every child would too.
@@ -71,7 +71,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tiny_checkpoint: Callable[[str], P
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     shown, said = process.communicate(timeout=120)
-    assert process.returncode == cli.INTERRUPTED
+    assert process.returncode == INTERRUPTED
     assert (
         said.splitlines()[-1] == f"interrupted: {PARTS[0]} finished and kept; run the same command again to go on"
     )

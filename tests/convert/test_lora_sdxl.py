@@ -85,7 +85,7 @@ def checkpoint_of(pipeline: Any) -> Checkpoint:
     models = {}
     for name in NETWORKS:
         weights = {key: value.detach().clone() for key, value in getattr(pipeline, name).state_dict().items()}
-        models[name] = Submodel(type(getattr(pipeline, name)).__name__, {}, partial(dict, weights))
+        models[name] = Submodel(type(getattr(pipeline, name)).__name__, {}, partial(dict, weights), ())
     return Checkpoint("tiny", "sdxl", Source(name="tiny"), models, {}, {})
 
 

@@ -63,11 +63,11 @@ def edit(path: Path, **tensors: torch.Tensor | None) -> Path:
 
 
 def empty(class_name: str, config: Mapping[str, Any]) -> Any:
-    return torch_networks.empty(Submodel(class_name, config, dict), class_name)
+    return torch_networks.empty(Submodel(class_name, config, dict, ()), class_name)
 
 
 def check(class_name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    torch_networks.check(Submodel(class_name, config, dict), tensors, class_name)
+    torch_networks.check(Submodel(class_name, config, dict, ()), tensors, class_name)
 
 
 def effective(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:

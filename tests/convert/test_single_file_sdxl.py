@@ -338,13 +338,13 @@ def test_the_published_sizes_need_no_help(model: str) -> None:
         "use_linear_projection": True,
     }
     heads = {"attention_head_dim": expected["attention_head_dim"]} if "attention_head_dim" in expected else {}
-    network: Any = empty(Submodel("UNet2DConditionModel", {**plain, **made_of, **heads}, dict), model)
+    network: Any = empty(Submodel("UNet2DConditionModel", {**plain, **made_of, **heads}, dict, ()), model)
     part = compvis_layout.unet_tensors(network.state_dict(), network.config)
     data = ldm_configs.family_data("sdxl-refiner" if model == "sdxl-refiner" else "sdxl")
     config = ldm_configs.config("unet", "unet", part, data, {})
     assert {key: config[key] for key in expected} == expected
     assert config["mid_block_type"] == mid
-    check(Submodel("UNet2DConditionModel", config, dict), ldm_names.unet(part, config), model)
+    check(Submodel("UNet2DConditionModel", config, dict, ()), ldm_names.unet(part, config), model)
 
 
 def test_files_of_no_known_family(write: Write) -> None:

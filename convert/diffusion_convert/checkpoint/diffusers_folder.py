@@ -88,7 +88,6 @@ def open_folder(folder: Path, source: Source, family: str | None = None, variant
         schedulers=schedulers,
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else {},
-        pipeline_class=str(index.get("_class_name", "StableDiffusionPipeline")),
         pipeline_config={name: value for name, value in index.items() if not _is_part(value)},
         notes=(
             *(f"{INDEX} names a {name}, but there is no such folder: made without it" for name in absent),

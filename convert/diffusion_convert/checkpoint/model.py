@@ -19,13 +19,13 @@ class Submodel:
 
     ``tensors`` maps the weights lazily, in the file's own element type: calling it reads no data.
     ``class_name`` is the class named in model_index.json ("UNet2DConditionModel", "CLIPTextModel", …).
-    ``files`` are those that the weights come from.
+    ``files`` are all that they come from: other weights there, another conversion (`plan.fingerprint`).
     """
 
     class_name: str
     config: Mapping[str, Any]
     tensors: Callable[[], Mapping[str, torch.Tensor]]
-    files: tuple[Path, ...] = ()
+    files: tuple[Path, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,5 @@ class Checkpoint:
     schedulers: Mapping[str, Mapping[str, Any]]
     tokenizer: Mapping[str, Path]
     tokenizer_2: Mapping[str, Path] = field(default_factory=dict)
-    pipeline_class: str = "StableDiffusionPipeline"
     pipeline_config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -73,7 +73,6 @@ def open_single_file(
         models=models,
         schedulers={name: ldm_configs.merge(config, beside.get(name, {})) for name, config in schedulers.items()},
         **_tokenizers(path, data, models, base),
-        pipeline_class=data["pipeline_class"],
         pipeline_config=data.get("pipeline_config", {}),
         notes=(*notes, *_notes(path, file, parts, data, given), *_few_steps(path, marks, given)),
     )

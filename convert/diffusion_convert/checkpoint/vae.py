@@ -72,14 +72,14 @@ def _from_file(path: Path, family: str) -> Submodel:
             raise CheckpointError(
                 f"{path}: in diffusers' layout, but without the config.json that belongs beside it"
             )
-        return replace(_from_folder(path.parent), tensors=partial(_read_all, path))
+        return replace(_from_folder(path.parent), tensors=partial(_read_all, path), files=(path,))
     try:
         data, beside = ldm_configs.family_data(family), ldm_configs.read_beside(path)
         config = ldm_configs.config("vae", "vae", _part(tensors), data, beside)
         config = config_models.checked(CLASS_NAME, config, "vae")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: no VAE in LDM's layout: {error}") from error
-    return Submodel(CLASS_NAME, config, partial(_map_tensors, path, config))
+    return Submodel(CLASS_NAME, config, partial(_map_tensors, path, config), (path,))
 
 
 def _read_all(path: Path) -> Mapping[str, torch.Tensor]:

@@ -104,7 +104,7 @@ def _plan(source: str, options: ConvertOptions, previous: Previous, progress: Pr
     )
     options = replace(options, attention=options.attention or FAMILIES[checkpoint.family].attention)
     with torch_networks.silent():
-        stamp = fingerprint(checkpoint, options, _places(source, options))
+        stamp = fingerprint(checkpoint, options)
         plan = make_plan(checkpoint, previous.widened(options, stamp), stamp)
     describe(plan, plan.options.attention[0], {})  # what no runtime could use is refused before any work
     plan = replace(plan, notes=(*plan.notes, *previous.replaced_note(stamp)))
@@ -134,10 +134,3 @@ def _convert(
 
 def _reporter(part: Part, progress: Progress) -> export.OnPhase:
     return lambda phase, fraction: progress(Event(part.name, Phase(phase), fraction))
-
-
-def _places(source: str, options: ConvertOptions) -> tuple[Path, ...]:
-    given = [place for place in (options.vae, options.base) if place]
-    recipe = () if options.recipe is None else (options.recipe,)
-    named = [Path(source), *map(Path, given), *(lora.path for lora in options.loras), *recipe]
-    return tuple(path for place in named if (path := place.expanduser()).exists())

@@ -15,7 +15,6 @@ from typing import Any
 from diffusion_convert import components
 from diffusion_convert.bundle.zip_names import zip_attentions
 from diffusion_convert.checkpoint import torch_networks
-from diffusion_convert.checkpoint.diffusers_folder import NETWORKS, SCHEDULERS, TOKENIZERS
 from diffusion_convert.checkpoint.family import default_size, latent_factor, text_length
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import check_vocabulary, unknown_tokens
@@ -26,7 +25,6 @@ from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import FAMILIES, TARGETS, AttentionKind, compiles
 from diffusion_runtime.real_path import real_path
 
-SOURCE_SUFFIXES = (".json", ".safetensors", ".bin")
 TOOLS = ("coreml-sd", "coremltools", "torch", "diffusers", "transformers")
 CHOICES = ("attention", "components", "compiled", "zip")
 """Options that say which parts there are and what is put together of them, but not what is in a part."""
@@ -187,16 +185,19 @@ def _size(weights: Mapping[str, int], parts: Sequence[Part], options: ConvertOpt
     return packages * (1 + int(compiled)) + zipped * int(compiled and options.zip)
 
 
-def fingerprint(checkpoint: Checkpoint, options: ConvertOptions, places: Sequence[Path] = ()) -> str:
-    """See `Plan`; known without looking at weights. ``places`` are the files and folders that the checkpoint was
-    read from."""
+def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> str:
+    """See `Plan`; known without looking at weights: sizes and times of change stand for files' contents."""
+    files = {*checkpoint.tokenizer.values(), *checkpoint.tokenizer_2.values()}
+    files.update(path for model in checkpoint.models.values() for path in model.files)
+    files.update([options.recipe] if options.recipe is not None else [])
     told = {
         "options": {name: value for name, value in asdict(options).items() if name not in CHOICES},
         "source": checkpoint.source.model_dump(),
         "family": checkpoint.family,
         "configs": {name: dict(model.config) for name, model in checkpoint.models.items()},
         "schedulers": {name: dict(config) for name, config in checkpoint.schedulers.items()},
-        "files": [stamp for place in places for stamp in _stamps(place)],
+        "pipeline": dict(checkpoint.pipeline_config),
+        "files": sorted(map(_stamp, files)),
         "tools": tool_versions(),
     }
     return _digest(told)
@@ -206,15 +207,9 @@ def _digest(told: Any) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
-def _stamps(place: Path) -> Iterator[tuple[str, int, int]]:
-    """Path, size and time of change of a file, or of a folder's files that a checkpoint may be read from: what else
-    lies there, perhaps this conversion's own output, makes no difference."""
-    folders = (*NETWORKS, *SCHEDULERS, *TOKENIZERS)
-    files = [path for path in place.glob("*") if path.suffix in SOURCE_SUFFIXES]
-    inside = [path for name in folders for path in (place / name).glob("*")]
-    for path in [place] if place.is_file() else sorted(path for path in (*files, *inside) if path.is_file()):
-        status = path.stat()
-        yield (str(real_path(path)), status.st_size, status.st_mtime_ns)
+def _stamp(path: Path) -> tuple[str, int, int]:
+    status = path.stat()
+    return (str(real_path(path)), status.st_size, status.st_mtime_ns)
 
 
 def _plain(value: Any) -> Any:

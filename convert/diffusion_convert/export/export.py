@@ -131,7 +131,7 @@ def _export(
 def _on(tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint, component: Component) -> Checkpoint:
     """``checkpoint`` with ``tensors`` for the component's own."""
     submodel = checkpoint.models[component.subfolder]
-    stand_in = Submodel(submodel.class_name, submodel.config, lambda: tensors)
+    stand_in = Submodel(submodel.class_name, submodel.config, lambda: tensors, submodel.files)
     return replace(checkpoint, models={**checkpoint.models, component.subfolder: stand_in})
 
 

@@ -1,7 +1,7 @@
 """(batch, channels, 1, length) modules that are put into diffusers' and transformers' own networks.
 
 Parameters keep the checkpoint's names; only the shape of a linear layer's weight changes, to that of a 1x1
-convolution (`reshaped`). Programs that are traced with these modules need `teach_coremltools`.
+convolution (`pointwise`). Programs that are traced with these modules need `teach_coremltools`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import nn
 
 from diffusion_convert.networks.attention import ATTENTION
 from diffusion_convert.networks.channel_norm import teach_coremltools
-from diffusion_convert.networks.clip import TextEncoder, VisionEncoder
+from diffusion_convert.networks.clip import TextEncoder
 from diffusion_convert.networks.clip_safety import SafetyChecker
 from diffusion_convert.networks.depth import DepthEstimator
-from diffusion_convert.networks.pointwise import pointwise, reshaped
+from diffusion_convert.networks.pointwise import pointwise
 from diffusion_convert.networks.transformer import SpatialAttention, SpatialTransformer
 from diffusion_runtime.errors import UnsupportedError
 from diffusion_runtime.families import AttentionKind
@@ -24,15 +24,12 @@ __all__ = [
     "DepthEstimator",
     "SafetyChecker",
     "TextEncoder",
-    "VisionEncoder",
     "depth_estimator",
     "pointwise",
     "put_attention",
-    "reshaped",
     "safety_checker",
     "teach_coremltools",
     "text_encoder",
-    "vision_encoder",
 ]
 
 REPLACEMENTS = {"Transformer2DModel": SpatialTransformer, "Attention": SpatialAttention}
@@ -63,13 +60,8 @@ def text_encoder(
     return TextEncoder(model, ATTENTION[kind], penultimate).eval()
 
 
-def vision_encoder(model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL) -> VisionEncoder:
-    """transformers' CLIPVisionModel as `clip.VisionEncoder`, on the same parameters."""
-    return VisionEncoder(model, ATTENTION[kind]).eval()
-
-
 def safety_checker(model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL) -> SafetyChecker:
-    """diffusers' StableDiffusionSafetyChecker as `safety.SafetyChecker`, on the same parameters."""
+    """diffusers' StableDiffusionSafetyChecker as `clip_safety.SafetyChecker`, on the same parameters."""
     return SafetyChecker(model, ATTENTION[kind]).eval()
 
 

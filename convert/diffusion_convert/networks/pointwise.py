@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
-from diffusion_runtime.errors import CheckpointError, UnsupportedError
+from diffusion_runtime.errors import UnsupportedError
 
 
 def pointwise(layer: nn.Module) -> nn.Conv2d:
@@ -26,26 +24,6 @@ def pointwise(layer: nn.Module) -> nn.Conv2d:
     if layer.bias is not None:
         convolution.bias = _frozen(layer.bias.detach())
     return convolution
-
-
-def reshaped(tensors: Mapping[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors in the shapes of ``module``'s own, which keep the checkpoint's names.
-
-    Only shapes change, (out, in) -> (out, in, 1, 1): no value does. Raises CheckpointError where a tensor that the
-    module needs is missing, is unknown to it, or has another number of elements.
-    """
-    expected = module.state_dict()
-    wrong = [f"missing {name}" for name in expected if name not in tensors]
-    wrong += [f"unknown {name}" for name in tensors if name not in expected]
-    wrong += [
-        f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in tensors and tensors[name].numel() != tensor.numel()
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CheckpointError(f"{type(module).__name__}: weights do not fit: {'; '.join(wrong[:5])}{more}")
-    return {name: tensors[name].reshape(tensor.shape) for name, tensor in expected.items()}
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

@@ -35,10 +35,6 @@ class Palette:
     indices: np.ndarray
     squared_error: float
 
-    def decoded(self) -> np.ndarray:
-        """The weight that this stands for."""
-        return decode(self.lut, self.indices)
-
 
 @dataclass(frozen=True, slots=True)
 class _Histogram:

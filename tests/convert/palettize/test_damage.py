@@ -16,6 +16,7 @@ import torch
 from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.damage import Damage, measure_damage
 from diffusion_convert.palettize.outputs import require_outputs, seeded_inputs
+from diffusion_convert.palettize.palette import decode
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.palettize.palettize_package import palettize_as, stored_array
 from diffusion_convert.palettize.plot import candidate, mixed_candidates, plot_recipes, uniform_candidates
@@ -54,7 +55,7 @@ def errors_one_by_one(path: Path, bits: int) -> dict[str, float]:
         buffer = getattr(model.module, str(holders[name]))
         kept = buffer.clone()
         palette = palettize_as(PalettizeOptions(), weight, stored_array(package, weight.value), bits)
-        buffer.copy_(torch.from_numpy(palette.decoded().astype(np.float32)))
+        buffer.copy_(torch.from_numpy(decode(palette.lut, palette.indices).astype(np.float32)))
         found = [model(**arrays)["noise_pred"] for arrays in samples]
         buffer.copy_(kept)
         errors[name] = float(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from diffusion_convert.palettize.palette import decode, energies, palettize, palettize_groups, snr_db
+from diffusion_convert.palettize.palette import Palette, decode, energies, palettize, palettize_groups, snr_db
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import PALETTE_BITS
@@ -24,6 +24,10 @@ finite_halves = arrays.arrays(
 bits_of = st.sampled_from(PALETTE_BITS)
 
 
+def weight_of(palette: Palette) -> np.ndarray:
+    return decode(palette.lut, palette.indices)
+
+
 def error_of(weight: np.ndarray, decoded: np.ndarray) -> float:
     return float(np.sum((weight.astype(np.float64) - decoded.astype(np.float64)) ** 2))
 
@@ -35,7 +39,7 @@ def test_never_worse_than_kmeans1d_on_the_raw_values(weight: np.ndarray, bits: i
     kmeans1d = import_coremltools("_deps")._kmeans1d
     theirs = kmeans1d.cluster(weight.astype(np.float64), 1 << bits)
     stored = np.array(theirs.centroids).astype(np.float16)[np.array(theirs.clusters)]
-    ours = error_of(weight, palettize(weight, bits).decoded())
+    ours = error_of(weight, weight_of(palettize(weight, bits)))
     # Its prefix sums and ours are of float64: they lose what is 2⁻⁴⁰ of the weight's energy.
     assert ours <= error_of(weight, stored) * (1 + 1e-9) + float(np.sum(weight.astype(np.float64) ** 2)) * 2.0**-40
 
@@ -48,16 +52,16 @@ def test_every_element_decodes_to_its_nearest_entry(weight: np.ndarray, bits: in
     assert palette.lut.shape == (1 << bits,)
     assert palette.indices.max() < 1 << bits
     distances = np.abs(weight.astype(np.float64)[:, None] - palette.lut.astype(np.float64)[None])
-    chosen = np.abs(weight.astype(np.float64) - palette.decoded().astype(np.float64))
+    chosen = np.abs(weight.astype(np.float64) - weight_of(palette).astype(np.float64))
     assert np.array_equal(chosen, distances.min(axis=1))
-    assert palette.squared_error == pytest.approx(error_of(weight, palette.decoded()), rel=1e-9)
+    assert palette.squared_error == pytest.approx(error_of(weight, weight_of(palette)), rel=1e-9)
 
 
 @settings(deadline=None)
 @given(finite_halves, bits_of)
 def test_few_distinct_values_are_kept_exactly(weight: np.ndarray, bits: int) -> None:
     few = weight[np.arange(weight.size) % (1 << bits)] if weight.size > 1 << bits else weight
-    assert np.array_equal(palettize(few, bits).decoded(), few)
+    assert np.array_equal(weight_of(palettize(few, bits)), few)
 
 
 @settings(deadline=None)
@@ -86,7 +90,7 @@ def test_unpacking_is_the_inverse_of_packing(bits: int, count: int, seed: int) -
 def test_special_values_are_kept(elements: list[float], bits: int, dtype: type) -> None:
     weight: np.ndarray = np.array(elements, dtype)
     palette = palettize(weight, bits)
-    assert np.array_equal(palette.decoded(), weight)
+    assert np.array_equal(weight_of(palette), weight)
     assert palette.squared_error == 0
     assert not np.isnan(palette.lut).any()
 
@@ -129,9 +133,8 @@ def test_each_group_has_the_best_palette_of_its_own(axis: int) -> None:
     assert palette.lut.shape == (*(groups if i == axis else 1 for i in range(3)), 4, 1)
     for group, part in enumerate(np.split(weight, groups, axis)):
         alone = palettize(part, 2)
-        assert np.array_equal(np.split(palette.decoded(), groups, axis)[group], alone.decoded())
-    assert np.array_equal(decode(palette.lut, palette.indices), palette.decoded())
-    assert palette.squared_error == pytest.approx(error_of(weight, palette.decoded()), rel=1e-6)
+        assert np.array_equal(np.split(weight_of(palette), groups, axis)[group], weight_of(alone))
+        assert palette.squared_error == pytest.approx(error_of(weight, weight_of(palette)), rel=1e-6)
     with pytest.raises(InputError, match="not a multiple of the group size 5"):
         palettize_groups(weight, 2, axis, 5)
 

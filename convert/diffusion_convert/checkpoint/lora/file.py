@@ -31,9 +31,11 @@ _NO_LORA = re.compile("scheduler|optimizer|checkpoint")
 
 @dataclass(frozen=True, slots=True)
 class LoraFile:
-    """``unknown`` are the names in the file that are of no known form; ``notes`` are sentences for the user."""
+    """``files`` are those that were read; ``unknown`` are names in them of no known form; ``notes`` are sentences
+    for the user."""
 
     path: Path
+    files: tuple[Path, ...]
     layers: Sequence[Layer]
     unknown: Sequence[str]
     size: int
@@ -54,6 +56,7 @@ def read(path: Path) -> LoraFile:
     files = [_read_one(file, subfolder) for file, subfolder in found]
     return LoraFile(
         path,
+        tuple(path for file in files for path in file.files),
         [layer for file in files for layer in file.layers],
         [name for file in files for name in file.unknown],
         sum(file.size for file in files),
@@ -88,7 +91,7 @@ def _read_one(path: Path, subfolder: str | None) -> LoraFile:
         for own in (beside or headers.get(network),)
     ]
     notes = tuple(_notes(path, file.scalars, layers, beside or headers or None))
-    return LoraFile(path, layers, unknown, len(tensors), notes)
+    return LoraFile(path, settings.files(path), layers, unknown, len(tensors), notes)
 
 
 def _grouped(

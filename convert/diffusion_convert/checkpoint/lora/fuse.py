@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_convert.checkpoint.lora import file as lora_file
@@ -42,6 +43,7 @@ class Update:
 class _Match:
     """What one LoRA does to a checkpoint: (subfolder, tensor's name, update), what is left out, what to tell."""
 
+    files: tuple[Path, ...]
     updates: Sequence[tuple[str, str, Update]]
     left_out: Sequence[str]
     notes: Sequence[str]
@@ -55,8 +57,10 @@ def fuse(checkpoint: Checkpoint, loras: Sequence[Lora], partial_: bool = False) 
     updates: dict[str, dict[str, list[Update]]] = {}
     records: list[FusedLora] = []
     notes: list[str] = []
+    files: list[Path] = []
     for lora in loras:
         match = _matched(checkpoint, lora, partial_)
+        files += match.files
         for subfolder, name, update in match.updates:
             updates.setdefault(subfolder, {}).setdefault(name, []).append(update)
         records.append(
@@ -66,7 +70,9 @@ def fuse(checkpoint: Checkpoint, loras: Sequence[Lora], partial_: bool = False) 
         )
         notes += match.notes
     models = {
-        subfolder: replace(model, tensors=partial(_fused, model.tensors, updates[subfolder]))
+        subfolder: replace(
+            model, tensors=partial(_fused, model.tensors, updates[subfolder]), files=(*model.files, *files)
+        )
         if subfolder in updates
         else model
         for subfolder, model in checkpoint.models.items()
@@ -174,7 +180,7 @@ def _matched(checkpoint: Checkpoint, lora: Lora, partial_: bool) -> _Match:
     if strangers:
         notes.append(f"{file.path.name}: fused in part; left out {len(strangers)} tensors: {listed(strangers)}")
     used = [entry for entry in updates if entry[2].strength]
-    return _Match(used, [*beyond, *strangers], notes)
+    return _Match(file.files, used, [*beyond, *strangers], notes)
 
 
 def _updates(layer: Layer, place: Place, strength: float) -> Iterator[tuple[str, str, Update]]:

@@ -50,10 +50,14 @@ class Settings:
 
 def beside(path: Path) -> Settings | None:
     """From the adapter_config.json of the folder that an adapter lies in; None where there is no such file."""
+    _, *configs = files(path)
+    return _parse(strict_json.read_object(configs[0], CheckpointError), configs[0]) if configs else None
+
+
+def files(path: Path) -> tuple[Path, ...]:
+    """An adapter's file, and the settings that belong to it where there are any."""
     config = path.parent / CONFIG_NAME
-    if not path.name.startswith("adapter_model") or not config.is_file():
-        return None
-    return _parse(strict_json.read_object(config, CheckpointError), config)
+    return (path, config) if path.name.startswith("adapter_model") and config.is_file() else (path,)
 
 
 def in_header(path: Path, header: Mapping[str, Any]) -> dict[str, Settings]:
