@@ -17,6 +17,7 @@ import typer.main
 import small_bundle
 from diffusion_convert import convert
 from diffusion_convert.cli import convert as convert_command
+from diffusion_convert.cli import main as cli
 from diffusion_convert.conversion.convert import Conversion
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.atomic import WORK_FOLDER
