@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shlex
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,7 +167,7 @@ def convert(
             made = run(source, output, options, progress)
     except KeyboardInterrupt:
         _say_kept(output)
-        raise typer.Exit(INTERRUPTED) from None
+        sys.exit(INTERRUPTED)
     _show(made)
 
 

@@ -69,14 +69,15 @@ def main() -> None:
         typer.echo(f"error: {_system_error(error)}", err=True)
         sys.exit(BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted", err=True)
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED
     except Exception as error:
         show = getattr(error, "show", None)  # click's: unknown options and the like
         if show is None:
             raise
         show()
         sys.exit(BAD_INPUT)
+    if code == INTERRUPTED:  # typer's: commands that have more to say leave with SystemExit
+        typer.echo("interrupted", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

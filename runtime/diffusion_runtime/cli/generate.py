@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -164,7 +165,7 @@ def generate(
         _make(order, done)
     except KeyboardInterrupt:
         say(error_console(), f"interrupted: {len(done)} of {len(order.planned)} pictures are finished")
-        raise typer.Exit(INTERRUPTED) from None
+        sys.exit(INTERRUPTED)
 
 
 def _make(order: Order, done: list[Made]) -> None:

@@ -25,7 +25,7 @@ def run_models(
     try:
         serve(load_backend(backend), sys.stdin.buffer, answers)
     except (BrokenPipeError, KeyboardInterrupt):  # the program that asked has ended
-        raise typer.Exit(INTERRUPTED) from None
+        sys.exit(INTERRUPTED)
 
 
 def doctor() -> None:

@@ -1,0 +1,5 @@
+"""`python -m coreml_sd`."""
+
+from coreml_sd import main
+
+main()
