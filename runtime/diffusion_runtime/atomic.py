@@ -254,8 +254,8 @@ def _work_folder(place: Path) -> Iterator[Path]:
     try:
         yield hidden
     finally:
-        with suppress(OSError):
-            for folder in made:
+        for folder in made:
+            with suppress(OSError):
                 folder.rmdir()
 
 
@@ -394,9 +394,12 @@ def _is_plain(name: object) -> bool:
 
 
 def _outside(path: Path) -> Path:
-    """The path that the user knows: without what lies in a work folder."""
-    parts = path.parts
-    return Path(*parts[: parts.index(WORK_FOLDER)]) if WORK_FOLDER in parts[1:] else path
+    """The path that the user knows: where what lies in a work folder will be, or the folder that it is for."""
+    if WORK_FOLDER not in path.parts[1:]:
+        return path
+    at = path.parts.index(WORK_FOLDER)
+    place, inside = Path(*path.parts[:at]), path.parts[at + 1 :]
+    return place / inside[2] if len(inside) > 2 and inside[1] == _NEW else place
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

@@ -94,8 +94,8 @@ def measure_bundle(
     from diffusion_runtime.backends.torch_mil import TorchBackend
 
     torch_backend = TorchBackend()
-    length = bundle.manifest.components["text_encoder"].inputs[0].shape[-1]
-    tokens = tokenizer.load(bundle.tokenizer, length) if bundle.tokenizer else None
+    lengths = bundle.text_lengths()
+    tokens = tokenizer.load(bundle.tokenizer, lengths[0]) if bundle.tokenizer and lengths else None
 
     def load(component: str) -> Model:
         return chained(
@@ -124,11 +124,10 @@ def inputs_of(
     found: dict[str, dict[str, Any]] = {}
     encoded: dict[str, np.ndarray] = {}
     for name, component in bundle.manifest.components.items():
-        arrays = {
-            tensor.name: _drawn(tensor.name, tensor.shape, rng, latents.scale, tokens, encoded)
-            for tensor in component.inputs
+        found[name] = {
+            tensor.name: _drawn(tensor.name, tensor.shape, rng, latents.scale, tokens, encoded).astype(tensor.dtype)
+            for tensor in component.inputs or reference(name).inputs.values()  # not every manifest lists them
         }
-        found[name] = {tensor.name: arrays[tensor.name].astype(tensor.dtype) for tensor in component.inputs}
         if name.startswith("text_encoder"):
             outputs = reference(name)(**found[name])
             states = next((outputs[key] for key in ("hidden_embeds", "last_hidden_state") if key in outputs), None)
