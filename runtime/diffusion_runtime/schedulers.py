@@ -16,8 +16,11 @@ from diffusion_runtime.families import FAMILIES, PLAIN_SETTINGS
 if TYPE_CHECKING:
     import torch
 
-REFUSALS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError, AssertionError)
-"""What diffusers' schedulers raise for settings that they cannot use."""
+REFUSALS = (
+    *(ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError, AssertionError),
+    ImportError,
+)
+"""What diffusers' schedulers raise for settings that they cannot use, and for libraries that are not there."""
 EMPTY: Mapping[str, Any] = {}
 KARRAS: Mapping[str, Any] = {"use_karras_sigmas": True}
 SDE: Mapping[str, Any] = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
@@ -114,9 +117,22 @@ def build(config: Mapping[str, Any], name: str | None = None, imposed: Mapping[s
     understood = frozenset[str]().union(*map(_arguments, kinds))
     wanted = {**settled(config, imposed), **settings}
     try:
-        return kind.from_config({key: value for key, value in wanted.items() if key in understood})
+        made = kind.from_config({key: value for key, value in wanted.items() if key in understood})
     except REFUSALS as error:
-        raise InputError(f"scheduler {name or class_name}: {_reason(error)}") from error
+        raise InputError(f"scheduler {name or class_name}: {reason(error)}") from error
+    if not _steps(made):
+        raise InputError(f"scheduler {class_name} is for another kind of pipeline: choose one of {known()}")
+    return made
+
+
+def _steps(scheduler: Any) -> bool:
+    """Whether a step takes a prediction, a timestep and a sample, and needs nothing else."""
+    if not all(hasattr(scheduler, name) for name in ("set_timesteps", "scale_model_input", "step")):
+        return False
+    parameters = list(inspect.signature(scheduler.step).parameters.values())
+    return "num_train_timesteps" in scheduler.config and not any(
+        one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in parameters[3:]
+    )
 
 
 def check(scheduler: object) -> None:
@@ -167,13 +183,15 @@ def set_steps(scheduler: Any, steps: int) -> None:
     try:
         scheduler.set_timesteps(steps, device="cpu")
     except REFUSALS as error:
-        raise InputError(f"scheduler {name_of(scheduler)} with {steps} steps: {_reason(error)}") from error
-    stands_still = "solver_order" in scheduler.config and bool((scheduler.sigmas.diff() == 0).any())
+        raise InputError(f"scheduler {name_of(scheduler)} with {steps} steps: {reason(error)}") from error
+    # All but the last one, where there is no step any more: some solvers repeat their last noise level there.
+    stands_still = "solver_order" in scheduler.config and bool((scheduler.sigmas[:-1].diff() == 0).any())
     if stands_still or float(scheduler.timesteps.max()) > most - 1:
         raise InputError(f"scheduler {name_of(scheduler)} cannot take as many as {steps} steps: use fewer")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What an error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -218,7 +236,10 @@ def step_arguments(scheduler: Any, generators: Any, eta: float) -> dict[str, Any
 
 def denoised(scheduler: Any, model_input: torch.Tensor, prediction: torch.Tensor, timestep: float) -> torch.Tensor:
     """The clean latents that a prediction amounts to under any scheduler: ``x0 = (x - sqrt(1 - a) e) / sqrt(a)``
-    with ``a`` the cumulative alpha, as ``model_input`` is what the UNet saw (Song et al., DDIM, equation 9)."""
+    with ``a`` the cumulative alpha, as ``model_input`` is what the UNet saw (Song et al., DDIM, equation 9).
+    Raises InputError for a scheduler that has no such table."""
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise InputError(f"scheduler {name_of(scheduler)} has no previews")
     table = scheduler.alphas_cumprod
     index = min(max(round(timestep), 0), len(table) - 1)
     alpha = float(table[index])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from diffusion_convert import ConvertOptions, convert
+from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.errors import CheckpointError, InputError
 
@@ -69,3 +70,17 @@ def test_what_no_runtime_could_use_is_refused_before_any_work(
         convert(folder, tmp_path / "models", OPTIONS)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("family", ["sd1", "sd1-inpainting", "sd2-v", "sd2-inpainting", "sd2-depth", "x4-upscaler"])
+def test_every_family_may_predict_anything(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, family: str, prediction: str
+) -> None:
+    """As in diffusers, whose pipelines leave that to the scheduler."""
+    folder = shutil.copytree(tiny_checkpoint(family), tmp_path / "checkpoint")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": prediction}))
+    found = open_checkpoint(str(folder))
+    assert found.schedulers["scheduler"]["prediction_type"] == prediction
+    assert found.family == {"sd2-v": {"v_prediction": "sd2-v"}.get(prediction, "sd2-base")}.get(family, family)

@@ -224,3 +224,49 @@ def test_values_that_no_scheduler_can_use_end_in_one_line(name: str, key: str, v
         schedulers.set_steps(built, 4)
     except InputError as error:
         assert "\n" not in str(error)
+
+
+UNUSUAL: Mapping[str, Mapping[str, Any]] = {
+    "DEISMultistepScheduler": {"use_karras_sigmas": True},
+    "SASolverScheduler": {"use_karras_sigmas": True},
+    "UniPCMultistepScheduler": {"use_beta_sigmas": True, "final_sigmas_type": "sigma_min"},
+    "DDIMScheduler": {"prediction_type": "sample", "set_alpha_to_one": True},
+    "PNDMScheduler": {"timestep_spacing": "trailing", "skip_prk_steps": None},
+    "EulerDiscreteScheduler": {"timestep_type": "continuous", "prediction_type": "v_prediction"},
+    "EulerAncestralDiscreteScheduler": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    "DDPMScheduler": {"predict_epsilon": False, "variance_type": "fixed_large"},
+    "LMSDiscreteScheduler": {"tensor_format": "pt", "timestep_values": [], "_diffusers_version": "0.0.4"},
+    "DPMSolverMultistepScheduler": {"thresholding": True, "algorithm_type": "dpmsolver++", "use_lu_lambdas": True},
+    "IPNDMScheduler": {"steps_offset": 3},
+    "EDMEulerScheduler": {},
+}
+
+
+@pytest.mark.parametrize("class_name", UNUSUAL)
+def test_settings_that_few_checkpoints_have(both: Callable[..., Any], psnr_db: Psnr, class_name: str) -> None:
+    config = {"_class_name": class_name, **BETAS, **UNUSUAL[class_name]}
+    assert psnr_db(*both("sd1", config)) >= PARITY_DB
+
+
+@pytest.mark.parametrize(
+    "class_name",
+    [
+        *("RePaintScheduler", "ScoreSdeVeScheduler", "KarrasVeScheduler", "VQDiffusionScheduler"),
+        *("FlowMatchEulerDiscreteScheduler", "ScoreSdeVpScheduler", "UnCLIPScheduler", "FlaxPNDMScheduler"),
+    ],
+)
+def test_schedulers_of_other_pipelines_end_in_one_line(reference: Load, class_name: str) -> None:
+    ours = reference("sd1").pipeline(check_safety=False)
+    manifest = ours.manifest.model_copy(update={"scheduler": {"_class_name": class_name, **BETAS}})
+    with pytest.raises(InputError, match=r"^(the models ask for an unknown )?scheduler[^\n]*$"):
+        Pipeline(manifest, ours.models, ours.tokenizer, check_safety=False)("a cat", num_inference_steps=2, seed=3)
+
+
+def test_a_variance_that_no_unet_here_predicts_ends_in_one_line(reference: Load) -> None:
+    ours = reference("sd1").pipeline(check_safety=False)
+    config = {"_class_name": "DDPMScheduler", **BETAS, "variance_type": "learned_range"}
+    pipeline = Pipeline(
+        ours.manifest.model_copy(update={"scheduler": config}), ours.models, ours.tokenizer, check_safety=False
+    )
+    with pytest.raises(InputError, match=r"^scheduler ddpm: [^\n]*$"):
+        pipeline("a cat", num_inference_steps=2, seed=3)

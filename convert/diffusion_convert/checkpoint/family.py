@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from diffusion_convert.checkpoint.model import Checkpoint
 
 Config = Mapping[str, Any]
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 LEAST_LENGTH, TEXT_LENGTH = 8, 77
 """Tokens of a text encoder: of the smallest that takes any words, and of CLIP's."""
 
@@ -59,6 +60,8 @@ def detect(unet: Config, scheduler: Config, where: str, parts: Collection[str]) 
     for family in alike:
         if prediction in family.prediction_types:
             return family.name
+    if alike and prediction in PREDICTIONS:  # unusual, but any pipeline of diffusers draws with it
+        return alike[0].name
     raise CheckpointError(
         f"{where}: of no known family: the UNet has {unet.get('in_channels', 4)} input channels, "
         f"{unet.get('cross_attention_dim')} context channels, prediction type {prediction}"
