@@ -296,6 +296,7 @@ def test_added_tokens_are_those_of_the_checkpoint_everywhere(
     tokens: tuple[Any, ...], folder: Path, tmp_path: Path
 ) -> None:
     """In packages, compiled folders and zips: for transformers, and for the runtime."""
+    from diffusers.loaders import TextualInversionLoaderMixin
     from transformers import AutoTokenizer, CLIPTokenizer
 
     from diffusion_convert.checkpoint.vocabulary import write_vocabulary
@@ -312,7 +313,8 @@ def test_added_tokens_are_those_of_the_checkpoint_everywhere(
             assert written(prompt).input_ids == original(prompt).input_ids, prompt
     ours = tokenizer.load(target)
     for prompt in PROMPTS:
-        expected = original(prompt, padding="max_length", max_length=77).input_ids
+        all_vectors = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, original)
+        expected = original(all_vectors, padding="max_length", max_length=77).input_ids
         assert ours.encode(prompt).ids.tolist() == [expected], prompt
 
 
@@ -510,3 +512,79 @@ def test_weights_without_values_are_refused_without_verification(
     options = ConvertOptions(components=("text_encoder",), verify=False, compiled=False, zip=False)
     with pytest.raises(CheckpointError, match="infinite or undefined value"):
         convert(str(folder), tmp_path / "models", options)
+
+
+def whole_clip(folder: Path, part: str) -> None:
+    """config.json and weights of a whole CLIP in a text encoder's folder."""
+    path = folder / part / "config.json"
+    text = json.loads(path.read_text())
+    vision = {"hidden_size": 8, "model_type": "clip_vision_model"}
+    whole = {"architectures": ["CLIPModel"], "model_type": "clip", "text_config": text, "vision_config": vision}
+    path.write_text(json.dumps({**whole, "projection_dim": text["projection_dim"], "hidden_size": 99}))
+    more = {
+        "vision_model.embeddings.class_embedding": torch.zeros(8),
+        "visual_projection.weight": torch.zeros(8, 8),
+    }
+    file = folder / part / "model.safetensors"
+    save_file({**load_file(file), **more, "logit_scale": torch.tensor(4.6)}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("family", "part"), [("sd1", "text_encoder"), ("sdxl", "text_encoder_2")])
+def test_the_configuration_of_a_whole_clip(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, family: str, part: str
+) -> None:
+    import transformers
+
+    source = shutil.copytree(tiny_checkpoint(family), tmp_path / "checkpoint")
+    whole_clip(source, part)
+    checkpoint = open_checkpoint(str(source))
+    make_plan(checkpoint, ConvertOptions(attention="original"))
+    with torch_networks.silent(), torch.inference_mode():
+        kind = getattr(transformers, checkpoint.models[part].class_name)
+        expected = kind.from_pretrained(source / part, dtype=torch.float32).eval()
+        ids = torch.randint(0, 300, (1, 77), generator=torch.Generator().manual_seed(0))
+        ours = torch_networks.build(checkpoint, part).float()(ids)
+        assert all(
+            torch.allclose(one, two, atol=1e-5) for one, two in zip(ours[:2], expected(ids)[:2], strict=True)
+        )
+
+
+NOT_COVERED: list[tuple[str, str, dict[str, Any], str]] = [
+    ("sd1", "text_encoder", {"use_attention_mask": True}, "use_attention_mask"),
+    ("sdxl", "vae", {"latents_mean": [0.1] * 4, "latents_std": [1.1] * 4}, "latents_mean and latents_std"),
+    ("sdxl", "unet", {"addition_time_embed_dim": ...}, "addition_time_embed_dim"),
+    ("sd1", "text_encoder", {"eos_token_id": [49407, 2]}, "eos_token_id"),
+]
+
+
+@pytest.mark.parametrize(("family", "part", "values", "named"), NOT_COVERED)
+def test_configurations_that_diffusers_follows_and_nothing_here_does(
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    family: str,
+    part: str,
+    values: dict[str, Any],
+    named: str,
+) -> None:
+    source = shutil.copytree(tiny_checkpoint(family), tmp_path / "checkpoint")
+    configure(source, part, **values)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        open_checkpoint(str(source))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "values"),
+    [
+        ("sd1", "vae", {"latents_mean": [0.1] * 4, "latents_std": [1.1] * 4}),  # not by SD 1's pipelines
+        ("sdxl", "vae", {"latents_mean": None, "latents_std": None}),
+        ("sdxl", "text_encoder", {"use_attention_mask": True}),  # not by SDXL's
+        ("sd1", "text_encoder", {"use_attention_mask": False}),
+    ],
+)
+def test_configurations_that_no_pipeline_follows(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, family: str, part: str, values: dict[str, Any]
+) -> None:
+    source = shutil.copytree(tiny_checkpoint(family), tmp_path / "checkpoint")
+    configure(source, part, **values)
+    assert open_checkpoint(str(source)).family == family

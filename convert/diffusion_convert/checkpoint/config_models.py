@@ -89,7 +89,7 @@ class ClipText(_Open):
     hidden_act: Text = "quick_gelu"
     layer_norm_eps: Positive = 1e-5
     bos_token_id: Token | None = None
-    eos_token_id: Token | tuple[Token, ...] | None = None
+    eos_token_id: Token | None = None
     pad_token_id: Token | None = None
     projection_dim: Width | None = None
 
@@ -151,10 +151,18 @@ def checked(class_name: str, config: Mapping[str, Any], where: str) -> dict[str,
         raise CheckpointError(f"{where}: {wrong}")
     if class_name not in MODELS:
         return dict(config)
+    if MODELS[class_name] is ClipText:
+        config = _text_part(config)
     model = strict_json.as_model(MODELS[class_name], dict(config), where, f"a {class_name}", CheckpointError)
     filled = {name: getattr(model, name) for name in FILLED if name in type(model).model_fields}
     settled = {**filled, **config}
     return _one_context(settled, where) if isinstance(model, UNet) else settled
+
+
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A text encoder's own configuration, where the file has that of the whole CLIP that it is from."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
 
 
 def _one_context(unet: dict[str, Any], where: str) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def open_folder(folder: Path, source: Source, family: str | None = None, variant
     if not (folder / INDEX).is_file():
         raise CheckpointError(
             f"{folder}: not a checkpoint in diffusers' layout: it has no {INDEX}; expected such a folder, the id "
-            "of a repository on the Hugging Face Hub, or a single .safetensors or .ckpt file"
+            "of a repository on the Hugging Face Hub, or a single .safetensors or .ckpt file; for a UNet alone, "
+            "--base gives the rest"
         )
     index = read_json(folder / INDEX)
     named = {name: value for name, value in index.items() if _is_part(value)}
@@ -67,7 +68,7 @@ def open_folder(folder: Path, source: Source, family: str | None = None, variant
     models = {
         name: read_submodel(folder / name, str(parts[name][1]), variant) for name in NETWORKS if name in parts
     }
-    _check_variant(folder, models, variant)
+    check_variant(folder, models, variant)
     schedulers = {
         name: {**read_json(folder / name / "scheduler_config.json"), "_class_name": str(parts[name][1])}
         for name in SCHEDULERS
@@ -97,7 +98,8 @@ def open_folder(folder: Path, source: Source, family: str | None = None, variant
     )
 
 
-def _check_variant(folder: Path, models: Mapping[str, Submodel], variant: str | None) -> None:
+def check_variant(folder: Path, models: Mapping[str, Submodel], variant: str | None) -> None:
+    """Raises InputError for a variant that none of ``models``, by their folders in ``folder``, has."""
     if variant is None or any(
         variant in variants([file.name]) for model in models.values() for file in model.files
     ):

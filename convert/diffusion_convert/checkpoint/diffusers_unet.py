@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_runtime import strict_json
+from diffusion_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-PREFIXES = ("", "unet.", "model.diffusion_model.")
+PREFIXES = ("", "unet.", "model.diffusion_model.", "diffusion_model.")
+CLASS_NAME = "UNet2DConditionModel"
 _MARK = "down_blocks.0.resnets.0.conv1.weight"
 _RESNET = {
     "norm1": "in_layers.0",
@@ -48,6 +53,22 @@ def by_ldm_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     layers = len({found[1] for name in inner if (found := re.match(r"down_blocks\.0\.resnets\.(\d{1,3})\.", name))})
     attending = {found[1] for name in inner if (found := re.match(r"up_blocks\.(\d{1,3})\.attentions\.", name))}
     return {_ldm_name(name, layers + 1, attending): value for name, value in inner.items()}
+
+
+def name_of(path: Path) -> str:
+    """What a file or folder with a UNet is called: ``unet`` and ``diffusion_pytorch_model`` say nothing of it."""
+    if path.name.partition(".")[0] == "diffusion_pytorch_model":
+        return name_of(path.parent)
+    if path.name == "unet" and path.parent.name:
+        return path.parent.name
+    return path.name if path.is_dir() else path.stem
+
+
+def config_beside(path: Path) -> dict[str, Any]:
+    """What config.json beside a UNet's file says, empty where there is none of a UNet. Raises CheckpointError."""
+    config = path.parent / "config.json"
+    found = strict_json.read_object(config, CheckpointError) if config.is_file() else {}
+    return found if found.get("_class_name") == CLASS_NAME else {}
 
 
 def _prefix(tensors: Mapping[str, torch.Tensor]) -> str | None:

@@ -48,6 +48,25 @@ def refuse_other_kinds(unet: Config, where: str) -> None:
         )
 
 
+def refuse_other_uses(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for networks that diffusers' pipeline of the family uses in a way that is not covered,
+    as their configurations ask for."""
+    models, xl = checkpoint.models, FAMILIES[checkpoint.family].added_conditions
+    vae = models["vae"].config if "vae" in models else {}
+    asked = {
+        "vae: latents_mean and latents_std, by which latents are moved": xl
+        and vae.get("latents_mean") is not None
+        and vae.get("latents_std") is not None,
+        "text_encoder: use_attention_mask, by which padding is left out": not xl
+        and "text_encoder" in models
+        and bool(models["text_encoder"].config.get("use_attention_mask")),
+        "unet: no addition_time_embed_dim, without which sizes cannot be given": xl
+        and not models["unet"].config.get("addition_time_embed_dim"),
+    }
+    if wrong := [what for what, is_so in asked.items() if is_so]:
+        raise CheckpointError(f"{checkpoint.name}: its configurations ask for what is not covered: {wrong[0]}")
+
+
 def detect(unet: Config, scheduler: Config, where: str, parts: Collection[str]) -> str:
     """The name of the family that a UNet and a scheduler belong to. ``parts``: what else the checkpoint has, by
     diffusers' subfolder. Raises CheckpointError, with what was seen."""

@@ -22,6 +22,8 @@ TEXT_LAYER = "text layer"
 """The section of `read_beside` that says which of the text encoder's states are used, in an LDM configuration's
 words: ``{"layer": "hidden", "layer_idx": -2}``."""
 
+UNET_RULES = ("unet_head_channels", "only_cross_attention")
+"""The rules of a family that are about its UNet."""
 Sections = Mapping[str, Mapping[str, Any]]
 
 

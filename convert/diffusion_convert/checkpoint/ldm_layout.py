@@ -27,7 +27,7 @@ class Network:
 
 
 NETWORKS = (
-    Network("unet", ("model.diffusion_model.",), "unet", "UNet2DConditionModel"),
+    Network("unet", ("model.diffusion_model.", "diffusion_model."), "unet", "UNet2DConditionModel"),
     Network("vae", ("first_stage_model.", "vae."), "vae", "AutoencoderKL"),
     Network(
         "clip",
@@ -123,7 +123,7 @@ def split(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
             parts[kind] = {_within_text_model(n): value for n, value in parts[kind].items()}
     if "vae" in parts:
         parts["vae"] = {_ldm_vae_name(n): value for n, value in parts["vae"].items()}
-    if "unet" not in parts and diffusers_unet.is_one(tensors):
+    if diffusers_unet.is_one(tensors):
         parts["unet"] = diffusers_unet.by_ldm_names(tensors)
     if "unet" not in parts and (averaged := _averaged(tensors)):
         parts["unet"] = averaged

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffusion_convert.checkpoint import diffusers_folder, lora, repository, single_file
+from diffusion_convert.checkpoint import diffusers_folder, diffusers_unet, lora, repository, single_file, unet_alone
+from diffusion_convert.checkpoint.family import refuse_other_uses
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vae import with_vae
 from diffusion_convert.options import Lora, check_path
@@ -28,8 +29,9 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint that ``source`` names: a folder in diffusers' layout, a single .safetensors or .ckpt file, or
     the id of a repository on the Hugging Face Hub, with another VAE and LoRAs put in.
-    ``variant``: of a folder's weights, as in diffusers. ``base``: another checkpoint, which gives what a single
-    file lacks. ``lora_partial``: what of a LoRA has no place in the checkpoint is left out, and is no error.
+    ``variant``: of a folder's weights, as in diffusers; with a single file, of those of ``base``. ``base``: another
+    checkpoint, which gives what a single file, or a UNet's folder or repository, lacks. ``lora_partial``: what of a
+    LoRA has no place in the checkpoint is left out, and is no error.
 
     No weight is read. Raises CheckpointError or InputError, in one line, for what cannot be used.
     """
@@ -38,15 +40,17 @@ def open_checkpoint(
     path = Path(source).expanduser()
     if revision is not None and path.exists():
         raise InputError(f"--revision {revision}: {source} is on this machine, where there is but one")
-    if path.is_file() and variant is not None:
+    if path.is_file() and variant is not None and base is None:
         raise InputError(f"--variant {variant}: {source} is one file, whose weights have no variants")
     if base is not None and not path.is_file():
-        raise InputError(f"--base {base}: {source} is no single file, and lacks nothing")
-    if path.is_dir():
+        checkpoint = _open_unet(source, path, _open_base(base), revision, family, variant)
+    elif path.is_dir():
         origin = Source(name=real_path(path).name, license=diffusers_folder.read_license(path))
         checkpoint = diffusers_folder.open_folder(path, origin, family, variant)
     elif path.is_file():
-        checkpoint = single_file.open_single_file(path, family, vae is not None, _open_base(base))
+        checkpoint = single_file.open_single_file(
+            path, family, vae is not None, None if base is None else _open_base(base, variant)
+        )
     elif is_repository_id(source):
         checkpoint = repository.open_repository(source, revision, family, variant)
     else:
@@ -55,15 +59,27 @@ def open_checkpoint(
         with _given_as("--vae"):
             checkpoint = with_vae(checkpoint, vae, repository.fetch_vae if is_repository_id(vae) else None)
     _check_fits(checkpoint)
+    refuse_other_uses(checkpoint)
     with _given_as("--lora"):
         return lora.fuse(checkpoint, loras, lora_partial) if loras else checkpoint
 
 
-def _open_base(base: str | None) -> Checkpoint | None:
-    if base is None:
-        return None
+def _open_base(base: str, variant: str | None = None) -> Checkpoint:
     with _given_as("--base"):
-        return open_checkpoint(base)
+        return open_checkpoint(base, variant=variant)
+
+
+def _open_unet(
+    source: str, path: Path, base: Checkpoint, revision: str | None, family: str | None, variant: str | None
+) -> Checkpoint:
+    if path.is_dir():
+        origin = Source(name=diffusers_unet.name_of(real_path(path)), license=diffusers_folder.read_license(path))
+        return unet_alone.open_unet(path, origin, base, family, variant)
+    if not is_repository_id(source):
+        raise CheckpointError(f"{source}: no such file or folder")
+    folder = repository.fetch_unet(source, revision, variant)
+    origin = Source(name=source, revision=folder.name, license=diffusers_folder.read_license(folder))
+    return unet_alone.open_unet(folder, origin, base, family, variant)
 
 
 def _check_fits(checkpoint: Checkpoint) -> None:

@@ -44,6 +44,11 @@ def open_repository(
     return open_folder(folder, source, family, variant)
 
 
+def fetch_unet(repo_id: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """The folder of a UNet that has a repository of its own, or of a whole checkpoint."""
+    return _fetch(repo_id, revision, partial(unet_files, variant=variant))
+
+
 def fetch_vae(repo_id: str) -> Path:
     """The folder of a VAE: of a repository that holds nothing else, or of a checkpoint's."""
     return _fetch(repo_id, None, vae_files)
@@ -74,6 +79,13 @@ def checkpoint_files(names: frozenset[str], read_json: ReadJson, variant: str | 
             wanted = set(TOKENIZER_FILES)
         needed |= {f"{part}/{name}" for name in wanted & inside}
     return tuple(sorted(needed))
+
+
+def unet_files(names: frozenset[str], read_json: ReadJson, variant: str | None = None) -> tuple[str, ...]:
+    """The files of a UNet at the top of a repository; model_index.json alone of a whole checkpoint."""
+    if INDEX in names or "config.json" not in names:
+        return (INDEX,) if INDEX in names else ()
+    return tuple(sorted({"config.json", *({CARD} & names), *_weights("", set(names), read_json, variant)}))
 
 
 def vae_files(names: frozenset[str], read_json: ReadJson) -> tuple[str, ...]:

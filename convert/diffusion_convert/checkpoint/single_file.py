@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_convert.checkpoint import (
     config_models,
+    diffusers_unet,
     ldm_configs,
     ldm_family,
     ldm_marks,
@@ -54,11 +55,15 @@ def open_single_file(
     parts = split(file.tensors)
     _check_layout(path, file.tensors, parts, without_vae, base)
     given = ldm_configs.read_beside(path)
+    if diffusers_unet.is_one(file.tensors):
+        given = ldm_configs.merge({"unet": diffusers_unet.config_beside(path)}, given)
     marks = ldm_marks.read(path, file, settled="prediction_type" in given.get("scheduler", {}))
     if ldm_shapes.GUIDANCE in parts["unet"]:
         marks = replace(marks, few_steps="lcm")
     found, notes = ldm_family.detect(path, parts, family, marks, file.scalars, given, base)
     data = ldm_configs.family_data(found)
+    if base is not None:
+        data = _with_unet_of(base, parts["unet"], data)
     schedulers = {name: data[name] for name in SCHEDULERS if name in data}
     if base is not None and base.family == found:
         schedulers = dict(base.schedulers)
@@ -67,7 +72,7 @@ def open_single_file(
     if parts["unet"]["input_blocks.0.0.weight"].shape[1] == 5 and "depth_estimator" not in models:
         raise CheckpointError(f"{path}: its UNet takes depth, but the depth estimator (depth_model.) is missing")
     return Checkpoint(
-        name=path.stem,
+        name=diffusers_unet.name_of(path),
         family=found,
         source=Source(name=path.name, sha256=sha256(path)),
         models=models,
@@ -76,6 +81,19 @@ def open_single_file(
         pipeline_config=data.get("pipeline_config", {}),
         notes=(*notes, *_notes(path, file, parts, data, given), *_few_steps(path, marks, given)),
     )
+
+
+def _with_unet_of(base: Checkpoint, unet: ldm_shapes.Tensors, data: dict[str, Any]) -> dict[str, Any]:
+    """The family's data, with what no shape shows of a UNet (heads, activations) as the base's has it: where that
+    has the same widths, the file's was trained from it."""
+    own, sized = base.models["unet"].config, ldm_shapes.unet(unet)
+    alike = (
+        list(own.get("block_out_channels", ())) == list(sized["block_out_channels"])
+        and own["cross_attention_dim"] == sized["cross_attention_dim"]
+        and bool(own.get("use_linear_projection")) == sized["use_linear_projection"]
+    )
+    rules = {key: rule for key, rule in data.get("rules", {}).items() if key not in ldm_configs.UNET_RULES}
+    return {**data, "unet": {**data["unet"], **own}, "rules": rules} if alike else data
 
 
 def _models(

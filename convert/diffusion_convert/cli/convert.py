@@ -118,7 +118,7 @@ def convert(
     variant: Annotated[
         str | None, _option("Of a folder's weights, as in diffusers: fp16, bf16, ema, non_ema. Default: the best.")
     ] = None,
-    base: Annotated[str | None, _option("Checkpoint that gives what a single file lacks: a UNet alone.")] = None,
+    base: Annotated[str | None, _option("Checkpoint that gives what a file or a UNet alone lacks.")] = None,
     precision: Annotated[
         str, _option("auto (float32 where float16 would overflow), float16 or float32. Default: auto.")
     ] = "auto",
