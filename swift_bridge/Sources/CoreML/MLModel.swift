@@ -79,6 +79,15 @@ public final class MLModel {
         try prediction(from: input)
     }
 
+    /// As Core ML's of macOS 14 and iOS 17: a task that was cancelled gets no prediction.
+    public func prediction(
+        from input: any MLFeatureProvider, options: MLPredictionOptions = MLPredictionOptions()
+    ) async throws -> any MLFeatureProvider {
+        try Task.checkCancellation()
+        let run: () throws -> any MLFeatureProvider = { try self.prediction(from: input) }
+        return try run()
+    }
+
     public func predictions(fromBatch batch: any MLBatchProvider) throws -> any MLBatchProvider {
         MLArrayBatchProvider(array: try (0..<batch.count).map { try prediction(from: batch.features(at: $0)) })
     }

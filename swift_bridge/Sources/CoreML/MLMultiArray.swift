@@ -47,10 +47,15 @@ public final class MLMultiArray {
     }
 
     /// Zeros, each row of which begins at a multiple of `alignment` bytes.
-    init(shape: [NSNumber], dataType: MLMultiArrayDataType, alignment: Int) throws {
+    convenience init(shape: [NSNumber], dataType: MLMultiArrayDataType, alignment: Int) throws {
         guard shape.allSatisfy({ $0.intValue > 0 }) else {
             throw MLModelError(.generic, "a multi-array of shape \(shape): expected positive sizes")
         }
+        self.init(contiguous: shape.map(\.intValue), dataType, alignment: alignment)
+    }
+
+    init(contiguous sizes: [Int], _ dataType: MLMultiArrayDataType, alignment: Int = 1) {
+        let shape = sizes.map { NSNumber(value: $0) }
         var stride = 1
         var strides: [NSNumber] = []
         for (back, size) in shape.reversed().enumerated() {

@@ -10,6 +10,11 @@ private func unet() async throws -> MLModel {
     return try MLModel(contentsOf: try await MLModel.compileModel(at: url))
 }
 
+/// Where nothing may suspend, this and not the asynchronous function of the same name is meant.
+private func predicted(_ model: MLModel, _ provider: any MLFeatureProvider) throws -> any MLFeatureProvider {
+    try model.prediction(from: provider)
+}
+
 private func zeros(_ model: MLModel, _ type: MLMultiArrayDataType? = nil) throws -> [String: MLMultiArray] {
     try model.modelDescription.inputDescriptionsByName.mapValues { feature in
         let constraint = try #require(feature.multiArrayConstraint)
@@ -40,7 +45,7 @@ struct StandInTests {
         inputs["colour"] = try MLMultiArray(shape: [1], dataType: .float32)
         inputs["sample"] = try MLMultiArray(shape: [1, 4, 8, 8], dataType: .float16)
         let provider = try MLDictionaryFeatureProvider(dictionary: inputs)
-        let error = #expect(throws: MLModelError.self) { try model.prediction(from: provider) }
+        let error = #expect(throws: MLModelError.self) { try predicted(model, provider) }
         for part in ["missing timestep", "unknown colour", "sample has shape [1, 4, 8, 8], expected [2, 4, 8, 8]"] {
             #expect(error?.description.contains(part) == true)
         }
@@ -62,7 +67,7 @@ struct StandInTests {
             let inputs = try zeros(model, type)
             let sample = try #require(inputs["sample"])
             for index in 0..<sample.count { sample[index] = NSNumber(value: Double(index) / 256) }
-            let output = try model.prediction(from: MLDictionaryFeatureProvider(dictionary: inputs))
+            let output = try predicted(model, MLDictionaryFeatureProvider(dictionary: inputs))
             let array = try #require(output.featureValue(for: "noise_pred")?.multiArrayValue)
             #expect(array.dataType == .float16)
             results.append((0..<array.count).map { array[$0].doubleValue })
@@ -74,22 +79,79 @@ struct StandInTests {
         let model = try await unet()
         let provider = try MLDictionaryFeatureProvider(dictionary: try zeros(model))
         let plain = try #require(
-            try model.prediction(from: provider).featureValue(for: "noise_pred")?.multiArrayValue)
+            try predicted(model, provider).featureValue(for: "noise_pred")?.multiArrayValue)
         StandIn.rowAlignment = 64
         defer { StandIn.rowAlignment = 1 }
         let padded = try #require(
-            try model.prediction(from: provider).featureValue(for: "noise_pred")?.multiArrayValue)
+            try predicted(model, provider).featureValue(for: "noise_pred")?.multiArrayValue)
         #expect(plain.strides == [256, 64, 8, 1] && padded.strides == [1024, 256, 32, 1])
         #expect((0..<plain.count).allSatisfy { plain[$0] == padded[$0] })
+    }
+
+    @Test func aModelIsFreedWhenItIsReleased() async throws {
+        var model: MLModel? = try await unet()
+        weak let released = model
+        #expect(released != nil)
+        model = nil
+        #expect(released == nil)
+    }
+
+    @Test func aCancelledTaskGetsNoPrediction() async throws {
+        let provider = try MLDictionaryFeatureProvider(dictionary: try zeros(try await unet()))
+        #expect(try await unet().prediction(from: provider, options: MLPredictionOptions()).featureNames == ["noise_pred"])
+        let task = Task {
+            withUnsafeCurrentTask { $0?.cancel() }
+            let model = try await unet()
+            _ = try await model.prediction(from: MLDictionaryFeatureProvider(dictionary: try zeros(model)))
+        }
+        await #expect(throws: CancellationError.self) { try await task.value }
+    }
+
+    @Test func aBatchIsPredictedInOrder() async throws {
+        let model = try await unet()
+        let providers = try (0..<3).map { number in
+            let inputs = try zeros(model)
+            try #require(inputs["timestep"])[0] = NSNumber(value: 100 * number)
+            return try MLDictionaryFeatureProvider(dictionary: inputs)
+        }
+        let batch = try model.predictions(fromBatch: MLArrayBatchProvider(array: providers))
+        for (index, provider) in providers.enumerated() {
+            let alone = try predicted(model, provider).featureValue(for: "noise_pred")?.multiArrayValue
+            let found = batch.features(at: index).featureValue(for: "noise_pred")?.multiArrayValue
+            #expect(alone?[0] == found?[0] && batch.count == 3)
+        }
     }
 
     @Test func aChildThatDiesIsAnErrorAndTheNextModelGetsANewOne() async throws {
         let model = try await unet()
         kill(try #require(StandIn.childProcess), SIGKILL)
         let provider = try MLDictionaryFeatureProvider(dictionary: try zeros(model))
-        let error = #expect(throws: MLModelError.self) { try model.prediction(from: provider) }
+        let error = #expect(throws: MLModelError.self) { try predicted(model, provider) }
         #expect(error?.description.contains("ended with code 9") == true)
         let again = try await unet()
-        #expect(throws: Never.self) { try again.prediction(from: provider) }
+        #expect(throws: Never.self) { try predicted(again, provider) }
     }
+}
+
+@Test func shapedArraysAndMultiArraysHoldTheSameNumbers() throws {
+    let shaped = MLShapedArray<Float>(scalars: (0..<6).map { Float($0) }, shape: [2, 3])
+    let array = MLMultiArray(shaped)
+    #expect(array.dataType == .float32 && array.shape == [2, 3] && shaped.strides == [3, 1])
+    #expect(MLShapedArray<Float>(array).scalars == shaped.scalars)
+    #expect(MLShapedArray<Float16>(converting: array).scalars == [0, 1, 2, 3, 4, 5])
+    let bytes = shaped.withUnsafeShapedBufferPointer { pointer, _, _ in Data(buffer: pointer) }
+    #expect(MLShapedArray<Float>(data: bytes, shape: [3, 2]).scalars == shaped.scalars)
+    #expect(MLShapedArray<Int32>(repeating: 7, shape: [2]).scalars == [7, 7])
+    let rows = MLMultiArray(concatenating: [array, array], axis: 0, dataType: .float16)
+    #expect(rows.shape == [4, 3] && rows.dataType == .float16 && (0..<12).map { rows[$0].intValue % 6 } == (0..<12).map { $0 % 6 })
+    let columns = MLMultiArray(concatenating: [array, array], axis: 1, dataType: .double)
+    #expect((0..<12).map { columns[$0].intValue } == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5])
+}
+
+@Test func readingNumbersAsAnotherTypeTraps() async {
+    await #expect(processExitsWith: .failure) {
+        _ = MLShapedArray<Float16>(MLMultiArray(MLShapedArray<Float>(repeating: 1, shape: [4])))
+    }
+    await #expect(processExitsWith: .failure) { _ = MLShapedArray<Float>(repeating: 1, shape: [4]).scalars[4] }
+    await #expect(processExitsWith: .failure) { _ = MLShapedArray<Float>(scalars: [1, 2], shape: [3]) }
 }
