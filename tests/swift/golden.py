@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from swift import golden_random, golden_schedulers, golden_tokens
+from swift import golden_pictures, golden_random, golden_schedulers, golden_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "swift_bridge" / "Tests" / "DiffusionBridgeTests" / "Golden"
 WRITERS: Mapping[str, Callable[[], Any]] = {
+    "pictures.json": golden_pictures.values,
     "random.json": golden_random.values,
     "schedulers.json": golden_schedulers.values,
     "tokens.json": golden_tokens.values,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from swift import golden, golden_random, golden_schedulers, golden_tokens
+from swift import golden, golden_pictures, golden_random, golden_schedulers, golden_tokens
 
 
 def test_tokens_are_those_of_the_installed_transformers() -> None:
@@ -28,6 +28,15 @@ def test_schedulers_are_those_of_the_installed_diffusers() -> None:
         assert {**written, "values": None} == {**json.loads(json.dumps(now)), "values": None}
         found, expected = (np.frombuffer(base64.b64decode(case["values"]), "<f4") for case in (now, written))
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_are_those_of_the_installed_pillow() -> None:
+    written, now = _written("pictures.json"), json.loads(json.dumps(golden_pictures.values()))
+    for part in ("files", "resized", "clips"):
+        assert written[part] == now[part]
+    for depth, again in zip(written["depths"], now["depths"], strict=True):
+        found, expected = (np.frombuffer(base64.b64decode(case["small"]), "<f4") for case in (again, depth))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def _written(name: str) -> Any:

@@ -1,10 +1,12 @@
-"""The Swift program draws Python's pictures: at least 60 dB."""
+"""The Swift program draws Python's pictures: at least 60 dB. `make test` draws some, `make swift` all of them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,78 +18,131 @@ from diffusion_runtime.families import AttentionKind
 from swift.conftest import Swift
 
 PROMPT = "a large (red:1.3) circle, on a white background"
+LONG_PROMPT = "a large red circle, a small (blue:1.2) square, " * 12
 MIN_PSNR_DB = 60.0
+SCHEDULERS = ("pndm", "euler-ancestral", "dpm++ 2m karras", "heun")
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
+ALL = os.environ.get("SWIFT_PICTURES") == "all"
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shapes") / "models"
-    checkpoint = Path(__file__).resolve().parents[1] / "checkpoints" / "shapes"
-    convert(checkpoint, folder, ConvertOptions(attention=(AttentionKind.ORIGINAL,)))
-    return folder
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint, options of its conversion, and what `generate` is given. ``few``: it is among those of
+    `make test`, with one of the schedulers."""
+
+    checkpoint: str
+    given: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    few: bool = False
+
+    def __str__(self) -> str:
+        return "-".join([self.checkpoint, *map(str, self.options), *self.given])
 
 
-@pytest.mark.parametrize("scheduler", ["pndm", "euler-ancestral", "dpm++ 2m karras", "heun"])
-@pytest.mark.parametrize("kind", ["packages", "compiled"])
-def test_shapes(shapes: Path, kind: str, scheduler: str, swift_program: Swift, tmp_path: Path) -> None:
-    models = shapes / "original" / kind
-    drawn = _drawn(swift_program, models, tmp_path, scheduler, 12)
-    pipe = load_pipeline(models, backend="torch", scheduler=scheduler)
-    expected = pipe(PROMPT, num_inference_steps=12, seed=5).images[0]
-    assert _psnr_db(drawn, expected) >= MIN_PSNR_DB
+STRONG: Mapping[str, Any] = {"image": "picture.png", "strength": 0.6}
+MASKED: Mapping[str, Any] = {"image": "picture.png", "mask": "mask.png"}
+CASES = (
+    Case("shapes", few=True),
+    Case("shapes", STRONG, few=True),
+    Case("shapes", MASKED),
+    Case("shapes", {**MASKED, "strength": 0.7}, few=True),
+    Case("sd1", options={"context_length": 154}, given={"prompt": LONG_PROMPT}),
+    Case("sd1", options={"chunk_unet": True}),
+    Case("sd1-inpainting", MASKED, few=True),
+    Case("sd1-inpainting", {**MASKED, "strength": 0.7, "negative_prompt": "blue"}),
+    Case("sd1-lcm", few=True),
+    Case("sd1-small"),
+    Case("sd2-base", options={"batch_size": 1}),
+    Case("sd2-v", options={"batch_size": 1}, few=True),
+    Case("sd2-inpainting", MASKED),
+    Case("sd2-depth", {"image": "picture.png"}, few=True),
+    Case("sd2-depth", {"image": "picture.png", "depth_image": "depth.png", "strength": 1.0}),
+    Case("x4-upscaler", {"image": "picture.png", "noise_level": 40}, few=True),
+    Case("sdxl", few=True),
+    Case("sdxl", options={"batch_size": 1}, given={"negative_prompt": ""}),
+    Case("sdxl", STRONG),
+    Case("sdxl-v-zero-snr"),
+    Case("sdxl-inpainting", MASKED),
+    Case("sdxl-refiner", {"image": "picture.png"}),
+    Case("sdxl-lcm", {"guidance_scale": 6.0}),
+)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2-base", "sd2-v"])
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_tiny_checkpoints(
-    family: str,
-    batch_size: int,
-    tiny_checkpoint: Callable[[str], Path],
+def _drawings() -> list[Any]:
+    """Every case with every scheduler; of `make test` some, with schedulers and kinds in turn."""
+    listed = []
+    for number, case in enumerate(CASES):
+        turn = SCHEDULERS[number % len(SCHEDULERS)]
+        for index, scheduler in enumerate(SCHEDULERS if ALL else (turn,)):
+            kind = "compiled" if (number + index) % 2 else "packages"
+            if ALL or case.few:
+                used = "lcm" if "lcm" in case.checkpoint else scheduler
+                listed.append(pytest.param(case, kind, used, id=f"{case}-{kind}-{used}"))
+    return listed
+
+
+@pytest.fixture(scope="session")
+def models(build_once: Callable[..., Path], tiny_checkpoint: Callable[[str], Path]) -> Callable[[Case], Path]:
+    """The converted models of a case."""
+
+    def converted(case: Case) -> Path:
+        def write(folder: Path) -> None:
+            own = CHECKPOINTS / case.checkpoint
+            options = ConvertOptions(attention=(AttentionKind.ORIGINAL,), zip=False, **case.options)
+            convert(own if own.is_dir() else tiny_checkpoint(case.checkpoint), folder / "models", options)
+
+        name = "-".join(["swift", case.checkpoint, *(f"{key}{value}" for key, value in case.options.items())])
+        return build_once(name, write) / "models" / "original"
+
+    return converted
+
+
+@pytest.fixture(scope="session")
+def pictures(build_once: Callable[..., Path]) -> Path:
+    """A picture of another size than any models', a mask and a depth of 16 bits."""
+
+    def write(folder: Path) -> None:
+        coarse = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((150, 90), Image.Resampling.BICUBIC).save(folder / "picture.png")
+        mask = np.zeros((90, 150), np.uint8)
+        mask[20:70, 60:] = 255
+        Image.fromarray(mask).save(folder / "mask.png")
+        depth = np.linspace(0, 65535, 90 * 150).reshape(90, 150).astype(np.uint16)
+        Image.fromarray(depth).save(folder / "depth.png")
+
+    return build_once("swift-pictures", write)
+
+
+@pytest.mark.parametrize(("case", "kind", "scheduler"), _drawings())
+@pytest.mark.filterwarnings("ignore::diffusion_runtime.RuntimeNote")
+def test_pictures_are_pythons(
+    case: Case,
+    kind: str,
+    scheduler: str,
+    models: Callable[[Case], Path],
+    pictures: Path,
     swift_program: Swift,
     tmp_path: Path,
 ) -> None:
-    folder = tmp_path / "models"
-    options = ConvertOptions(attention=(AttentionKind.ORIGINAL,), batch_size=batch_size)
-    convert(tiny_checkpoint(family), folder, options)
-    models = folder / "original" / "packages"
-    drawn = _drawn(swift_program, models, tmp_path, "euler", 6)
-    pipe = load_pipeline(models, backend="torch", scheduler="euler")
-    expected = pipe(PROMPT, num_inference_steps=6, seed=5).images[0]
-    assert _psnr_db(drawn, expected) >= MIN_PSNR_DB
+    folder, output = models(case) / kind, tmp_path / "swift.png"
+    given: dict[str, Any] = {"prompt": PROMPT, **case.given}
+    files = {name: pictures / given.pop(name) for name in ("image", "mask", "depth_image") if name in given}
+    named: dict[str, Any] = {"seed": 5, "steps": 6, "scheduler": scheduler, **given, **files}
+    options = [text for name, value in named.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    done = swift_program("generate", str(folder), *options, "-o", str(output))
+    assert done.returncode == 0, done.stderr
+    modes = {"image": ("image", "RGB"), "mask": ("mask_image", "L"), "depth_image": ("depth_map", "F")}
+    loaded = {modes[name][0]: images.load(path, name, modes[name][1]) for name, path in files.items()}
+    pipe: Any = load_pipeline(folder, backend="torch", scheduler=scheduler)
+    expected = pipe(**given, **loaded, num_inference_steps=6, seed=5).images[0]
+    with Image.open(output) as image:
+        assert psnr_db(image, expected) >= MIN_PSNR_DB
+    assert images.read_metadata(output)["task"] != "text to image" or not files
 
 
-def test_pictures_say_how_they_were_made(toy_folder: Path, swift_program: Swift, tmp_path: Path) -> None:
-    _drawn(swift_program, toy_folder, tmp_path, "ddim", 3)
-    record = images.read_metadata(tmp_path / "swift.png")
-    assert record["prompt"] == PROMPT and record["seed"] == 5 and record["scheduler"] == "ddim"
-    assert json.loads(json.dumps(record)) == record
-
-
-def test_what_cannot_be_done_is_one_line_and_exit_code_2(swift_program: Swift, tmp_path: Path) -> None:
-    for arguments in (
-        ("generate", str(tmp_path / "nowhere"), "--prompt", "x", "-o", "x.png"),
-        ("generate", str(tmp_path), "--prompt", "x"),
-        ("generate", str(tmp_path), "--prompt", "x", "-o", "x.png", "--scheduler", "magic"),
-        ("generate", str(tmp_path), "--prompt", "x", "-o", "x.png", "--steps", "many"),
-        ("generate", str(tmp_path), "--colour", "red"),
-        ("fly",),
-    ):
-        done = swift_program(*arguments)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
-def _psnr_db(drawn: Image.Image, expected: Image.Image) -> float:
+def psnr_db(drawn: Image.Image, expected: Image.Image) -> float:
     first, second = (np.asarray(image, np.float64) for image in (drawn, expected))
     error = float(np.mean((first - second) ** 2))
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
-
-
-def _drawn(program: Swift, models: Path, folder: Path, scheduler: str, steps: int) -> Image.Image:
-    output = folder / "swift.png"
-    arguments = ["--prompt", PROMPT, "--seed", "5", "--steps", str(steps), "--scheduler", scheduler]
-    done = program("generate", str(models), *arguments, "-o", str(output))
-    assert done.returncode == 0, done.stderr
-    with Image.open(output) as image:
-        return image.convert("RGB")

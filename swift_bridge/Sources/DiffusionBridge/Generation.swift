@@ -38,7 +38,8 @@ public struct Step: Sendable {
     public let timestep: Double
     /// What the user should know: a prompt that was cut, a picture that was resized.
     public let notes: [String]
-    let latents: Tensor
+    /// The latents after this step, (pictures, channels, height, width).
+    public let latents: Tensor
     let estimate: @Sendable () -> Tensor
     let pipeline: Pipeline
 
@@ -53,7 +54,7 @@ public struct Step: Sendable {
     /// The pictures of this step's latents; of the last step, the finished ones.
     public func result() async throws -> GenerationResult {
         let (images, flagged) = try await pipeline.decoded(latents)
-        return GenerationResult(images: images, flagged: flagged, notes: notes)
+        return GenerationResult(images: images, flagged: flagged, latents: latents, notes: notes)
     }
 }
 
@@ -63,6 +64,8 @@ public struct GenerationResult: Sendable {
     public let images: [Picture]
     /// Whether the safety checker flagged each; all false where nothing was checked.
     public let flagged: [Bool]
+    /// What the pictures were decoded from, (pictures, channels, height, width): what a refiner goes on with.
+    public let latents: Tensor
     /// What the user should know.
     public let notes: [String]
 }
@@ -75,12 +78,11 @@ actor Run {
     private var isFinished = false
 
     private struct State {
-        var scheduler: any Scheduler
-        var noise: Noise
-        var latents: Tensor
+        var job: Job
         let guidance: Guidance
-        let first: Int
-        let notes: [String]
+        var latents: Tensor
+        let calls: Range<Int>
+        let blend: Blend?
         var index = 0
     }
 
@@ -108,51 +110,46 @@ actor Run {
     private func finish() async {
         isFinished = true
         state = nil
-        await pipeline.models.release("text_encoder", "unet")
+        await pipeline.models.release("text_encoder", "text_encoder_2", "vae_encoder", "depth_estimator", "unet")
     }
 
     private func begin() async throws -> State {
-        try request.check()
-        let manifest = pipeline.manifest
-        guard pipeline.sample[1] == manifest.latents.channels else {
-            throw DiffusionError.input(
-                "the UNet takes \(pipeline.sample[1]) channels: in-painting, depth and upscaling models cannot be run "
-                    + "by the Swift program yet")
-        }
-        let scheduler = try configuration().scheduler(steps: request.numInferenceSteps, eta: request.eta)
-        var noise = Noise(seeds: request.seeds, source: request.randomSource)
+        var job = try Job(request, pipeline)
+        let isGuided = pipeline.isGuided(job.request)
         let texts = TextStates(
-            models: pipeline.models, tokenizer: pipeline.tokenizer, manifest: manifest, length: pipeline.textLength,
-            isLong: request.longPrompt)
-        let (states, notes) = try await texts.encode(request.texts)
-        await pipeline.models.release("text_encoder")
-        let count = request.prompts.count
-        let drawn = try noise.normal([count] + pipeline.sample.dropFirst())
+            models: pipeline.models, tokenizers: pipeline.tokenizers,
+            zerosForMissing: pipeline.manifest.zerosForEmptyPrompt, length: pipeline.textLength,
+            isStrict: request.longPrompt)
+        let encoded = try await texts.encode(job.request.texts(isGuided: isGuided))
+        job.notes += encoded.notes
+        let prepared = try await job.prepared()
+        let rows = encoded.states.shape[0]
+        var told = try pipeline.told(job.request, encoded.pooled, rows: rows)
+        told["encoder_hidden_states"] = encoded.states
+        for (name, value) in prepared.labels { told[name] = Tensor(repeating: value, shape: [rows]) }
         let guidance = try Guidance(
-            try await pipeline.models.model("unet"), pictures: count,
-            Guidance.Conditions(rows: ["encoder_hidden_states": states]), scale: request.guidanceScale)
-        let latents = drawn.mapped { $0 * scheduler.initialNoise }
+            try await pipeline.models.model("unet"), pictures: request.count,
+            Guidance.Conditions(rows: told, channels: prepared.channels),
+            scale: isGuided ? job.request.guidanceScale ?? 1 : 1)
         return State(
-            scheduler: scheduler, noise: noise, latents: latents, guidance: guidance, first: 0, notes: notes)
-    }
-
-    private func configuration() throws -> SchedulerConfiguration {
-        let own = pipeline.manifest.schedulerConfiguration
-        return request.scheduler?.applied(to: own) ?? own
+            job: job, guidance: guidance, latents: prepared.latents, calls: prepared.calls, blend: prepared.blend)
     }
 
     private func advance(_ state: inout State) async throws -> Step {
-        let place = state.first + state.index
-        let timestep = state.scheduler.timesteps[place]
-        let input = state.scheduler.scaled(state.latents)
+        let place = state.calls.lowerBound + state.index
+        let timestep = state.job.scheduler.timesteps[place]
+        let input = state.job.scheduler.scaled(state.latents)
         let output = try await state.guidance.predict(input, timestep)
-        let before = state.scheduler
-        var noise = state.noise
-        state.latents = try state.scheduler.step(output, state.latents) { try noise.normal($0.shape) }
-        state.noise = noise
-        let (table, prediction) = (before.table, before.prediction)
+        var noise = state.job.noise
+        state.latents = try state.job.scheduler.step(output, state.latents) { try noise.normal($0.shape) }
+        state.job.noise = noise
+        if let blend = state.blend {
+            let next = state.calls.contains(place + 1) ? place + 1 : nil
+            state.latents = blend.applied(to: state.latents, next: next, state.job.scheduler)
+        }
+        let (table, prediction) = (state.job.scheduler.table, state.job.scheduler.prediction)
         let step = Step(
-            index: state.index, total: before.timesteps.count - state.first, timestep: timestep, notes: state.notes,
+            index: state.index, total: state.calls.count, timestep: timestep, notes: state.job.notes,
             latents: state.latents,
             estimate: { estimated(input, output, timestep, table: table, prediction: prediction) }, pipeline: pipeline)
         state.index += 1

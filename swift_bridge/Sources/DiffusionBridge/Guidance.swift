@@ -1,3 +1,5 @@
+import Foundation
+
 /// Classifier-free guidance (Ho and Salimans, 2022, equation 6) through a UNet of any fixed batch size.
 ///
 /// A row is one picture with one text. Guided, a picture has two rows, the unconditional text first; else one. Rows are
@@ -25,6 +27,16 @@ struct Guidance {
     }
 
     static func isGuided(_ scale: Double) -> Bool { scale > 1 }
+
+    /// What a UNet with `timestep_cond` is told of the guidance scale: sines, then cosines, of 1000 (scale - 1) at falling
+    /// frequencies (Luo et al., Latent Consistency Models, as diffusers has it).
+    static func embedding(_ scale: Double, width: Int) -> [Float] {
+        let half = width / 2
+        let angles = (0..<half).map { index in
+            1000 * (Float(scale) - 1) * exp(Float(index) * -Float(log(10000.0) / Double(half - 1)))
+        }
+        return angles.map { sin($0) } + angles.map { cos($0) } + [Float](repeating: 0, count: width % 2)
+    }
 
     init(_ unet: NamedModel, pictures: Int, _ conditions: Conditions, scale: Double) throws {
         self.unet = unet

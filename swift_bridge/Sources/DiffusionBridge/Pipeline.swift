@@ -23,6 +23,10 @@ public final class Pipeline: Sendable {
         public var checkSafety = true
         /// The folder of vocab.json and merges.txt; nil: the models' own.
         public var tokenizer: URL?
+        /// For folders without a manifest: "epsilon", "v_prediction" or "sample"; nil: the family's usual one.
+        public var predictionType: String?
+        /// For folders without a manifest: the VAE's scaling factor; nil: the family's usual one.
+        public var latentScale: Double?
 
         /// The configuration that suits most machines.
         public init() {}
@@ -32,34 +36,39 @@ public final class Pipeline: Sendable {
     public let notes: [String]
     let manifest: Manifest
     let models: Models
-    let tokenizer: Tokenizer
+    let tokenizers: [Tokenizer]
     let checksSafety: Bool
     let folder: URL
     private let unetShapes: [String: [Int]]
 
-    /// Open a folder that `coreml-sd convert` wrote, or a variant in it. Models are loaded when they are needed first.
+    /// Open a folder that `coreml-sd convert` or Apple's tools wrote, or a variant in it. Models are loaded when they are
+    /// needed first; in a folder without a manifest.json, UNet and decoder now.
     ///
     /// Throws a ``DiffusionError`` for a folder that holds no models or damaged ones.
     public init(contentsOf url: URL, configuration: Configuration = Configuration()) async throws {
-        let found = try ModelFolder(url, units: configuration.computeUnits, tokenizer: configuration.tokenizer)
-        let manifest = found.manifest
-        self.manifest = manifest
+        let found = try ModelFolder(url, configuration)
         folder = found.folder
-        let size = manifest.components.values.reduce(0) { $0 + $1.sizeBytes }
+        let size = found.components.values.reduce(0) { $0 + $1.sizeBytes }
         let isTooLarge = configuration.memoryBudget.map { size > $0 } ?? false
-        let loads = manifest.components.mapValues { found.load($0, configuration.computeUnits) }
+        let loads = found.components.mapValues { found.load($0, configuration.computeUnits) }
         models = Models(loads, keeps: !(configuration.reduceMemory || isTooLarge))
-        checksSafety = configuration.checkSafety && manifest.components["safety_checker"] != nil
         var notes = found.notes
+        if let read = found.manifest {
+            manifest = read
+        } else {
+            let (made, note) = try await found.described(models, configuration)
+            manifest = made
+            notes.append(note)
+        }
+        checksSafety = configuration.checkSafety && models.has("safety_checker")
         if manifest.wantsSafetyChecker, configuration.checkSafety, !checksSafety {
             notes.append("the checkpoint asks for a safety checker, but there is none: pictures are not checked")
         }
         self.notes = notes
-        let length = manifest.components["text_encoder"]?.inputs.first?.shape.last ?? Tokenizer.usualLength
-        let isOpenCLIP = manifest.family.hasPrefix("sd2") || manifest.family.hasPrefix("x4")
-        tokenizer = try Tokenizer(contentsOf: found.tokenizer, length: length, padding: isOpenCLIP ? "!" : nil)
+        tokenizers = try found.tokenizers(manifest)
         var shapes = manifest.components["unet"]?.inputs ?? []
         if shapes.isEmpty { shapes = Array(try await models.model("unet").inputs.values) }
+        await models.release("unet", "vae_decoder")
         unetShapes = Dictionary(shapes.map { ($0.name, $0.shape) }) { first, _ in first }
         for name in ["sample", "encoder_hidden_states"] where unetShapes[name]?.count != 4 {
             throw DiffusionError.package("\(folder.path): unet: expected an input \(name) of four dimensions")
@@ -84,10 +93,57 @@ public final class Pipeline: Sendable {
     /// Load every model that a prompt alone needs and run it once, so that the first picture takes no longer than the
     /// next. Of no use with `reduceMemory`.
     public func prewarm() async throws {
-        for name in ["text_encoder", "unet", "vae_decoder"] + (checksSafety ? ["safety_checker"] : []) {
+        let encoders = TextStates.encoders.filter(models.has)
+        for name in encoders + ["unet", "vae_decoder"] + (checksSafety ? ["safety_checker"] : []) {
             let model = try await models.model(name)
             _ = try await model.predict(model.inputs.mapValues { Tensor(repeating: 0, shape: $0.shape) })
         }
+    }
+
+    /// The request with the defaults of diffusers' pipeline for these models filled in.
+    func settled(_ request: Request) -> Request {
+        let family = Family.named(manifest.family)
+        var settled = request
+        var scale = family.guidanceScale
+        // The default of diffusers' LatentConsistencyModelPipeline.
+        if takesGuidance, !family.hasAddedConditions, request.mask == nil { scale = 8.5 }
+        if request.mask != nil { scale = 7.5 }
+        settled.guidanceScale = request.guidanceScale ?? scale
+        if request.image != nil, request.strength == nil {
+            settled.strength = request.mask == nil ? family.strength : family.inPaintingStrength
+        }
+        return settled
+    }
+
+    /// Whether each picture needs two rows of the UNet's work. A UNet that takes the guidance scale as an input needs one.
+    func isGuided(_ request: Request) -> Bool {
+        Guidance.isGuided(settled(request).guidanceScale ?? 1) && !takesGuidance
+    }
+
+    private var takesGuidance: Bool { unetShapes["timestep_cond"] != nil }
+
+    /// What the UNet takes beside states: SDXL's sizes and pooled text, the guidance scale.
+    func told(_ request: Request, _ pooled: Tensor?, rows: Int) throws -> [String: Tensor] {
+        var told: [String: Tensor] = [:]
+        if unetShapes["text_embeds"] != nil {
+            guard let pooled else {
+                throw DiffusionError.input(
+                    "unet: takes text_embeds, but the last text encoder gives no pooled_outputs")
+            }
+            told["text_embeds"] = pooled
+        }
+        if let count = unetShapes["time_ids"]?.last {
+            let (ids, negative) = try request.sizes.timeIDs(size: [height, width], count: count)
+            let pair = rows == request.count ? ids : negative + ids
+            told["time_ids"] = Tensor(
+                shape: [rows, count], values: Array((0..<request.count).map { _ in pair }.joined()))
+        }
+        if let width = unetShapes["timestep_cond"]?.last {
+            let embedding = Guidance.embedding(request.guidanceScale ?? 1, width: width)
+            told["timestep_cond"] = Tensor(
+                shape: [rows, width], values: Array((0..<rows).map { _ in embedding }.joined()))
+        }
+        return told
     }
 
     /// The pictures of latents, flagged ones black; and the flags.

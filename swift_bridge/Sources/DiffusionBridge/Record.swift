@@ -1,5 +1,88 @@
 import Foundation
 
+/// How a picture was made, as a PNG file says it beside the pixels: the Python command writes and reads the same.
+public struct Record: Sendable {
+    static let key = "coreml-sd"
+    private static let oldKey = "coreml-diffusion"
+    private var members: [(name: String, value: JSON)]
+
+    init(_ members: [(name: String, value: JSON)]) {
+        self.members = members
+    }
+
+    /// What a PNG file says of its making. Throws where it says nothing, or is damaged.
+    public init(contentsOf picture: URL) throws {
+        let data: Data
+        do {
+            data = try Data(contentsOf: picture)
+        } catch {
+            throw DiffusionError.input("picture \(picture.path): cannot be read: \(reason(error))")
+        }
+        do {
+            let texts = try PNG.texts(Array(data))
+            guard let text = texts[Self.key] ?? texts[Self.oldKey] else {
+                throw DiffusionError.input("it does not say how it was made (no '\(Self.key)' entry in the PNG)")
+            }
+            guard let object = try JSON(parsing: Array(text.utf8)).object else {
+                throw DiffusionError.input("its record is no JSON object")
+            }
+            members = object.sorted { $0.key < $1.key }.map { ($0.key, $0.value) }
+        } catch let error as DiffusionError {
+            throw DiffusionError.input("picture \(picture.path): \(error.message)")
+        }
+    }
+
+    subscript(name: String) -> JSON? {
+        members.first { $0.name == name }.flatMap { $0.value.isNull ? nil : $0.value }
+    }
+
+    /// A text in the record, as "models", "image" or "image_sha256"; nil where there is none.
+    public func text(_ name: String) -> String? { self[name]?.string }
+    /// A number in the record, as "latent_scale"; nil where there is none.
+    public func number(_ name: String) -> Double? { self[name]?.number }
+
+    /// The same with a text added or replaced.
+    public func adding(_ name: String, _ text: String) -> Record {
+        let kept = members.filter { $0.name != name }
+        return Record(kept + [(name, .string(text))])
+    }
+
+    /// The request that makes the picture again, without the pictures that it started from. Throws where the record is
+    /// damaged.
+    public func request() throws -> Request {
+        guard let prompt = text("prompt") else { throw DiffusionError.input("its record lacks the prompt") }
+        let seed: UInt64? =
+            switch self["seed"] {
+            case .integer(let whole) where whole >= 0: UInt64(whole)
+            case .unsigned(let whole): whole
+            case nil: 0
+            default: nil
+            }
+        guard let seed else { throw damage("seed") }
+        var request = Request(prompt: prompt, negativePrompt: try value("negative_prompt") { $0.string }, seed: seed)
+        request.randomSource = try value("rng") { $0.string.flatMap { RandomSource(rawValue: $0) } } ?? .torch
+        request.scheduler = try value("scheduler") { $0.string }.map { try SchedulerKind(named: $0) }
+        request.numInferenceSteps = try value("steps") { $0.integer } ?? request.numInferenceSteps
+        request.guidanceScale = try value("guidance_scale") { $0.number }
+        request.strength = try value("strength") { $0.number }
+        request.noiseLevel = try value("noise_level") { $0.integer }
+        request.longPrompt = try value("long_prompt") { $0.bool } ?? false
+        return request
+    }
+
+    private func value<Value>(_ name: String, _ convert: (JSON) -> Value?) throws -> Value? {
+        guard let found = self[name] else { return nil }
+        guard let value = convert(found) else { throw damage(name) }
+        return value
+    }
+
+    private func damage(_ name: String) -> DiffusionError {
+        .input("its record is damaged at \(name): \(self[name]?.text ?? "nothing")")
+    }
+
+    var json: String { JSON.text(of: members.map { ($0.name, $0.value) }) }
+}
+
 extension Pipeline {
     /// Facts about the models, one line each.
     public var description: [String] {
@@ -13,20 +96,28 @@ extension Pipeline {
         ] + parts
     }
 
-    /// How a picture was made, as the Python command records it: `coreml-sd generate --from` repeats the picture.
-    public func record(of request: Request) -> Record {
+    /// How the first picture of a request was made, as the Python command records it: `generate --from` of either
+    /// program repeats the picture. Throws for what these models cannot do.
+    public func record(of request: Request) throws -> Record {
+        let purpose = try Purpose(channels: sample[1], request)
         let used = request.scheduler?.applied(to: manifest.schedulerConfiguration) ?? manifest.schedulerConfiguration
         let scheduler = SchedulerKind.named(used)?.rawValue ?? used.className
-        return Record(members: [
+        let settled = settled(request)
+        let strength = purpose.takes.contains(.strength) ? settled.strength : nil
+        let noise = purpose.takes.contains(.noiseLevel) ? request.noiseLevel ?? Job.usualNoise : nil
+        let seed = request.seeds.first ?? 0
+        return Record([
             ("prompt", .string(request.prompts.first ?? "")),
-            ("negative_prompt", .string(request.negativePrompts.first ?? "")),
-            ("seed", .integer(Int(request.seeds.first ?? 0))),
+            ("negative_prompt", request.negativePrompts.first.map(JSON.string) ?? .null),
+            ("seed", Int(exactly: seed).map(JSON.integer) ?? .unsigned(seed)),
             ("rng", .string(request.randomSource.rawValue)),
             ("scheduler", .string(scheduler)),
             ("steps", .integer(request.numInferenceSteps)),
-            ("guidance_scale", .number(request.guidanceScale)),
+            ("guidance_scale", settled.guidanceScale.map(JSON.number) ?? .null),
+            ("strength", strength.map(JSON.number) ?? .null),
+            ("noise_level", noise.map(JSON.integer) ?? .null),
             ("long_prompt", .bool(request.longPrompt)),
-            ("task", .string("text to image")),
+            ("task", .string(purpose.rawValue)),
             ("model", .string(manifest.name)),
             ("revision", manifest.revision.map(JSON.string) ?? .null),
             ("family", .string(manifest.family)),
@@ -36,15 +127,10 @@ extension Pipeline {
     }
 }
 
-/// How a picture was made, for the PNG's text.
-public struct Record: Sendable {
-    fileprivate let members: [(String, JSON)]
-}
-
 extension Picture {
     /// The bytes of a PNG file, with a record of the picture's making beside the pixels.
     public func png(record: Record? = nil) -> Data {
-        let texts = record.map { [("coreml-sd", JSON.text(of: $0.members)), ("Software", "coreml-sd")] } ?? []
+        let texts = record.map { [(Record.key, $0.json), ("Software", "coreml-sd")] } ?? []
         return Data(PNG.encoded(self, texts: texts))
     }
 

@@ -13,15 +13,26 @@ let help = """
       -o, --output FILE.png    several pictures become NAME-1.png, NAME-2.png, …
       --negative-prompt TEXT   what not to draw
       --steps N                denoising steps (50)
-      --guidance-scale N       how closely to follow the prompt; 1 or less: off (7.5)
+      --guidance-scale N       how closely to follow the prompt; 1 or less: off (7.5; 5 for SDXL)
       --seed N                 same seed, same picture (random, printed)
       --rng NAME               torch, numpy or nvidia (torch)
       --scheduler NAME         pndm, ddim, euler, … (the checkpoint's)
       --count N                pictures per prompt, with seeds counting up (1)
+      --image FILE.png         picture to start from, paint in or enlarge
+      --strength N             how much of --image may change, above 0 to 1 (0.8; 1 with --mask)
+      --mask FILE.png          white where --image is painted anew
+      --depth-image FILE.png   depth of --image, brighter is nearer
+      --noise-level N          upscaling: noise put on --image, 0 to 350 (20)
+      --from FILE.png          repeat a picture of this or the Python program; other options override
+      --preview                keep NAME-preview.png up to date while working
       --compute-units NAME     all, cpu-and-gpu, cpu-and-ne or cpu-only (the models')
       --tokenizer FOLDER       vocab.json and merges.txt, where the models have none
-      --long-prompt            encode long prompts in pieces, where the UNet has room
+      --prediction-type NAME   models without manifest: epsilon, v_prediction or sample
+      --latent-scale N         models without manifest: the VAE's scaling factor
+      --long-prompt            refuse a prompt that is too long for the models, rather than cut it
       --reduce-memory          load and free models stage by stage
+      --memory-budget BYTES    the same where all models together are larger
+      --prewarm                load and run all models once before the first picture
       --no-safety              do not use the safety checker
       --timings                say how long each model took
     """
@@ -31,19 +42,34 @@ func say(_ line: String) {
     FileHandle.standardError.write(Data((line + "\n").utf8))
 }
 
-let words = Array(CommandLine.arguments.dropFirst())
-do {
-    switch words.first {
-    case "generate": try await GenerateCommand(Array(words.dropFirst())).run()
-    case "inspect": try await inspect(Array(words.dropFirst()))
-    case nil, "--help", "help": print(help)
-    case let word?:
-        throw DiffusionError(.input, "unknown command \(word): expected generate or inspect")
+/// The exit code of a command, 0 when all went well.
+func run(_ words: [String]) async -> Int32 {
+    do {
+        switch words.first {
+        case "generate": try await GenerateCommand(Array(words.dropFirst())).run()
+        case "inspect": try await inspect(Array(words.dropFirst()))
+        case nil, "--help", "help": print(help)
+        case let word?:
+            throw DiffusionError(.input, "unknown command \(word): expected generate or inspect")
+        }
+        return 0
+    } catch where error is CancellationError || Task.isCancelled {
+        return interrupted
+    } catch {
+        say("error: \(error)")
+        return 2
     }
-} catch is CancellationError {
-    say("interrupted")
-    exit(130)
-} catch {
-    say("error: \(error)")
-    exit(2)
 }
+
+/// What shells call a program that was stopped by Ctrl-C.
+let interrupted: Int32 = 130
+let work = Task { await run(Array(CommandLine.arguments.dropFirst())) }
+// Files are written whole, so that at the second Ctrl-C nothing can be left half-written either.
+signal(SIGINT, SIG_IGN)
+let interrupts = DispatchSource.makeSignalSource(signal: SIGINT, queue: .global())
+interrupts.setEventHandler {
+    if work.isCancelled { exit(interrupted) }
+    work.cancel()
+}
+interrupts.resume()
+exit(await work.value)

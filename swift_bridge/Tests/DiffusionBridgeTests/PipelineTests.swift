@@ -16,7 +16,7 @@ private func opened(_ change: (inout Pipeline.Configuration) -> Void = { _ in })
     return try await Pipeline(contentsOf: try #require(folder), configuration: configuration)
 }
 
-private func request(_ prompt: String = "a red circle", seed: UInt32 = 1, steps: Int = 4) -> Request {
+private func request(_ prompt: String = "a red circle", seed: UInt64 = 1, steps: Int = 4) -> Request {
     var request = Request(prompt: prompt, seed: seed)
     request.numInferenceSteps = steps
     request.scheduler = .ddim
@@ -134,6 +134,60 @@ struct PipelineTests {
             return try #require(Int(fields[1])) * Int(getpagesize())
         }
     #endif
+
+    @Test func modelsAreLoadedOnceForSeveralPictures() async throws {
+        let pipeline = try await opened()
+        try await pipeline.prewarm()
+        let loaded = await pipeline.timings.mapValues(\.loadSeconds)
+        for seed in 1...2 as ClosedRange<UInt64> { _ = try await pipeline.generate(request(seed: seed)).result }
+        #expect(await pipeline.timings.mapValues(\.loadSeconds) == loaded)
+        #expect(await pipeline.timings["unet"]?.calls == 1 + 2 * 4)
+    }
+
+    @Test func previewsAreOfTheCleanEstimateAndResultsOfTheLatents() async throws {
+        let pipeline = try await opened()
+        for try await step in pipeline.generate(request()) where step.index == 1 {
+            let decoded = try await pipeline.decoded(step.latents).images
+            #expect(try await step.result().images == decoded)
+            #expect(try await step.preview() != decoded)
+        }
+    }
+
+    @Test func aPictureIsResizedNotedAndChangedAsFarAsTheStrengthSays() async throws {
+        let pipeline = try await opened()
+        var changed = request()
+        changed.image = try Picture(width: 32, height: 16, bytes: [UInt8](repeating: 200, count: 3 * 32 * 16))
+        var pictures: [[Picture]] = []
+        for (strength, steps) in [(0.5, 2), (1.0, 4)] {
+            changed.strength = strength
+            var count = 0
+            for try await step in pipeline.generate(changed) {
+                count += 1
+                #expect(step.notes == ["the image was resized from 32x16 to 64x64, which these models take"])
+                if step.isLast { pictures.append(try await step.result().images) }
+            }
+            #expect(count == steps)
+        }
+        #expect(pictures[0] != pictures[1])
+        // Even the strongest change sees the picture.
+        changed.image = .black(64, 64)
+        #expect(try await pipeline.generate(changed).result.images != pictures[1])
+    }
+
+    @Test func latentsGoOnWhereAnotherModelEnded() async throws {
+        let pipeline = try await opened()
+        let whole = try await pipeline.generate(request()).result
+        var first = request()
+        first.denoisingEnd = 0.5
+        let half = try await pipeline.generate(first).result
+        var second = request()
+        (second.denoisingStart, second.latents) = (0.5, half.latents)
+        #expect(try await pipeline.generate(second).result.images == whole.images)
+        second.latents = Tensor(repeating: 0, shape: [1, 4, 1, 1])
+        await #expect(throws: DiffusionError.self) { try await pipeline.generate(second).result }
+        second.latents = nil
+        await #expect(throws: DiffusionError.self) { try await pipeline.generate(second).result }
+    }
 
     @Test func whatCannotBeDoneIsSaid() async throws {
         let pipeline = try await opened()

@@ -4,14 +4,14 @@ import Testing
 
 private struct RandomCase: Decodable, Sendable {
     let source: String
-    let seed: UInt32
+    let seed: UInt64
     let calls: [Int]
     let bits: [UInt32]
 }
 
 @Test func randomNumbersEqualPythonsBitForBit() throws {
     let cases: [RandomCase] = try golden("random")
-    #expect(cases.count == 6)
+    #expect(cases.count == 8)
     for expected in cases {
         let source = try #require(RandomSource(rawValue: expected.source))
         var generator = source.seeded(expected.seed)

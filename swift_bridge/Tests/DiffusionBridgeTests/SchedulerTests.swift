@@ -54,7 +54,7 @@ private func run(_ expected: SchedulerCase) throws -> Float {
     var latents = drawn.mapped { $0 * scheduler.initialNoise }
     if let strength = expected.strength {
         first = try scheduler.firstCall(steps: expected.steps, strength: strength)
-        scheduler.begin(at: first)
+        scheduler.position = first
         latents = scheduler.noised(Tensor(repeating: 0.5, shape: SchedulerCase.shape), drawn, at: first)
     }
     let timesteps = scheduler.timesteps[first...].map(Float.init)

@@ -6,6 +6,8 @@ indirect enum JSON: Sendable, Equatable {
     case null
     case bool(Bool)
     case integer(Int)
+    /// A whole number beyond `Int`: a seed.
+    case unsigned(UInt64)
     case number(Double)
     case string(String)
     case array([JSON])
@@ -26,6 +28,7 @@ indirect enum JSON: Sendable, Equatable {
     var number: Double? {
         switch self {
         case .integer(let value): Double(value)
+        case .unsigned(let value): Double(value)
         case .number(let value): value
         default: nil
         }
@@ -37,6 +40,7 @@ indirect enum JSON: Sendable, Equatable {
         case .null: "null"
         case .bool(let value): value ? "true" : "false"
         case .integer(let value): String(value)
+        case .unsigned(let value): String(value)
         case .number(let value):
             value.isNaN ? "NaN" : value.isInfinite ? (value < 0 ? "-Infinity" : "Infinity") : String(value)
         case .string(let value): JSON.quoted(value)
@@ -175,6 +179,7 @@ private struct JSONParser {
         }
         let isPlain = text.utf8.allSatisfy { "0123456789+-.eE".utf8.contains($0) }
         if isPlain, let whole = Int(text) { return .integer(whole) }
+        if isPlain, let whole = UInt64(text) { return .unsigned(whole) }
         guard isPlain, let number = Double(text) else {
             position = start
             throw damage("no JSON value")

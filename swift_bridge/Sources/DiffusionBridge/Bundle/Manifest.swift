@@ -22,20 +22,24 @@ struct Manifest: Sendable {
     }
 
     let name: String
-    let revision: String?
+    var revision: String?
     let family: String
     let attention: String
-    let height: Int
-    let width: Int
     let latents: Latents
     let prediction: String
     let components: [String: Component]
     let scheduler: [String: JSON]
-    let noiseScheduler: [String: JSON]?
+    var noiseScheduler: [String: JSON]?
     /// The folder of vocab.json and merges.txt.
-    let tokenizer: String?
-    let zerosForEmptyPrompt: Bool
+    var tokenizer: String?
+    /// The same of a second text encoder.
+    var secondTokenizer: String?
+    /// A negative prompt that is not given has states of zeros.
+    var zerosForEmptyPrompt = false
     let wantsSafetyChecker: Bool
+}
+
+extension Manifest {
 
     /// The manifest of a folder. Throws where it is missing, damaged or of the future.
     init(contentsOf folder: URL) throws {
@@ -52,8 +56,6 @@ struct Manifest: Sendable {
         revision = source.json["revision"]?.string
         family = try reader.string("family")
         attention = try reader.string("attention")
-        height = try reader.integer("height", nil)
-        width = try reader.integer("width", nil)
         let latents = try reader.object("latents")
         self.latents = Latents(
             channels: try latents.integer("channels", nil), factor: try latents.integer("factor", nil),
@@ -63,6 +65,7 @@ struct Manifest: Sendable {
         scheduler = try reader.object("scheduler").json.object ?? [:]
         noiseScheduler = reader.json["noise_scheduler"]?.object
         tokenizer = reader.json["tokenizer"].map { $0.string } ?? "."
+        secondTokenizer = reader.json["tokenizer_2"]?.string
         zerosForEmptyPrompt = reader.json["force_zeros_for_empty_prompt"]?.bool ?? false
         wantsSafetyChecker = reader.json["requires_safety_checker"]?.bool ?? false
     }
@@ -70,13 +73,8 @@ struct Manifest: Sendable {
     /// The checkpoint's scheduler with the settings that its family's pipeline in diffusers imposes, in place of what the
     /// file says or leaves out.
     var schedulerConfiguration: SchedulerConfiguration {
-        let imposed: [String: JSON] =
-            switch family {
-            case "sd2-depth", "x4-upscaler": [:]
-            case "sd1-inpainting", "sd2-inpainting": ["steps_offset": .integer(1), "skip_prk_steps": .bool(true)]
-            default: ["steps_offset": .integer(1), "clip_sample": .bool(false)]
-            }
-        return SchedulerConfiguration(scheduler).setting(imposed).setting(["prediction_type": .string(prediction)])
+        SchedulerConfiguration(scheduler).imposing(Family.named(family).schedulerSettings)
+            .setting(["prediction_type": .string(prediction)])
     }
 }
 

@@ -96,7 +96,7 @@ final class CoreMLModel: Model, @unchecked Sendable {
             let results = try model.prediction(from: provider)
             var values: [String: Tensor] = [:]
             for name in results.featureNames {
-                if let array = results.featureValue(for: name)?.multiArrayValue { values[name] = try Self.tensor(array) }
+                if let array = results.featureValue(for: name)?.multiArrayValue { values[name] = try tensor(array, name) }
             }
             return values
         } catch let error as DiffusionError {
@@ -107,85 +107,31 @@ final class CoreMLModel: Model, @unchecked Sendable {
     }
 
     /// The array of an input. What a call before gave is converted once: its values lie where they lay, and as they
-    /// are kept nobody can have changed them there.
+    /// are kept nobody can have changed them there. Others are written over what the call before was given.
     private func array(_ name: String, _ tensor: Tensor) throws -> MLMultiArray {
         if let (earlier, array) = kept[name], earlier.shares(tensor) { return array }
-        let type = types[name] ?? .float32
-        let array = try MLMultiArray(shape: tensor.shape.map { NSNumber(value: $0) }, dataType: type)
-        try Self.fill(array, tensor.values)
+        let array = try kept[name]?.array
+            ?? MLMultiArray(shape: tensor.shape.map { NSNumber(value: $0) }, dataType: types[name] ?? .float32)
+        let layout = try layout(array, name)
+        array.withUnsafeMutableBytes { bytes, _ in layout.write(tensor.values, to: bytes) }
         kept[name] = (tensor, array)
         return array
     }
 
-    private static func fill(_ array: MLMultiArray, _ values: [Float]) throws {
-        let rows = Rows(shape: array.shape.map(\.intValue), strides: array.strides.map(\.intValue))
-        let type = array.dataType
-        array.withUnsafeMutableBytes { bytes, _ in
-            values.withUnsafeBufferPointer { source in
-                rows.forEach { start, place, count in
-                    for index in 0..<count {
-                        let value = source[start + index]
-                        switch type {
-                        case .float16: bytes.storeBytes(of: Half.bits(value), toByteOffset: 2 * (place + index), as: UInt16.self)
-                        case .int32: bytes.storeBytes(of: Int32(value), toByteOffset: 4 * (place + index), as: Int32.self)
-                        case .double: bytes.storeBytes(of: Double(value), toByteOffset: 8 * (place + index), as: Double.self)
-                        default: bytes.storeBytes(of: value, toByteOffset: 4 * (place + index), as: Float.self)
-                        }
-                    }
-                }
-            }
-        }
-    }
-
     /// The values of an array, whatever its type and however far apart its rows lie.
-    private static func tensor(_ array: MLMultiArray) throws -> Tensor {
-        let shape = array.shape.map(\.intValue)
-        let rows = Rows(shape: shape, strides: array.strides.map(\.intValue))
-        let type = array.dataType
-        let values = array.withUnsafeBytes { bytes in
-            [Float](unsafeUninitializedCapacity: shape.reduce(1, *)) { buffer, initialized in
-                rows.forEach { start, place, count in
-                    for index in 0..<count {
-                        buffer[start + index] =
-                            switch type {
-                            case .float16: Half.float(bytes.load(fromByteOffset: 2 * (place + index), as: UInt16.self))
-                            case .int32: Float(bytes.load(fromByteOffset: 4 * (place + index), as: Int32.self))
-                            case .double: Float(bytes.load(fromByteOffset: 8 * (place + index), as: Double.self))
-                            default: bytes.load(fromByteOffset: 4 * (place + index), as: Float.self)
-                            }
-                    }
-                }
-                initialized = shape.reduce(1, *)
-            }
+    private func tensor(_ array: MLMultiArray, _ name: String) throws -> Tensor {
+        let layout = try layout(array, name)
+        return Tensor(shape: layout.shape, values: array.withUnsafeBytes(layout.read))
+    }
+
+    private func layout(_ array: MLMultiArray, _ feature: String) throws -> Layout {
+        let elements: [MLMultiArrayDataType: Element] = [
+            .float16: .float16, .float32: .float32, .double: .double, .int32: .int32,
+        ]
+        guard let element = elements[array.dataType] else {
+            throw DiffusionError.package("\(name): \(feature) is made of numbers of an unknown type")
         }
-        return Tensor(shape: shape, values: values)
-    }
-}
-
-/// The rows of an array in memory: where each starts among all values, where in memory, and how long it is.
-private struct Rows {
-    let shape: [Int]
-    let strides: [Int]
-
-    func forEach(_ body: (Int, Int, Int) -> Void) {
-        guard let length = shape.last, strides.last == 1 else { return forEachValue(body) }
-        walk(Array(shape.dropLast()), length, body)
-    }
-
-    /// Where even neighbours lie apart.
-    private func forEachValue(_ body: (Int, Int, Int) -> Void) {
-        walk(shape, 1, body)
-    }
-
-    private func walk(_ sizes: [Int], _ length: Int, _ body: (Int, Int, Int) -> Void) {
-        for row in 0..<sizes.reduce(1, *) {
-            var (rest, place) = (row, 0)
-            for (size, stride) in zip(sizes, strides).reversed() {
-                place += rest % size * stride
-                rest /= size
-            }
-            body(row * length, place, length)
-        }
+        return Layout(shape: array.shape.map(\.intValue), strides: array.strides.map(\.intValue), element: element)
     }
 }
 

@@ -85,7 +85,11 @@ struct NamedModel: Sendable {
 
     /// The output of a name, or the only one. Throws where it is not made of numbers.
     func one(_ output: String, _ tensors: [String: Tensor]) async throws -> Tensor {
-        let results = try await predict(tensors)
+        try checked(output, try await predict(tensors))
+    }
+
+    /// Of a call's results, the one of a name, or the only one. Throws where it is not made of numbers.
+    func checked(_ output: String, _ results: [String: Tensor]) throws -> Tensor {
         guard let value = results[output] ?? (results.count == 1 ? results.values.first : nil) else {
             let known = results.keys.sorted().joined(separator: ", ")
             throw DiffusionError.package("\(name): has no output \(output) (it has: \(known))")

@@ -56,6 +56,12 @@ public struct Tensor: Sendable, Equatable {
         Tensor(shape: shape, values: values.map(change))
     }
 
+    /// No value farther from 0 than `limit`, where there is one.
+    func clipped(_ limit: Float?) -> Tensor {
+        guard let limit else { return self }
+        return mapped { min(max($0, -limit), limit) }
+    }
+
     /// The sum of tensors of one shape, each times its factor.
     static func combination(_ terms: [(Float, Tensor)]) -> Tensor {
         let shape = terms[0].1.shape

@@ -1,9 +1,9 @@
 import Foundation
 
-/// PNG files (W3C, third edition): 8-bit colours out, every kind without interlacing in, and texts beside the pixels.
+/// PNG files (W3C, third edition): 8-bit colours out, and texts beside the pixels. ``Raster`` reads the pixels.
 enum PNG {
     private static let signature: [UInt8] = [0x89, 0x50, 0x4E, 0x47, 0x0D, 0x0A, 0x1A, 0x0A]
-    private static let mostPixels = 1 << 28
+    private static let mostText = 1 << 26
 
     /// A file with the texts as iTXt chunks, in order.
     static func encoded(_ picture: Picture, texts: [(String, String)] = []) -> [UInt8] {
@@ -47,6 +47,8 @@ enum PNG {
         ~bytes.reduce(~UInt32(0)) { table[Int(UInt8(truncatingIfNeeded: $0) ^ $1)] ^ ($0 >> 8) }
     }
 
+    static func isOne(_ data: some Sequence<UInt8>) -> Bool { data.starts(with: signature) }
+
     /// The chunks of a file: type and content. Throws where it is no PNG, cut or damaged.
     static func chunks(_ file: [UInt8]) throws -> [(type: String, content: [UInt8])] {
         guard file.starts(with: signature) else { throw DiffusionError.input("not a PNG file") }
@@ -71,15 +73,29 @@ enum PNG {
         bytes[position..<position + 4].reduce(0) { $0 << 8 | Int($1) }
     }
 
-    /// The texts beside the pixels, by key.
+    /// The texts beside the pixels, by key; of a key that comes twice, the last.
     static func texts(_ file: [UInt8]) throws -> [String: String] {
         var texts: [String: String] = [:]
-        for (type, content) in try chunks(file) where type == "iTXt" || type == "tEXt" {
-            let parts = content.split(separator: 0, maxSplits: type == "tEXt" ? 1 : 5, omittingEmptySubsequences: false)
-            guard parts.count > 1, let text = parts.last else { continue }
-            // Of iTXt: key, flag and method (two zeros where it is not compressed), language, translated key, text.
-            texts[String(decoding: parts[0], as: UTF8.self)] = String(decoding: text, as: UTF8.self)
+        for (type, content) in try chunks(file) {
+            let parts = content.split(separator: 0, maxSplits: 1, omittingEmptySubsequences: false)
+            guard parts.count == 2 else { continue }
+            let (key, rest) = (String(decoding: parts[0], as: UTF8.self), Array(parts[1]))
+            switch type {
+            case "tEXt": texts[key] = latin1(rest)
+            case "zTXt": texts[key] = latin1(try Inflate.bytes(of: Array(rest.dropFirst()), limit: mostText))
+            case "iTXt":
+                // Whether it is compressed, how, the language, the translated key, the text.
+                let fields = rest.dropFirst(2).split(separator: 0, maxSplits: 2, omittingEmptySubsequences: false)
+                guard rest.count > 2, fields.count == 3 else { continue }
+                let text = rest[0] == 0 ? Array(fields[2]) : try Inflate.bytes(of: Array(fields[2]), limit: mostText)
+                texts[key] = String(decoding: text, as: UTF8.self)
+            default: continue
+            }
         }
         return texts
+    }
+
+    private static func latin1(_ bytes: [UInt8]) -> String {
+        String(String.UnicodeScalarView(bytes.map { Unicode.Scalar($0) }))
     }
 }

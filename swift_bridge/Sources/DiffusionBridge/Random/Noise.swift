@@ -12,10 +12,10 @@ public enum RandomSource: String, Sendable, CaseIterable {
     /// As torch draws on an NVIDIA GPU.
     case nvidia
 
-    func seeded(_ seed: UInt32) -> any NormalSource {
+    func seeded(_ seed: UInt64) -> any NormalSource {
         switch self {
-        case .torch: TorchNormal(seed: seed)
-        case .numpy: NumPyNormal(seed: seed)
+        case .torch: TorchNormal(seed: UInt32(truncatingIfNeeded: seed))  // all that torch's generator takes
+        case .numpy: NumPyNormal(seed: UInt32(truncatingIfNeeded: seed))
         case .nvidia: NvidiaNormal(seed: seed)
         }
     }
@@ -25,7 +25,7 @@ public enum RandomSource: String, Sendable, CaseIterable {
 struct Noise {
     private var sources: [any NormalSource]
 
-    init(seeds: [UInt32], source: RandomSource) {
+    init(seeds: [UInt64], source: RandomSource) {
         sources = seeds.map(source.seeded)
     }
 

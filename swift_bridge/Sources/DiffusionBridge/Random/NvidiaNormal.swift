@@ -5,10 +5,10 @@ import Foundation
 ///
 /// Value `i` of call `k` is the first of the four normals of counter `(k, 0, i, 0)` under the key `seed`.
 struct NvidiaNormal: NormalSource {
-    private let seed: UInt32
+    private let seed: UInt64
     private var calls: UInt32 = 0
 
-    init(seed: UInt32) {
+    init(seed: UInt64) {
         self.seed = seed
     }
 
@@ -24,7 +24,7 @@ struct NvidiaNormal: NormalSource {
     /// Ten rounds of Philox 4x32: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), section 3.3.
     private func philox(_ call: UInt32, _ index: UInt32) -> (UInt32, UInt32) {
         var (c0, c1, c2, c3): (UInt32, UInt32, UInt32, UInt32) = (call, 0, index, 0)
-        var (k0, k1): (UInt32, UInt32) = (seed, 0)
+        var (k0, k1) = (UInt32(truncatingIfNeeded: seed), UInt32(seed >> 32))
         for _ in 0..<10 {
             let left = c0.multipliedFullWidth(by: 0xD251_1F53)
             let right = c2.multipliedFullWidth(by: 0xCD9E_8D57)

@@ -7,7 +7,7 @@ struct DDIM: Scheduler {
     private let stride: Int
     private let clip: Float?
     private let eta: Float
-    private var position = 0
+    var position = 0
 
     init(_ configuration: SchedulerConfiguration, steps: Int, eta: Double) throws {
         try configuration.refuse("thresholding", unless: ["false"])
@@ -15,16 +15,12 @@ struct DDIM: Scheduler {
         table = try NoiseTable(configuration, readsZeroSNR: true)
         last = try configuration.bool("set_alpha_to_one", true) ? 1 : table.alphas[0]
         stride = table.count / steps
-        clip = try configuration.bool("clip_sample", true) ? Float(configuration.number("clip_sample_range", 1)) : nil
+        clip = try configuration.clip(byDefault: true)
         self.eta = Float(eta)
         timesteps = Spacing.timesteps(
             try configuration.choice("timestep_spacing", .leading), steps, table,
             offset: try configuration.integer("steps_offset", 0)
         ).map(Spacing.roundedToEven)
-    }
-
-    mutating func begin(at index: Int) {
-        position = index
     }
 
     mutating func step(_ output: Tensor, _ sample: Tensor, draw: (Tensor) throws -> Tensor) throws -> Tensor {
@@ -40,15 +36,11 @@ struct DDIM: Scheduler {
             case .sample: sample.combined(1 / noise, -picture / noise, clean)
             case .velocity: output.combined(picture, noise, sample)
             }
-        if let clip { clean = clean.mapped { min(max($0, -clip), clip) } }
+        clean = clean.clipped(clip)
         let variance = (1 - next) / (1 - alpha) * (1 - alpha / next)
         let deviation = eta * variance.squareRoot()
         let forward = (1 - next - deviation * deviation).squareRoot()
         let moved = clean.combined(next.squareRoot(), forward, direction)
         return eta > 0 ? moved.combined(1, deviation, try draw(output)) : moved
-    }
-
-    func noised(_ clean: Tensor, _ noise: Tensor, at index: Int) -> Tensor {
-        mixed(clean, noise, alpha: table.alphas[min(Int(timesteps[index]), table.count - 1)])
     }
 }

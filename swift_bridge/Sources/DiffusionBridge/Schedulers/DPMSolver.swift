@@ -12,6 +12,23 @@ enum DPMType: String, CaseIterable {
     case logrho, bh1, bh2
 }
 
+/// What both forms read of a configuration.
+private struct DPMSettings {
+    let prediction: PredictionType
+    let isStochastic: Bool
+    let isHeun: Bool
+    let order: Int
+
+    init(_ configuration: SchedulerConfiguration) throws {
+        try configuration.refuseUnknownSpacings()
+        try configuration.refuse("solver_order", unless: ["1", "2"])
+        prediction = try configuration.choice("prediction_type", .epsilon)
+        isStochastic = try configuration.choice("algorithm_type", DPMAlgorithm.ordinary) == .stochastic
+        isHeun = try configuration.choice("solver_type", DPMType.midpoint) == .heun
+        order = try configuration.integer("solver_order", 2)
+    }
+}
+
 /// One update: from the latents at level `from` to level `to` with clean latents `picture`, and for the second order
 /// their `slope` in lambda. `noise` is nil for the ordinary form.
 private func moved(
@@ -38,23 +55,16 @@ private func moved(
 /// The multistep form: the second order comes from the step before.
 struct DPMSolverMultistep: SolverScheduler {
     let table: NoiseTable
-    let prediction: PredictionType
     let timesteps: [Double]
     let levels: [Float]
     var position = 0
-    private let isStochastic: Bool
-    private let isHeun: Bool
-    private let solverOrder: Int
+    var prediction: PredictionType { settings.prediction }
+    private let settings: DPMSettings
     private let endsInFirstOrder: Bool
     private var before: Tensor?
 
     init(_ configuration: SchedulerConfiguration, steps: Int) throws {
-        try configuration.refuseUnknownSpacings()
-        try configuration.refuse("solver_order", unless: ["1", "2"])
-        prediction = try configuration.choice("prediction_type", .epsilon)
-        isStochastic = try configuration.choice("algorithm_type", DPMAlgorithm.ordinary) == .stochastic
-        isHeun = try configuration.choice("solver_type", DPMType.midpoint) == .heun
-        solverOrder = try configuration.integer("solver_order", 2)
+        settings = try DPMSettings(configuration)
         table = try NoiseTable(configuration, readsZeroSNR: true, keepsLastFinite: true)
         let last = table.count - (try SolverSpacing.clipped(configuration, table))
         let spacing = try SolverSpacing(
@@ -72,47 +82,42 @@ struct DPMSolverMultistep: SolverScheduler {
 
     mutating func step(_ output: Tensor, _ sample: Tensor, draw: (Tensor) throws -> Tensor) throws -> Tensor {
         let picture = clean(sample, output)
-        let noise = isStochastic ? try draw(output) : nil
+        let noise = settings.isStochastic ? try draw(output) : nil
         let (from, to) = (Level(levels[position]), Level(levels[position + 1]))
         var slope: Tensor?
         let isLast = position == timesteps.count - 1
-        if let before, solverOrder > 1, !(isLast && endsInFirstOrder) {
+        if let before, settings.order > 1, !(isLast && endsInFirstOrder) {
             let earlier = Level(levels[position - 1])
             let share = (from.lambda - earlier.lambda) / (to.lambda - from.lambda)
             slope = picture.combined(1 / share, -1 / share, before)
         }
         before = picture
         position += 1
-        return moved(sample, from: from, to: to, picture: picture, slope: slope, noise: noise, isHeun: isHeun)
+        return moved(sample, from: from, to: to, picture: picture, slope: slope, noise: noise, isHeun: settings.isHeun)
     }
 }
 
 /// The singlestep form: every second call starts again from the latents of the call before.
 struct DPMSolverSinglestep: SolverScheduler {
     let table: NoiseTable
-    let prediction: PredictionType
     let timesteps: [Double]
     let levels: [Float]
     var position = 0
-    private let isStochastic: Bool
-    private let isHeun: Bool
+    var prediction: PredictionType { settings.prediction }
+    private let settings: DPMSettings
     private let orders: [Int]
     private var before: Tensor?
     private var start: Tensor?
 
     init(_ configuration: SchedulerConfiguration, steps: Int) throws {
-        try configuration.refuseUnknownSpacings()
-        try configuration.refuse("solver_order", unless: ["1", "2"])
-        prediction = try configuration.choice("prediction_type", .epsilon)
-        isStochastic = try configuration.choice("algorithm_type", DPMAlgorithm.ordinary) == .stochastic
-        isHeun = try configuration.choice("solver_type", DPMType.midpoint) == .heun
+        settings = try DPMSettings(configuration)
         table = try NoiseTable(configuration)
         let last = table.count - (try SolverSpacing.clipped(configuration, table))
         let spread = Spacing.multistepTimesteps(.linspace, steps, table, offset: 0, last: last)
         let spacing = try SolverSpacing(configuration, table, steps: steps, timesteps: spread)
         (timesteps, levels) = (spacing.timesteps, spacing.levels)
         orders = Self.orders(
-            steps, solverOrder: try configuration.integer("solver_order", 2),
+            steps, solverOrder: settings.order,
             endsAtZero: try configuration.choice("final_sigmas_type", FinalSigmas.zero) == .zero,
             endsLower: try configuration.bool("lower_order_final", false))
     }
@@ -127,7 +132,7 @@ struct DPMSolverSinglestep: SolverScheduler {
 
     mutating func step(_ output: Tensor, _ sample: Tensor, draw: (Tensor) throws -> Tensor) throws -> Tensor {
         let picture = clean(sample, output)
-        let noise = isStochastic ? try draw(output) : nil
+        let noise = settings.isStochastic ? try draw(output) : nil
         let to = Level(levels[position + 1])
         defer {
             before = picture
@@ -137,11 +142,11 @@ struct DPMSolverSinglestep: SolverScheduler {
             start = sample
             return moved(
                 sample, from: Level(levels[position]), to: to, picture: picture, slope: nil, noise: noise,
-                isHeun: isHeun)
+                isHeun: settings.isHeun)
         }
         let (middle, from) = (Level(levels[position]), Level(levels[position - 1]))
         let share = (middle.lambda - from.lambda) / (to.lambda - from.lambda)
         let slope = picture.combined(1 / share, -1 / share, before)
-        return moved(start, from: from, to: to, picture: before, slope: slope, noise: noise, isHeun: isHeun)
+        return moved(start, from: from, to: to, picture: before, slope: slope, noise: noise, isHeun: settings.isHeun)
     }
 }

@@ -17,7 +17,7 @@ struct Heun: SigmaScheduler {
         table = try NoiseTable(configuration, defaults: BetaDefaults(start: 0.00085, end: 0.012))
         let plain = configuration.setting(["final_sigmas_type": .null])
         spacing = try SigmaSpacing(plain, table, steps: steps, allowsKarras: true)
-        clip = try configuration.bool("clip_sample", false) ? Float(configuration.number("clip_sample_range", 1)) : nil
+        clip = try configuration.clip(byDefault: false)
         timesteps = spacing.timesteps.prefix(1) + spacing.timesteps.dropFirst().flatMap { [$0, $0] }
         levels = spacing.sigmas.prefix(1) + spacing.sigmas.dropFirst().dropLast().flatMap { [$0, $0] } + [0]
     }
@@ -34,8 +34,7 @@ struct Heun: SigmaScheduler {
     mutating func step(_ output: Tensor, _ sample: Tensor, draw: (Tensor) throws -> Tensor) throws -> Tensor {
         // In the second call of a step, this is the level that the first one reached.
         let sigma = levels[position]
-        var picture = clean(sample, output, sigma)
-        if let clip { picture = picture.mapped { min(max($0, -clip), clip) } }
+        let picture = clean(sample, output, sigma).clipped(clip)
         let here = sample.combined(1 / sigma, -1 / sigma, picture)
         position += 1
         if let started = begun {

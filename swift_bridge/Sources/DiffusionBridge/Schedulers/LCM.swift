@@ -6,7 +6,7 @@ struct LCM: Scheduler {
     private let clip: Float?
     private let scaling: Float
     private let steps: Int
-    private var position = 0
+    var position = 0
 
     init(_ configuration: SchedulerConfiguration, steps: Int) throws {
         try configuration.refuse("thresholding", unless: ["false"])
@@ -14,7 +14,7 @@ struct LCM: Scheduler {
         table = try NoiseTable(
             configuration, defaults: BetaDefaults(start: 0.00085, end: 0.012, schedule: .scaledLinear),
             readsZeroSNR: true)
-        clip = try configuration.bool("clip_sample", false) ? Float(configuration.number("clip_sample_range", 1)) : nil
+        clip = try configuration.clip(byDefault: false)
         scaling = Float(try configuration.number("timestep_scaling", 10))
         let trained = try configuration.integer("original_inference_steps", 50)
         guard (1...table.count).contains(trained), steps <= trained else {
@@ -29,15 +29,10 @@ struct LCM: Scheduler {
         }
     }
 
-    mutating func begin(at index: Int) {
-        position = index
-    }
-
     mutating func step(_ output: Tensor, _ sample: Tensor, draw: (Tensor) throws -> Tensor) throws -> Tensor {
         let timestep = Int(timesteps[position])
         let alpha = table.alphas[timestep]
-        var clean = cleaned(sample, output, alpha: alpha.squareRoot(), sigma: (1 - alpha).squareRoot())
-        if let clip { clean = clean.mapped { min(max($0, -clip), clip) } }
+        let clean = cleaned(sample, output, alpha: alpha.squareRoot(), sigma: (1 - alpha).squareRoot()).clipped(clip)
         let scaled = Float(timestep) * scaling
         let sum = scaled * scaled + 0.25
         let denoised = clean.combined(scaled / sum.squareRoot(), 0.25 / sum, sample)
@@ -45,9 +40,5 @@ struct LCM: Scheduler {
         guard position < steps else { return denoised }
         let next = table.alphas[Int(timesteps[position])]
         return mixed(denoised, try draw(output), alpha: next)
-    }
-
-    func noised(_ clean: Tensor, _ noise: Tensor, at index: Int) -> Tensor {
-        mixed(clean, noise, alpha: table.alphas[Int(timesteps[index])])
     }
 }

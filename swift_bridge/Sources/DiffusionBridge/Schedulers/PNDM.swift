@@ -6,7 +6,7 @@ struct PNDM: Scheduler {
     let prediction: PredictionType
     private let last: Float
     private let stride: Int
-    private var position = 0
+    var position = 0
     private var calls = 0
     private var outputs: [Tensor] = []
     private var first: Tensor?
@@ -26,10 +26,6 @@ struct PNDM: Scheduler {
         ).map(Spacing.roundedToEven)
         // The last but one of the ascending list comes twice; with one step there is no such.
         timesteps = spread.count > 1 ? [spread[0], spread[1], spread[1]] + spread.dropFirst(2) : spread
-    }
-
-    mutating func begin(at index: Int) {
-        position = index
     }
 
     mutating func step(_ output: Tensor, _ sample: Tensor, draw: (Tensor) throws -> Tensor) throws -> Tensor {
@@ -55,10 +51,6 @@ struct PNDM: Scheduler {
         position += 1
         calls += 1
         return moved(from, direction, timestep, previous)
-    }
-
-    func noised(_ clean: Tensor, _ noise: Tensor, at index: Int) -> Tensor {
-        mixed(clean, noise, alpha: table.alphas[min(Int(timesteps[index]), table.count - 1)])
     }
 
     /// The multistep formula of as many outputs as there are (Adams and Bashforth).

@@ -10,9 +10,9 @@ protocol Scheduler {
     var table: NoiseTable { get }
     /// What the UNet predicts.
     var prediction: PredictionType { get }
+    /// The call that comes next. Changing a picture leaves out those before it.
+    var position: Int { get set }
 
-    /// Leave out the calls before `index`, as changing a picture does.
-    mutating func begin(at index: Int)
     /// The latents as the UNet wants to see them in the next call.
     func scaled(_ sample: Tensor) -> Tensor
     /// The latents after a call of the UNet. `draw` gives standard normal values.
@@ -25,6 +25,10 @@ extension Scheduler {
     var order: Int { 1 }
     var initialNoise: Float { 1 }
     func scaled(_ sample: Tensor) -> Tensor { sample }
+
+    func noised(_ clean: Tensor, _ noise: Tensor, at index: Int) -> Tensor {
+        mixed(clean, noise, alpha: table.alphas[min(Int(timesteps[index]), table.count - 1)])
+    }
 
     /// The first call that changing a picture by `strength` makes, in (0, 1]. Throws where no step would remain.
     func firstCall(steps: Int, strength: Double) throws -> Int {

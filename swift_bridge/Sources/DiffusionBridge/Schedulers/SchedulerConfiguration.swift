@@ -15,6 +15,12 @@ struct SchedulerConfiguration: Sendable {
         SchedulerConfiguration(values.merging(changed) { $1 })
     }
 
+    /// The same with settings that a pipeline imposes. As in diffusers, true and false give way to their opposite alone,
+    /// and null is neither.
+    func imposing(_ settings: [String: JSON]) -> SchedulerConfiguration {
+        setting(settings.filter { key, value in values[key] == nil || value.bool == nil || values[key]?.bool != nil })
+    }
+
     func bool(_ key: String, _ fallback: Bool) throws -> Bool {
         guard let value = given(key) else { return fallback }
         guard let bool = value.bool else { throw damage(key, value, "true or false") }
@@ -34,6 +40,11 @@ struct SchedulerConfiguration: Sendable {
         guard let value = given(key) else { return fallback }
         guard let number = value.number else { throw damage(key, value, "a number") }
         return number
+    }
+
+    /// How far clean latents may be from 0, nil: as far as they are.
+    func clip(byDefault fallback: Bool) throws -> Float? {
+        try bool("clip_sample", fallback) ? Float(number("clip_sample_range", 1)) : nil
     }
 
     func optionalNumber(_ key: String) throws -> Double? {

@@ -43,16 +43,11 @@ extension SchedulerConfiguration {
 /// What the schedulers of continuous time share: latents are `clean + sigma * noise`.
 protocol SigmaScheduler: Scheduler {
     var spacing: SigmaSpacing { get }
-    var position: Int { get set }
 }
 
 extension SigmaScheduler {
     var timesteps: [Double] { spacing.timesteps }
     var initialNoise: Float { spacing.initialNoise }
-
-    mutating func begin(at index: Int) {
-        position = index
-    }
 
     func scaled(_ sample: Tensor) -> Tensor {
         let sigma = spacing.sigmas[position]

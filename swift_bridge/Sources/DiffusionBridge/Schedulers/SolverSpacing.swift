@@ -5,14 +5,9 @@ import Foundation
 protocol SolverScheduler: Scheduler {
     /// The noise level of each step relative to the picture, and the last one's goal.
     var levels: [Float] { get }
-    var position: Int { get set }
 }
 
 extension SolverScheduler {
-    mutating func begin(at index: Int) {
-        position = index
-    }
-
     func noised(_ clean: Tensor, _ noise: Tensor, at index: Int) -> Tensor {
         let level = Level(levels[index])
         return clean.combined(level.alpha, level.sigma, noise)

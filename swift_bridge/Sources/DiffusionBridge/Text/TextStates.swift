@@ -1,29 +1,66 @@
+/// Texts as the UNet takes them.
+struct EncodedTexts {
+    /// (texts, width, 1, length); of several encoders side by side.
+    let states: Tensor
+    /// The last encoder's state of the whole text, (texts, width), where it gives one.
+    let pooled: Tensor?
+    /// What was cut.
+    let notes: [String]
+}
+
 /// Prompts to the states that the UNet attends to.
+///
+/// A prompt that is too long for the encoder is encoded in as many pieces as the UNet takes, each with its own start and
+/// end, set one after the other. What is too long even so is cut, or refused with `isStrict`.
 struct TextStates {
+    static let encoders = ["text_encoder", "text_encoder_2"]
     private static let outputs = ["last_hidden_state", "hidden_embeds"]
     let models: Models
-    let tokenizer: Tokenizer
-    let manifest: Manifest
+    /// One for each of the text encoders that there are, in order.
+    let tokenizers: [Tokenizer]
+    let zerosForMissing: Bool
     /// How many text tokens the UNet takes.
     let length: Int
-    /// Encode a prompt that is too long in as many pieces as the UNet takes, rather than cut it.
-    let isLong: Bool
+    let isStrict: Bool
 
-    /// States (texts, width, 1, length) as the UNet takes them, and notes on what was cut. Each distinct text is
-    /// encoded once.
-    func encode(_ texts: [String]) async throws -> (Tensor, [String]) {
-        let pieces = try self.pieces()
-        var states: [String: Tensor] = [:]
+    /// Each distinct text is encoded once. Nil is a text that was not given: it is zero where the checkpoint wants that
+    /// (SDXL's), else empty. An empty text is encoded as any other.
+    func encode(_ texts: [String?]) async throws -> EncodedTexts {
+        var distinct: [String?] = []
+        for text in texts where !distinct.contains(text) { distinct.append(text) }
+        let there = Self.encoders.filter(models.has)
+        var columns = [[Float]](repeating: [], count: distinct.count)
+        var pooled: [Tensor?] = []
         var notes: [String] = []
-        for text in texts where states[text] == nil {
-            let tokens = try tokenizer.encode(text, pieces: isLong ? pieces : 1)
-            if !tokens.lost.isEmpty { notes.append(try note(tokens, pieces)) }
-            states[text] = try await encode(text, try padded(tokens, pieces))
+        for (name, tokenizer) in zip(there.isEmpty ? [Self.encoders[0]] : there, tokenizers) {
+            let pieces = try self.pieces(tokenizer)
+            pooled = []
+            for (index, text) in distinct.enumerated() {
+                let tokens = try tokenizer.encode(text ?? "", pieces: pieces)
+                if !tokens.lost.isEmpty {
+                    let note = try self.note(tokens, tokenizer, pieces)
+                    if !notes.contains(note) { notes.append(note) }
+                }
+                let (states, whole) = try await encode(name, tokens)
+                columns[index] += states
+                pooled.append(whole)
+            }
+            await models.release(name)
         }
-        return (Tensor.concatenated(texts.compactMap { states[$0] }), notes)
+        let width = (columns.first?.count ?? 0) / length
+        var rows = columns.map { Tensor(shape: [1, width, 1, length], values: $0) }
+        var wholes = pooled.compactMap { $0 }
+        if zerosForMissing, let missing = distinct.firstIndex(of: nil) {
+            rows[missing] = Tensor(repeating: 0, shape: rows[missing].shape)
+            if !wholes.isEmpty { wholes[missing] = Tensor(repeating: 0, shape: wholes[missing].shape) }
+        }
+        let places = texts.compactMap { distinct.firstIndex(of: $0) }
+        return EncodedTexts(
+            states: Tensor.concatenated(places.map { rows[$0] }),
+            pooled: wholes.isEmpty ? nil : Tensor.concatenated(places.map { wholes[$0] }), notes: notes)
     }
 
-    private func pieces() throws -> Int {
+    private func pieces(_ tokenizer: Tokenizer) throws -> Int {
         guard length >= tokenizer.length, length % tokenizer.length == 0 else {
             throw DiffusionError.input(
                 "unet: takes \(length) text tokens, no multiple of the encoder's \(tokenizer.length)")
@@ -31,49 +68,41 @@ struct TextStates {
         return length / tokenizer.length
     }
 
-    private func note(_ tokens: Tokens, _ pieces: Int) throws -> String {
-        let room = (tokenizer.length - 2) * tokens.ids.count
+    private func note(_ tokens: Tokens, _ tokenizer: Tokenizer, _ pieces: Int) throws -> String {
+        let room = (tokenizer.length - 2) * pieces
         let lost = tokens.lost.count <= 300 ? tokens.lost : tokens.lost.prefix(300) + "…"
-        if isLong {
-            throw DiffusionError.input(
-                "the prompt is longer than the \(room) tokens that this UNet has room for, even in pieces (it takes "
-                    + "\(pieces * tokenizer.length) with starts and ends): shorten it, or let it be cut; too much is: "
-                    + "'\(lost)'")
-        }
-        let more = pieces > 1 ? " (in pieces there is room for \(room * pieces))" : ""
-        return "the prompt was cut after \(room) tokens\(more); lost: '\(lost)'"
+        guard isStrict else { return "the prompt was cut after \(room) tokens; lost: '\(lost)'" }
+        throw DiffusionError.input(
+            "the prompt is longer than the \(room) tokens that this UNet has room for (it takes "
+                + "\(pieces * tokenizer.length) with starts and ends): shorten it, let it be cut, or convert with a "
+                + "larger --context-length; too much is: '\(lost)'")
     }
 
-    private func padded(_ tokens: Tokens, _ pieces: Int) throws -> Tokens {
-        let missing = pieces - tokens.ids.count
-        guard missing > 0 else { return tokens }
-        let empty = try tokenizer.encode("")
-        let fill = { (rows: [[Int]]) in Array((0..<missing).map { _ in rows }.joined()) }
-        return Tokens(
-            ids: tokens.ids + fill(empty.ids),
-            weights: tokens.weights + (0..<missing).flatMap { _ in empty.weights }, lost: tokens.lost)
-    }
-
-    private func encode(_ text: String, _ tokens: Tokens) async throws -> Tensor {
-        let encoder = try await models.model("text_encoder")
-        let name = Self.outputs.first { encoder.model.outputs[$0] != nil } ?? Self.outputs[0]
+    /// (width, length) states of a text's pieces, and the pooled state of the first one, (1, width).
+    private func encode(_ name: String, _ tokens: Tokens) async throws -> ([Float], Tensor?) {
+        let encoder = try await models.model(name)
+        let output = Self.outputs.first { encoder.model.outputs[$0] != nil } ?? Self.outputs[0]
         var rows: [Tensor] = []
+        var pooled: Tensor?
         for ids in tokens.ids {
-            let input = Tensor(shape: [1, ids.count], values: ids.map(Float.init))
-            rows.append(try await encoder.one(name, ["input_ids": input]))
+            let input = Tensor(shape: [1, ids.count], values: ids.map { Float($0) })
+            let results = try await encoder.predict(["input_ids": input])
+            rows.append(try encoder.checked(output, results))
+            guard rows.count == 1, encoder.model.outputs["pooled_outputs"] != nil else { continue }
+            let whole = try encoder.checked("pooled_outputs", results)
+            pooled = Tensor(shape: [1, whole.values.count], values: whole.values)
         }
         var states = Tensor.concatenated(rows)
         guard states.shape.count == 3 else {
-            throw DiffusionError.package("text_encoder: \(name) has shape \(states.shape), expected three dimensions")
+            throw DiffusionError.package("\(name): \(output) has shape \(states.shape), expected three dimensions")
         }
         if tokens.isWeighted { states = weighted(states, tokens) }
-        if manifest.zerosForEmptyPrompt && text.isEmpty { states = Tensor(repeating: 0, shape: states.shape) }
         let (count, width) = (states.shape[0] * states.shape[1], states.shape[2])
         var turned = [Float](repeating: 0, count: count * width)
         for token in 0..<count {
             for feature in 0..<width { turned[feature * count + token] = states.values[token * width + feature] }
         }
-        return Tensor(shape: [1, width, 1, count], values: turned)
+        return (turned, pooled)
     }
 
     /// States times their token's weight, scaled back to the mean that they had.
@@ -84,8 +113,8 @@ struct TextStates {
         for (token, weight) in weights.enumerated() {
             for index in token * width..<(token + 1) * width { values[index] *= weight }
         }
-        let mean = { (numbers: [Float]) in numbers.reduce(0.0) { $0 + Double($1) } }
-        let factor = Float(mean(states.values) / mean(values))
+        let sum = { (numbers: [Float]) in numbers.reduce(0.0) { $0 + Double($1) } }
+        let factor = Float(sum(states.values) / sum(values))
         return Tensor(shape: states.shape, values: values.map { $0 * factor })
     }
 }
