@@ -1,7 +1,7 @@
 """`make bench`: every measurement at full size, one after the other, each in a process of its own.
 
-    python benchmarks/run.py [NAME ...]      all, or only those named: loop, convert, compile, palettize, quality,
-                                              torch
+    python benchmarks/run.py [NAME ...]      all, or only those named: loop, swift, convert, compile, palettize,
+                                              quality, torch
 
 Needs about 25 GB of disk (bench-out/, removed by `make clean`) and 16 GB of memory, most of it coremltools'
 and diffusers' own, against which we are measured. Ends with status 1 if a measurement failed.
@@ -19,6 +19,7 @@ OUTPUT = HERE.parent / "bench-out"
 PACKAGE = OUTPUT / "unet.mlpackage"
 BENCHES: dict[str, tuple[tuple[str, ...], ...]] = {
     "loop": (("bench_loop.py",),),
+    "swift": (("bench_loop_swift.py",),),
     "convert": (
         ("bench_convert.py", "--folder", str(OUTPUT)),
         ("bench_convert.py", "--folder", str(OUTPUT), "--whole"),
