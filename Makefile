@@ -38,7 +38,7 @@ test-fast: $(READY)  ## the same without the slow ones
 
 swift: $(READY)  ## build the Swift package, run its tests, compare its pictures with Python's
 	@command -v swift >/dev/null || { echo "error: no swift on PATH; install a toolchain of Swift 6 or later" >&2; exit 2; }
-	@OMP_NUM_THREADS=1 $(PYTEST) -q tests/swift
+	@OMP_NUM_THREADS=1 SWIFT_PICTURES=all $(PYTEST) -q tests/swift
 
 demo-swift: $(READY)  ## the pictures of make demo, drawn by the Swift program
 	@command -v swift >/dev/null || { echo "error: no swift on PATH; install a toolchain of Swift 6 or later" >&2; exit 2; }

@@ -19,11 +19,14 @@ let package = Package(
     platforms: [.macOS(.v13), .iOS(.v16)],
     products: [
         .library(name: "DiffusionBridge", targets: ["DiffusionBridge"]),
+        // What an app does with it. A product, so that Xcode has a scheme to compile it for iOS with.
+        .library(name: "Example", targets: ["Example"]),
         .executable(name: "coreml-sd-swift", targets: ["coreml-sd-swift"]),
     ],
     targets: [
         .target(name: "DiffusionBridge", dependencies: coreML),
         .executableTarget(name: "coreml-sd-swift", dependencies: ["DiffusionBridge"]),
+        .target(name: "Example", dependencies: ["DiffusionBridge"]),
         .testTarget(
             name: "DiffusionBridgeTests", dependencies: ["DiffusionBridge"] + coreML, resources: [.copy("Golden")]),
     ] + standIn,
