@@ -128,9 +128,10 @@ def test_pictures_are_pythons(
 ) -> None:
     folder, output = models(case) / kind, tmp_path / "swift.png"
     given: dict[str, Any] = {"prompt": PROMPT, **case.given}
-    files = {name: pictures / given.pop(name) for name in ("image", "mask", "depth_image") if name in given}
-    named: dict[str, Any] = {"seed": 5, "steps": 6, "scheduler": scheduler, **given, **files}
-    options = [text for name, value in named.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    named = [name for name in ("image", "mask", "depth_image") if name in given]
+    files: dict[str, Path] = {name: pictures / given.pop(name) for name in named}
+    chosen: dict[str, Any] = {"seed": 5, "steps": 6, "scheduler": scheduler, **given, **files}
+    options = [text for name, value in chosen.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     done = swift_program("generate", str(folder), *options, "-o", str(output))
     assert done.returncode == 0, done.stderr
     modes = {"image": ("image", "RGB"), "mask": ("mask_image", "L"), "depth_image": ("depth_map", "F")}
