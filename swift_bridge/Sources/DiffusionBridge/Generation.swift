@@ -75,7 +75,9 @@ actor Run {
     private let pipeline: Pipeline
     private let request: Request
     private var state: State?
+    private var hasBegun = false
     private var isFinished = false
+    private static let used = TextStates.encoders + ["vae_encoder", "depth_estimator", "unet"]
 
     private struct State {
         var job: Job
@@ -91,8 +93,16 @@ actor Run {
         self.request = request
     }
 
+    /// A loop that is left before its last step frees what it held, too.
+    deinit {
+        guard hasBegun, !isFinished else { return }
+        let models = pipeline.models
+        Task { await models.release(Self.used) }
+    }
+
     func next() async throws -> Step? {
         guard !isFinished else { return nil }
+        hasBegun = true
         do {
             try Task.checkCancellation()
             var state: State
@@ -110,7 +120,7 @@ actor Run {
     private func finish() async {
         isFinished = true
         state = nil
-        await pipeline.models.release("text_encoder", "text_encoder_2", "vae_encoder", "depth_estimator", "unet")
+        await pipeline.models.release(Self.used)
     }
 
     private func begin() async throws -> State {

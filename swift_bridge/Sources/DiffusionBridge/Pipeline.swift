@@ -68,7 +68,7 @@ public final class Pipeline: Sendable {
         tokenizers = try found.tokenizers(manifest)
         var shapes = manifest.components["unet"]?.inputs ?? []
         if shapes.isEmpty { shapes = Array(try await models.model("unet").inputs.values) }
-        await models.release("unet", "vae_decoder")
+        await models.release(["unet", "vae_decoder"])
         unetShapes = Dictionary(shapes.map { ($0.name, $0.shape) }) { first, _ in first }
         for name in ["sample", "encoder_hidden_states"] where unetShapes[name]?.count != 4 {
             throw DiffusionError.package("\(folder.path): unet: expected an input \(name) of four dimensions")

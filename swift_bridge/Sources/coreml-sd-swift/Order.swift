@@ -40,15 +40,18 @@ struct Order {
     /// Where the picture of a number goes.
     func file(_ index: Int) -> URL {
         guard requests.count > 1 else { return output }
-        let stem = output.deletingPathExtension().lastPathComponent
-        return output.deletingLastPathComponent().appendingPathComponent("\(stem)-\(index + 1).png")
+        return beside("\(index + 1)")
+    }
+
+    /// The output's name with a word added, said as the output was.
+    private func beside(_ word: String) -> URL {
+        URL(fileURLWithPath: "\(output.relativePath.dropLast(output.pathExtension.count + 1))-\(word).png")
     }
 
     /// Where previews go; nil without them.
     func preview() throws -> URL? {
         guard arguments.flags.contains("--preview") else { return nil }
-        let stem = output.deletingPathExtension().lastPathComponent
-        let file = output.deletingLastPathComponent().appendingPathComponent("\(stem)-preview.png")
+        let file = beside("preview")
         guard !FileManager.default.fileExists(atPath: file.path) else {
             throw DiffusionError(
                 .input, "\(file.path): is there already, and --preview would overwrite it: move it, or leave --preview out")

@@ -174,6 +174,13 @@ struct PipelineTests {
         #expect(try await pipeline.generate(changed).result.images != pictures[1])
     }
 
+    @Test func aLoopThatIsLeftFreesWhatItHeld() async throws {
+        let pipeline = try await opened { $0.reduceMemory = true }
+        for try await step in pipeline.generate(request()) where step.index == 1 { break }
+        for _ in 0..<500 where await pipeline.models.isLoaded("unet") { try await Task.sleep(for: .milliseconds(10)) }
+        #expect(await pipeline.models.isLoaded("unet") == false)
+    }
+
     @Test func latentsGoOnWhereAnotherModelEnded() async throws {
         let pipeline = try await opened()
         let whole = try await pipeline.generate(request()).result

@@ -54,9 +54,13 @@ actor Models {
     }
 
     /// Say that a stage is over: frees these models unless they are kept.
-    func release(_ names: String...) {
+    func release(_ names: [String]) {
         guard !keeps else { return }
         for name in names { loaded[name] = nil }
+    }
+
+    func release(_ name: String) {
+        release([name])
     }
 
     fileprivate func add(_ seconds: Double, to name: String) {

@@ -111,6 +111,17 @@ struct Inflate {
     }
 
     private mutating func symbol(_ codes: Codes) throws -> Int {
+        while count < Codes.quickBits, position < bytes.count {
+            buffer |= Int(bytes[position]) << count
+            position += 1
+            count += 8
+        }
+        let entry = codes.quick[buffer & (1 << Codes.quickBits - 1)]
+        if entry.length > 0, entry.length <= count {
+            buffer >>= entry.length
+            count -= entry.length
+            return entry.symbol
+        }
         var (code, first, index) = (0, 0, 0)
         for length in 1..<codes.counts.count {
             code |= try take(1)
@@ -125,12 +136,27 @@ struct Inflate {
 
     /// Canonical Huffman codes: how many there are of each length, and the symbols in their order.
     private struct Codes {
+        static let quickBits = 9
         var counts = [Int](repeating: 0, count: 16)
         let symbols: [Int]
+        /// For the next bits of a stream, the symbol whose code they begin with; length 0 where it is a longer one.
+        private(set) var quick = [(symbol: Int, length: Int)](repeating: (0, 0), count: 1 << quickBits)
 
         init(_ lengths: [Int]) {
             for length in lengths where length > 0 { counts[length] += 1 }
             symbols = (1..<16).flatMap { length in lengths.indices.filter { lengths[$0] == length } }
+            var (code, index) = (0, 0)
+            for length in 1...Self.quickBits {
+                for symbol in symbols[index..<index + counts[length]] {
+                    // Codes stand in the stream with their highest bit first; damaged lengths may give too many.
+                    let turned = (0..<length).reduce(0) { $0 | (code >> $1 & 1) << (length - 1 - $1) }
+                    let places = stride(from: turned, to: 1 << Self.quickBits, by: 1 << length)
+                    if code < 1 << length { for place in places { quick[place] = (symbol, length) } }
+                    code += 1
+                }
+                index += counts[length]
+                code <<= 1
+            }
         }
     }
 
