@@ -71,7 +71,7 @@ def load_pipeline(
     place = Path(tokenizer) if tokenizer is not None else found.tokenizer
     if place is None:
         raise InputError(
-            f"{found.folder}: no vocab.json and merges.txt beside the models: name their folder with --tokenizer"
+            f"{found.folder}: no vocab.json and merges.txt next to the models: name their folder with --tokenizer"
         )
     length, *second = found.text_lengths() or (tokenizers.LENGTH,)
     pad = FAMILIES[found.manifest.family].pad_token if found.manifest.family in FAMILIES else None
@@ -83,7 +83,9 @@ def load_pipeline(
         and check_safety
         and "safety_checker" not in found.manifest.components
     ):
-        notes.append("the checkpoint asks for a safety checker, but there is none: pictures are not checked")
+        notes.append(
+            "the checkpoint asks for a safety checker, but these models have none: pictures are not checked"
+        )
     models = find.open_models(found, load_backend(name, dtype=dtype, device=device), units, not reduce_memory)
     clip = tokenizers.load(place, length, pad)
     clip_2 = None

@@ -97,13 +97,13 @@ def named_inputs(settings: Settings, picture: Path) -> dict[str, str]:
 
 
 def find(picture: Path, name: str, remedy: str) -> str:
-    """Where that lies what a picture's record calls ``name``: beside the picture, or in the current folder. Raises
+    """Find the file that a picture's metadata calls ``name``: next to the picture, or in the current folder. Raises
     InputError that ends in ``remedy`` where it is not there."""
     for place in _places(picture, name):
         if place.exists():
             return str(place)
     raise InputError(
-        f"picture {picture}: its record names {name}, which is neither beside the picture nor in the current "
+        f"picture {picture}: its record names {name}, which is neither next to the picture nor in the current "
         f"folder: {remedy}"
     )
 

@@ -287,7 +287,7 @@ def test_nobody_elses_folder_is_replaced(tiny_checkpoint: Source, tmp_path: Path
     photo = tmp_path / "original" / "photo.jpg"
     photo.parent.mkdir()
     photo.write_text("mine")
-    with pytest.raises(InputError, match="original: is there, and no conversion made it"):
+    with pytest.raises(InputError, match="original: exists already and was not written by coreml-sd"):
         convert(tiny_checkpoint("sd1"), tmp_path, TEXT)
     assert contents(tmp_path) == {"original/photo.jpg": b"mine"}
 

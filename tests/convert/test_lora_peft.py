@@ -190,5 +190,6 @@ def test_without_settings_alpha_is_the_rank(networks: Networks, tmp_path: Path) 
     assert_fused(networks, Lora(tmp_path), {"unet": merged})
     (note,) = open_checkpoint(str(networks.folder), loras=[Lora(tmp_path)]).notes
     assert (
-        note == "adapter_model.safetensors: has no adapter_config.json beside it: its alpha is taken to be its rank"
+        note
+        == "adapter_model.safetensors: has no adapter_config.json next to it: its alpha is taken to be its rank"
     )

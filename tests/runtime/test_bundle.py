@@ -190,7 +190,7 @@ def test_chunks_win_over_the_whole_unet_and_compute_the_same(toy_folder: Path, t
 def test_a_tokenizer_elsewhere_can_be_named(toy_folder: Path, tmp_path: Path) -> None:
     folder = without_manifest(toy_folder, tmp_path / "deep" / "others")
     (folder / "vocab.json").unlink()
-    with pytest.raises(InputError, match=r"no vocab.json and merges.txt beside the models: name .* --tokenizer"):
+    with pytest.raises(InputError, match=r"no vocab.json and merges.txt next to the models: name .* --tokenizer"):
         load_pipeline(folder, "torch")
     assert np.array_equal(
         picture(load_pipeline(folder, "torch", tokenizer=toy_folder)), picture(load_pipeline(toy_folder, "torch"))

@@ -237,7 +237,7 @@ def test_a_record_whose_input_changed_is_not_repeated(run: Run, toy_folder: Path
     assert isinstance(changed, InputError) and "start.png has changed since: name the file" in str(changed)
     Path("start.png").unlink()
     gone = str(run("generate", "--from", "out/p.png").exception)
-    assert gone.startswith("picture out/p.png: its record names start.png, which is neither beside the picture nor")
+    assert gone.startswith("picture out/p.png: its record names start.png, which is neither next to the picture")
     assert gone.endswith("name it with --image")
 
 
@@ -274,7 +274,7 @@ def test_what_a_record_names_is_looked_for_beside_the_picture_too(
     assert again.exit_code == 0 and np.array_equal(pixels("../there/p.png"), pixels("p.png"))
     shutil.rmtree("../there/models")
     gone = str(run("generate", "--from", "../there/p.png").exception)
-    assert "its record names models, which is neither beside the picture nor in the current folder" in gone
+    assert "its record names models, which is neither next to the picture nor in the current folder" in gone
     assert gone.endswith("name the models, `coreml-sd generate MODELS --from ../there/p.png`")
 
 

@@ -49,13 +49,13 @@ def read_variants(folder: Path) -> dict[str, dict[str, Manifest]]:
 
 
 def sweep_variants(folder: Path) -> None:
-    """Put in place or remove what killed processes have left beside the models of the variants in ``folder``."""
+    """Finish or remove what killed processes left next to the variants' models in ``folder``."""
     for place in (place for name in ATTENTIONS for place in (folder / name, *(folder / name).glob("*"))):
         sweep(place)
 
 
 def required_variants(folder: Path) -> dict[str, dict[str, Manifest]]:
-    """As `read_variants`; raises InputError where there is none."""
+    """As `read_variants`; raises InputError if the folder has no variant."""
     found = read_variants(folder)
     if not found:
         raise InputError(
@@ -74,8 +74,8 @@ def compile_variant(
 ) -> Manifest:
     """Compile the packages of one variant to ``compiled``, with tokenizer files and a manifest of its own.
 
-    ``source`` is the packages' manifest where the caller has read it and checked the files. The folder appears
-    whole or not at all and replaces an older one. Raises as ``compile_package`` does, and PackageError where
+    ``source`` is the packages' manifest where the caller has read it and checked the files. An older
+    folder is replaced once the new one is complete. Raises as ``compile_package`` does, and PackageError where
     the packages are not those of their manifest.
     """
     if source is None:
@@ -128,8 +128,8 @@ def _without_files(made: Manifest) -> Manifest:
 
 
 def _copy_tokenizer(named: str | None, packages: Path, compiled: Path, place: str = ".") -> str | None:
-    """Put the files of a tokenizer, in the folder ``named`` beside packages, into ``place`` beside the compiled
-    models; the first one's lie where apps look for them."""
+    """Copy the files of a tokenizer, from the folder ``named`` next to the packages, to ``place`` next to the
+    compiled models; the first one's lie where apps look for them."""
     if named is None:
         return None
     folder, target = packages / named, compiled / place
@@ -139,7 +139,7 @@ def _copy_tokenizer(named: str | None, packages: Path, compiled: Path, place: st
             shutil.copyfile(file, target / file.name)
     missing = [name for name in VOCABULARY_FILES if not (target / name).is_file()]
     if missing:
-        raise InputError(f"{folder}: no {' and no '.join(missing)}: apps need them beside the compiled models")
+        raise InputError(f"{folder}: no {' and no '.join(missing)}: apps need them next to the compiled models")
     return place
 
 

@@ -1,7 +1,7 @@
 """Configurations for checkpoints in CompVis (LDM) layout, put together from four sources. Later ones win:
 
 ``configs/FAMILY.json``; the shapes in the file (`ldm_shapes`) with head counts by the family's rule; ``STEM.yaml``
-beside the file (the LDM configuration, as web interfaces keep it there); ``STEM.config.json`` beside the file
+next to the file (the LDM configuration, as web interfaces keep it there); ``STEM.config.json`` next to the file
 (diffusers' keys by subfolder, ``{"unet": {"attention_head_dim": 8}, …}``).
 """
 
@@ -47,7 +47,7 @@ def config(
 
 
 def read_beside(path: Path) -> dict[str, Any]:
-    """Sections that the files beside a checkpoint give, empty without such files. Raises CheckpointError."""
+    """Sections of the configuration files next to a checkpoint; empty if there are none. Raises CheckpointError."""
     return merge(_read_yaml(path.with_suffix(".yaml")), _read_json(path.with_suffix(".config.json")))
 
 
@@ -112,7 +112,7 @@ def _heads(channels: int, head_channels: int) -> int:
     if channels % head_channels:
         raise CheckpointError(
             f"{channels} channels are no multiple of {head_channels}, the width of a head in this family: give the "
-            "number of heads in a file STEM.config.json beside it"
+            "number of heads in a file STEM.config.json next to it"
         )
     return channels // head_channels
 

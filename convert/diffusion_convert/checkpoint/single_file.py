@@ -1,8 +1,8 @@
 """A checkpoint in one .safetensors or .ckpt file, in CompVis (LDM) layout, opened offline.
 
 What the networks are is in the shapes and in our own data (`ldm_configs`); what the weights are called follows
-diffusers' mapping (`ldm_names`). The file carries no tokenizer: ``vocab.json`` and ``merges.txt`` beside it or in a
-folder ``tokenizer`` beside it are taken, else CLIP's, which every published Stable Diffusion checkpoint uses.
+diffusers' mapping (`ldm_names`). The file carries no tokenizer: ``vocab.json`` and ``merges.txt`` next to it or in
+a folder ``tokenizer`` there are taken, else CLIP's, which every published Stable Diffusion checkpoint uses.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def _check_layout(
 
 
 def _tokenizer(path: Path, name: str, settings: str, vocabulary_size: int) -> dict[str, Path]:
-    """Files by name: those beside the checkpoint or in a folder ``name`` there, else CLIP's vocabulary with the
+    """Files by name: those next to the checkpoint or in a folder ``name`` there, else CLIP's vocabulary with the
     family's settings."""
     for folder in (path.parent / name, path.parent):
         there = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
@@ -246,7 +246,7 @@ def _tokenizer(path: Path, name: str, settings: str, vocabulary_size: int) -> di
     if vocabulary_size < CLIP_VOCABULARY_SIZE:
         raise CheckpointError(
             f"{path}: its text encoder knows {vocabulary_size} tokens, CLIP's tokenizer {CLIP_VOCABULARY_SIZE}: "
-            f"put its vocab.json and merges.txt beside it, or into a folder `{name}` there"
+            f"put its vocab.json and merges.txt next to it, or into a folder `{name}` there"
         )
     clip = ldm_configs.FOLDER / "clip"
     return {"vocab.json": clip / "vocab.json", "merges.txt": clip / "merges.txt"} | _files(clip / settings)

@@ -70,7 +70,7 @@ def _from_file(path: Path, family: str) -> Submodel:
     if any(name.startswith(_DIFFUSERS_MARK) for name in tensors):
         if not (path.parent / "config.json").is_file():
             raise CheckpointError(
-                f"{path}: in diffusers' layout, but without the config.json that belongs beside it"
+                f"{path}: in diffusers' layout, but without the config.json that belongs next to it"
             )
         return replace(_from_folder(path.parent), tensors=partial(_read_all, path), files=(path,))
     try:

@@ -120,7 +120,8 @@ class Kept:
 
 
 def read(output: Path) -> Previous:
-    """What is in ``output``. Raises InputError where the result would take the place of what no conversion made."""
+    """What is in ``output``. Raises InputError if the result would replace something that was not written by a
+    conversion."""
     found = {}
     for name in ATTENTIONS:
         folder = output / name
@@ -130,7 +131,9 @@ def read(output: Path) -> Previous:
         if kinds:
             found[name] = kinds
         elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise InputError(f"{folder}: is there, and no conversion made it; name another folder for the result")
+            raise InputError(
+                f"{folder}: exists already and was not written by coreml-sd; choose another output folder"
+            )
     return Previous(output, found)
 
 

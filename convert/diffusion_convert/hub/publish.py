@@ -38,8 +38,8 @@ class Upload:
 def planned_upload(folder: Path, repo_id: str, private: bool = True, unverified: bool = False) -> Upload:
     """Check the folder against its manifests and list its files; nothing is written.
 
-    Raises InputError for no such folder and, unless ``unverified``, for components that nothing was compared with
-    (models of other tools among them); PackageError where files are missing or changed.
+    Raises InputError for no such folder and, unless ``unverified``, for components that were not verified (models
+    of other tools among them); PackageError where files are missing or changed.
     """
     check_repo_id(repo_id)
     unmeasured: list[str] = []
@@ -75,9 +75,10 @@ def publish(
 ) -> str:
     """Upload the folder to the model repository ``repo_id``, made if it is not there; return its address.
 
-    Raises as ``planned_upload`` does, and StorageError where another process is writing to the folder, which nobody
-    else writes to meanwhile. The model card is written where there is none, and names the repository. One commit
-    for each variant's packages and compiled models, the zips, and last the model card.
+    Raises as `planned_upload` does, HubError where the connection fails, and StorageError where another process is
+    writing to the folder; it is locked during the upload. The model card is written if the folder has none, and
+    names the repository. One commit for each variant's packages and compiled models, the zips, and last the model
+    card.
     """
     check_repo_id(repo_id)
     if not folder.is_dir():

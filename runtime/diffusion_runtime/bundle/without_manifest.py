@@ -193,7 +193,7 @@ def _check(folder: Path, components: Mapping[str, Component], inputs: Mapping[st
         raise InputError(f"{folder}: models of Stable Diffusion XL, which this version does not run")
     missing = [name for name in ("text_encoder", "vae_decoder") if name not in components]
     if missing:
-        raise InputError(f"{folder}: no {' and no '.join(missing)} beside the UNet: copy or convert it too")
+        raise InputError(f"{folder}: no {' and no '.join(missing)} next to the UNet: copy or convert it too")
     for name in ("sample", "encoder_hidden_states"):
         if len(inputs.get(name, ())) != 4:
             raise PackageError(f"{folder}: the UNet's input {name} is {inputs.get(name)}, expected four dimensions")
@@ -221,7 +221,7 @@ def _einsums(model: Model) -> list[tuple[int | None, ...]]:
 
 
 def _tokenizer_places(folder: Path) -> tuple[Path, ...]:
-    """Beside the models; or where the Hub's folders keep it: with the compiled variant of the same models."""
+    """Next to the models; or where the Hub's folders keep it: with the compiled variant of the same models."""
     beside = (folder, folder / "tokenizer", folder / "Resources", folder.parent, folder.parent / "tokenizer")
     return (*beside, folder.parent / "compiled", folder.parent / "Resources")
 

@@ -48,7 +48,7 @@ by --depth-image. Models of a depth checkpoint.
 * [bold]upscaling[/bold]: --image, a quarter of the result's size, and --noise-level.
 Models of the x4 upscaler.
 
-All that take an image need vae_encoder, but for upscaling.
+All that take an image need vae_encoder, except upscaling.
 
 "(word:1.3)" in a prompt draws more attention to word, "(word:0.7)" less; any
 other bracket is just text.

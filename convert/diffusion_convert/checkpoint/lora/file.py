@@ -26,7 +26,7 @@ FILE_NAMES = (
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 """Folders of a folder that peft saved adapters of several networks to."""
 _NO_LORA = re.compile("scheduler|optimizer|checkpoint")
-"""In the names of files of weights that trainers leave beside a LoRA, and that diffusers passes over."""
+"""In the names of weight files that trainers leave next to a LoRA, and that diffusers ignores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class LoraFile:
 
 
 def read(path: Path) -> LoraFile:
-    """The layers of a LoRA file, or of the LoRA in a folder. Raises InputError for what is none or not whole,
+    """The layers of a LoRA file, or of the LoRA in a folder. Raises InputError if it is not a LoRA or not complete,
     CheckpointError for a damaged file."""
     if not path.is_dir():
         return _read_one(path, None)
@@ -200,4 +200,4 @@ def _notes(path: Path, header: Mapping[str, Any], layers: Sequence[Layer], own: 
             "used, as by its trainer and diffusers; a weight can make up for it"
         )
     elif any(name.startswith("base_model.") for layer in scaled for name in layer.names.values()):
-        yield f"{path.name}: has no {settings.CONFIG_NAME} beside it: its alpha is taken to be its rank"
+        yield f"{path.name}: has no {settings.CONFIG_NAME} next to it: its alpha is taken to be its rank"
