@@ -72,19 +72,21 @@ def _palettize(source: Path, output: Path, name: str) -> None:
     print(f"{name} {source.name}: {dict(checked.psnr_db)} dB", file=sys.stderr)
 
 
-def judged(packages: Path, every: int) -> dict[str, Any]:
+def judged(
+    packages: Path, every: int, steps: int = STEPS, guidance: float = GUIDANCE, scheduler: str | None = None
+) -> dict[str, Any]:
     """Draw captions and judge the pictures: how many are right, of how many, and the size of the weights."""
     sys.path.insert(0, str(ROOT / "tools"))
     judging: Any = __import__("judge_shapes")
     from diffusion_runtime import load_pipeline
     from diffusion_runtime.bundle import manifest
 
-    pipeline = load_pipeline(packages, backend="torch", check_safety=False)
+    pipeline = load_pipeline(packages, backend="torch", scheduler=scheduler, check_safety=False)
     chosen = list(enumerate(judging.captions()))[::every]
     began = time.perf_counter()
     right = 0
     for index, caption in chosen:
-        made = pipeline(caption.text, seed=FIRST_SEED + index, num_inference_steps=STEPS, guidance_scale=GUIDANCE)
+        made = pipeline(caption.text, seed=FIRST_SEED + index, num_inference_steps=steps, guidance_scale=guidance)
         right += judging.judge(made.images[0]).shows(caption)
     files = [packages / file for name in PALETTIZED for file in manifest.read(packages).components[name].files]
     size = sum(path.stat().st_size for file in files for path in file.rglob("weight.bin"))

@@ -1,7 +1,7 @@
 """`make bench`: every measurement at full size, one after the other, each in a process of its own.
 
     python benchmarks/run.py [NAME ...]      all, or only those named: loop, swift, convert, compile, palettize,
-                                              quality, torch
+                                              quality, steps, torch
 
 Needs about 25 GB of disk (bench-out/, removed by `make clean`) and 16 GB of memory, most of it coremltools'
 and diffusers' own, against which we are measured. Ends with status 1 if a measurement failed.
@@ -28,6 +28,7 @@ BENCHES: dict[str, tuple[tuple[str, ...], ...]] = {
     "compile": (("bench_compile.py", str(OUTPUT)),),
     "palettize": (("bench_palettize.py", "--package", str(PACKAGE), "--folder", str(OUTPUT)),),
     "quality": (("bench_palettized_quality.py", "--folder", str(OUTPUT / "quality")),),
+    "steps": (("bench_few_steps.py", "--folder", str(OUTPUT / "few-steps")),),
     "torch": (("bench_torch.py", str(OUTPUT)),),
 }
 NEED_PACKAGE = ("compile", "palettize", "torch")

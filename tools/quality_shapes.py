@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import LCMScheduler, StableDiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -21,6 +21,7 @@ from judge_shapes import FLAGGED_SHAPE, SHAPES, Caption, Judgement, captions, ju
 
 STEPS = 25
 GUIDANCE = 7.5
+LCM_STEPS = 4
 FIRST_SEED = 1000  # the caption with index i is drawn with seed FIRST_SEED + i
 DRAWN_PER_CAPTION = 5  # pictures that are drawn anew, for the safety checker alone
 BATCH = 15
@@ -51,8 +52,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Quality:
-    """All judged pictures, and how long they took; ``drawn`` are verdicts on pictures that no model made."""
+    """All judged pictures, how they were sampled, and how long they took; ``drawn`` are verdicts on pictures that
+    no model made."""
 
+    sampling: str
     pictures: tuple[Picture, ...]
     drawn: tuple[Verdict, ...]
     seconds: float
@@ -71,7 +74,7 @@ class Quality:
         return "\n".join(
             [
                 f"One picture per caption, {len(self.pictures)} in all, by diffusers' StableDiffusionPipeline:",
-                f"{STEPS} PNDM steps, guidance {GUIDANCE}, float32, seeds from {FIRST_SEED}; {self.seconds:.0f} s.",
+                f"{self.sampling}, float32, seeds from {FIRST_SEED}; {self.seconds:.0f} s.",
                 "",
                 "| shape | right |",
                 "|---|---|",
@@ -112,12 +115,20 @@ def _wrong_features(picture: Picture) -> list[str]:
     return [name for name in names if getattr(picture.caption, name) != getattr(picture.judgement, name)]
 
 
-def measure(folder: Path, device: torch.device, every: int = 1) -> Quality:
-    """Generate, judge and check one picture per caption, or of every so many captions."""
+def measure(
+    folder: Path, device: torch.device, every: int = 1, lora: Path | None = None, lcm_steps: int = LCM_STEPS
+) -> Quality:
+    """Generate, judge and check one picture per caption, or of every so many captions; with an LCM LoRA, in
+    ``lcm_steps`` LCM steps without guidance."""
     started = time.perf_counter()
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     checker, processor = pipeline.safety_checker.to(device), pipeline.feature_extractor
     pipeline.register_modules(safety_checker=None)  # it would make the flagged pictures black
+    sampling, steps, guidance = f"{STEPS} PNDM steps, guidance {GUIDANCE}", STEPS, GUIDANCE
+    if lora is not None:
+        pipeline.load_lora_weights(lora, local_files_only=True)
+        pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+        sampling, steps, guidance = f"{lcm_steps} LCM steps without guidance", lcm_steps, 1.0
     pipeline.to(device).set_progress_bar_config(disable=True)
     peak = Peak([pipeline.text_encoder, pipeline.unet, pipeline.vae, checker])
     chosen = list(enumerate(captions()))[::every]
@@ -126,14 +137,14 @@ def measure(folder: Path, device: torch.device, every: int = 1) -> Quality:
         part = chosen[start : start + BATCH]
         generators = [torch.Generator().manual_seed(FIRST_SEED + index) for index, _ in part]
         texts = [caption.text for _, caption in part]
-        images = pipeline(texts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators).images
+        images = pipeline(texts, num_inference_steps=steps, guidance_scale=guidance, generator=generators).images
         flags = verdicts(checker, processor, images)
         pictures += [
             Picture(caption, np.asarray(image), judge(image), flag)
             for (_, caption), image, flag in zip(part, images, flags, strict=True)
         ]
     seconds = time.perf_counter() - started
-    return Quality(tuple(pictures), measure_drawn(checker, processor, every), seconds, peak.value)
+    return Quality(sampling, tuple(pictures), measure_drawn(checker, processor, every), seconds, peak.value)
 
 
 def measure_drawn(checker: Any, processor: Any, every: int = 1) -> tuple[Verdict, ...]:
