@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import DEFAULT_TARGET, PALETTE_BITS, TARGETS, AttentionKind
+from diffusion_runtime.folding import Folding
 
 
 class Precision(enum.Enum):
@@ -79,7 +80,8 @@ class ConvertOptions:
     ``target_bits`` (an average: each weight gets bits of its own) and ``recipe`` (a file of bits by weight)
     exclude each other; ``nbits_for`` goes before them. ``context_length``: text tokens that the UNet takes,
     None: as many as the text encoder; two or three times as many are for long prompts, which are encoded in
-    pieces. Texts as the command line takes them ("float32", "unet,vae_decoder", "style.safetensors:0.8") become
+    pieces. ``fold`` and ``no_fold``: which foldings (`diffusion_runtime.folding`) to do other than by default.
+    Texts as the command line takes them ("float32", "unet,vae_decoder", "style.safetensors:0.8") become
     what the fields are declared as, and one value stands for a tuple of one. Raises InputError for a value that
     cannot be used.
     """
@@ -97,6 +99,8 @@ class ConvertOptions:
     target: str = DEFAULT_TARGET
     chunk_unet: bool = False
     vae: str | None = None
+    fold: tuple[Folding, ...] = ()
+    no_fold: tuple[Folding, ...] = ()
     loras: tuple[Lora, ...] = ()
     lora_partial: bool = False
     revision: str | None = None
@@ -125,6 +129,8 @@ class ConvertOptions:
             target: str = ...,
             chunk_unet: bool = ...,
             vae: str | os.PathLike[str] | None = ...,
+            fold: Folding | str | Iterable[Folding | str] = ...,
+            no_fold: Folding | str | Iterable[Folding | str] = ...,
             loras: LoraLike | Iterable[LoraLike] = ...,
             lora_partial: bool = ...,
             revision: str | None = ...,
@@ -156,6 +162,15 @@ class ConvertOptions:
             raise InputError("--height and --width belong together: give both or neither")
         if len(set(self.attention)) != len(self.attention):
             raise InputError("an attention kind is given twice")
+        if both := set(self.fold) & set(self.no_fold):
+            name = both.pop().value
+            raise InputError(f"--fold {name} and --no-fold {name} exclude each other: give one")
+
+    @property
+    def foldings(self) -> frozenset[Folding]:
+        """What apps have fixed and is put into the models, where the checkpoint needs it."""
+        chosen = {folding for folding in Folding if folding.about.by_default} | set(self.fold)
+        return frozenset(chosen - set(self.no_fold))
 
 
 def _settled(options: ConvertOptions) -> dict[str, Any]:
@@ -178,6 +193,10 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
             _member(AttentionKind, "attention", value) for value in _several("attention", options.attention)
         ),
         "precision": _member(Precision, "precision", options.precision),
+        **{
+            name: tuple(_member(Folding, name, value) for value in _several(name, getattr(options, name)))
+            for name in ("fold", "no_fold")
+        },
         "components": parse_list(
             _typed("components", value, (str,), "names of components")
             for value in _several("components", options.components)

@@ -74,6 +74,8 @@ class Vae(_Open):
     act_fn: Text = "silu"
     scaling_factor: Positive | None = None
     shift_factor: Number | None = None
+    latents_mean: tuple[Number, ...] | None = None
+    latents_std: tuple[Positive, ...] | None = None
     sample_size: Pixels | tuple[Pixels, Pixels] | None = None
 
 

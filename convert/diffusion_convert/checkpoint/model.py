@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_runtime.bundle.manifest import Source
+from diffusion_runtime.bundle.manifest import Folded, Source
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,7 @@ class Checkpoint:
     "depth_estimator"; "scheduler", "low_res_scheduler"); ``tokenizer`` maps vocab.json, merges.txt,
     tokenizer_config.json, … to where they are, ``tokenizer_2`` those of a second text encoder. ``family`` is a name
     in `families.FAMILIES`. ``notes`` are sentences for the user: what the source does not say and was assumed.
+    ``folded`` is what its networks are converted with (`folding.fold`); as opened, nothing.
     """
 
     name: str
@@ -47,3 +48,4 @@ class Checkpoint:
     tokenizer_2: Mapping[str, Path] = field(default_factory=dict)
     pipeline_config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    folded: Folded = field(default_factory=Folded)

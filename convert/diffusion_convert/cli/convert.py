@@ -27,6 +27,7 @@ from diffusion_convert.options import (
 from diffusion_runtime.cli.console import INTERRUPTED
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.families import DEFAULT_TARGET, FAMILIES, PALETTE_BITS, PROCESSORS, TARGETS, AttentionKind
+from diffusion_runtime.folding import Folding
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,6 +58,8 @@ Examples:
 """
 KINDS = ", ".join(f"{kind.value} ({PROCESSORS[kind.about.compute_units]})" for kind in AttentionKind)
 DEFAULT_KINDS = " and ".join(kind.value for kind in FAMILIES["sd1"].attention)
+FOLDED = " or ".join(folding.value for folding in Folding if folding.about.by_default)
+FOLDED_IF_ASKED = "prediction (v to epsilon, for apps that know no v)"
 BITS = ", ".join(map(str, PALETTE_BITS))
 
 
@@ -103,6 +106,16 @@ def convert(
     ] = DEFAULT_TARGET,
     chunk_unet: Annotated[bool, _option("Cut the UNet into two packages, for iOS.", "--chunk-unet")] = False,
     vae: Annotated[str | None, _option("Another VAE, for encoder and decoder: folder, file or Hub id.")] = None,
+    fold: Annotated[
+        list[str] | None, _option(f"Also put into the models what apps have fixed: {FOLDED_IF_ASKED}.")
+    ] = None,
+    no_fold: Annotated[
+        list[str] | None,
+        _option(
+            f"Keep the checkpoint's own {FOLDED}, which is put into the models so that apps draw right; may be "
+            "given several times."
+        ),
+    ] = None,
     lora: Annotated[
         list[str] | None,
         _option(
@@ -146,6 +159,8 @@ def convert(
         target=target,
         chunk_unet=chunk_unet,
         vae=vae,
+        fold=tuple(parse_choice(Folding, "fold", name) for name in fold or ()),
+        no_fold=tuple(parse_choice(Folding, "no-fold", name) for name in no_fold or ()),
         loras=tuple(parse_lora(text) for text in lora or ()),
         lora_partial=lora_partial,
         revision=revision,

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion_convert.checkpoint import torch_networks
+from diffusion_convert.checkpoint import folding, torch_networks
 from diffusion_convert.checkpoint.family import text_length
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.networks import text_encoder
+from diffusion_convert.networks.folding import Padding
 from diffusion_runtime.families import AttentionKind
 
 
@@ -30,6 +31,19 @@ class Reference(nn.Module):
         found = self.model(input_ids=input_ids.long(), output_hidden_states=self.penultimate)
         states = found.hidden_states[-2] if self.penultimate else found.last_hidden_state
         return states, found.text_embeds if "text_embeds" in found else found.pooler_output
+
+
+class Padded(nn.Module):
+    """A text encoder that takes prompts with the padding of apps, too."""
+
+    def __init__(self, encoder: nn.Module, padding: Padding) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.padding = padding
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        result: tuple[torch.Tensor, torch.Tensor] = self.encoder(self.padding(input_ids))
+        return result
 
 
 def attends_penultimate(checkpoint: Checkpoint) -> bool:
@@ -63,8 +77,14 @@ def build(
     name, which = (
         ("hidden_embeds", "before the last layer") if penultimate else ("last_hidden_state", "of all tokens")
     )
+    encoder: nn.Module = (
+        Reference(model, penultimate) if attention is None else text_encoder(model, attention, penultimate)
+    )
+    padding = (checkpoint.folded.padding or {}).get(subfolder)
+    if padding is not None:
+        encoder = Padded(encoder, Padding(folding.end_token(checkpoint, subfolder), padding, length))
     return Graph(
-        module=Reference(model, penultimate) if attention is None else text_encoder(model, attention, penultimate),
+        module=encoder,
         inputs=(Port("input_ids", (1, length), "float32", "The token ids of a prompt, padded to their number"),),
         outputs=(
             Port(name, (1, length, width), "float32", f"The states {which}, for the UNet"),
@@ -72,6 +92,7 @@ def build(
         ),
         sample=lambda seed: {"input_ids": prompt_ids(config, seed, length).astype(np.float32)},
         description="Encodes a prompt's tokens into the states that the UNet attends to.",
+        exact=() if padding is None else ("padding",),
     )
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion_convert.checkpoint import torch_networks
+from diffusion_convert.checkpoint import folding, torch_networks
 from diffusion_convert.checkpoint.family import latent_factor, text_length
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.components.text_encoder import prompt_ids, reference
 from diffusion_convert.networks import put_attention
+from diffusion_convert.networks.folding import Epsilon
 from diffusion_convert.verification.compare import widened
 from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.guidance import guidance_embedding
@@ -31,11 +32,14 @@ class UNet(nn.Module):
     """diffusers' UNet with the interface of the Core ML model: states are (batch, width, 1, tokens).
 
     ``channels_first``: the transformers inside take them so, too. ``conditions`` names, in order, the inputs that
-    follow the states (`interface`).
+    follow the states (`interface`). ``epsilon`` makes noise of what the network predicts.
     """
 
-    def __init__(self, network: Any, channels_first: bool, conditions: Sequence[str]) -> None:
+    def __init__(
+        self, network: Any, channels_first: bool, conditions: Sequence[str], epsilon: Epsilon | None = None
+    ) -> None:
         super().__init__()
+        self.epsilon = epsilon
         self.unet = network
         self.channels_first = channels_first
         self.conditions = tuple(conditions)
@@ -65,7 +69,7 @@ class UNet(nn.Module):
             added_cond_kwargs=added or None,
             return_dict=False,
         )[0]
-        return noise
+        return noise if self.epsilon is None else self.epsilon(noise, sample, timestep)
 
 
 def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:
@@ -75,15 +79,17 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
     config = checkpoint.models["unet"].config
     inputs = interface(checkpoint, shape)
     sample = inputs[0].shape
+    folded = checkpoint.folded.prediction_type is not None
+    epsilon = Epsilon(folding.alphas_cumprod(checkpoint)) if folded else None
     return Graph(
-        module=UNet(network, attention is not None, [port.name for port in inputs[3:]]),
+        module=UNet(network, attention is not None, [port.name for port in inputs[3:]], epsilon),
         inputs=inputs,
         outputs=(
             Port("noise_pred", (sample[0], int(config["out_channels"]), *sample[2:]), "float32", "The prediction"),
         ),
         sample=lambda seed: _draw(checkpoint, config, inputs, seed),
         description="Predicts, from noised latents and encoded prompts, what the scheduler takes away in one step.",
-        exact=tuple(f"unet.{name}" for name in EXACT if hasattr(network, name)),
+        exact=(*(f"unet.{name}" for name in EXACT if hasattr(network, name)), *(["epsilon"] if folded else [])),
     )
 
 

@@ -8,23 +8,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion_convert.checkpoint import torch_networks
-from diffusion_convert.checkpoint.family import latent_factor, latent_scale
+from diffusion_convert.checkpoint import folding, torch_networks
+from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.networks import put_attention
+from diffusion_convert.networks.folding import Affine
 from diffusion_runtime.families import FAMILIES, AttentionKind
 
 
 class Decoder(nn.Module):
-    """z (1, channels, height, width), already divided by the scaling factor -> image (1, 3, …) in about -1..1."""
+    """z (1, channels, height, width), already divided by the scaling factor -> image (1, 3, …) in about -1..1.
 
-    def __init__(self, vae: Any) -> None:
+    ``own``: from latents as apps divide them to the VAE's own."""
+
+    def __init__(self, vae: Any, own: Affine | None = None) -> None:
         super().__init__()
+        self.own = own
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
+        z = z if self.own is None else self.own(z)
         image: torch.Tensor = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
         return image
 
@@ -44,21 +49,34 @@ def wide_parts(checkpoint: Checkpoint, *modules: str) -> tuple[str, ...]:
     )
 
 
+def own_latents(checkpoint: Checkpoint) -> Affine | None:
+    """From latents as the manifest describes them, unscaled, to those of the VAE's own decoder; None where they are
+    the same."""
+    own, channels = checkpoint.folded.latents, int(checkpoint.models["vae"].config["latent_channels"])
+    if own is None:
+        return None
+    scale, _ = folding.latents(checkpoint)
+    return Affine(
+        [scale / own.scale * std for std in own.std or [1.0] * channels],
+        [own.shift + mean for mean in own.mean or [0.0] * channels],
+    )
+
+
 def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:
     vae = torch_networks.build(checkpoint, "vae")
     if attention is not None:
         put_attention(vae, attention)
     config = checkpoint.models["vae"].config
-    factor, scale = latent_factor(config), latent_scale(config)
+    factor, (scale, shift) = latent_factor(config), folding.latents(checkpoint)
     size = (1, int(config["latent_channels"]), shape.height // factor, shape.width // factor)
     dtype = picture_dtype(checkpoint)
 
     def draw(seed: int) -> dict[str, np.ndarray]:
         latents = np.random.default_rng(seed).standard_normal(size) / scale
-        return {"z": (latents + float(config.get("shift_factor") or 0.0)).astype(np.float16).astype(dtype)}
+        return {"z": (latents + shift).astype(np.float16).astype(dtype)}
 
     return Graph(
-        module=Decoder(vae),
+        module=Decoder(vae, own_latents(checkpoint)),
         inputs=(Port("z", size, dtype, "Latents, divided by the VAE's scaling factor"),),
         outputs=(Port("image", (1, 3, shape.height, shape.width), "float32", "A picture in -1..1"),),
         sample=draw,

@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from diffusion_convert.checkpoint import torch_networks
+from diffusion_convert.checkpoint import folding, torch_networks
 from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.components.vae_decoder import picture_dtype, wide_parts
 from diffusion_convert.networks import put_attention
+from diffusion_convert.networks.folding import Affine
 from diffusion_runtime.families import AttentionKind
 
 
 class Encoder(nn.Module):
-    """x (1, 3, height, width) in -1..1 -> latent (1, 2 · channels, …): mean, then log-variance, unscaled."""
+    """x (1, 3, height, width) in -1..1 -> latent (1, 2 · channels, …): mean, then log-variance, unscaled.
 
-    def __init__(self, vae: Any) -> None:
+    ``known``: from the VAE's own latents to those that apps multiply."""
+
+    def __init__(self, vae: Any, known: Affine | None = None) -> None:
         super().__init__()
+        self.known = known
         self.encoder = vae.encoder
         self.quant_conv = vae.quant_conv
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         latent: torch.Tensor = self.encoder(x)
-        return latent if self.quant_conv is None else self.quant_conv(latent)
+        latent = latent if self.quant_conv is None else self.quant_conv(latent)
+        return latent if self.known is None else self.known(latent)
+
+
+def known_latents(checkpoint: Checkpoint) -> Affine | None:
+    """The inverse of `vae_decoder.own_latents` for the mean, and its gain for the variance."""
+    own, channels = checkpoint.folded.latents, int(checkpoint.models["vae"].config["latent_channels"])
+    if own is None:
+        return None
+    scale, _ = folding.latents(checkpoint)
+    gains = [own.scale / scale / std for std in own.std or [1.0] * channels]
+    means = [own.shift + mean for mean in own.mean or [0.0] * channels]
+    return Affine(
+        [*gains, *[1.0] * channels],
+        [*(-mean * gain for mean, gain in zip(means, gains, strict=True)), *(2 * math.log(gain) for gain in gains)],
+    )
 
 
 def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:
@@ -39,7 +59,7 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
     size = (1, int(config.get("in_channels", 3)), shape.height, shape.width)
     dtype = picture_dtype(checkpoint)
     return Graph(
-        module=Encoder(vae),
+        module=Encoder(vae, known_latents(checkpoint)),
         inputs=(Port("x", size, dtype, "A picture in -1..1"),),
         outputs=(
             Port(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from diffusion_convert.bundle.model_card import CARD_NAME, write_model_card
 from diffusion_convert.bundle.variants import compile_variant, share_identical, zip_variants
-from diffusion_convert.checkpoint.family import latent_factor, latent_scale
+from diffusion_convert.checkpoint import folding
+from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.vocabulary import write_vocabulary
 from diffusion_convert.conversion.events import Event, Phase, Progress
 from diffusion_convert.conversion.part import Record
@@ -88,6 +89,8 @@ def _packages(
 def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Component]) -> Manifest:
     """The manifest of a variant's packages. Raises CheckpointError for values that no runtime could use."""
     checkpoint, vae = plan.checkpoint, plan.checkpoint.models["vae"].config
+    (scale, shift), prediction = folding.latents(checkpoint), folding.prediction(checkpoint)
+    scheduler = settled(checkpoint.schedulers["scheduler"], imposed_on(checkpoint.family))
     values = {
         "name": checkpoint.name,
         "family": checkpoint.family,
@@ -101,16 +104,17 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
         "latents": {
             "channels": int(vae["latent_channels"]),
             "factor": latent_factor(vae),
-            "scale": latent_scale(vae),
-            "shift": float(vae.get("shift_factor") or 0.0),
+            "scale": scale,
+            "shift": shift,
         },
         "tokenizer_2": SECOND_TOKENIZER if checkpoint.tokenizer_2 else None,
-        "prediction_type": str(checkpoint.schedulers["scheduler"].get("prediction_type", "epsilon")),
+        "prediction_type": prediction,
         "components": dict(entries),
-        "scheduler": settled(checkpoint.schedulers["scheduler"], imposed_on(checkpoint.family)),
+        "scheduler": {**scheduler, "prediction_type": prediction} if "prediction_type" in scheduler else scheduler,
         "noise_scheduler": _optional(checkpoint.schedulers.get("low_res_scheduler")),
         "force_zeros_for_empty_prompt": bool(checkpoint.pipeline_config.get("force_zeros_for_empty_prompt", False)),
         "requires_safety_checker": bool(checkpoint.pipeline_config.get("requires_safety_checker", False)),
+        "folded": checkpoint.folded.model_dump(),
         "tools": {**tool_versions(), "conversion": plan.fingerprint},
     }
     return strict_json.as_model(Manifest, values, checkpoint.name, "a checkpoint that can be run", CheckpointError)

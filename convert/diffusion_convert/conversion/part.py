@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from diffusion_convert.checkpoint import torch_networks
+from diffusion_convert.checkpoint import folding, torch_networks
 from diffusion_convert.chunk import chunk
 from diffusion_convert.conversion.plan import Part, Plan, tool_versions
 from diffusion_convert.conversion.workspace import Workspace
@@ -339,6 +339,6 @@ def _metadata(plan: Plan) -> Metadata:
             "coreml_sd.family": checkpoint.family,
             "coreml_sd.source": checkpoint.source.name,
             # Where Guernika's apps look for it; they take "epsilon" where it is missing.
-            "prediction_type": str(checkpoint.schedulers["scheduler"].get("prediction_type", "epsilon")),
+            "prediction_type": folding.prediction(checkpoint),
         },
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from diffusion_convert import components
 from diffusion_convert.bundle.zip_names import zip_attentions
-from diffusion_convert.checkpoint import torch_networks
+from diffusion_convert.checkpoint import folding, torch_networks
 from diffusion_convert.checkpoint.family import default_size, latent_factor, text_length
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import check_vocabulary, unknown_tokens
@@ -23,6 +23,7 @@ from diffusion_convert.options import ConvertOptions, Precision
 from diffusion_convert.palettize.recipe import Recipe, load_recipe
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import FAMILIES, TARGETS, AttentionKind, compiles
+from diffusion_runtime.folding import Folding
 from diffusion_runtime.real_path import real_path
 
 TOOLS = ("coreml-sd", "coremltools", "torch", "diffusers", "transformers")
@@ -92,6 +93,8 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
         notes.append(_not_compiled(options.target))
     size = _size(weights, parts, options, compiled)
     recipe = None if options.recipe is None else load_recipe(options.recipe)
+    checkpoint = folding.fold(checkpoint, options.foldings)
+    notes += _fold_notes(checkpoint, options)
     return Plan(checkpoint, options, shape, parts, stamp, size, compiled, recipe, tuple(notes))
 
 
@@ -111,6 +114,14 @@ def _check_vocabularies(checkpoint: Checkpoint) -> Iterator[str]:
                 )
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.name}: {error}") from error
+
+
+def _fold_notes(checkpoint: Checkpoint, options: ConvertOptions) -> Iterator[str]:
+    if Folding.PREDICTION in options.fold and folding.prediction(checkpoint) == "v_prediction":
+        yield (
+            "the UNet stays one of v prediction: its schedule ends without a signal (zero terminal SNR), where "
+            "noise predictions tell nothing of the picture"
+        )
 
 
 def tool_versions() -> dict[str, str]:

@@ -39,6 +39,7 @@ def _folder_lines(report: FolderReport) -> Iterator[str]:
             f"{report.name}: {made.name} ({made.family}), {made.attention}, {made.width}x{made.height}, batch "
             f"{made.batch_size}, {made.prediction_type} prediction, for {made.target} and later"
         )
+        yield from (f"  folded    {line}" for line in made.folded.lines())
     elif len(report.models) > 1:
         yield f"{report.name}:"
     for index, model in enumerate(report.models):

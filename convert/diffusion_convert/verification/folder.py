@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_convert.bundle import add_manifests
+from diffusion_convert.checkpoint.folding import fold
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
@@ -23,6 +24,7 @@ from diffusion_runtime.bundle.integrity import check_files
 from diffusion_runtime.bundle.manifest import FILE_NAME, FusedLora, Manifest
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS
+from diffusion_runtime.folding import Folding
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.models import chained
 
@@ -58,18 +60,20 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
         if described.source.loras != checkpoint.source.loras:
             was, now = (_loras(source.loras) for source in (described.source, checkpoint.source))
             report(f"note: {folder} was made with {was}, and is compared with a checkpoint with {now}")
-    references: dict[tuple[str, Shape], Expected] = {}
+    references: dict[tuple[str, Shape, tuple[Folding, ...]], Expected] = {}
     for folder, described in made.items():
+        folded = fold(checkpoint, described.folded.names)
         shape = Shape(described.height, described.width, described.batch_size, _context_length(described))
         for name, component in described.components.items():
-            if (name, shape) not in references:
+            key = name, shape, described.folded.names
+            if key not in references:
                 report(f"running the source's own {name}")
-                references[name, shape] = compare.reference(table()[name], checkpoint, shape, lambda _: None)
+                references[key] = compare.reference(table()[name], folded, shape, lambda _: None)
             shown = folder.relative_to(models).as_posix() if folder != models else folder.name
             report(f"running {shown}: {name}")
             paths = [folder / file for file in component.files]
             bound = _bound(name, component, _palette_widths(paths) if component.palettization else ())
-            yield Comparison(shown, name, _measure(paths, references[name, shape]), bound)
+            yield Comparison(shown, name, _measure(paths, references[key]), bound)
 
 
 def _context_length(described: Manifest) -> int | None:

@@ -24,6 +24,7 @@ from pydantic import (
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import PackageError
+from diffusion_runtime.folding import Folding
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -157,6 +158,49 @@ class Latents(_Frozen):
         return scale
 
 
+class OwnLatents(_Frozen):
+    """The latents of a checkpoint's own VAE: ``(z - shift) * scale``, or where there are ``mean`` and ``std`` (one
+    number per channel) ``(z - mean) * scale / std``."""
+
+    scale: Finite
+    shift: Finite = 0.0
+    mean: tuple[Finite, ...] | None = None
+    std: tuple[Finite, ...] | None = None
+
+    def __str__(self) -> str:
+        several = {"mean": self.mean, "std": self.std}
+        told = [f"{name} {', '.join(f'{x:g}' for x in values)}" for name, values in several.items() if values]
+        return "; ".join([f"{self.scale:g}", *([f"shift {self.shift:g}"] if self.shift else []), *told])
+
+
+class Folded(_Frozen):
+    """What was put into the models because apps have it fixed (`diffusion_runtime.folding`), with the checkpoint's
+    own values. The rest of the manifest describes the models as they are: runtimes need nothing of this.
+
+    ``padding``: the number of the token that the checkpoint pads prompts with, by text encoder: the model puts it
+    in the place of <|endoftext|> after the first one."""
+
+    latents: OwnLatents | None = None
+    padding: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    prediction_type: Prediction | None = None
+
+    @property
+    def names(self) -> tuple[Folding, ...]:
+        values = (self.latents, self.padding, self.prediction_type)
+        return tuple(folding for folding, value in zip(Folding, values, strict=True) if value)
+
+    def lines(self) -> tuple[str, ...]:
+        """What was folded, for people: one line each, with the checkpoint's own values."""
+        own = "" if self.latents is None else str(self.latents)
+        pads = ", ".join(f"{number} ({name})" for name, number in (self.padding or {}).items())
+        told = {
+            Folding.LATENT_SCALE: f"the latents' scale: the checkpoint's own is {own}",
+            Folding.PADDING: f"the padding of prompts: the checkpoint's own is token {pads}",
+            Folding.PREDICTION: f"the prediction: the checkpoint's own is {self.prediction_type}",
+        }
+        return tuple(f"{folding.value}: {told[folding]}" for folding in self.names)
+
+
 class Manifest(_Frozen):
     """Everything that a runtime must know and cannot read from the models' interfaces."""
 
@@ -181,6 +225,7 @@ class Manifest(_Frozen):
     tokenizer_2: RelativePath | None = Field(default=None, description="the same of a second text encoder")
     force_zeros_for_empty_prompt: bool = False
     requires_safety_checker: bool = False
+    folded: Folded = Folded()
     tools: dict[str, str] = {}
 
     @model_validator(mode="after")

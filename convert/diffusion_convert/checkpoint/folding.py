@@ -1,0 +1,128 @@
+"""What apps have fixed, put into the models: which of it a checkpoint needs, and its own values.
+
+`fold` only notes it in the checkpoint (`Checkpoint.folded`); the components put it into their networks.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffusion_convert.checkpoint.family import latent_scale
+from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.checkpoint.vocabulary import write_vocabulary
+from diffusion_runtime import schedulers
+from diffusion_runtime.bundle.manifest import Folded, OwnLatents
+from diffusion_runtime.errors import CheckpointError, DiffusionError
+from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS
+from diffusion_runtime.folding import Folding
+from diffusion_runtime.prompt import tokenizer as tokenizers
+
+if TYPE_CHECKING:
+    import torch
+
+LEAST_SIGNAL = 1e-3
+"""The least cumulative alpha of a schedule whose v predictions become noise predictions. At its last step a
+scheduler multiplies what float16 has lost by sqrt(1 / alpha); at 0, of a zero terminal SNR, noise predictions tell
+nothing of the picture."""
+
+
+def fold(checkpoint: Checkpoint, foldings: Collection[Folding]) -> Checkpoint:
+    """The checkpoint with those of the ``foldings`` that it needs. Raises CheckpointError for a tokenizer or a
+    scheduler's configuration that cannot be read."""
+    folded = Folded(
+        latents=_latents(checkpoint, Folding.LATENT_SCALE in foldings),
+        padding=(_padding(checkpoint) or None) if Folding.PADDING in foldings else None,
+        prediction_type="v_prediction"
+        if Folding.PREDICTION in foldings
+        and own_prediction(checkpoint) == "v_prediction"
+        and _has_signal(checkpoint)
+        else None,
+    )
+    return replace(checkpoint, folded=folded)
+
+
+def own_prediction(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.schedulers["scheduler"].get("prediction_type", "epsilon"))
+
+
+def prediction(checkpoint: Checkpoint) -> str:
+    """What the converted UNet predicts."""
+    return own_prediction(checkpoint) if checkpoint.folded.prediction_type is None else "epsilon"
+
+
+def latents(checkpoint: Checkpoint) -> tuple[float, float]:
+    """Scale and shift of the converted VAE's latents."""
+    if checkpoint.folded.latents is not None:
+        return FAMILIES[checkpoint.family].latent_scale, 0.0
+    own = _own_latents(checkpoint)
+    return own.scale, own.shift
+
+
+def end_token(checkpoint: Checkpoint, encoder: str) -> int:
+    return _ends(checkpoint, encoder)[0]
+
+
+def alphas_cumprod(checkpoint: Checkpoint) -> torch.Tensor:
+    """The checkpoint's schedule, as diffusers computes it: float32 (training steps,)."""
+    config = checkpoint.schedulers["scheduler"]
+    built = schedulers.build(config, None, schedulers.imposed_on(checkpoint.family))
+    alphas: torch.Tensor = built.alphas_cumprod
+    return alphas
+
+
+def _has_signal(checkpoint: Checkpoint) -> bool:
+    return bool(alphas_cumprod(checkpoint)[-1] >= LEAST_SIGNAL)
+
+
+def _own_latents(checkpoint: Checkpoint) -> OwnLatents:
+    config = checkpoint.models["vae"].config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None or not FAMILIES[checkpoint.family].added_conditions:
+        return OwnLatents(scale=latent_scale(config), shift=float(config.get("shift_factor") or 0.0))
+    channels = int(config["latent_channels"])
+    if (len(mean), len(std)) != (channels, channels):
+        raise CheckpointError(
+            f"{checkpoint.name}: the VAE's latents_mean and latents_std have {len(mean)} and {len(std)} numbers: "
+            f"expected one for each of {channels} channels"
+        )
+    return OwnLatents(scale=latent_scale(config), mean=tuple(mean), std=tuple(std))
+
+
+def _latents(checkpoint: Checkpoint, wanted: bool) -> OwnLatents | None:
+    """The VAE's own, where they are not what apps take them for. ``mean`` and ``std``, which only SDXL's pipelines
+    of diffusers know, have no place in the manifest's latents: they are folded whatever is ``wanted``."""
+    own = _own_latents(checkpoint)
+    same = own == OwnLatents(scale=FAMILIES[checkpoint.family].latent_scale)
+    return None if same or not (wanted or own.std) else own
+
+
+def _padding(checkpoint: Checkpoint) -> dict[str, int]:
+    found = {}
+    for name in TEXT_ENCODERS:
+        if name in checkpoint.models:
+            end, padding = _ends(checkpoint, name)
+            if padding != end:
+                found[name] = padding
+    return found
+
+
+def _ends(checkpoint: Checkpoint, encoder: str) -> tuple[int, int]:
+    """The numbers of <|endoftext|> and of the padding, as the runtime reads them."""
+    files, default = _tokenizer(checkpoint, encoder)
+    with tempfile.TemporaryDirectory() as folder:
+        write_vocabulary(files, Path(folder))
+        try:
+            clip = tokenizers.load(Path(folder), pad_token=default).clip
+        except DiffusionError as error:
+            raise CheckpointError(f"{checkpoint.name}: {error}") from error
+    return int(clip.eos_token_id), int(clip.pad_token_id)
+
+
+def _tokenizer(checkpoint: Checkpoint, encoder: str) -> tuple[Mapping[str, Path], str | None]:
+    if encoder == TEXT_ENCODERS[1] and checkpoint.tokenizer_2:
+        return checkpoint.tokenizer_2, "!"
+    return checkpoint.tokenizer, FAMILIES[checkpoint.family].pad_token
