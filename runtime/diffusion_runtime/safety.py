@@ -34,8 +34,8 @@ def is_flagged(checker: Timed, picture: np.ndarray) -> bool:
     arrays = {
         name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items() if name in ("images", "adjustment")
     }
-    if "images" in arrays and arrays["images"].shape == (1, *picture.shape):
-        arrays["images"][...] = picture
+    if "images" in arrays and specs["images"].takes((1, *picture.shape)):
+        arrays["images"] = picture[None].astype(specs["images"].dtype)
     spec = specs["clip_input"]
     arrays["clip_input"] = clip_input(image, spec.shape[-1]).astype(spec.dtype)
     return bool(checker.one("has_nsfw_concepts", **arrays).any())

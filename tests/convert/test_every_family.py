@@ -94,7 +94,7 @@ def expected_interfaces(family: str) -> Mapping[str, tuple[Interface, Interface]
         found["safety_checker"] = (
             {"clip_input": (HALF, (1, 3, 224, 224)), "images": (HALF, images), "adjustment": (HALF, (1,))},
             {
-                "filtered_images": (FULL, images),
+                "filtered_images": (FULL, ()),  # as large as the input: of the picture's size or 512x512
                 "has_nsfw_concepts": (FULL, (1, 1, 1, 1)),
                 "concept_scores": (FULL, (1, 17)),
             },

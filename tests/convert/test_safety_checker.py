@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,20 @@ from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Shape
 from diffusion_convert.components.safety_checker import SAFETY_CHECKER
 from diffusion_convert.export.export import ExportOptions, export
+from diffusion_convert.inspect import inspect
+from diffusion_convert.inspect.show import as_text
 from diffusion_convert.networks.clip_safety import ROUNDS_TO_POSITIVE, SPECIAL_CARE_ADJUSTMENT
 from diffusion_convert.verification.compare import widened
 from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
 from diffusion_runtime.bundle.manifest import Source
+from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.program import Metadata
+from read_back import check_read_back
 
 SHAPE = Shape(height=48, width=72, batch_size=2)
 CONCEPTS = 17
+APPS = (1, 512, 512, 3)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +46,11 @@ def package(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) ->
     export_options = ExportOptions(AttentionKind.ORIGINAL, SHAPE, "macOS13")
     export(SAFETY_CHECKER, checkpoint, export_options, path, Metadata())
     return TorchBackend().load(path)
+
+
+@pytest.fixture(scope="module")
+def compiled(package: TorchModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return check_read_back(package.path, tmp_path_factory.mktemp("compiled"))
 
 
 def tiny_checker() -> Any:
@@ -102,10 +114,52 @@ def test_interface_is_what_apps_expect(package: TorchModel) -> None:
         "adjustment": ((1,), "float16"),
     }
     assert {name: (spec.shape, spec.dtype) for name, spec in package.outputs.items()} == {
-        "filtered_images": (picture, "float32"),
+        "filtered_images": ((), "float32"),
         "has_nsfw_concepts": ((1, 1, 1, 1), "float32"),
         "concept_scores": ((1, CONCEPTS), "float32"),
     }
+    assert package.inputs["images"].shapes == (picture, APPS)
+
+
+@pytest.mark.parametrize("kind", ["package", "compiled"])
+@pytest.mark.parametrize("size", [(SHAPE.height, SHAPE.width), (512, 512)])
+def test_takes_pictures_of_its_size_and_of_apps(
+    package: TorchModel, compiled: Path, kind: str, size: tuple[int, int]
+) -> None:
+    model = package if kind == "package" else TorchBackend().load(compiled)
+    rest = {"clip_input": np.zeros((1, 3, 224, 224), np.float16), "adjustment": np.zeros(1, np.float16)}
+    picture = np.random.default_rng(0).random((1, *size, 3)).astype(np.float16)
+    np.testing.assert_array_equal(model(images=picture, **rest)["filtered_images"], picture.astype(np.float32))
+    with pytest.raises(InputError, match=r"expected \(1, 48, 72, 3\) or \(1, 512, 512, 3\)"):
+        model(images=picture[:, :-8], **rest)
+
+
+def test_is_compiled_as_apples_compiler_writes_enumerated_shapes(compiled: Path) -> None:
+    (line,) = [line for line in (compiled / "model.mil").read_text().splitlines() if "func main" in line]
+    assert "tensor<fp16, [1, ?, ?, 3]> images)" in line
+    shapes = re.search(r'\("EnumeratedShapes", (.*)\)\)\)\]', line)
+    assert shapes is not None
+    keyed = dict(re.findall(r'\{"([0-9a-f]{8})", \{\{"images", (\[[^]]*\])\}\}\}', shapes[1]))
+    assert sorted(keyed.values()) == ["[1, 48, 72, 3]", "[1, 512, 512, 3]"]
+    schema = json.loads((compiled / "metadata.json").read_text())[0]["inputSchema"]
+    (images,) = [feature for feature in schema if feature["name"] == "images"]
+    assert images["shape"] == "[1, 48, 72, 3]"
+    assert images["hasShapeFlexibility"] == "1"
+    assert images["enumeratedShapes"] == "[[1, 48, 72, 3], [1, 512, 512, 3]]"
+    assert images["shapeFlexibility"] == "1 × 48 × 72 × 3 | 1 × 512 × 512 × 3"
+    shown = as_text(inspect(compiled))
+    assert "images Float16 1x48x72x3 (flexible: 1x48x72x3 or 1x512x512x3)" in shown
+
+
+def test_one_of_the_size_of_apps_has_one_shape(checkpoint: Checkpoint) -> None:
+    graph = SAFETY_CHECKER.build(checkpoint, AttentionKind.ORIGINAL, Shape(512, 512, 2))
+    assert [port.shapes for port in graph.inputs] == [(), (), ()]
+
+
+def test_every_shape_is_verified(checkpoint: Checkpoint) -> None:
+    graph = SAFETY_CHECKER.build(checkpoint, None, SHAPE)
+    seen = {graph.sample(seed)["images"].shape for seed in range(SAFETY_CHECKER.runs)}
+    assert seen == {(1, SHAPE.height, SHAPE.width, 3), APPS}
 
 
 @pytest.mark.parametrize("adjustment", [0.0, 2.0])

@@ -41,10 +41,13 @@ class Converted:
     own: Path
     theirs: Any
 
-    def expected(self, scheduler: str, **given: Any) -> np.ndarray:
-        config = {**self.theirs.scheduler.config}
-        self.theirs.scheduler = schedulers.build(config, scheduler)
-        return picture(self.theirs, **given)
+    def expected(self, scheduler: str) -> np.ndarray:
+        self.theirs.scheduler = self.scheduler(scheduler)
+        return picture(self.theirs)
+
+    def scheduler(self, name: str | None = None) -> Any:
+        config = json.loads((self.source / "scheduler" / "scheduler_config.json").read_text())
+        return schedulers.build(config, name)
 
 
 def picture(pipe: Any, **given: Any) -> np.ndarray:
@@ -144,6 +147,7 @@ def test_it_draws_the_same_whatever_was_folded(sd2: Converted, psnr_db: Psnr, mo
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((96, 96))
     theirs = diffusers.StableDiffusionImg2ImgPipeline(**sd2.theirs.components, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = sd2.scheduler()
     expected = picture(theirs, image=image, strength=0.6)
     folder = getattr(sd2, models)
     assert psnr_db(picture(load_pipeline(folder, "torch"), image=image, strength=0.6), expected) >= PARITY_DB

@@ -26,11 +26,13 @@ class Checker:
     verdicts: tuple[bool, ...]
     size: int
     seen: list[dict[str, np.ndarray]] = field(default_factory=list)
+    sizes: tuple[int, ...] = ()
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
         shapes = {"clip_input": (1, 3, 224, 224), "images": (1, self.size, self.size, 3), "adjustment": (1,)}
-        return {name: TensorSpec(name, shape, "float16") for name, shape in shapes.items()}
+        several = {"images": tuple((1, size, size, 3) for size in self.sizes)}
+        return {name: TensorSpec(name, shape, "float16", several.get(name, ())) for name, shape in shapes.items()}
 
     @property
     def outputs(self) -> Mapping[str, TensorSpec]:
@@ -82,9 +84,11 @@ def test_previews_are_checked_as_pictures_are(reference: Callable[[str], Any], c
     assert (np.asarray(shown).max() == 0) == check_safety
 
 
-@pytest.mark.parametrize(("size", "is_shown"), [(64, True), (512, False)])
-def test_a_checker_of_another_size_still_judges(reference: Callable[[str], Any], size: int, is_shown: bool) -> None:
-    checker = Checker((True,), size)
+@pytest.mark.parametrize(("size", "sizes", "is_shown"), [(64, (), True), (512, (), False), (512, (512, 64), True)])
+def test_a_checker_of_another_size_still_judges(
+    reference: Callable[[str], Any], size: int, sizes: tuple[int, ...], is_shown: bool
+) -> None:
+    checker = Checker((True,), size, sizes=sizes)
     result = checked(reference("sd1").pipeline(), checker)("a cat", num_inference_steps=2, seed=1)
     assert result.nsfw_content_detected == [True]
     assert (checker.seen[0]["images"].max() > 0) == is_shown

@@ -71,13 +71,15 @@ def open_single_file(
     models = _models(path, parts, FAMILIES[found].encoders, data, beside, base)
     if parts["unet"]["input_blocks.0.0.weight"].shape[1] == 5 and "depth_estimator" not in models:
         raise CheckpointError(f"{path}: its UNet takes depth, but the depth estimator (depth_model.) is missing")
+    tokenizers = _tokenizers(path, data, models, base)
     return Checkpoint(
         name=diffusers_unet.name_of(path),
         family=found,
         source=Source(name=path.name, sha256=sha256(path)),
         models=models,
         schedulers={name: ldm_configs.merge(config, beside.get(name, {})) for name, config in schedulers.items()},
-        **_tokenizers(path, data, models, base),
+        tokenizer=tokenizers["tokenizer"],
+        tokenizer_2=tokenizers.get("tokenizer_2", {}),
         pipeline_config=data.get("pipeline_config", {}),
         notes=(*notes, *_notes(path, file, parts, data, given), *_few_steps(path, marks, given)),
     )

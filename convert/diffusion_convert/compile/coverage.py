@@ -65,8 +65,6 @@ def _unsupported(model: Model) -> Iterator[str]:
 def _unsupported_feature(feature: Feature) -> Iterator[str]:
     if feature.kind != "multiArray":
         yield f"{feature.name} is of kind {feature.kind or 'unknown'} (known: multiArray)"
-    elif feature.enumerated_shapes:
-        yield f"{feature.name} has enumerated shapes"
     elif any(upper < 0 for _, upper in feature.shape_range):
         yield f"{feature.name} has an unbounded shape"
 

@@ -123,6 +123,11 @@ def _schema(feature: Feature) -> dict[str, str]:
             ),
             "shapeRange": str([list(bounds) for bounds in feature.shape_range]),
         }
+    if feature.enumerated_shapes:
+        flexible = {
+            "shapeFlexibility": " | ".join(" × ".join(map(str, shape)) for shape in feature.enumerated_shapes),
+            "enumeratedShapes": str([list(shape) for shape in feature.enumerated_shapes]),
+        }
     return {
         "name": feature.name,
         "type": "MultiArray",

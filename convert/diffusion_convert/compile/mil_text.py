@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -26,6 +27,7 @@ from diffusion_runtime.mil.text import Dialect
 _STRING = TensorType(DType.STRING)
 _BUILD_INFO = DictType(_STRING, _STRING)
 _SHAPE = TensorType(DType.INT32, (None,))
+_SHAPES = DictType(_STRING, _SHAPE)
 _RANGES = ListType(TensorType(DType.INT32, (2,)))
 
 
@@ -46,7 +48,10 @@ def compiled_program(model: Model, versions: Mapping[str, str]) -> Program:
 
 
 def _compiled_function(function: Function, interface: FunctionInterface) -> Function:
-    flexible = sorted((item for item in interface.inputs if item.shape_range), key=lambda item: item.name)
+    flexible = sorted(
+        (item for item in interface.inputs if item.shape_range or item.enumerated_shapes),
+        key=lambda item: item.name,
+    )
     return dataclasses.replace(
         function,
         inputs=tuple(sorted(function.inputs, key=lambda variable: variable.name)),
@@ -58,10 +63,24 @@ def _compiled_function(function: Function, interface: FunctionInterface) -> Func
 def _flexible_shapes(features: list[Feature]) -> Value:
     defaults = [(item.name, Value(_SHAPE, np.array(item.shape, "<i4"))) for item in features]
     ranges = [
-        (item.name, Value(_RANGES, tuple(_range(bounds) for bounds in item.shape_range))) for item in features
+        (item.name, Value(_RANGES, tuple(_range(bounds) for bounds in item.shape_range)))
+        for item in features
+        if item.shape_range
     ]
-    sections = (_section("DefaultShapes", _SHAPE, defaults), _section("RangeDims", _RANGES, ranges))
-    return Value(TupleType(tuple(section.type for section in sections)), sections)
+    enumerated = dict(_enumerated(item.name, shape) for item in features for shape in item.enumerated_shapes)
+    sections = [_section("DefaultShapes", _SHAPE, defaults)]
+    if ranges:
+        sections.append(_section("RangeDims", _RANGES, ranges))
+    if enumerated:
+        sections.append(_section("EnumeratedShapes", _SHAPES, sorted(enumerated.items())))
+    return Value(TupleType(tuple(section.type for section in sections)), tuple(sections))
+
+
+def _enumerated(name: str, shape: tuple[int, ...]) -> tuple[str, Value]:
+    """One shape by its key. Apple's keys have eight hexadecimal digits; what they are derived from is not known,
+    only that each differs."""
+    key = f"{zlib.crc32(f'{name} {list(shape)}'.encode()):08x}"
+    return key, Value(_SHAPES, ((Value(_STRING, name), Value(_SHAPE, np.array(shape, "<i4"))),))
 
 
 def _range(bounds: tuple[int, int]) -> Value:

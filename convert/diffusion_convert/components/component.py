@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 class Port:
     """An input or output of a converted model: name, shape, element type at the interface, description.
 
-    Whatever the type at the interface, the torch module receives and gives float32."""
+    Whatever the type at the interface, the torch module receives and gives float32. ``shapes``: all that an input
+    may have, where there are several, ``shape`` the first of them; an output's shape may then follow from it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str = "float16"
     description: str = ""
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,9 @@ from diffusion_convert.networks import safety_checker
 from diffusion_convert.networks.clip_safety import SPECIAL_CARE_ADJUSTMENT
 from diffusion_runtime.families import AttentionKind
 
+APP_SIZE = 512
+"""Height and width in pixels that apps built on Apple's Swift pipeline scale every picture to."""
+
 
 class Reference(nn.Module):
     """diffusers' StableDiffusionSafetyChecker, with the scores that it decides by. It has no input for
@@ -48,7 +51,8 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
     checker: Any = torch_networks.build(checkpoint, "safety_checker")
     size = int(checker.config.vision_config.image_size)
     concepts = int(checker.concept_embeds.shape[0])
-    clip, picture = (1, 3, size, size), (1, shape.height, shape.width, 3)
+    clip, pictures = (1, 3, size, size), picture_shapes(shape)
+    picture = pictures[0]
     return Graph(
         module=Reference(checker) if attention is None else safety_checker(checker, attention),
         inputs=(
@@ -57,7 +61,9 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
                 clip,
                 description="The picture, resized and normalised as CLIP's feature extractor does",
             ),
-            Port("images", picture, description="The picture in 0..1"),
+            Port(
+                "images", picture, description="The picture in 0..1", shapes=pictures if len(pictures) > 1 else ()
+            ),
             Port("adjustment", (1,), description="0, or more to flag more pictures"),
         ),
         outputs=(
@@ -70,9 +76,15 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
                 "How near the picture is to each concept; flagged above 0",
             ),
         ),
-        sample=lambda seed: _draw(clip, picture, seed),
+        sample=lambda seed: _draw(clip, pictures[seed % len(pictures)], seed),
         description="Flags pictures that are near one of its concepts, and blackens them.",
     )
+
+
+def picture_shapes(shape: Shape) -> tuple[tuple[int, ...], ...]:
+    """Of the pictures that are made, and of those that apps hand over whatever they make."""
+    sizes = dict.fromkeys([(shape.height, shape.width), (APP_SIZE, APP_SIZE)])
+    return tuple((1, *size, 3) for size in sizes)
 
 
 def _draw(clip: tuple[int, ...], picture: tuple[int, ...], seed: int) -> dict[str, np.ndarray]:
@@ -89,4 +101,5 @@ SAFETY_CHECKER = Component(
     name="safety_checker",
     build=build,
     min_psnr_db=60.0,
+    runs=2,
 )

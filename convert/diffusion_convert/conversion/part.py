@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from diffusion_convert.checkpoint import folding, torch_networks
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.chunk import chunk
-from diffusion_convert.conversion.plan import Part, Plan, tool_versions
+from diffusion_convert.conversion.metadata import metadata
+from diffusion_convert.conversion.plan import Part, Plan
 from diffusion_convert.conversion.workspace import Workspace
 from diffusion_convert.export import export
 from diffusion_convert.export.placeholders import FLOAT16_MAX
@@ -31,7 +32,6 @@ from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes
 from diffusion_runtime.errors import InputError, PackageError, VerificationError
 from diffusion_runtime.families import TEXT_ENCODERS
 from diffusion_runtime.mil.package import open_package
-from diffusion_runtime.mil.program import Metadata
 
 RECORD = "record.json"
 MAX_ATTEMPTS = 5
@@ -117,7 +117,12 @@ def _convert(job: Job) -> Record:
     seconds: dict[str, float] = {}
     for _ in range(MAX_ATTEMPTS):
         made = export.export(
-            part.component, job.plan.checkpoint, export_options, job.package, _metadata(job.plan), job.report
+            part.component,
+            job.plan.checkpoint,
+            export_options,
+            job.package,
+            metadata(job.part.component, job.plan),
+            job.report,
         )
         gc.collect()  # so are coremltools' programs
         _add(seconds, made.seconds)
@@ -187,7 +192,9 @@ def _record(
     return Record(
         component=manifest.Component(
             files=(job.package.name,),
-            inputs=tuple(manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape) for p in made.inputs),
+            inputs=tuple(
+                manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape, shapes=p.shapes) for p in made.inputs
+            ),
             outputs=tuple(manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape) for p in made.outputs),
             compute_units=job.part.component.compute_units(job.part.attention),
             precision="float32" if export_options.precision is Precision.FLOAT32 else "float16",
@@ -324,21 +331,3 @@ def _hashed(job: Job, record: Record) -> Record:
 def _add(total: dict[str, float], seconds: Mapping[str, float]) -> None:
     for phase, value in seconds.items():
         total[phase] = total.get(phase, 0.0) + value
-
-
-def _metadata(plan: Plan) -> Metadata:
-    checkpoint, versions = plan.checkpoint, tool_versions()
-    return Metadata(
-        version=checkpoint.source.revision or checkpoint.name,
-        author=f"See the model card of {checkpoint.name}; converted with coreml-sd",
-        license=checkpoint.source.license or "see the checkpoint's own",
-        user_defined={
-            "com.github.apple.coremltools.version": versions["coremltools"],
-            "com.github.apple.coremltools.source": f"torch=={versions['torch']}",
-            "coreml_sd.version": versions["coreml-sd"],
-            "coreml_sd.family": checkpoint.family,
-            "coreml_sd.source": checkpoint.source.name,
-            # Where Guernika's apps look for it; they take "epsilon" where it is missing.
-            "prediction_type": folding.prediction(checkpoint),
-        },
-    )

@@ -161,12 +161,16 @@ def _convert(
             convert_to="mlprogram",
             minimum_deployment_target=getattr(ct.target, options.target),
             compute_precision=_precision(ct, graph, options),
-            inputs=[ct.TensorType(port.name, port.shape, np.dtype(port.dtype)) for port in graph.inputs],
+            inputs=[ct.TensorType(port.name, _shape(ct, port), np.dtype(port.dtype)) for port in graph.inputs],
             outputs=[ct.TensorType(port.name, dtype=np.dtype(port.dtype)) for port in graph.outputs],
             skip_model_load=True,
         )
     model = proto.model_from_bytes(converted.get_spec().SerializeToString())
     return model, _modules(converted._mil_program)
+
+
+def _shape(ct: Any, port: Port) -> Any:
+    return ct.EnumeratedShapes(port.shapes, default=port.shape) if port.shapes else port.shape
 
 
 def _stored(array: np.ndarray, weight: tuple[str, torch.Tensor] | None) -> np.ndarray:

@@ -26,11 +26,20 @@ class ComputeUnits(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """``dtype`` is numpy's name ("float16"); ``shape`` is the default shape."""
+    """``dtype`` is numpy's name ("float16"); ``shape`` is the default shape, ``shapes`` are all that there are, if
+    several."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    shapes: tuple[tuple[int, ...], ...] = ()
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        return shape == self.shape or shape in self.shapes
+
+    @property
+    def expected(self) -> str:
+        return " or ".join(map(str, self.shapes or (self.shape,)))
 
 
 class Model(Protocol):
@@ -82,9 +91,9 @@ def check_arrays(inputs: Mapping[str, TensorSpec], arrays: Mapping[str, np.ndarr
     wrong = [f"missing {name}" for name in inputs if name not in arrays]
     wrong += [f"unknown {name}" for name in arrays if name not in inputs]
     wrong += [
-        f"{name} has shape {tuple(arrays[name].shape)}, expected {spec.shape}"
+        f"{name} has shape {tuple(arrays[name].shape)}, expected {spec.expected}"
         for name, spec in inputs.items()
-        if name in arrays and tuple(arrays[name].shape) != spec.shape
+        if name in arrays and not spec.takes(tuple(arrays[name].shape))
     ]
     if wrong:
         raise InputError(f"{model}: {'; '.join(wrong)} (inputs: {', '.join(inputs)})")

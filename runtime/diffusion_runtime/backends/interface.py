@@ -24,4 +24,7 @@ def specs(features: Sequence[Feature], path: Path) -> dict[str, TensorSpec]:
         if feature.kind != "multiArray" or feature.dtype not in NUMPY_NAMES:
             declared = f"{feature.kind} {feature.dtype}".strip()
             raise UnsupportedError(f"{path}: {feature.name} is declared as {declared}, expected a multi-array")
-    return {item.name: TensorSpec(item.name, item.shape, NUMPY_NAMES[item.dtype]) for item in features}
+    return {
+        item.name: TensorSpec(item.name, item.shape, NUMPY_NAMES[item.dtype], item.enumerated_shapes)
+        for item in features
+    }

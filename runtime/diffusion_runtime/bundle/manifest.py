@@ -75,11 +75,13 @@ class _Frozen(BaseModel):
 
 
 class Tensor(_Frozen):
-    """One input or output: numpy's dtype name and the default shape, empty where the model does not declare it."""
+    """One input or output: numpy's dtype name and the default shape, empty where the model does not declare it.
+    ``shapes``: all that an input may have, where there are several."""
 
     name: str
     dtype: Annotated[str, Field(pattern="^(float16|float32|float64|int32|int8)$")]
     shape: tuple[Extent, ...] = Field(max_length=5)
+    shapes: tuple[Annotated[tuple[Extent, ...], Field(max_length=5)], ...] = Field(default=(), max_length=128)
 
 
 def _declared(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -185,7 +185,9 @@ def _rows(function: Function, table: tuple[str | Value, ...]) -> int | None:
 
 
 def _tensors(features: Sequence[Feature], path: Path) -> tuple[Tensor, ...]:
-    return tuple(Tensor(name=s.name, dtype=s.dtype, shape=s.shape) for s in specs(features, path).values())
+    return tuple(
+        Tensor(name=s.name, dtype=s.dtype, shape=s.shape, shapes=s.shapes) for s in specs(features, path).values()
+    )
 
 
 def _check(folder: Path, components: Mapping[str, Component], inputs: Mapping[str, tuple[int, ...]]) -> None:

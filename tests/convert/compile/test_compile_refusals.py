@@ -78,7 +78,6 @@ TEXT = Value(TensorType(DType.STRING), 'say "hi"')
 REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
     "specification": (lambda: replace(model(), specification_version=10), "version 10 (known: 6, 7, 8, 9)"),
     "updatable": (lambda: replace(model(), is_updatable=True), "an updatable model"),
-    "enumerated": (lambda: of_input(enumerated_shapes=((4,), (8,))), "x has enumerated shapes"),
     "unbounded": (lambda: of_input(shape_range=((1, -1),)), "x has an unbounded shape"),
     "state": (with_state, "state cache"),
     "functions": (two_functions, "functions main, other (known: a single main)"),
