@@ -125,6 +125,47 @@ def test_adapters_of_two_networks(networks: Networks, tmp_path: Path, kind: str,
     assert_fused(networks, Lora(tmp_path / "text_encoder", weight), {"text_encoder": wanted["text_encoder"]})
 
 
+WHOLE: dict[str, dict[str, Any]] = {
+    "all biases": {"bias": "all"},
+    "biases of the layers": {"bias": "lora_only"},
+    "biases beside those of the LoRA": {"bias": "lora_only", "lora_bias": True},
+    "convolutions": {"modules_to_save": ["conv_in", "conv_out"]},
+    "a norm": {"modules_to_save": ["conv_norm_out"]},
+    "with magnitudes": {"bias": "lora_only", "use_dora": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # peft takes biases of LoRAs for matrices
+@pytest.mark.parametrize("kind", WHOLE)
+def test_what_was_trained_as_a_whole_takes_the_models_place(networks: Networks, tmp_path: Path, kind: str) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=r".*(to_out\.0|conv1)", r=2, lora_alpha=3, **WHOLE[kind])
+    made: Any = get_peft_model(networks.unet(), config)
+    for name, parameter in made.named_parameters():
+        if parameter.requires_grad and "magnitude" not in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    made.save_pretrained(tmp_path / "unet")
+    loaded: Any = PeftModel.from_pretrained(networks.unet(), tmp_path / "unet")
+    merged: dict[str, torch.Tensor] = loaded.merge_and_unload().state_dict()
+    assert_fused(networks, Lora(tmp_path), {"unet": merged})
+
+
+def test_a_text_encoders_parts_trained_as_a_whole(networks: Networks, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["final_layer_norm", "token_embedding"])
+    made: Any = get_peft_model(networks.text_encoder(), config)
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    made.save_pretrained(tmp_path / "text_encoder")
+    loaded: Any = PeftModel.from_pretrained(networks.text_encoder(), tmp_path / "text_encoder")
+    assert_fused(networks, Lora(tmp_path), {"text_encoder": loaded.merge_and_unload().state_dict()})
+
+
 def test_an_embedding(networks: Networks, tmp_path: Path) -> None:
     merged = saved(networks.text_encoder(), "LoRA", ".*token_embedding", tmp_path / "adapter", 1.0)
     assert_fused(networks, Lora(tmp_path / "adapter"), {"text_encoder": merged})

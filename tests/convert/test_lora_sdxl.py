@@ -179,6 +179,20 @@ def test_as_diffusers_fuses_it(pipeline: Any, tmp_path: Path, names: str) -> Non
     assert found.notes == ()
 
 
+def test_layers_under_two_names_count_once(pipeline: Any, tmp_path: Path) -> None:
+    """Some mergers write both: diffusers takes those under its own names."""
+    tensors: dict[str, torch.Tensor] = {}
+    for sgm in (sgm_names(pipeline.unet.state_dict()), {}):
+        for network, module, down, up in halves(pipeline):
+            if module.startswith(("conv_", "time_", "add_")):
+                continue
+            name = kohya(network, module, sgm)
+            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up * (2 if sgm else 1)}
+    save_file({name: value.clone() for name, value in tensors.items()}, tmp_path / "lora.safetensors")
+    found = assert_as_diffusers(pipeline, tmp_path / "lora.safetensors")
+    assert "under diffusers' and Stability AI's names: the latter are left out" in " ".join(found.notes)
+
+
 def test_the_second_encoders_projection(pipeline: Any, tmp_path: Path) -> None:
     name = "lora_te2_text_projection"
     down, up = torch.randn(2, 32), torch.randn(32, 2)

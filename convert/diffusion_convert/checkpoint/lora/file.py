@@ -25,6 +25,8 @@ FILE_NAMES = (
 )
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 """Folders of a folder that peft saved adapters of several networks to."""
+_SGM_BLOCK = re.compile(r"(?:input|output)_blocks[._]|middle_block[._]")
+_DIFFUSERS_BLOCK = re.compile(r"(?:down|up)_blocks[._]|mid_block[._]")
 _NO_LORA = re.compile("scheduler|optimizer|checkpoint")
 """In the names of weight files that trainers leave next to a LoRA, and that diffusers ignores."""
 
@@ -80,6 +82,7 @@ def _read_one(path: Path, subfolder: str | None) -> LoraFile:
     tensors = {**file.tensors, **_numbers(file.scalars)}
     if not tensors:
         raise InputError(f"{path}: holds no tensors: expected a LoRA")
+    tensors, twins = _written_once(tensors)
     for name in tensors:
         if (kind := names.other_kind(name)) is not None:
             raise InputError(f"{path}: {name} is of {kind}, which is not covered")
@@ -90,8 +93,21 @@ def _read_one(path: Path, subfolder: str | None) -> LoraFile:
         for (network, _), (module, by_part) in found.items()
         for own in (beside or headers.get(network),)
     ]
-    notes = tuple(_notes(path, file.scalars, layers, beside or headers or None))
+    notes = [*_notes(path, file.scalars, layers, beside or headers or None)]
+    if twins:
+        notes.append(
+            f"{path.name}: has the UNet's layers under diffusers' and Stability AI's names: the latter are left out"
+        )
     return LoraFile(path, settings.files(path), layers, unknown, len(tensors), notes)
+
+
+def _written_once(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], bool]:
+    """Without the layers under Stability AI's names where the file has some under diffusers' names, too: diffusers
+    leaves them out; and whether there were any."""
+    if not any(_DIFFUSERS_BLOCK.search(name) for name in tensors):
+        return tensors, False
+    kept = {name: value for name, value in tensors.items() if not _SGM_BLOCK.search(name)}
+    return kept, len(kept) < len(tensors)
 
 
 def _grouped(
@@ -171,9 +187,8 @@ def _check(path: Path, name: str, part: str, value: torch.Tensor) -> None:
         if value.numel() != 1 or value.is_complex():
             raise InputError(f"{path}: {name} is no single number")
         return
-    vector = part in ("bias", "diff", "diff_b", "ia3", "ia3_l", "magnitude", "dora_scale") or part.startswith(
-        "bias_"
-    )
+    vectors = ("bias", "diff", "diff_b", "ia3", "ia3_l", "magnitude", "dora_scale", "new_weight", "new_bias")
+    vector = part in vectors or part.startswith("bias_")
     if not value.numel() or not (vector or value.ndim in (2, 4)) or value.ndim > 4:
         raise InputError(f"{path}: {name} has shape {tuple(value.shape)}: expected a matrix or a convolution")
 

@@ -65,8 +65,8 @@ class Layer:
 
     def targets(self) -> tuple[str, ...]:
         """ "weight", "bias" or both: what it changes of its module."""
-        bias = bool({"bias", "diff_b"} & self.parts.keys()) or ("ia3_l" in self.parts and not self.on_input)
-        weight = self.kind.product is None or self.parts.keys() != {"diff_b"}
+        bias = bool(_BIASES & self.parts.keys()) or ("ia3_l" in self.parts and not self.on_input)
+        weight = self.kind.product is None or not self.parts.keys() <= _BIASES
         return (*(("weight",) * weight), *(("bias",) * bias))
 
     def optional(self, target: str) -> bool:
@@ -85,6 +85,10 @@ class Layer:
     def _weight(self, value: torch.Tensor, strength: float) -> torch.Tensor:
         if self.kind.product is None:
             return value * self._factors(value, strength)
+        if "new_weight" in self.parts:
+            value = value + strength * (_fitting(self.parts["new_weight"].float(), value) - value)
+            if self.parts.keys() <= {"new_weight", "new_bias"}:
+                return value
         delta = _fitting(self.scale * self.kind.product(self.parts), value)
         if "magnitude" in self.parts:
             changed = value + strength * delta
@@ -98,8 +102,12 @@ class Layer:
     def _bias(self, value: torch.Tensor, strength: float) -> torch.Tensor:
         if "ia3_l" in self.parts:
             return value * (1 + strength * (_fitting(self.parts["ia3_l"].float().flatten(), value) - 1))
-        name, scale = ("bias", self.scale) if "bias" in self.parts else ("diff_b", 1.0)
-        return value + strength * scale * _fitting(self.parts[name].float(), value)
+        if "new_bias" in self.parts:
+            value = value + strength * (_fitting(self.parts["new_bias"].float(), value) - value)
+        for name, scale in (("bias", self.scale), ("diff_b", 1.0)):
+            if name in self.parts:
+                return value + strength * scale * _fitting(self.parts[name].float(), value)
+        return value
 
     def _factors(self, value: torch.Tensor, strength: float) -> torch.Tensor:
         """Of (IA)^3, for every input or output: LyCORIS' are about 0, peft's about 1."""
@@ -156,6 +164,10 @@ def _lora(parts: Parts) -> torch.Tensor:
     return product + rest.index_put((rows, columns), parts["bias_values"].float()).reshape(product.shape)
 
 
+def _whole(parts: Parts) -> torch.Tensor:
+    return parts["new_weight"].float()
+
+
 def _embedding(parts: Parts) -> torch.Tensor:
     return (parts["embedding_up"].float() @ parts["embedding_down"].float()).T
 
@@ -203,7 +215,8 @@ def _one(*names: str) -> tuple[frozenset[str], ...]:
     return (frozenset(names),)
 
 
-_SCALED = frozenset({"alpha", "dora_scale", "magnitude", "bias", "diff_b"})
+_BIASES = frozenset({"bias", "diff_b", "new_bias"})
+_SCALED = frozenset({"alpha", "dora_scale", "magnitude", "new_weight"}) | _BIASES
 KINDS: Sequence[Kind] = (
     Kind(
         "LoRA",
@@ -216,7 +229,7 @@ KINDS: Sequence[Kind] = (
     Kind(
         "LoRA of an embedding",
         [_one("embedding_down", "embedding_up")],
-        frozenset({"alpha"}),
+        frozenset({"alpha", "new_weight"}),
         _embedding,
         lambda parts: parts["embedding_down"].shape[0],
     ),
@@ -243,8 +256,9 @@ KINDS: Sequence[Kind] = (
         frozenset({"diff", "diff_b", "alpha"}),
         lambda parts: parts["diff"].float(),
     ),
+    Kind("replacement", [(*_one("new_weight"), *_one("new_bias"))], frozenset({"new_weight", "new_bias"}), _whole),
 )
-"""The last one's ``diff_b`` may stand in the others as well."""
+"""The last ones' parts may stand in the others as well."""
 
 
 def kind_of(parts: Parts) -> Kind | None:

@@ -48,10 +48,21 @@ _FORMS: Sequence[tuple[str, str]] = (
     (r"\.(?:diff|w_norm)", "diff"),
     (r"\.(?:diff_b|b_norm)", "diff_b"),
     (r"\.on_input", "on_input"),
-    (r"\.weight", "ia3"),  # LyCORIS' (IA)^3, if there is an on_input as well
 )
 """How a name ends -> the part of a layer that it is. Parts of LoHa, LoKr and peft's (IA)^3 keep their names."""
-_COMPILED = tuple((re.compile(rf"(?P<module>.+?){end}"), part) for end, part in _FORMS)
+_IA3 = ((r"\.weight", "ia3"),)  # LyCORIS' (IA)^3, if there is an on_input as well
+_REPLACED = tuple(
+    (rf"(?:\.base_layer|\.modules_to_save{_ADAPTER})?\.{target}", f"new_{target}") for target in ("weight", "bias")
+)
+"""What peft trained as a whole (modules_to_save, bias): it takes the place of the model's own."""
+_PEFT = "base_model.model."
+
+
+def _compiled(forms: Sequence[tuple[str, str]]) -> tuple[tuple[re.Pattern[str], str], ...]:
+    return tuple((re.compile(rf"(?P<module>.+?){end}"), part) for end, part in forms)
+
+
+_OF_PEFT, _OF_OTHERS = _compiled((*_FORMS, *_REPLACED)), _compiled((*_FORMS, *_IA3))
 
 OTHER_KINDS: Mapping[str, str] = {
     r"\.oft_|\.boft_": "OFT",
@@ -74,7 +85,7 @@ class Tag:
 
 def parse(name: str) -> Tag | None:
     """What a tensor's name says, None for a name of no known form."""
-    for pattern, part in _COMPILED:
+    for pattern, part in _OF_PEFT if _PEFT in name else _OF_OTHERS:
         if (found := pattern.fullmatch(name)) is not None:
             prefix, module = _split(found["module"])
             return Tag(prefix, module, part or found["part"])
@@ -101,5 +112,5 @@ def other_kind(name: str) -> str | None:
 def _split(place: str) -> tuple[str | None, str]:
     for prefix, subfolder in PREFIXES.items():
         if (found := re.match(prefix, place)) is not None:
-            return subfolder, place[found.end() :].removeprefix("base_model.model.")
-    return None, place.removeprefix("base_model.model.").removeprefix("lycoris_")
+            return subfolder, place[found.end() :].removeprefix(_PEFT)
+    return None, place.removeprefix(_PEFT).removeprefix("lycoris_")
