@@ -48,6 +48,18 @@ WEIGHTED = (
 )  # fmt: skip
 
 
+WITH_ADDED = (
+    "a photo of <cat-toy>",
+    "<cat-toy><cat-toy> and <cat-toy>, <CAT-TOY>",
+    "a<cat-toy>b <cat-toy>_1 <cat-toy>_2 sks_1 sks_10",
+    "the (<cat-toy>:1.3) and <Style> or <style>",
+    "solo Solo solos solo_ a-solo, (solo)",
+    "<RAW> <raw> x<RAW>y",
+    "nothing added, a cat",
+    " ".join(["<cat-toy>"] * 40),
+)
+
+
 def values() -> dict[str, Any]:
     vocabulary, merges = _trained()
     prompts = [*_prompts(), *WEIGHTED]
@@ -60,7 +72,25 @@ def values() -> dict[str, Any]:
             for padding, pieces in ((END, 1), ("!", 3))
             for prompt in prompts
         ]
-    return {"vocabulary": vocabulary, "merges": merges, "cases": cases}
+        config = _config(folder)
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        added = [_case(tokenizers.load(folder), END, prompt, 1) for prompt in WITH_ADDED]
+    return {"vocabulary": vocabulary, "merges": merges, "cases": cases, "config": config, "added": added}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """A tokenizer_config.json with tokens added to the vocabulary, as conversion writes it."""
+    from tokenizers import AddedToken
+
+    clip = tokenizers.load(folder).clip
+    clip.add_tokens(["<cat-toy>", "<cat-toy>_1", "<cat-toy>_2", "<Style>", "<Style>_1", "sks_1"])
+    clip.add_tokens([AddedToken("solo", single_word=True), AddedToken("<RAW>", normalized=False)])
+    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    listed = {
+        str(number): {name: getattr(token, name) for name in names}
+        for number, token in clip.added_tokens_decoder.items()
+    }
+    return {"tokenizer_class": "CLIPTokenizer", "pad_token": END, "added_tokens_decoder": listed}
 
 
 def _case(tokenizer: Any, padding: str, prompt: str, pieces: int) -> dict[str, Any]:

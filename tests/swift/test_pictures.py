@@ -74,12 +74,11 @@ def _drawings() -> list[Any]:
     """Every case with every scheduler; of `make test` some, with schedulers and kinds in turn."""
     listed = []
     for number, case in enumerate(CASES):
-        turn = SCHEDULERS[number % len(SCHEDULERS)]
-        for index, scheduler in enumerate(SCHEDULERS if ALL else (turn,)):
+        able = ("lcm",) * 2 if "lcm" in case.checkpoint else SCHEDULERS
+        for index, scheduler in enumerate(able if ALL else (able[number % len(able)],)):
             kind = "compiled" if (number + index) % 2 else "packages"
             if ALL or case.few:
-                used = "lcm" if "lcm" in case.checkpoint else scheduler
-                listed.append(pytest.param(case, kind, used, id=f"{case}-{kind}-{used}"))
+                listed.append(pytest.param(case, kind, scheduler, id=f"{case}-{kind}-{scheduler}"))
     return listed
 
 

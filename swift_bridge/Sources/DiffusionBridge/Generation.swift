@@ -128,6 +128,7 @@ actor Run {
         let isGuided = pipeline.isGuided(job.request)
         let texts = TextStates(
             models: pipeline.models, tokenizers: pipeline.tokenizers,
+            vocabularySizes: pipeline.manifest.components.compactMapValues(\.vocabularySize),
             zerosForMissing: pipeline.manifest.zerosForEmptyPrompt, length: pipeline.textLength,
             isStrict: request.longPrompt)
         let encoded = try await texts.encode(job.request.texts(isGuided: isGuided))

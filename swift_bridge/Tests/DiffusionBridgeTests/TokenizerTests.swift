@@ -16,6 +16,7 @@ private struct TokenGolden: Decodable {
     let vocabulary: [String: Int]
     let merges: [String]
     let cases: [Case]
+    let added: [Case]
 }
 
 /// A folder of its own for one test, removed when the test lets go of it.
@@ -58,6 +59,26 @@ private func written(_ golden: TokenGolden) throws -> TemporaryFolder {
         if tokens.isWeighted { #expect(tokens.weights == item.weights, "\(shown)") }
         #expect(String(tokens.lost.unicodeScalars.prefix(200).map(Character.init)) == item.lost, "\(shown)")
     }
+}
+
+@Test func addedTokensAreFoundAsTransformersFindsThem() throws {
+    let expected: TokenGolden = try golden("tokens")
+    let folder = try written(expected)
+    let url = try #require(Bundle.module.url(forResource: "tokens", withExtension: "json", subdirectory: "Golden"))
+    let config = try #require(try JSON(contentsOf: url)["config"])
+    try folder.write("tokenizer_config.json", config.text)
+    let tokenizer = try Tokenizer(contentsOf: folder.url)
+    for item in expected.added {
+        let tokens = try tokenizer.encode(item.prompt)
+        #expect(tokens.ids == item.rows, "\(item.prompt)")
+        #expect(tokens.weights == item.weights || item.weights.isEmpty, "\(item.prompt)")
+    }
+    let added = try #require(config["added_tokens_decoder"]?.object?.first { $0.value["content"]?.string == "sks_1" }?.key)
+    try folder.write("tokenizer_config.json", "{}")
+    try folder.write("added_tokens.json", "{\"sks_1\": \(added)}")
+    #expect(try Tokenizer(contentsOf: folder.url).encode("a sks_1").ids[0].contains { String($0) == added })
+    try folder.write("added_tokens.json", "{\"sks_1\": \"x\"}")
+    #expect(throws: DiffusionError.self) { try Tokenizer(contentsOf: folder.url) }
 }
 
 @Test func aLongPromptKeepsItsEnd() throws {

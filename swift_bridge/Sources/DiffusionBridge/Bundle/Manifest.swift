@@ -11,6 +11,8 @@ struct Manifest: Sendable {
         let inputs: [TensorSpec]
         let units: ComputeUnits
         let sizeBytes: Int
+        /// How many tokens a text encoder knows, as far as that is known.
+        var vocabularySize: Int?
     }
 
     struct Latents: Sendable {
@@ -132,6 +134,6 @@ private struct ManifestReader {
         return Manifest.Component(
             files: files, inputs: inputs,
             units: try ComputeUnits(named: json["compute_units"]?.string ?? "all"),
-            sizeBytes: try integer("size_bytes", 0))
+            sizeBytes: try integer("size_bytes", 0), vocabularySize: json["vocabulary_size"]?.integer)
     }
 }

@@ -18,6 +18,8 @@ struct TextStates {
     let models: Models
     /// One for each of the text encoders that there are, in order.
     let tokenizers: [Tokenizer]
+    /// How many tokens an encoder knows, by its name, as far as that is known.
+    let vocabularySizes: [String: Int]
     let zerosForMissing: Bool
     /// How many text tokens the UNet takes.
     let length: Int
@@ -41,6 +43,7 @@ struct TextStates {
                     let note = try self.note(tokens, tokenizer, pieces)
                     if !notes.contains(note) { notes.append(note) }
                 }
+                try check(tokens, name, tokenizer)
                 let (states, whole) = try await encode(name, tokens)
                 columns[index] += states
                 pooled.append(whole)
@@ -58,6 +61,16 @@ struct TextStates {
         return EncodedTexts(
             states: Tensor.concatenated(places.map { rows[$0] }),
             pooled: wholes.isEmpty ? nil : Tensor.concatenated(places.map { wholes[$0] }), notes: notes)
+    }
+
+    /// An embedding that ends before a token's number gives what happens to be there, or zeros.
+    private func check(_ tokens: Tokens, _ name: String, _ tokenizer: Tokenizer) throws {
+        guard let size = vocabularySizes[name], let unknown = tokens.ids.joined().filter({ $0 >= size }).min() else {
+            return
+        }
+        throw DiffusionError.input(
+            "the tokenizer gives '\(tokenizer.name(of: unknown))' the number \(unknown), but the \(name) knows \(size) "
+                + "tokens only: leave it out of the prompt, or name the tokenizer that belongs to these models")
     }
 
     private func pieces(_ tokenizer: Tokenizer) throws -> Int {

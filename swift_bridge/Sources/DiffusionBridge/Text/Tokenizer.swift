@@ -15,7 +15,11 @@ struct Tokenizer: Sendable {
     private static let files = ["vocab.json", "merges.txt"]
     private let pairs: BytePairs
     private let names: [Int: String]
-    private let special: [String: Int]
+    /// Found in a text as they are, and in its normal form.
+    private let special: WholeTokens
+    private let added: WholeTokens
+    /// What is called so in the files, textual inversions above all.
+    private let addedNames: Set<String>
     private let start: Int
     private let end: Int
     private let padding: Int
@@ -43,8 +47,17 @@ struct Tokenizer: Sendable {
             throw DiffusionError.package("\(file.path): lacks the start, end or padding token of CLIP")
         }
         (self.start, self.end, self.padding, self.length) = (start, end, pad, length)
-        special = Dictionary(zip(words, [start, end, pad])) { first, _ in first }
-        names = Dictionary(numbers.map { ($0.value, $0.key) }) { first, _ in first }
+        let more = try WholeTokens.read(folder).filter { !words.contains($0.text) }
+        special = WholeTokens(
+            zip(words, [start, end, pad]).map { WholeTokens.Token(text: $0, number: $1) }
+                + more.filter { !$0.isNormalized })
+        added = WholeTokens(
+            more.filter(\.isNormalized).map {
+                WholeTokens.Token(
+                    text: WordSplitter.normalized($0.text), number: $0.number, isSingleWord: $0.isSingleWord)
+            })
+        addedNames = Set(more.map(\.text))
+        names = Dictionary(numbers.map { ($0.value, $0.key) } + more.map { ($0.number, $0.text) }) { first, _ in first }
         pairs = try BytePairs(numbers: numbers, merges: Self.merges(folder), unknown: end)
     }
 
@@ -60,7 +73,7 @@ struct Tokenizer: Sendable {
         var ids: [Int] = []
         var weights: [Float] = []
         for fragment in try Prompt.fragments(prompt) {
-            let part = self.ids(fragment.text)
+            let part = self.ids(allVectors(fragment.text))
             ids += part
             weights += part.map { _ in Float(fragment.weight) }
         }
@@ -77,22 +90,33 @@ struct Tokenizer: Sendable {
     /// The token numbers of a text, without start and end. The start, end and padding tokens are found in the text as
     /// they are: so an SD 2 tokenizer, which pads with "!", reads every "!" as its padding, as transformers does.
     func ids(_ text: String) -> [Int] {
-        var ids: [Int] = []
-        var rest = text[...]
-        while let (range, number) = firstSpecial(rest) {
-            ids += plain(rest[..<range.lowerBound]) + [number]
-            rest = rest[range.upperBound...]
+        special.split(text) { part in
+            guard !added.isEmpty else { return words(part) }
+            return added.split(WordSplitter.normalized(part), words)
         }
-        return ids + plain(rest)
     }
 
-    private func plain(_ text: Substring) -> [Int] {
-        WordSplitter.words(String(text)).flatMap(pairs.encode)
+    private func words(_ text: String) -> [Int] {
+        WordSplitter.words(text).flatMap(pairs.encode)
     }
 
-    private func firstSpecial(_ text: Substring) -> (Range<Substring.Index>, Int)? {
-        special.compactMap { word, number in text.range(of: word, options: .literal).map { ($0, number) } }
-            .min { $0.0.lowerBound < $1.0.lowerBound }
+    /// The token of a number, as messages name it.
+    func name(of number: Int) -> String { names[number] ?? "?" }
+
+    /// A textual inversion of several vectors is the tokens `<name>`, `<name>_1`, …: the prompt names the first alone,
+    /// and diffusers' pipelines put the others after it, wherever the prompt has its letters.
+    private func allVectors(_ text: String) -> String {
+        guard !addedNames.isEmpty else { return text }
+        var made = text
+        var done: Set<Int> = []
+        for number in ids(text) where done.insert(number).inserted {
+            guard let token = added.text(of: number), addedNames.contains(token), addedNames.contains("\(token)_1")
+            else { continue }
+            var vectors = [token]
+            while addedNames.contains("\(token)_\(vectors.count)") { vectors.append("\(token)_\(vectors.count)") }
+            made = made.replacingOccurrences(of: token, with: vectors.joined(separator: " "), options: .literal)
+        }
+        return made
     }
 
     /// The text of token numbers.

@@ -18,6 +18,16 @@ enum WordSplitter {
         return words
     }
 
+    /// The text as tokens that are matched in its normal form are: composed, in lower case, with single spaces.
+    static func normalized(_ text: String) -> String {
+        var scalars = String.UnicodeScalarView()
+        for scalar in lowercased(text.precomposedStringWithCanonicalMapping) {
+            let isSpace = kind(scalar) == .space
+            if !isSpace || scalars.last != " " { scalars.append(isSpace ? " " : scalar) }
+        }
+        return String(scalars)
+    }
+
     /// Each character by itself, as the tokenizers library does it: no rule looks at the neighbours.
     private static func lowercased(_ text: String) -> [Unicode.Scalar] {
         text.unicodeScalars.flatMap { $0.properties.lowercaseMapping.unicodeScalars }
