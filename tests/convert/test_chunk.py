@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,17 @@ def test_few_values_cross(unet: Path) -> None:
     even = [cut for cut in chunking._Steps(function).cuts() if cut.imbalance <= MAX_IMBALANCE]
     assert len(even) > 10
     assert len(find_cut(package).crossing) == min(len(cut.crossing) for cut in even)
+
+
+@pytest.mark.parametrize(("bytes_", "taken"), [(1100, "few"), (1101, "even")])
+def test_few_crossing_values_are_worth_a_tenth_more_weights_in_one_half(
+    unet: Path, monkeypatch: pytest.MonkeyPatch, bytes_: int, taken: str
+) -> None:
+    package = open_package(unet)
+    even = replace(find_cut(package), first_bytes=1000, second_bytes=1000)
+    cuts = {"even": even, "few": Cut(1, (), 1000, bytes_)}
+    monkeypatch.setattr(chunking._Steps, "cuts", lambda _: iter(cuts.values()))
+    assert find_cut(package) == cuts[taken]
 
 
 def test_a_value_of_float32_crosses_as_it_is(unet: Path) -> None:

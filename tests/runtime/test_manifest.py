@@ -157,4 +157,7 @@ def test_values_that_no_model_can_have_are_refused(tmp_path: Path, path: tuple[s
 )
 def test_values_that_models_have_are_read(tmp_path: Path, path: tuple[str | int, ...], value: Any) -> None:
     (tmp_path / manifest.FILE_NAME).write_text(json.dumps(changed(*path, value=value)))
-    manifest.read(tmp_path)
+    found: Any = manifest.read(tmp_path).model_dump()
+    for key in path:
+        found = found[key]
+    assert (list(found) if isinstance(found, tuple) else found) == value

@@ -70,6 +70,16 @@ def test_hostile_archive_is_refused(name: str, tmp_path: Path) -> None:
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.zip", "inside"]
 
 
+@pytest.mark.parametrize(("more", "reason"), [(0, "grows from"), (1, "68719476737 bytes unpacked, at most")])
+def test_more_than_64_gib_are_refused(more: int, reason: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        info = zipfile.ZipInfo("m/a")
+        file.writestr(info, b"x")
+        info.file_size = (64 << 30) + more  # what the directory will say, which is written when the file is closed
+    with pytest.raises(PackageError, match=reason):
+        zips.unpack(tmp_path / "a.zip", tmp_path / "target")
+
+
 def test_bomb_is_refused_by_its_ratio(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.zip", [("m/zeros", bytes(20 << 20))])
     with pytest.raises(PackageError, match="more than 250 times"):

@@ -310,7 +310,8 @@ assert "coremltools" not in sys.modules
 assert import_messages("Model_pb2").Model is import_coremltools("proto.Model_pb2").Model
 assert import_messages("Model_pb2") is sys.modules["coremltools.proto.Model_pb2"]
 """
-    subprocess.run([sys.executable, "-c", code, str(network)], check=True)
+    done = subprocess.run([sys.executable, "-c", code, str(network)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("data", [b"\x08", b"\x12\x05ab", b"\x0b", b"\xff" * 11])
