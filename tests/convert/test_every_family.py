@@ -17,6 +17,7 @@ from diffusion_convert.export import placeholders
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.bundle.manifest import Component
 from diffusion_runtime.families import AttentionKind
+from diffusion_runtime.mil.ops import OPS, extras
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import operations
 from diffusion_runtime.schedulers import imposed_on, settled
@@ -141,6 +142,16 @@ def test_interfaces_are_those_that_apps_know(made: Conversion, family: str) -> N
             assert all(
                 item.description for item in (*package.model.interface.inputs, *package.model.interface.outputs)
             )
+
+
+def test_packages_hold_the_operations_that_extras_do_not(made: Conversion) -> None:
+    """`mil.ops.extras` is for packages that other tools made."""
+    paths = [path for name in made.variants for path in (made.output / name / "packages").glob("*.mlpackage")]
+    held = {
+        op.type for path in paths for op in operations(open_package(path).model.program.functions["main"].block)
+    }
+    assert {"conv", "softmax"} <= held
+    assert [name for name in held - {"const"} if OPS[name].function.__module__ == extras.__name__] == []
 
 
 def test_compiled_models_read_back_equal(made: Conversion, tmp_path: Path) -> None:

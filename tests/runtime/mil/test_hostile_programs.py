@@ -80,9 +80,6 @@ LARGE: dict[str, tuple[Operation, ...]] = {
         COLUMN,
         made("concat", (4,), values=("column",) * 20_000, axis=(Value(TensorType(I32), np.array(0, "<i4")),)),
     ),
-    "range, declared small": (
-        made("range_1d", (4,), start=(scalar(0.0),), end=(scalar(1e12),), step=(scalar(1.0),)),
-    ),
     "any operation that says so": (made("relu", (1 << 20, 1 << 12), x=("x",)),),
 }
 

@@ -27,11 +27,10 @@ Row = tuple[str, dict[str, Any]]
 UNARY: list[Row] = [
     *((op, {"x": A}) for op in ("abs", "cos", "erf", "exp", "floor", "identity")),
     *((op, {"x": A}) for op in ("relu", "sigmoid", "sin", "square")),
-    *((op, {"x": A}) for op in ("tanh", "softmax", "l2_norm")),
+    *((op, {"x": A}) for op in ("tanh", "softmax")),
     *((op, {"x": POSITIVE}) for op in ("sqrt", "rsqrt", "inverse")),
     ("abs", {"x": INTS}),
     ("square", {"x": INTS}),
-    ("logical_not", {"x": BOOLS}),
     ("rsqrt", {"x": POSITIVE, "epsilon": np.float32(0.1)}),
     ("inverse", {"x": POSITIVE, "epsilon": np.float32(0.1)}),
     ("clip", {"x": A, "alpha": np.float32(-0.5), "beta": np.float32(0.3)}),
@@ -66,7 +65,7 @@ BINARY: list[Row] = [
 ]
 REDUCTIONS: list[Row] = [
     (f"reduce_{name}", {"x": POSITIVE.reshape(2, 3, 2), **options})
-    for name in ("l2_norm", "max", "mean", "min", "sum", "sum_square")
+    for name in ("l2_norm", "max", "mean", "sum")
     for options in ({}, {"axes": [1]}, {"axes": [0, -1], "keep_dims": True})
 ] + [
     ("reduce_argmax", {"x": A, "axis": 1}),
@@ -113,14 +112,11 @@ INDEXING: list[Row] = [
     ("gather", {"x": A, "indices": np.int32(1), "axis": 2}),
     ("gather", {"x": A, "indices": np.array([[0, 2, 1], [1, 1, 0]], np.int32), "axis": 2, "batch_dims": 1}),
     ("gather", {"x": INTS, "indices": PLACES, "axis": 1}),
-    ("gather_along_axis", {"x": A, "indices": np.argsort(A, 2).astype(np.int32), "axis": 2}),
     ("band_part", {"x": A, "lower": 1, "upper": 0}),
     ("band_part", {"x": A, "lower": -1, "upper": 1}),
     ("band_part", {"x": A}),
     ("fill", {"shape": [2, 3], "value": np.float32(1.5)}),
     ("fill", {"shape": [2, 3], "value": np.int32(4)}),
-    ("range_1d", {"start": np.int32(2), "end": np.int32(11), "step": np.int32(3)}),
-    ("range_1d", {"start": np.float32(0), "end": np.float32(1), "step": np.float32(0.25)}),
     ("layer_norm", {"x": A, "axes": [-1], "gamma": A[0, 0, 0], "beta": B[0, 0, 0]}),
     (
         "layer_norm",

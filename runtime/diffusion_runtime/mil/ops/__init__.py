@@ -1,6 +1,5 @@
-"""What each MIL op computes: the ops that our packages hold, and those that other converters put into packages of
-Stable Diffusion. One more, ``lstm``, is what the sample pairs of packages and
-compiled models run with. Every other op is refused by name (`check.check_package`).
+"""What each MIL op computes. ``extras.py`` has those that none of our packages holds and that other converters put
+into theirs. Every other op is refused by name (`check.check_package`).
 
 To add one: a function with ``@mil_op`` in the file where it belongs, and a row in ``test_ops_coremltools.py`` where
 coremltools evaluates the op, else in ``test_ops_torch.py``."""
@@ -9,12 +8,12 @@ from diffusion_runtime.mil.ops import (
     activation,
     convolution,
     elementwise,
+    extras,
     indexing,
     linear,
     normalization,
     packed,
     pooling,
-    recurrent,
     reduction,
     resizing,
     shaping,
@@ -29,13 +28,13 @@ __all__ = [
     "activation",
     "convolution",
     "elementwise",
+    "extras",
     "indexing",
     "linear",
     "mil_op",
     "normalization",
     "packed",
     "pooling",
-    "recurrent",
     "reduction",
     "resizing",
     "shaping",

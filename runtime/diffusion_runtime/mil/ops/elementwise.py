@@ -15,39 +15,9 @@ Castable = Literal[
 ]
 
 
-@mil_op("abs")
-def abs_(x: Tensor) -> Tensor:
-    return torch.abs(x)
-
-
 @mil_op("cos")
 def cos(x: Tensor) -> Tensor:
     return torch.cos(x)
-
-
-@mil_op("erf")
-def erf(x: Tensor) -> Tensor:
-    return torch.erf(x)
-
-
-@mil_op("exp")
-def exp(x: Tensor) -> Tensor:
-    return torch.exp(x)
-
-
-@mil_op("floor")
-def floor(x: Tensor) -> Tensor:
-    return torch.floor(x)
-
-
-@mil_op("identity")
-def identity(x: Tensor) -> Tensor:
-    return x
-
-
-@mil_op("logical_not")
-def logical_not(x: Tensor) -> Tensor:
-    return torch.logical_not(x)
 
 
 @mil_op("sin")
@@ -65,24 +35,9 @@ def square(x: Tensor) -> Tensor:
     return x * x
 
 
-@mil_op("tanh")
-def tanh(x: Tensor) -> Tensor:
-    return torch.tanh(x)
-
-
 @mil_op("add")
 def add(x: Tensor, y: Tensor) -> Tensor:
     return x + y
-
-
-@mil_op("equal")
-def equal(x: Tensor, y: Tensor) -> Tensor:
-    return x == y
-
-
-@mil_op("floor_div")
-def floor_div(x: Tensor, y: Tensor) -> Tensor:
-    return torch.floor_divide(x, y)
 
 
 @mil_op("greater")
@@ -90,49 +45,9 @@ def greater(x: Tensor, y: Tensor) -> Tensor:
     return x > y
 
 
-@mil_op("greater_equal")
-def greater_equal(x: Tensor, y: Tensor) -> Tensor:
-    return x >= y
-
-
-@mil_op("less")
-def less(x: Tensor, y: Tensor) -> Tensor:
-    return x < y
-
-
-@mil_op("less_equal")
-def less_equal(x: Tensor, y: Tensor) -> Tensor:
-    return x <= y
-
-
-@mil_op("logical_and")
-def logical_and(x: Tensor, y: Tensor) -> Tensor:
-    return torch.logical_and(x, y)
-
-
-@mil_op("logical_or")
-def logical_or(x: Tensor, y: Tensor) -> Tensor:
-    return torch.logical_or(x, y)
-
-
-@mil_op("maximum")
-def maximum(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(x, y)
-
-
-@mil_op("minimum")
-def minimum(x: Tensor, y: Tensor) -> Tensor:
-    return torch.minimum(x, y)
-
-
 @mil_op("mul")
 def mul(x: Tensor, y: Tensor) -> Tensor:
     return x * y
-
-
-@mil_op("not_equal")
-def not_equal(x: Tensor, y: Tensor) -> Tensor:
-    return x != y
 
 
 @mil_op("pow")
@@ -152,24 +67,9 @@ def real_div(x: Tensor, y: Tensor) -> Tensor:
     return x / y
 
 
-@mil_op("inverse")
-def inverse(x: Tensor, epsilon: float = 1e-4) -> Tensor:
-    return torch.reciprocal(x + epsilon)
-
-
-@mil_op("rsqrt")
-def rsqrt(x: Tensor, epsilon: float = 1e-12) -> Tensor:
-    return torch.rsqrt(x + epsilon)
-
-
 @mil_op("clip")
 def clip(x: Tensor, alpha: float, beta: float) -> Tensor:
     return torch.clamp(x, alpha, beta)
-
-
-@mil_op("select")
-def select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(cond.bool(), a, b)
 
 
 @mil_op("cast")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,20 +20,6 @@ def batch_norm(
     epsilon: float = 1e-5,
 ) -> Tensor:
     return F.batch_norm(x, mean, variance, gamma, beta, eps=epsilon)
-
-
-@mil_op("instance_norm")
-def instance_norm(
-    x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, epsilon: float = 1e-5
-) -> Tensor:
-    """Over the spatial dimensions of (batch, channels, *spatial)."""
-    return torch.group_norm(x, x.shape[1], gamma, beta, epsilon)
-
-
-@mil_op("l2_norm")
-def l2_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """Over the last three dimensions together."""
-    return x / (x.square().sum((-3, -2, -1), keepdim=True) + epsilon).sqrt()
 
 
 @mil_op("layer_norm")

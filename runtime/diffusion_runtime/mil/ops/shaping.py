@@ -55,11 +55,6 @@ def concat(values: Sequence[Tensor], axis: int, interleave: bool = False) -> Ten
     return torch.cat(list(values), axis)
 
 
-@mil_op("stack")
-def stack(values: Sequence[Tensor], axis: int) -> Tensor:
-    return torch.stack(list(values), axis)
-
-
 @mil_op("split")
 def split(
     x: Tensor, axis: int, num_splits: int | None = None, split_sizes: Sequence[int] | None = None
@@ -95,15 +90,6 @@ def slice_by_index(
         slices[axis] = slice(None)
         x = x.index_select(axis, torch.tensor(list(indices), dtype=torch.int64, device=x.device))
     return x[tuple(slices)]
-
-
-@mil_op("slice_by_size")
-def slice_by_size(x: Tensor, begin: Ints, size: Ints) -> Tensor:
-    """``size`` -1 takes all from ``begin`` on."""
-    for axis, (first, length) in enumerate(zip(ints(begin), ints(size), strict=True)):
-        start = positive(first, x.shape[axis])
-        x = x.narrow(axis, start, x.shape[axis] - start if length == -1 else length)
-    return x
 
 
 def _slices(
@@ -155,8 +141,3 @@ def pad(
             index = (last - (last - index.abs()).abs()) if mode == "reflect" else index.clamp(0, last)
             x = x.index_select(axis, index)
     return x
-
-
-@mil_op("shape")
-def shape(x: Tensor) -> Tensor:
-    return torch.tensor(x.shape, dtype=torch.int32, device=x.device if x.device.type != "meta" else None)

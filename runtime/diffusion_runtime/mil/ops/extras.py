@@ -1,0 +1,289 @@
+"""Ops that none of our packages holds: those that other converters put into packages of Stable Diffusion, and
+``lstm``, with which Apple's compiler was observed (`compile`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion_runtime.errors import UnsupportedError
+from diffusion_runtime.mil.ops.convolution import spatial_rank
+from diffusion_runtime.mil.ops.registry import Ints, check_count, ints, mil_op, positive
+
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "linear": torch.clone,
+}
+Activation = Literal["sigmoid", "tanh", "relu", "linear"]
+
+
+@mil_op("conv_transpose")
+def conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pad: Sequence[int] | None = None,
+    output_shape: Sequence[int] | None = None,
+    pad_type: Literal["valid", "custom", "same"] = "valid",
+    strides: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    groups: int = 1,
+) -> Tensor:
+    """``weight`` is (channels in, channels out / groups, *kernel).
+
+    The whole transposed convolution is cut by ``pad`` before and after each dimension, or for ``same`` to
+    ``strides`` times the input's size; ``output_shape`` says how much to keep: where that is more, zeros follow.
+    """
+    spatial = spatial_rank("conv_transpose", x)
+    strides, dilations = strides or [1] * spatial, dilations or [1] * spatial
+    reach = [(size - 1) * dilation + 1 for size, dilation in zip(weight.shape[2:], dilations, strict=True)]
+    whole = [(size - 1) * stride + k for size, stride, k in zip(x.shape[2:], strides, reach, strict=True)]
+    if pad_type == "same":
+        kept = (
+            list(output_shape[2:]) if output_shape else [n * s for n, s in zip(x.shape[2:], strides, strict=True)]
+        )
+        starts = [max(size - keep, 0) // 2 for size, keep in zip(whole, kept, strict=True)]
+    else:
+        cuts = list(pad or [0] * 2 * spatial) if pad_type == "custom" else [0] * 2 * spatial
+        starts = cuts[::2]
+        rest = [size - before - after for size, before, after in zip(whole, starts, cuts[1::2], strict=True)]
+        kept = list(output_shape[2:]) if output_shape else rest
+    y = _CONV_TRANSPOSE[spatial](x, weight, None, strides, 0, 0, groups, dilations)
+    for axis, (start, keep) in enumerate(zip(starts, kept, strict=True), start=2):
+        y = y.narrow(axis, start, min(keep, y.shape[axis] - start))
+    missing = [keep - size for keep, size in zip(kept, y.shape[2:], strict=True)]
+    if any(missing):
+        y = F.pad(y, [size for count in reversed(missing) for size in (0, count)])
+    return y if bias is None else y + bias.reshape(-1, *[1] * spatial)
+
+
+@mil_op("abs")
+def abs_(x: Tensor) -> Tensor:
+    return torch.abs(x)
+
+
+@mil_op("erf")
+def erf(x: Tensor) -> Tensor:
+    return torch.erf(x)
+
+
+@mil_op("exp")
+def exp(x: Tensor) -> Tensor:
+    return torch.exp(x)
+
+
+@mil_op("floor")
+def floor(x: Tensor) -> Tensor:
+    return torch.floor(x)
+
+
+@mil_op("identity")
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+@mil_op("tanh")
+def tanh(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+@mil_op("equal")
+def equal(x: Tensor, y: Tensor) -> Tensor:
+    return x == y
+
+
+@mil_op("floor_div")
+def floor_div(x: Tensor, y: Tensor) -> Tensor:
+    return torch.floor_divide(x, y)
+
+
+@mil_op("greater_equal")
+def greater_equal(x: Tensor, y: Tensor) -> Tensor:
+    return x >= y
+
+
+@mil_op("less")
+def less(x: Tensor, y: Tensor) -> Tensor:
+    return x < y
+
+
+@mil_op("less_equal")
+def less_equal(x: Tensor, y: Tensor) -> Tensor:
+    return x <= y
+
+
+@mil_op("logical_and")
+def logical_and(x: Tensor, y: Tensor) -> Tensor:
+    return torch.logical_and(x, y)
+
+
+@mil_op("logical_or")
+def logical_or(x: Tensor, y: Tensor) -> Tensor:
+    return torch.logical_or(x, y)
+
+
+@mil_op("maximum")
+def maximum(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x, y)
+
+
+@mil_op("minimum")
+def minimum(x: Tensor, y: Tensor) -> Tensor:
+    return torch.minimum(x, y)
+
+
+@mil_op("not_equal")
+def not_equal(x: Tensor, y: Tensor) -> Tensor:
+    return x != y
+
+
+@mil_op("inverse")
+def inverse(x: Tensor, epsilon: float = 1e-4) -> Tensor:
+    return torch.reciprocal(x + epsilon)
+
+
+@mil_op("rsqrt")
+def rsqrt(x: Tensor, epsilon: float = 1e-12) -> Tensor:
+    return torch.rsqrt(x + epsilon)
+
+
+@mil_op("select")
+def select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(cond.bool(), a, b)
+
+
+@mil_op("gather_nd")
+def gather_nd(x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool = False) -> Tensor:
+    """The last dimension of ``indices`` holds coordinates in the dimensions of ``x`` behind ``batch_dims``."""
+    index = indices.long()
+    batch = x.shape[:batch_dims]
+    rank = index.ndim - 1
+    leading = [
+        torch.arange(size, device=x.device).reshape(*[1] * axis, -1, *[1] * (rank - axis - 1))
+        for axis, size in enumerate(batch)
+    ]
+    return x[(*leading, *index.unbind(-1))]
+
+
+@mil_op("band_part")
+def band_part(x: Tensor, lower: int = -1, upper: int = -1) -> Tensor:
+    """Zero outside of ``lower`` sub-diagonals and ``upper`` super-diagonals; negative: all are kept."""
+    rows = torch.arange(x.shape[-2], device=x.device).unsqueeze(-1)
+    columns = torch.arange(x.shape[-1], device=x.device)
+    kept = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device)
+    if lower >= 0:
+        kept &= rows - columns <= lower
+    if upper >= 0:
+        kept &= columns - rows <= upper
+    return torch.where(kept, x, torch.zeros_like(x))
+
+
+@mil_op("fill")
+def fill(shape: Ints, out_dtype: torch.dtype, value: float = 0.0) -> Tensor:
+    device = shape.device if isinstance(shape, Tensor) else None
+    check_count("fill", math.prod(ints(shape)))
+    return torch.full(ints(shape), value, dtype=out_dtype, device=device)
+
+
+@mil_op("instance_norm")
+def instance_norm(
+    x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, epsilon: float = 1e-5
+) -> Tensor:
+    """Over the spatial dimensions of (batch, channels, *spatial)."""
+    return torch.group_norm(x, x.shape[1], gamma, beta, epsilon)
+
+
+@mil_op("reduce_sum")
+def reduce_sum(x: Tensor, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Tensor:
+    return x.sum(None if axes is None else list(axes), keep_dims, dtype=x.dtype)
+
+
+@mil_op("stack")
+def stack(values: Sequence[Tensor], axis: int) -> Tensor:
+    return torch.stack(list(values), axis)
+
+
+@mil_op("slice_by_size")
+def slice_by_size(x: Tensor, begin: Ints, size: Ints) -> Tensor:
+    """``size`` -1 takes all from ``begin`` on."""
+    for axis, (first, length) in enumerate(zip(ints(begin), ints(size), strict=True)):
+        start = positive(first, x.shape[axis])
+        x = x.narrow(axis, start, x.shape[axis] - start if length == -1 else length)
+    return x
+
+
+@mil_op("shape")
+def shape(x: Tensor) -> Tensor:
+    return torch.tensor(x.shape, dtype=torch.int32, device=x.device if x.device.type != "meta" else None)
+
+
+@mil_op("lstm")
+def lstm(
+    x: Tensor,
+    initial_h: Tensor,
+    initial_c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None = None,
+    peephole: Tensor | None = None,
+    weight_ih_back: Tensor | None = None,
+    weight_hh_back: Tensor | None = None,
+    bias_back: Tensor | None = None,
+    peephole_back: Tensor | None = None,
+    direction: Literal["forward", "reverse", "bidirectional"] = "forward",
+    output_sequence: bool = False,
+    recurrent_activation: Activation = "sigmoid",
+    cell_activation: Activation = "tanh",
+    activation: Activation = "tanh",
+    clip: float | None = None,
+) -> tuple[Tensor, ...]:
+    """Outputs (sequence or 1, batch, hidden), last hidden and last cell state (batch, hidden); of two directions
+    side by side. Weights hold the input, forget, output and cell gate, in this order."""
+    if peephole is not None or peephole_back is not None or clip is not None:
+        raise UnsupportedError("lstm: peephole and clip are not covered")
+    activations = tuple(_ACTIVATIONS[name] for name in (recurrent_activation, cell_activation, activation))
+    width = weight_hh.shape[1]
+    first = _lstm_pass(
+        x,
+        (initial_h[:, :width], initial_c[:, :width]),
+        (weight_ih, weight_hh, bias),
+        activations,
+        direction == "reverse",
+    )
+    passes = [first]
+    if direction == "bidirectional":
+        if weight_ih_back is None or weight_hh_back is None:
+            raise UnsupportedError("lstm: bidirectional without weights for the way back is not covered")
+        weights = (weight_ih_back, weight_hh_back, bias_back)
+        passes.append(_lstm_pass(x, (initial_h[:, width:], initial_c[:, width:]), weights, activations, True))
+    hidden = torch.cat([item[1] for item in passes], -1)
+    sequence = torch.cat([item[0] for item in passes], -1) if output_sequence else hidden.unsqueeze(0)
+    return sequence, hidden, torch.cat([item[2] for item in passes], -1)
+
+
+def _lstm_pass(
+    x: Tensor,
+    state: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor, Tensor | None],
+    activations: tuple[Callable[[Tensor], Tensor], ...],
+    backwards: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight_ih, weight_hh, bias = weights
+    gate, cell, output = activations
+    hidden, memory = state
+    steps = list(F.linear(x, weight_ih, bias).unbind(0))
+    outputs = []
+    for step in reversed(steps) if backwards else steps:
+        i, f, o, z = (step + F.linear(hidden, weight_hh)).chunk(4, -1)
+        memory = gate(f) * memory + gate(i) * cell(z)
+        hidden = gate(o) * output(memory)
+        outputs.append(hidden)
+    return torch.stack(outputs[::-1] if backwards else outputs), hidden, memory
