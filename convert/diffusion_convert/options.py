@@ -107,6 +107,7 @@ class ConvertOptions:
     family: str | None = None
     variant: str | None = None
     base: str | None = None
+    refiner: str | None = None
     precision: Precision = Precision.AUTO
     compiled: bool = True
     zip: bool = True
@@ -137,6 +138,7 @@ class ConvertOptions:
             family: str | None = ...,
             variant: str | None = ...,
             base: str | None = ...,
+            refiner: str | os.PathLike[str] | None = ...,
             precision: Precision | str = ...,
             compiled: bool = ...,
             zip: bool = ...,
@@ -203,7 +205,7 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
         ),
         "loras": tuple(_lora(value) for value in _several("loras", options.loras)),
         "recipe": _path("recipe", options.recipe),
-        **{name: _source(name, getattr(options, name)) for name in ("vae", "base")},
+        **{name: _source(name, getattr(options, name)) for name in ("vae", "base", "refiner")},
     }
 
 

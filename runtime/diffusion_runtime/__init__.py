@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from diffusion_runtime.backends import ComputeUnits
     from diffusion_runtime.denoising import Step
     from diffusion_runtime.loading import load_pipeline
-    from diffusion_runtime.pipeline import Pipeline, Run, RuntimeNote
+    from diffusion_runtime.pipeline import Pipeline, RuntimeNote
+    from diffusion_runtime.stages import Run
     from diffusion_runtime.tasks.job import Request
 
 __all__ = [
@@ -55,7 +56,7 @@ _LAZY = {
     "Pipeline": "diffusion_runtime.pipeline",
     "Request": "diffusion_runtime.tasks.job",
     "Result": "diffusion_runtime.arguments",
-    "Run": "diffusion_runtime.pipeline",
+    "Run": "diffusion_runtime.stages",
     "RuntimeNote": "diffusion_runtime.pipeline",
     "Step": "diffusion_runtime.denoising",
     "load_pipeline": "diffusion_runtime.loading",

@@ -61,6 +61,7 @@ class Arguments(Others, total=False):
     long_prompt: bool
     denoising_start: float | None
     denoising_end: float | None
+    refiner_start: float | None
     on_step: Callable[[Step], None] | None
     callback_on_step_end: callbacks.AtStepEnd | None
     callback_on_step_end_tensor_inputs: Sequence[str]

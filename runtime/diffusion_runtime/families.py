@@ -140,7 +140,7 @@ class Family:
     @property
     def pad_token(self) -> str | None:
         """What prompts are padded with where no tokenizer_config.json says so; None is the tokenizer's own."""
-        return "!" if self.text_encoder == "open_clip" else None
+        return "!" if self.text_encoder.startswith("open_clip") else None
 
 
 _SDXL = Family(
@@ -213,13 +213,17 @@ TEXT_WIDTHS: Mapping[int, str] = {
 }
 
 
-def family_of(in_channels: int, context: int, latent_size: int) -> Family:
+def family_of(in_channels: int, context: int, latent_size: int, added_conditions: bool = False) -> Family:
     """The family of a UNet of which only the interface is known: its input channels, the width of its states and
     the larger side of its latents. Unknown ones are taken for Stable Diffusion 1.
 
     Among families with the same interface, the one whose usual pictures are the largest that fit is meant."""
     encoder = TEXT_WIDTHS.get(context, "clip")
-    alike = [family for family in FAMILIES.values() if family.in_channels == in_channels]
+    alike = [
+        family
+        for family in FAMILIES.values()
+        if (family.in_channels, family.added_conditions) == (in_channels, added_conditions)
+    ]
     alike = [family for family in alike if family.text_encoder == encoder] or alike
     if not alike:
         return next(iter(FAMILIES.values()))
@@ -239,6 +243,7 @@ COMPONENTS: Mapping[str, ComponentNames] = {
     "text_encoder": ComponentNames("TextEncoder", "text_encoder"),
     "text_encoder_2": ComponentNames("TextEncoder2", "text_encoder_2"),
     "unet": ComponentNames("Unet", "unet"),
+    "refiner": ComponentNames("UnetRefiner", "refiner"),
     "vae_decoder": ComponentNames("VAEDecoder", "vae"),
     "vae_encoder": ComponentNames("VAEEncoder", "vae"),
     "safety_checker": ComponentNames("SafetyChecker", "safety_checker"),

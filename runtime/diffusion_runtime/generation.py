@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from diffusion_runtime.denoising import Step
-    from diffusion_runtime.pipeline import Pipeline, Run
+    from diffusion_runtime.pipeline import Pipeline
+    from diffusion_runtime.stages import Run
     from diffusion_runtime.tasks import Request
 
 EMPTY: Mapping[str, Any] = {}
@@ -225,6 +226,7 @@ def _request(planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) ->
         strength=one.strength,
         noise_level=one.noise_level,
         long_prompt=one.long_prompt,
+        refiner_start=one.refiner_start,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -91,7 +90,7 @@ def load_pipeline(
     clip_2 = None
     if second:
         named = found.manifest.tokenizer_2
-        clip_2 = tokenizers.load(found.folder / named, second[0], "!") if named else replace(clip, length=second[0])
+        clip_2 = tokenizers.load(found.folder / named if named else place, second[0], "!")
     return Pipeline(found.manifest, models, clip, chosen, check_safety, tuple(notes), clip_2)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -34,22 +34,33 @@ class Timing:
 class Models:
     """Models by component name ("unet", "vae_decoder", …).
 
-    With ``keep`` False a model is freed as soon as its stage is over (`release`), and loaded anew when needed."""
+    ``names``: see `known_as`. With ``keep`` False a model is freed as soon as its stage is over (`release`), and
+    loaded anew when needed."""
 
     loads: Mapping[str, Load]
     keep: bool = True
     timings: dict[str, Timing] = field(default_factory=dict)
+    names: Mapping[str, str] | None = None
     _loaded: dict[str, Timed] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.loads
+        return self._own(name) in self.loads
+
+    def known_as(self, names: Mapping[str, str]) -> Models:
+        """The same models under other names (the name there -> the name here), and no others; each is loaded once
+        for both."""
+        return replace(self, names=names)
+
+    def _own(self, name: str) -> str:
+        return name if self.names is None else self.names.get(name, "")
 
     def __getitem__(self, name: str) -> Timed:
         """The model, loaded now if it was not. Raises InputError where there is no such model."""
+        asked, name = name, self._own(name)
         if name not in self.loads:
             raise InputError(
-                f"these models have no {name} (they have: {', '.join(self.loads)}): convert again with "
-                f"--components {','.join([name, *self.loads])}"
+                f"these models have no {asked} (they have: {', '.join(self.loads)}): convert again with "
+                f"--components {','.join([asked, *self.loads])}"
             )
         if name not in self._loaded:
             timing = self.timings.setdefault(name, Timing())
@@ -61,7 +72,7 @@ class Models:
 
     def release(self, *names: str) -> None:
         """Say that a stage is over: frees these models unless they are kept."""
-        if not self.keep and [name for name in names if self._loaded.pop(name, None)]:
+        if not self.keep and [name for name in names if self._loaded.pop(self._own(name), None)]:
             # A lowered program is a cycle of objects (module, graph, nodes). Left to itself the collector may come
             # only after the next model is loaded, with the weights of both in memory.
             gc.collect()

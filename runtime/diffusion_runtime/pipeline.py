@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusion_runtime import callbacks, denoising, guidance, images, schedulers, tasks
+from diffusion_runtime import callbacks, denoising, guidance, images, schedulers, stages, tasks
 from diffusion_runtime.added_conditions import SizeConditioning
 from diffusion_runtime.arguments import (
     Arguments,
@@ -33,7 +33,7 @@ from diffusion_runtime.arguments import (
     noise_of,
     texts_of,
 )
-from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.bundle.manifest import Manifest, of_refiner
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS
@@ -42,6 +42,7 @@ from diffusion_runtime.noise import Noise
 from diffusion_runtime.prompt.text_states import TextStates
 from diffusion_runtime.prompt.tokenizer import Tokenizer
 from diffusion_runtime.safety import is_flagged
+from diffusion_runtime.stages import Run
 from diffusion_runtime.tasks import Request
 
 STATES = "encoder_hidden_states"
@@ -51,25 +52,6 @@ LCM_GUIDANCE_SCALE = 8.5
 
 class RuntimeNote(UserWarning):
     """Something the caller should know: a prompt that was cut, a picture that was resized."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A prepared run: everything up to the first step. It holds no model."""
-
-    job: tasks.Job
-    task: tasks.Task
-    start: denoising.Start
-    conditions: guidance.Conditions
-
-    @property
-    def total(self) -> int:
-        """How many steps `Pipeline.denoise` will yield."""
-        return len(self.start.timesteps)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return tuple(self.job.notes)
 
 
 @dataclass(slots=True, eq=False)
@@ -103,6 +85,16 @@ class Pipeline:
     def scheduler(self, scheduler: Any) -> None:
         schedulers.check(scheduler)
         self._scheduler = self.scheduler_name, scheduler
+
+    @property
+    def refiner(self) -> Pipeline | None:
+        """The refiner that lies beside an SDXL base, as a pipeline of its own on the same models."""
+        described = of_refiner(self.manifest)
+        if described is None:
+            return None
+        models = self.models.known_as({name: name for name in described.components} | {"unet": "refiner"})
+        clip = self.tokenizer_2 or self.tokenizer
+        return replace(self, manifest=described, models=models, tokenizer=clip, tokenizer_2=None)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -160,6 +152,7 @@ class Pipeline:
         long_prompt: bool = False,
         denoising_start: float | None = None,
         denoising_end: float | None = None,
+        refiner_start: float | None = None,
         output_type: str = "pil",
         on_step: Callable[[Step], None] | None = None,
         callback_on_step_end: callbacks.AtStepEnd | None = None,
@@ -191,6 +184,8 @@ class Pipeline:
             long_prompt: refuse a prompt that is too long for the models, rather than cut it.
             denoising_start: the part of the steps that another model has done, whose latents are ``image``.
             denoising_end: the part of the steps after which another model goes on; ask for "latent" output.
+            refiner_start: the part of the steps after which the refiner goes on that was converted with the base,
+                as 0.8: what ``denoising_end`` and ``denoising_start`` do with two pipelines. None: no refiner.
             output_type: "pil", "np", "pt" or "latent", see `Result`.
             on_step: called after each step; raise in it to cancel.
             callback_on_step_end: diffusers' callback: it may give other latents, or set ``_interrupt``.
@@ -231,6 +226,7 @@ class Pipeline:
             long_prompt=long_prompt,
             denoising_start=denoising_start,
             denoising_end=denoising_end,
+            refiner_start=refiner_start,
             sizes=sizes,
         )
         run = self.prepare(request, noise_of(generator, seed, rng))
@@ -238,7 +234,7 @@ class Pipeline:
         finished = callbacks.run_steps(
             control,
             self.denoise(run),
-            run.start,
+            replace(run.start, timesteps=run.timesteps),
             on_step,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
@@ -253,6 +249,7 @@ class Pipeline:
 
         Raises InputError for what these models cannot do, before any of them runs."""
         unet = self._unet_shapes()
+        request, refined = stages.apart(request)
         task = tasks.choose(unet["sample"][1], request.given)
         request = self.settled(request)
         self._check_size(request)
@@ -261,6 +258,7 @@ class Pipeline:
         height, width = unet["sample"][2:]
         job = tasks.Job(request, self.manifest, self.models, (height, width), scheduler, noise)
         task.check(job)
+        refiner = None if refined is None else self._refiners(refined, job)
         tokenizers = (self.tokenizer, *([self.tokenizer_2] if self.tokenizer_2 else []))
         texts = TextStates(self.models, tokenizers, self.manifest, unet[STATES][-1], request.long_prompt)
         encoded = texts.encode(request.texts(self.is_guided(request)))
@@ -269,7 +267,14 @@ class Pipeline:
         rows = len(encoded.states)
         labels = {name: torch.full((rows,), value) for name, value in prepared.labels.items()}
         told = {STATES: encoded.states, **labels, **self._told(job, encoded.pooled, rows)}
-        return Run(job, task, prepared.start, guidance.Conditions(told, prepared.channels))
+        return Run(job, task, prepared.start, guidance.Conditions(told, prepared.channels), refiner)
+
+    def _refiners(self, request: Request, job: tasks.Job) -> Run:
+        """The refiner's run, with zeros in place of the latents that the base has not made yet."""
+        refiner = self.refiner
+        if refiner is None:
+            raise InputError("refiner_start: these models have no refiner: convert SDXL with --refiner SOURCE")
+        return refiner.prepare(replace(request, latents=torch.zeros(job.latent_shape)), job.noise)
 
     def settled(self, request: Request) -> Request:
         """The request with the defaults of diffusers' pipeline for these models filled in."""
@@ -313,7 +318,16 @@ class Pipeline:
 
     def denoise(self, run: Run) -> Generator[Step, torch.Tensor | None, None]:
         """Yield after every step of a prepared run; a run can be used once. Latents that are sent back replace the
-        step's."""
+        step's. A refiner's steps follow the others."""
+        refiner = self.refiner
+        if run.refiner is None or refiner is None:
+            yield from self._denoise(run)
+            return
+        latents = yield from stages.renumbered(self._denoise(run), run.start.latents, 0, run.total)
+        goes_on = replace(run.refiner, start=replace(run.refiner.start, latents=latents))
+        yield from stages.renumbered(refiner.denoise(goes_on), latents, len(run.start.timesteps), run.total)
+
+    def _denoise(self, run: Run) -> Generator[Step, torch.Tensor | None, None]:
         job, request = run.job, run.job.request
         unet = self.models["unet"]
         scale = request.scale if self.is_guided(request) else 1.0

@@ -44,6 +44,7 @@ class Settings:
     strength: float | None = None
     noise_level: int | None = None
     long_prompt: bool = False
+    refiner_start: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,20 +144,24 @@ def _hub_license(made: Manifest) -> str:
 
 
 def _origin(made: Manifest) -> str:
-    source = made.source
-    name = (
-        f"[{source.name}](https://huggingface.co/{source.name})" if _is_hub_id(source.name) else f"`{source.name}`"
-    )
-    revision = f" at revision `{source.revision}`" if source.revision else ""
-    digest = f" (SHA-256 `{source.sha256}`)" if source.sha256 else ""
+    refiner = f", with {_named(made.refiner.source)} for the last steps" if made.refiner is not None else ""
     text = (
         f"Stable Diffusion models ({made.family}) for pictures of {made.width}x{made.height} pixels, converted "
-        f"from {name}{revision}{digest}{_loras(source)} for {made.target} and later"
+        f"from {_named(made.source)}{_loras(made.source)}{refiner} for {made.target} and later"
     )
     if "coremltools" not in made.tools:
         return f"{text} by another tool."
     tools = {tool: version for tool, version in sorted(made.tools.items()) if tool != "conversion"}
     return f"{text} with {', '.join(f'{tool} {version}' for tool, version in tools.items())}."
+
+
+def _named(source: Source) -> str:
+    name = (
+        f"[{source.name}](https://huggingface.co/{source.name})" if _is_hub_id(source.name) else f"`{source.name}`"
+    )
+    revision = f" at revision `{source.revision}`" if source.revision else ""
+    digest = f" (SHA-256 `{source.sha256}`)" if source.sha256 else ""
+    return f"{name}{revision}{digest}"
 
 
 def _loras(source: Source) -> str:
@@ -205,7 +209,7 @@ def _running(variants: Mapping[str, Manifest], made: Manifest, kinds: Collection
 pip install coreml-sd
 coreml-sd download {REPOSITORY} --variant {attention} -o models
 coreml-sd generate models --prompt "a photograph of an astronaut riding a horse" \\
-    --compute-units {units} -o astronaut.png
+    --compute-units {units}{" --refiner-start 0.8" if made.refiner is not None else ""} -o astronaut.png
 ```
 
 {running(made, _place(made, variants, units), kinds)}"""

@@ -35,7 +35,8 @@ class Checkpoint:
     ``models`` and ``schedulers`` are by diffusers' subfolder ("unet", "vae", "text_encoder", "safety_checker",
     "depth_estimator"; "scheduler", "low_res_scheduler"); ``tokenizer`` maps vocab.json, merges.txt,
     tokenizer_config.json, … to where they are, ``tokenizer_2`` those of a second text encoder. ``family`` is a name
-    in `families.FAMILIES`. ``notes`` are sentences for the user: what the source does not say and was assumed.
+    in `families.FAMILIES`. ``refiner``: that of an SDXL base, whose UNet is ``models["refiner"]``, too. ``notes``
+    are sentences for the user: what the source does not say and was assumed.
     ``folded`` is what its networks are converted with (`folding.fold`); as opened, nothing.
     """
 
@@ -49,3 +50,4 @@ class Checkpoint:
     pipeline_config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     folded: Folded = field(default_factory=Folded)
+    refiner: Checkpoint | None = None

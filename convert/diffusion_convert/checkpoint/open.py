@@ -9,6 +9,7 @@ from pathlib import Path
 from diffusion_convert.checkpoint import diffusers_folder, diffusers_unet, lora, repository, single_file, unet_alone
 from diffusion_convert.checkpoint.family import refuse_other_uses
 from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.checkpoint.refiner import FAMILY, with_refiner
 from diffusion_convert.checkpoint.vae import with_vae
 from diffusion_convert.options import Lora, check_path
 from diffusion_runtime.bundle.manifest import Source
@@ -23,6 +24,7 @@ def open_checkpoint(
     family: str | None = None,
     variant: str | None = None,
     base: str | None = None,
+    refiner: str | None = None,
     vae: str | None = None,
     loras: Sequence[Lora] = (),
     lora_partial: bool = False,
@@ -30,12 +32,12 @@ def open_checkpoint(
     """The checkpoint that ``source`` names: a folder in diffusers' layout, a single .safetensors or .ckpt file, or
     the id of a repository on the Hugging Face Hub, with another VAE and LoRAs put in.
     ``variant``: of a folder's weights, as in diffusers; with a single file, of those of ``base``. ``base``: another
-    checkpoint, which gives what a single file, or a UNet's folder or repository, lacks. ``lora_partial``: what of a
-    LoRA has no place in the checkpoint is left out, and is no error.
+    checkpoint, which gives what a single file, or a UNet's folder or repository, lacks. ``refiner``: of an SDXL
+    base, taken along. ``lora_partial``: what of a LoRA has no place in the checkpoint is left out, and is no error.
 
     No weight is read. Raises CheckpointError or InputError, in one line, for what cannot be used.
     """
-    for option, given in (("", source), ("--vae ", vae), ("--base ", base)):
+    for option, given in (("", source), ("--vae ", vae), ("--base ", base), ("--refiner ", refiner)):
         check_path(option, given)
     path = Path(source).expanduser()
     if revision is not None and path.exists():
@@ -60,6 +62,8 @@ def open_checkpoint(
             checkpoint = with_vae(checkpoint, vae, repository.fetch_vae if is_repository_id(vae) else None)
     _check_fits(checkpoint)
     refuse_other_uses(checkpoint)
+    if refiner is not None:
+        checkpoint = with_refiner(checkpoint, refiner, _open_refiner(refiner, checkpoint))
     with _given_as("--lora"):
         return lora.fuse(checkpoint, loras, lora_partial) if loras else checkpoint
 
@@ -80,6 +84,15 @@ def _open_unet(
     folder = repository.fetch_unet(source, revision, variant)
     origin = Source(name=source, revision=folder.name, license=diffusers_folder.read_license(folder))
     return unet_alone.open_unet(folder, origin, base, family, variant)
+
+
+def _open_refiner(source: str, checkpoint: Checkpoint) -> Checkpoint:
+    """A single file may hold the UNet alone: the rest is the base's."""
+    path = Path(source).expanduser()
+    with _given_as("--refiner"):
+        if path.is_file():
+            return single_file.open_single_file(path, FAMILY, base=checkpoint)
+        return open_checkpoint(source)
 
 
 def _check_fits(checkpoint: Checkpoint) -> None:

@@ -78,8 +78,8 @@ def open_single_file(
         source=Source(name=path.name, sha256=sha256(path)),
         models=models,
         schedulers={name: ldm_configs.merge(config, beside.get(name, {})) for name, config in schedulers.items()},
-        tokenizer=tokenizers["tokenizer"],
-        tokenizer_2=tokenizers.get("tokenizer_2", {}),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
         pipeline_config=data.get("pipeline_config", {}),
         notes=(*notes, *_notes(path, file, parts, data, given), *_few_steps(path, marks, given)),
     )
@@ -120,8 +120,8 @@ def _models(
 
 def _tokenizers(
     path: Path, data: Mapping[str, Any], models: Mapping[str, Submodel], base: Checkpoint | None
-) -> dict[str, Mapping[str, Path]]:
-    """`Checkpoint.tokenizer` and, where there are two text encoders, `Checkpoint.tokenizer_2`."""
+) -> tuple[Mapping[str, Path], Mapping[str, Path]]:
+    """`Checkpoint.tokenizer` and `Checkpoint.tokenizer_2`, which is empty where there is one text encoder."""
     names = {name: name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS if name in models}
     if base is not None:
         both = dict(zip((name for name in TEXT_ENCODERS if name in base.models), _given(base), strict=False))
@@ -131,7 +131,7 @@ def _tokenizers(
             _tokenizer(path, folder, data[folder], models[name].config["vocab_size"])
             for name, folder in names.items()
         ]
-    return dict(zip(("tokenizer", "tokenizer_2"), found, strict=False))
+    return found[0], found[1] if len(found) > 1 else {}
 
 
 def _given(base: Checkpoint) -> tuple[Mapping[str, Path], ...]:

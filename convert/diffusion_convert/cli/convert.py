@@ -132,6 +132,10 @@ def convert(
         str | None, _option("Of a folder's weights, as in diffusers: fp16, bf16, ema, non_ema. Default: the best.")
     ] = None,
     base: Annotated[str | None, _option("Checkpoint that gives what a file or a UNet alone lacks.")] = None,
+    refiner: Annotated[
+        str | None,
+        _option("SDXL refiner (folder, file or Hub id): a second UNet, for the last steps."),
+    ] = None,
     precision: Annotated[
         str, _option("auto (float32 where float16 would overflow), float16 or float32. Default: auto.")
     ] = "auto",
@@ -167,6 +171,7 @@ def convert(
         family=family,
         variant=variant,
         base=base,
+        refiner=refiner,
         precision=parse_choice(Precision, "precision", precision),
         compiled=compile_,
         zip=zip_,

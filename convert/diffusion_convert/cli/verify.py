@@ -22,6 +22,7 @@ def verify(
     family: Annotated[str | None, typer.Option(help="The checkpoint's family, where it cannot be told.")] = None,
     variant: Annotated[str | None, typer.Option(help="The variant of its weights that was converted.")] = None,
     base: Annotated[str | None, typer.Option(help="The checkpoint that gave what a single file lacks.")] = None,
+    refiner: Annotated[str | None, typer.Option(help="The SDXL refiner that was put in at conversion.")] = None,
     vae: Annotated[str | None, typer.Option(help="The VAE that was put in at conversion.")] = None,
     lora: Annotated[
         list[str] | None,
@@ -42,6 +43,7 @@ def verify(
         family=family,
         variant=variant,
         base=base,
+        refiner=refiner,
         vae=vae,
         loras=loras,
         lora_partial=lora_partial,

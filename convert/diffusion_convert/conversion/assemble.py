@@ -9,6 +9,7 @@ from diffusion_convert.bundle.model_card import CARD_NAME, write_model_card
 from diffusion_convert.bundle.variants import compile_variant, share_identical, zip_variants
 from diffusion_convert.checkpoint import folding
 from diffusion_convert.checkpoint.family import latent_factor
+from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import write_vocabulary
 from diffusion_convert.conversion.events import Event, Phase, Progress
 from diffusion_convert.conversion.part import Record
@@ -113,11 +114,22 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
         "scheduler": {**scheduler, "prediction_type": prediction} if "prediction_type" in scheduler else scheduler,
         "noise_scheduler": _optional(checkpoint.schedulers.get("low_res_scheduler")),
         "force_zeros_for_empty_prompt": bool(checkpoint.pipeline_config.get("force_zeros_for_empty_prompt", False)),
+        "refiner": None if checkpoint.refiner is None else _refiner(checkpoint.refiner),
         "requires_safety_checker": bool(checkpoint.pipeline_config.get("requires_safety_checker", False)),
         "folded": checkpoint.folded.model_dump(),
         "tools": {**tool_versions(), "conversion": plan.fingerprint},
     }
     return strict_json.as_model(Manifest, values, checkpoint.name, "a checkpoint that can be run", CheckpointError)
+
+
+def _refiner(refiner: Checkpoint) -> dict[str, object]:
+    scheduler = refiner.schedulers["scheduler"]
+    return {
+        "source": refiner.source,
+        "scheduler": settled(scheduler, imposed_on(refiner.family)),
+        "prediction_type": str(scheduler.get("prediction_type", "epsilon")),
+        "force_zeros_for_empty_prompt": bool(refiner.pipeline_config.get("force_zeros_for_empty_prompt", False)),
+    }
 
 
 def _optional(config: Mapping[str, object] | None) -> dict[str, object] | None:

@@ -98,6 +98,7 @@ def _plan(source: str, options: ConvertOptions, previous: Previous, progress: Pr
         family=options.family,
         variant=options.variant,
         base=options.base,
+        refiner=options.refiner,
         vae=options.vae,
         loras=options.loras,
         lora_partial=options.lora_partial,

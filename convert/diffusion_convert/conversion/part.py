@@ -284,7 +284,7 @@ def check_recipe(plan: Plan, records: Mapping[str, Record]) -> tuple[str, ...]:
 
 def _cut(job: Job, record: Record) -> Record:
     """Two packages in place of a UNet, checked to compute the same one after the other."""
-    if not (job.plan.options.chunk_unet and job.part.component.name == "unet"):
+    if not (job.plan.options.chunk_unet and job.part.component.name in ("unet", "refiner")):
         return record
     job.report("cut", 0.0)
     started = time.perf_counter()

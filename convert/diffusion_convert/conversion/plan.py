@@ -205,6 +205,7 @@ def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> str:
         "options": {name: value for name, value in asdict(options).items() if name not in CHOICES},
         "source": checkpoint.source.model_dump(),
         "family": checkpoint.family,
+        "refiner": None if checkpoint.refiner is None else _told_of_refiner(checkpoint.refiner),
         "configs": {name: dict(model.config) for name, model in checkpoint.models.items()},
         "schedulers": {name: dict(config) for name, config in checkpoint.schedulers.items()},
         "pipeline": dict(checkpoint.pipeline_config),
@@ -212,6 +213,11 @@ def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> str:
         "tools": tool_versions(),
     }
     return _digest(told)
+
+
+def _told_of_refiner(refiner: Checkpoint) -> dict[str, Any]:
+    told = {"schedulers": refiner.schedulers, "pipeline": dict(refiner.pipeline_config)}
+    return {"source": refiner.source.model_dump(), **told}
 
 
 def _digest(told: Any) -> str:

@@ -203,6 +203,15 @@ class Folded(_Frozen):
         return tuple(f"{folding.value}: {told[folding]}" for folding in self.names)
 
 
+class Refiner(_Frozen):
+    """What the manifest of an SDXL base says of its component "refiner"; the fields are those of `Manifest`."""
+
+    source: Source
+    scheduler: SchedulerConfig
+    prediction_type: Prediction
+    force_zeros_for_empty_prompt: bool = False
+
+
 class Manifest(_Frozen):
     """Everything that a runtime must know and cannot read from the models' interfaces."""
 
@@ -226,6 +235,7 @@ class Manifest(_Frozen):
     tokenizer: RelativePath | None = Field(default=".", description="folder of vocab.json and merges.txt")
     tokenizer_2: RelativePath | None = Field(default=None, description="the same of a second text encoder")
     force_zeros_for_empty_prompt: bool = False
+    refiner: Refiner | None = Field(default=None, description="of the component `refiner`, if there is one")
     requires_safety_checker: bool = False
     folded: Folded = Folded()
     tools: dict[str, str] = {}
@@ -236,6 +246,16 @@ class Manifest(_Frozen):
             if size % self.latents.factor:
                 raise ValueError(f"{name} {size} is no multiple of {self.latents.factor}, as latents are enlarged")
         return self
+
+
+def of_refiner(made: Manifest) -> Manifest | None:
+    """The manifest of the refiner in a bundle, as if it was alone there; None where there is none."""
+    if made.refiner is None or "refiner" not in made.components:
+        return None
+    own = {name: component for name, component in made.components.items() if name not in ("unet", "text_encoder")}
+    own["unet"] = own.pop("refiner")
+    told = {name: getattr(made.refiner, name) for name in Refiner.model_fields}
+    return made.model_copy(update={**told, "family": "sdxl-refiner", "components": own, "refiner": None})
 
 
 def read(folder: Path) -> Manifest:

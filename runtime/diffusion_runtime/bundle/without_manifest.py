@@ -10,9 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime.backends.interface import specs
-from diffusion_runtime.bundle.manifest import Component, Latents, Manifest, Source, Tensor
+from diffusion_runtime.bundle.manifest import Component, Latents, Manifest, Refiner, Source, Tensor
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.families import COMPONENTS, LATENT_SCALE, attention_of, compiled_names, family_of
+from diffusion_runtime.families import (
+    COMPONENTS,
+    FAMILIES,
+    LATENT_SCALE,
+    Family,
+    attention_of,
+    compiled_names,
+    family_of,
+)
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import TensorType, operations
 
@@ -20,9 +28,12 @@ if TYPE_CHECKING:
     from diffusion_runtime.mil.model import Model
     from diffusion_runtime.mil.program import Feature, Function, Value
 
-_CHUNKS = ("unet_chunk1", "unet_chunk2")
+_CHUNKED = ("unet", "refiner")
+_CHUNKS = {component: (f"{component}_chunk1", f"{component}_chunk2") for component in _CHUNKED}
 _PACKAGE = re.compile(
-    r"Stable_Diffusion_version_(?P<name>.+?)_(?P<component>" + "|".join([*COMPONENTS, *_CHUNKS]) + r")\.mlpackage"
+    r"Stable_Diffusion_version_(?P<name>.+?)_(?P<component>"
+    + "|".join([*COMPONENTS, *(name for names in _CHUNKS.values() for name in names)])
+    + r")\.mlpackage"
 )
 _SCHEDULE: Mapping[str, Any] = {
     "beta_end": 0.012,
@@ -66,7 +77,7 @@ def holds_unet(folder: Path) -> bool:
 
 
 def describe(folder: Path, assumed: Assumed) -> Described:
-    """The manifest of a folder that has none. Raises InputError for SDXL's, PackageError for damaged ones."""
+    """The manifest of a folder that has none. Raises InputError and PackageError for missing and damaged models."""
     files = _files(folder)
     opened = {name: [_model(folder / file) for file in listed] for name, listed in files.items()}
     attention = attention_of(shape for model in opened["unet"] for shape in _einsums(model))
@@ -75,7 +86,7 @@ def describe(folder: Path, assumed: Assumed) -> Described:
     inputs = {tensor.name: tensor.shape for tensor in components["unet"].inputs}
     _check(folder, components, inputs)
     channels, *latents = inputs["sample"][1:]
-    family = family_of(channels, inputs["encoder_hidden_states"][1], max(latents))
+    family = family_of(channels, inputs["encoder_hidden_states"][1], max(latents), "time_ids" in inputs)
     factor = _factor(components, inputs, family.latent_factor)
     prediction = assumed.prediction_type or family.prediction_types[0]
     scale = assumed.scale or family.latent_scale
@@ -94,12 +105,9 @@ def describe(folder: Path, assumed: Assumed) -> Described:
         latents=Latents(channels=4, factor=factor, scale=scale),
         prediction_type=prediction,
         components=components,
-        scheduler={
-            "_class_name": "PNDMScheduler",
-            "skip_prk_steps": True,
-            **_SCHEDULE,
-            "prediction_type": prediction,
-        },
+        scheduler=_scheduler(family, prediction),
+        force_zeros_for_empty_prompt=len(family.encoders) > 1,
+        refiner=_refiner(components),
         requires_safety_checker=family.safety_checker,
         noise_scheduler=None if family.noise_scheduler is None else dict(family.noise_scheduler),
         tokenizer=None,
@@ -107,17 +115,33 @@ def describe(folder: Path, assumed: Assumed) -> Described:
     told = "as given" if assumed.prediction_type and assumed.scale else "where not given, the family's usual values"
     note = (
         f"{folder.name} has no manifest.json: taken for {family.name}, {width}x{height}, {prediction} prediction, "
-        f"latent scale {scale:g}, PNDM scheduler ({told})"
+        f"latent scale {scale:g}, {made.scheduler['_class_name'].removesuffix('Scheduler')} scheduler ({told})"
     )
     return Described(made, tokenizer, (note,))
 
 
+def _scheduler(family: Family, prediction: str) -> dict[str, Any]:
+    """As the family's checkpoints are published."""
+    if family.added_conditions:
+        own: dict[str, Any] = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+    else:
+        own = {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
+    return {**own, **_SCHEDULE, "prediction_type": prediction}
+
+
+def _refiner(components: Mapping[str, Component]) -> Refiner | None:
+    if "refiner" not in components:
+        return None
+    scheduler = _scheduler(FAMILIES["sdxl-refiner"], "epsilon")
+    return Refiner(source=Source(name="unknown"), scheduler=scheduler, prediction_type="epsilon")
+
+
 def _files(folder: Path) -> dict[str, tuple[str, ...]]:
     """Component -> file names, chunks before the whole UNet as all apps prefer them."""
-    chunks = compiled_names("unet", len(_CHUNKS))
+    chunks = ((component, compiled_names(component, len(names))) for component, names in _CHUNKS.items())
     found = {
         component: tuple(f"{name}.mlmodelc" for name in names)
-        for component, names in [*((name, compiled_names(name)) for name in COMPONENTS), ("unet", chunks)]
+        for component, names in [*((name, compiled_names(name)) for name in COMPONENTS), *chunks]
         if all((folder / f"{name}.mlmodelc").is_dir() for name in names)
     }
     if "unet" in found or not folder.is_dir():
@@ -127,9 +151,10 @@ def _files(folder: Path) -> dict[str, tuple[str, ...]]:
     if len(names) > 1:
         raise InputError(f"{folder}: holds models of several checkpoints ({', '.join(names)}): one folder for each")
     packages: dict[str, tuple[str, ...]] = {match["component"]: (match[0],) for match in matches}
-    halves = [packages.pop(name, ()) for name in _CHUNKS]
-    if all(halves):
-        packages["unet"] = (*halves[0], *halves[1])
+    for component, names_of_halves in _CHUNKS.items():
+        halves = [packages.pop(name, ()) for name in names_of_halves]
+        if all(halves):
+            packages[component] = (*halves[0], *halves[1])
     return packages
 
 
@@ -191,9 +216,10 @@ def _tensors(features: Sequence[Feature], path: Path) -> tuple[Tensor, ...]:
 
 
 def _check(folder: Path, components: Mapping[str, Component], inputs: Mapping[str, tuple[int, ...]]) -> None:
-    if {"time_ids", "text_embeds"} & inputs.keys():
-        raise InputError(f"{folder}: models of Stable Diffusion XL, which this version does not run")
-    missing = [name for name in ("text_encoder", "vae_decoder") if name not in components]
+    encoder = (
+        "text_encoder_2" if "text_embeds" in inputs else "text_encoder"
+    )  # of a refiner alone, there is no first
+    missing = [name for name in (encoder, "vae_decoder") if name not in components]
     if missing:
         raise InputError(f"{folder}: no {' and no '.join(missing)} next to the UNet: copy or convert it too")
     for name in ("sample", "encoder_hidden_states"):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from diffusion_runtime.denoising import Step
     from diffusion_runtime.generation import Made, OnStep, Order
-    from diffusion_runtime.pipeline import Run
+    from diffusion_runtime.stages import Run
 
 GENERATE_HELP = """
 Make pictures with converted models.
@@ -102,6 +102,10 @@ def generate(
     long_prompt: Annotated[
         bool, option("Refuse a prompt that is too long for the models, rather than cut it.", "--long-prompt")
     ] = False,
+    refiner_start: Annotated[
+        float | None,
+        option("SDXL with a refiner: the part of the steps after which it goes on, as 0.8. Default: never."),
+    ] = None,
     preview: Annotated[
         bool, option("Keep NAME-preview.png up to date while working, checked as pictures are.", "--preview")
     ] = False,
@@ -138,6 +142,7 @@ def generate(
         "strength": strength,
         "noise_level": noise_level,
         "long_prompt": long_prompt or None,
+        "refiner_start": refiner_start,
     }
     loading = {
         "backend": backend,

@@ -51,7 +51,8 @@ class Request:
     ``image`` and ``mask`` are PIL pictures, ``depth`` a picture or (height, width) float32 depths, nearer larger;
     ``strength`` None is 0.8, and 1 with a mask; ``noise_level`` None is 20; ``latents`` are start values drawn by
     the caller, or, with ``denoising_start``, what another model left at its ``denoising_end`` (parts of the steps).
-    ``guidance_scale`` None is the models' own default; ``sizes`` are what SDXL's UNets are told.
+    ``refiner_start`` is the part of the steps after which a refiner goes on. ``guidance_scale`` None is the models'
+    own default; ``sizes`` are what SDXL's UNets are told.
     Raises InputError for what no models could do."""
 
     prompts: tuple[str, ...]
@@ -70,6 +71,7 @@ class Request:
     long_prompt: bool = False
     denoising_start: float | None = None
     denoising_end: float | None = None
+    refiner_start: float | None = None
     sizes: SizeConditioning = field(default_factory=SizeConditioning)
 
     def __post_init__(self) -> None:
@@ -102,7 +104,8 @@ class Request:
             )
         if self.noise_level is not None and not is_whole(self.noise_level):
             raise InputError(f"noise level {self.noise_level!r}: expected a whole number")
-        for name, part in (("denoising_start", self.denoising_start), ("denoising_end", self.denoising_end)):
+        for name in ("denoising_start", "denoising_end", "refiner_start"):
+            part = getattr(self, name)
             if part is not None and (not is_number(part) or not 0 < part < 1):
                 raise InputError(f"{name} {part!r}: expected a part of the steps, more than 0 and less than 1")
         for name, value in (("height", self.height), ("width", self.width)):

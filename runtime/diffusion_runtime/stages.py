@@ -1,0 +1,71 @@
+"""A prepared run of a pipeline, and that of the refiner which goes on where it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from diffusion_runtime import denoising, guidance, tasks
+from diffusion_runtime.denoising import Step
+from diffusion_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusion_runtime.tasks import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A prepared run: everything up to the first step. It holds no model."""
+
+    job: tasks.Job
+    task: tasks.Task
+    start: denoising.Start
+    conditions: guidance.Conditions
+    refiner: Run | None = None
+
+    @property
+    def total(self) -> int:
+        """How many steps `Pipeline.denoise` will yield."""
+        return len(self.timesteps)
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """Of all steps, those of a refiner after the others."""
+        own = self.start.timesteps
+        return own if self.refiner is None else torch.cat([own, self.refiner.timesteps.to(own)])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(self.job.notes)
+
+
+def apart(request: Request) -> tuple[Request, Request | None]:
+    """What the base is asked for, and the refiner where ``refiner_start`` is given. Raises InputError where the
+    request ends early anyway."""
+    if request.refiner_start is None:
+        return request, None
+    if request.denoising_end is not None:
+        raise InputError("refiner_start and denoising_end are both given: give one")
+    base = replace(request, denoising_end=request.refiner_start, refiner_start=None)
+    refined = replace(request, image=None, mask=None, strength=None, latents=None, refiner_start=None)
+    return base, replace(refined, denoising_start=request.refiner_start)
+
+
+def renumbered(
+    steps: Generator[Step, torch.Tensor | None, None], latents: torch.Tensor, first: int, total: int
+) -> Generator[Step, torch.Tensor | None, torch.Tensor]:
+    """One stage of several: its steps counted on from ``first`` of ``total``. Returns the latents after the last
+    one; ``latents`` where there was none."""
+    changed = None
+    try:
+        while True:
+            step = steps.send(changed)
+            changed = yield replace(step, index=first + step.index, total=total)
+            latents = step.latents if changed is None else changed
+    except StopIteration:
+        return latents
+    finally:
+        steps.close()
