@@ -130,6 +130,7 @@ def halves(package: Package, cut: Cut) -> tuple[Model, Model]:
     before, after = steps.operations[: cut.position], steps.operations[cut.position :]
     carried = tuple(value.declared for value in cut.crossing)
     features = tuple(value.feature for value in cut.crossing)
+    # Before iOS 16 a model cannot declare float16 outside, and apps hand float32 from half to half in any case.
     narrow = [value for value in cut.crossing if value.declared != value.inner]
     outgoing = [_cast(value.inner, value.declared, DType.FLOAT32) for value in narrow]
     incoming = [_cast(value.declared, value.inner, DType.FLOAT16) for value in narrow]
@@ -198,6 +199,7 @@ class _Steps:
             for name in _used([step]):
                 last[name] = index
                 first.setdefault(name, index)
+        # Backwards: a palette's own constants come before what they go into, and are needed where that is.
         for operation in reversed(self.constants):
             users = [output.name for output in operation.outputs if output.name in last]
             for name in _used([operation]) if users else ():

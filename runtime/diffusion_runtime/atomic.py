@@ -132,6 +132,7 @@ def commit(slot: Path, obsolete: Iterable[str] = (), done: Iterable[str] = ()) -
     entries = {entry.name: entry.lstat().st_ino for entry in (slot / _NEW).iterdir() if _is_plain(entry.name)}
     text = json.dumps({"new": entries, "obsolete": list(obsolete), "done": list(done)})
     (slot / f"{_COMMIT}.new").write_text(text, encoding="utf-8")
+    # Whole or not there: who finds it takes what it says for decided.
     (slot / f"{_COMMIT}.new").rename(slot / _COMMIT)
     try:
         _finish(slot)
@@ -271,6 +272,7 @@ def _held(lock: Path, shown: Path) -> Iterator[None]:
             time.sleep(_BETWEEN_TRIES)
             continue
         with file:
+            # A sweep may have removed the file after it was opened: a lock on that one keeps nobody out.
             if _take(file, where_unknown=True) and _is_at(file, lock):
                 _sign(file, lock)
                 yield
@@ -314,6 +316,7 @@ def _open(lock: Path) -> IO[str]:
 def _take(file: IO[str], where_unknown: bool) -> bool:
     """Whether the lock on the file was free, and is ours now; ``where_unknown`` on disks that know no locks."""
     try:
+        # flock, not POSIX locks: those are lost when the process closes any other descriptor of the file.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return where_unknown if error.errno not in _HELD else False

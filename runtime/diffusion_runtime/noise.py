@@ -117,6 +117,7 @@ def _seeded_torch(seed: int) -> Source:
 def _seeded_numpy(seed: int) -> Source:
     import torch
 
+    # Not default_rng, which draws others: pictures of Apple's Python client come from the legacy one.
     state = np.random.RandomState(seed)
 
     def draw(shape: Sequence[int]) -> torch.Tensor:
@@ -137,6 +138,7 @@ def _seeded_nvidia(seed: int) -> Source:
         counter = np.zeros((4, count), np.uint32)
         counter[0] = next(calls)
         counter[2] = np.arange(count, dtype=np.uint32)
+        # curand_init's way to make a key of a 64-bit seed; each value is a subsequence of its own (counter word 2).
         key = (np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32))
         first, second, _, _ = philox_4x32_10(counter, key)
         return torch.from_numpy(_box_muller(first, second).astype(np.float32).reshape(tuple(shape)))
@@ -169,6 +171,7 @@ def philox_4x32_10(counter: np.ndarray, key: tuple[np.uint32, np.uint32]) -> np.
 def _box_muller(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """The sine half of Box and Muller's transform, with cuRAND's mapping of integers into (0, 1] and (0, 2 pi]."""
     unit = 2.0**-32
+    # Half a unit is added so that the logarithm never sees 0.
     radius = np.sqrt(-2.0 * np.log(first * unit + unit / 2))
     angle: np.ndarray = (second * unit + unit / 2) * (2 * math.pi)
     return np.asarray(radius * np.sin(angle))
@@ -183,6 +186,8 @@ def _randn_from(noise: Noise) -> Iterator[None]:
         def __torch_function__(
             self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
         ) -> Any:
+            # All that diffusers' randn_tensor calls; it takes torch's generators only, so noise of another kind
+            # enters here.
             if function is not torch.randn:
                 return function(*args, **(kwargs or {}))
             shape = args[0] if isinstance(args[0], Sequence) else args

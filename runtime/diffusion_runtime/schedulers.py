@@ -109,6 +109,7 @@ def build(config: Mapping[str, Any], name: str | None = None, imposed: Mapping[s
         class_name, settings = str(config.get("_class_name", "PNDMScheduler")), dict[str, Any]()
     else:
         preset = SCHEDULERS[canonical(name)]
+        # A name says what the sigmas are: those of the checkpoint's own scheduler do not carry over.
         class_name, settings = preset.class_name, {**dict.fromkeys(SIGMAS, False), **preset.settings}
     if not class_name.endswith("Scheduler") or not hasattr(diffusers, class_name):
         raise InputError(f"the models ask for an unknown scheduler class {class_name!r}: choose one of {known()}")
@@ -149,6 +150,7 @@ def check(scheduler: object) -> None:
 
 def own(scheduler: Any, imposed: Mapping[str, Any]) -> Any:
     """A copy of a scheduler for one run, with what the task imposes: schedulers count their steps."""
+    # Multistep schedulers keep the predictions of earlier steps: a run that was left would reach into the next.
     taken = copy.deepcopy(scheduler)
     changes = {key: value for key, value in imposed.items() if _is_wrong(taken.config, key, value)}
     taken.register_to_config(**{key: value for key, value in changes.items() if key in taken.config})
@@ -199,6 +201,7 @@ def last_part(scheduler: Any, steps: int, strength: float) -> torch.Tensor:
     """The timesteps that remain when a picture is changed by ``strength`` in (0, 1] instead of made anew."""
     if not (math.isfinite(strength) and 0 < strength <= 1):
         raise InputError(f"strength {strength}: expected more than 0 (no change) and at most 1 (a new picture)")
+    # As diffusers' get_timesteps: int() cuts, and schedulers of order 2 list each step twice.
     skipped = max(steps - min(int(steps * strength), steps), 0) * scheduler.order
     timesteps: torch.Tensor = scheduler.timesteps[skipped:]
     if len(timesteps) == 0 or skipped >= steps * scheduler.order:
@@ -241,6 +244,7 @@ def denoised(scheduler: Any, model_input: torch.Tensor, prediction: torch.Tensor
     if not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(f"scheduler {name_of(scheduler)} has no previews")
     table = scheduler.alphas_cumprod
+    # Schedulers on sigmas have timesteps between the table's.
     index = min(max(round(timestep), 0), len(table) - 1)
     alpha = float(table[index])
     kind = scheduler.config.prediction_type
@@ -248,6 +252,7 @@ def denoised(scheduler: Any, model_input: torch.Tensor, prediction: torch.Tensor
         return math.sqrt(alpha) * model_input - math.sqrt(1 - alpha) * prediction
     if kind == "sample":
         return prediction
+    # With zero terminal SNR alpha is 0 at the first step, where noise says nothing of the picture.
     return (model_input - math.sqrt(1 - alpha) * prediction) / math.sqrt(max(alpha, 1e-6))
 
 

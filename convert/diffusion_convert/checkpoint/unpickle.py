@@ -177,6 +177,8 @@ class _Reader(Interpreter):
                     raise pickle.UnpicklingError("a storage of no such size")
                 self.storages[key] = (dtype, count)
                 return _Storage(dtype, key, count)
+            # A class that is not known stands for itself and does nothing: trainers pickle their whole
+            # configuration.
             case ("storage", Inert(), *_):
                 return INERT  # of an element type that no weights have
             case _:

@@ -38,6 +38,7 @@ _PALETTES = frozenset({"constexpr_lut_to_dense", "constexpr_lut_to_sparse"})
 
 def metadata_json(model: Model, name: str) -> str:
     """The whole file; ``name`` is the compiled model's, without its suffix. No line break at its end."""
+    # Indent, separators, characters and the order of keys are those of Apple's compiler, byte for byte.
     return json.dumps([_metadata(model, name)], indent=2, separators=(",", " : "), ensure_ascii=False)
 
 
@@ -80,6 +81,7 @@ def palette_bits(operation: Operation) -> int | None:
         return None
     table = next(value for name, value in _values(operation) if name == "lut")
     shape = table.type.shape if isinstance(table.type, TensorType) else ()
+    # The last axis of the iOS 18 form holds vectors; palettes of ours have vectors of one element.
     entries = shape[0] if len(shape) == 1 else shape[-2]
     return (entries or 1).bit_length() - 1
 
@@ -158,6 +160,7 @@ def _stored(operation: Operation) -> Iterator[str]:
 
 
 def _stored_name(value: Value) -> str:
+    # What is no tensor in a weight file is bytes.
     kind = value.type.dtype if isinstance(value.type, TensorType) else DType.UINT8
     return kind.value.replace("fp", "Float").replace("uint", "UInt").replace("int", "Int")
 

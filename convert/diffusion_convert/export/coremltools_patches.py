@@ -48,20 +48,26 @@ def patched_coremltools(
         def replace(owner: Any, name: str, value: Any) -> None:
             replaced.enter_context(mock.patch.object(owner, name, value))
 
+        # It would validate every block after each pass: once is enough for passes that are not ours.
         replace(passes.PassPipelineManager, "apply_pipeline", staticmethod(_passes(passes.PASS_REGISTRY, done)))
+        # It would look at every element of a placeholder, once for every operation that uses it.
         replace(quantization.FP16ComputePrecision, "fp16_overflow", staticmethod(_overflow(placeholders)))
         replace(block.Block, "_propagate_nonreplaceable_vars", lambda _: None)  # of compressed weights: none here
         cast = quantization.FP16ComputePrecision
         replace(cast, "_check_underflow_to_zero", _underflow(cast._check_underflow_to_zero))
         duplicates = deduplication.const_deduplication
+        # It would compare constants by value: placeholders have a code each, so no two are equal.
         replace(duplicates, "should_be_deduplicated", staticmethod(_small(duplicates.should_be_deduplicated)))
+        # It would write out what a placeholder only repeats, which takes the memory of the whole weight.
         replace(unary.cast, "get_cast_value", classmethod(_cast(unary.cast.get_cast_value.__func__)))
+        # The one place where the serialiser writes a constant to the weight file: here the real weight comes in.
         replace(helper, "_get_offset_by_writing_data", lambda var, _: write(var.val))
         node = import_coremltools("converters.mil.frontend.torch.internal_graph").InternalTorchIRNode
         replace(node, "from_torchscript_node", classmethod(_placed(node.from_torchscript_node.__func__)))
         logger = logging.getLogger("coremltools")
         replaced.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)
+        # Its progress bars would be drawn through ours.
         replace(frontend, "_tqdm", lambda nodes, **_: nodes)
         yield
 
@@ -83,6 +89,7 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
 
 def _counter(progress: OnFraction) -> Callable[[], None]:
     """Each call reports another of the passes that ``ct.convert`` makes in all."""
+    # About as many as coremltools 9.0 makes; where it is not exact, only the bar moves unevenly.
     total, done = 100, 0
 
     def step() -> None:
@@ -125,6 +132,7 @@ def _overflow(placeholders: Placeholders) -> Callable[[Any], bool]:
         if found is not None:
             return placeholders.exceeds_float16(found)
         size = np.abs(thin(array))
+        # As the original: what is beyond 1e38 stands for infinity, in masks, and may become float16's.
         return bool(((size > FLOAT16_MAX) & (size < 1e38)).any())
 
     return fp16_overflow

@@ -95,6 +95,7 @@ class Placeholders:
         tensor = weight.read()
         if _rows_in_place(array, weight.shape):
             ordered = tensor
+        # coremltools stores the weight of a matrix product transposed where it makes a `linear` of it.
         elif len(weight.shape) == 2 and _rows_in_place(_squeezed(array).T, weight.shape):
             ordered = tensor.t()
         else:
@@ -106,6 +107,7 @@ class Placeholders:
         """Whether an element of that weight is beyond float16. Types that are no wider than float16 have none."""
         import torch
 
+        # A weight is read once for all operations that use it: it may be computed (LoRAs) or on a slow disk.
         if index not in self._exceeding:
             tensor = self._weights[index].read()
             wider = tensor.dtype.itemsize > 2 or tensor.dtype == torch.bfloat16
@@ -142,6 +144,7 @@ class Placeholders:
         self._weights.append(_Weight(name, tuple(tensor.shape), tensors))
         column = torch.full((tensor.shape[0], *[1] * (tensor.ndim - 1)), code)
         column[0] = -code
+        # Strides of 0: the shape of the weight in the memory of one column.
         return column.expand(tensor.shape)
 
 

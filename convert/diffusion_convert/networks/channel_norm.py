@@ -6,6 +6,8 @@ out in torch it would be nine operations, or two transposes around each norm. So
 `teach_coremltools` says what it is in MIL.
 """
 
+# Without `from __future__ import annotations`: torch.library makes the operator's schema of the annotations.
+
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ def channel_norm(
 ) -> torch.Tensor:
     """(x - mean) / sqrt(variance + epsilon) · weight + bias, mean and variance over axis 1 of a rank-4 tensor."""
     last = nn.functional.layer_norm(x.transpose(1, 3), (x.shape[1],), weight, bias, epsilon)
+    # torch forbids custom operators to return a view of what they were given.
     return last.transpose(1, 3).contiguous()
 
 

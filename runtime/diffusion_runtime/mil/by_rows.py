@@ -31,6 +31,7 @@ class Rows:
 
     def parts(self) -> Iterator[Tensor]:
         rows = self.shape[-2]
+        # At least one row, however long.
         step = max(1, HELD_ELEMENTS * rows // math.prod(self.shape))
         for start in range(0, rows, step):
             yield self.part(slice(start, min(start + step, rows)))

@@ -147,6 +147,7 @@ def _batch_norm(module: fx.GraphModule, node: fx.Node) -> tuple[Tensor | None, T
     )
     if mean is None or variance is None:
         return None, None
+    # In float64, rounded once at the end.
     scale = torch.rsqrt(variance.double() + float(operand(node, "epsilon", 1e-5)))
     scale = scale if gamma is None else scale * gamma
     shift = -mean * scale if beta is None else beta - mean * scale
@@ -157,6 +158,7 @@ def _per_channel(module: fx.GraphModule, node: fx.Node, channels: int, rank: int
     value = value_of(module, node)
     if value is None or value.ndim > rank or value.numel() != channels:
         return None
+    # Broadcasting counts axes from the end: (C, 1, 1) is per channel, (C,) is per column.
     aligned = (1,) * (rank - value.ndim) + tuple(value.shape)
     return value.reshape(-1) if aligned[1] == channels else None
 

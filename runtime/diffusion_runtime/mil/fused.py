@@ -41,6 +41,7 @@ def attend(
     if heads > 1:
         q, k, v = (_by_head(t, heads) for t in (q, k, v))
         mask = mask.reshape(mask.shape[0], 1, *mask.shape[-2:]) if mask is not None else None
+    # torch's fast attention takes rank 4 only: any other goes through its slow path, which holds all scores.
     elif len(batch) != 2:
         q, k, v = (t.reshape(1, math.prod(batch), *t.shape[-2:]) for t in (q, k, v))
         mask = _expanded(mask, batch).reshape(1, math.prod(batch), *mask.shape[-2:]) if mask is not None else None

@@ -58,6 +58,7 @@ class Stored(torch.nn.Module):
 
     def forward(self) -> Tensor:
         value = self._constant.as_tensor(self._dtype)
+        # Not widened, so still the mapped file: its pages are let go of below.
         value = value.clone() if value.dtype == torch.float16 else value
         self._release()
         return value.to(self._device)
@@ -157,6 +158,7 @@ class _Lowering:
         if op.packed:
             self._packed(op, given, operation)
             return
+        # Shapes that a program computes from constants must be known before it runs, for fusions to fit.
         known = all(isinstance(b, Value) or b in self.constants for bindings in given.values() for b in bindings)
         if known and self._is_small(operation):
             self._fold(op, given, operation)
@@ -246,6 +248,7 @@ class _Lowering:
             name = binding
         constant = self._constant(binding)
         target = _identifier(name)
+        # Two MIL names can become one Python identifier.
         if hasattr(self.root, target) or target in self.buffers:
             target = f"{target}_{len(self.nodes)}_{len(self.buffers)}"
         if self.stream and constant.tensor is None and _elements(constant.type) > STREAMED_ELEMENTS:
@@ -298,6 +301,7 @@ class _Lowering:
                 tensor = tensor.contiguous(memory_format=torch.channels_last)
             return target, tensor.to(self.device)
 
+        # Reading, decompressing and widening run outside of Python's lock; more threads only hold more memory.
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
             for count, (target, tensor) in enumerate(pool.map(fill, self.buffers.items())):
                 self.root.register_buffer(target, tensor)

@@ -74,6 +74,7 @@ def _is_free(node: Any, user: fx.Node) -> bool:
         and node.target is not operator.getitem
         and len(node.users) == 1
         and shape_of(node) is not None
+        # A result that was broadcast does not fit into its operand's memory.
         and shape_of(node) == shape_of(user)
         and (operand(user, "y") is None or others(user, node)[0] is not node)
     )

@@ -38,6 +38,7 @@ from diffusion_runtime.mil.program import (
     packed_bits,
 )
 
+# Numbers of MIL.proto's DataType. Types of fewer than 8 bits came with iOS 18.
 _CODES = {
     DType.BOOL: 1,
     DType.STRING: 2,
@@ -117,6 +118,7 @@ def model_to_bytes(model: Model) -> bytes:
     updatable = wire.varint_field(_UPDATABLE, 1) if model.is_updatable else b""
     head = wire.varint_field(_VERSION, model.specification_version)
     described = wire.message_field(_DESCRIPTION, model.description)
+    # In the order of the fields' numbers, as protobuf writes them.
     return head + described + updatable + wire.message_field(ML_PROGRAM, program)
 
 

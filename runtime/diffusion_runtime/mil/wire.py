@@ -14,6 +14,7 @@ def fields(data: bytes) -> Iterator[tuple[int, bytes]]:
     """
     position = 0
     while position < len(data):
+        # A field's number and, in the lowest three bits, how it is encoded.
         key, position = _varint(data, position)
         kind = key & 7
         if kind == _VARINT:
@@ -42,6 +43,7 @@ def string_map(data: bytes, number: int) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for found, entry in fields(data):
         if found == number:
+            # Protobuf sends a map as repeated messages of a key, field 1, and a value, field 2.
             pairs[payload(entry, 1).decode()] = payload(entry, 2).decode()
     return pairs
 
@@ -66,6 +68,7 @@ def _encode(value: int) -> bytes:
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
     value = shift = 0
+    # 64 bits in groups of seven are ten bytes at most; more is damage, and would build a huge number.
     while position < len(data) and shift < 70:
         byte = data[position]
         value |= (byte & 0x7F) << shift

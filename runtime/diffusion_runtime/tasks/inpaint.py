@@ -26,6 +26,7 @@ def prepare_seeing(job: Job) -> Prepared:
     full = job.request.change == 1.0
     clean = None if full else encode(job, image)
     latents, _ = _first_latents(job, clean, timesteps)
+    # 0 is mid-grey in -1..1: what these checkpoints were trained to see as missing.
     surroundings = encode(job, image * (mask < 0.5))
     job.models.release("vae_encoder")
     small = _at_latent_size(job, mask).expand(len(surroundings), -1, -1, -1)
@@ -73,6 +74,7 @@ def _first_latents(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pure noise at full strength, else the noised picture; and the noise itself."""
     noise = job.noise.normal(job.latent_shape)
+    # As diffusers: pure noise at full strength, though add_noise would leave a trace of the picture.
     if job.request.change == 1.0 or clean is None:
         return noise * job.scheduler.init_noise_sigma, noise
     clean = clean.expand(job.request.pictures, *clean.shape[1:])
@@ -81,6 +83,7 @@ def _first_latents(
 
 
 def _at_latent_size(job: Job, mask: torch.Tensor) -> torch.Tensor:
+    # Nearest, as diffusers: a mask in the latents has no grey edge.
     return interpolate(mask, size=job.latent_size)
 
 

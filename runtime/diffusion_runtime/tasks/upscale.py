@@ -31,6 +31,7 @@ def prepare(job: Job) -> Prepared:
     height, width = job.latent_size
     image = job.image(size=(height, width))
     small = images.to_tensor(image, height, width)
+    # diffusers noises the small picture once for all prompts; with a generator each, each draws its own.
     count = job.request.pictures if job.noise.per_picture else 1
     noise = job.noise.normal((count, *small.shape[1:]))
     noised = schedulers.build(_noise_config(job)).add_noise(small, noise, torch.tensor([level]))
