@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from diffusion_convert.bundle.model_card import model_card
 from diffusion_convert.checkpoint.folding import fold, latents, prediction
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.components.vae_decoder import own_latents
@@ -19,7 +20,7 @@ from diffusion_convert.components.vae_encoder import known_latents
 from diffusion_convert.conversion.plan import make_plan
 from diffusion_convert.networks.folding import Epsilon, Padding
 from diffusion_convert.options import ConvertOptions
-from diffusion_runtime.bundle.manifest import Folded, OwnLatents
+from diffusion_runtime.bundle.manifest import Folded, Manifest, OwnLatents
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.folding import Folding
@@ -142,3 +143,33 @@ def test_what_is_not_folded_is_kept(tmp_path: Path, tiny_checkpoint: Folder) -> 
         assert kept not in made.folded.names
         assert latents(made)[0] == (0.5 if kept is Folding.LATENT_SCALE else 0.18215)
     assert json.loads(Folded().model_dump_json(exclude_none=True)) == {}
+
+
+def test_the_card_tells_what_was_folded(toy_manifest: Manifest) -> None:
+    own = Folded(latents=OwnLatents(scale=0.7295), padding={"text_encoder": 0}, prediction_type="v_prediction")
+    card = model_card({"original": toy_manifest.model_copy(update={"folded": own})}, {})
+    assert "\n- latent-scale: the latents' scale: the checkpoint's own is 0.7295\n" in card
+    assert "\n- padding: the padding of prompts: the checkpoint's own is token 0 (text_encoder)\n" in card
+    assert "\n- prediction: the prediction: the checkpoint's own is v_prediction\n" in card
+    assert "What apps have fixed" not in model_card({"original": toy_manifest}, {})
+
+
+@pytest.fixture
+def toy_manifest() -> Manifest:
+    return Manifest.model_validate(
+        {
+            "name": "org/tiny",
+            "family": "sd2-v",
+            "source": {"name": "org/tiny"},
+            "kind": "packages",
+            "attention": "original",
+            "height": 96,
+            "width": 96,
+            "batch_size": 2,
+            "target": "macOS13",
+            "latents": {"channels": 4, "factor": 8, "scale": 0.18215},
+            "prediction_type": "epsilon",
+            "components": {},
+            "scheduler": {"_class_name": "DDIMScheduler"},
+        }
+    )

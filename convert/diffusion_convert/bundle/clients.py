@@ -228,11 +228,10 @@ def _needs_of_prompts(made: Manifest) -> Iterator[Needs]:
     family = FAMILIES.get(made.family)
     first = next((name for name in family.encoders), "") if family is not None else ""
     if family is not None and first == "text_encoder" and not family.added_conditions:
-        folded = getattr(made, "folded", None)
         pads_otherwise = family.pad_token is not None
         if not pads_otherwise:
             yield Needs.PADS_WITH_END
-        elif folded is None or first not in (folded.padding or {}):
+        elif first not in (made.folded.padding or {}):
             yield Needs.PADS_OTHERWISE
         if pads_otherwise:
             yield Needs.STATES_1024
@@ -245,7 +244,7 @@ def _needs_of_arithmetic(made: Manifest) -> Iterator[Needs]:
     fixed = family.latent_scale if family is not None and family.added_conditions else LATENT_SCALE
     if made.latents.scale != fixed or made.latents.shift:
         yield Needs.LATENT_SCALE
-    if (folded := getattr(made, "folded", None)) is not None and folded.latents is not None:
+    if made.folded.latents is not None:
         yield Needs.OWN_LATENT_SCALE
     if made.prediction_type != "epsilon":
         yield Needs.ZERO_SNR if made.scheduler.get("rescale_betas_zero_snr") else Needs.V_PREDICTION

@@ -96,6 +96,7 @@ def model_card(
         "\n".join(_header(first)),
         f"# {_title(first)} for Core ML",
         _origin(first),
+        *_folded(first),
         *([f"![A picture made with these models]({picture})"] if picture else []),
         "## Which variant",
         "\n".join(_variant_table(variants, zips)),
@@ -162,6 +163,13 @@ def _named(source: Source) -> str:
     revision = f" at revision `{source.revision}`" if source.revision else ""
     digest = f" (SHA-256 `{source.sha256}`)" if source.sha256 else ""
     return f"{name}{revision}{digest}"
+
+
+def _folded(made: Manifest) -> Iterator[str]:
+    """What was put into the models because apps have it fixed, with the checkpoint's own values."""
+    if lines := made.folded.lines():
+        head = "What apps have fixed was put into these models, so that apps draw what the checkpoint does:"
+        yield "\n".join([head, "", *(f"- {line}" for line in lines)])
 
 
 def _loras(source: Source) -> str:
