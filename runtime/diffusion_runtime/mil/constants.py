@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_runtime.errors import UnsupportedError
+from diffusion_runtime.errors import PackageError, UnsupportedError
 from diffusion_runtime.mil.program import DType, ListType, TensorType, Value, ValueType
 
 # Unsigned types wider than 8 bits are held in the next wider signed type: torch computes little with them.
@@ -68,8 +68,10 @@ class Constant:
 
 
 def to_tensor(array: np.ndarray, kind: ValueType, float_dtype: torch.dtype) -> Tensor:
-    """An array of MIL type ``kind`` as a tensor in the run's element type."""
+    """An array of MIL type ``kind`` as a tensor in the run's element type. PackageError: another shape."""
     wanted = torch_dtype(kind, float_dtype)
+    if isinstance(kind, TensorType) and array.shape != kind.shape:
+        raise PackageError(f"holds an array of shape {array.shape}, but {kind.shape} is declared")
     if not array.flags.writeable:
         array = array.copy()
     if array.dtype in (np.uint16, np.uint32, np.uint64):

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch.fx import graph_module
 
 from diffusion_runtime.errors import DiffusionError, PackageError, UnsupportedError
-from diffusion_runtime.mil.check import CONST, check_package, operands, output_name
+from diffusion_runtime.mil.check import CONST, budget, check_package, operands, output_name
 from diffusion_runtime.mil.constants import Constant, literal, torch_dtype
 from diffusion_runtime.mil.ops import OPS, Kind, Op, Parameter
 from diffusion_runtime.mil.package import Package
@@ -36,6 +36,7 @@ from diffusion_runtime.mil.program import (
     Variable,
     operations,
 )
+from diffusion_runtime.mil.sizes import Sizes, like, most_at_once, on_meta
 
 REFUSALS = (RuntimeError, ValueError, IndexError, TypeError)
 """What torch raises for operands that do not fit."""
@@ -121,12 +122,16 @@ class _Lowering:
     nodes: dict[str, fx.Node] = field(default_factory=dict)
     constants: dict[str, Constant] = field(default_factory=dict)
     buffers: dict[str, Constant] = field(default_factory=dict)
+    made: dict[fx.Node, Sequence[Tensor]] = field(default_factory=dict)
+    """What nodes compute, as meta tensors."""
     mixed: bool = field(init=False)
+    sizes: Sizes = field(init=False)
 
     def __post_init__(self) -> None:
         """A program with float16 values is of mixed precision; one without is narrowed as a whole."""
         kinds = [variable.type for op in operations(self.function.block) for variable in op.outputs]
         self.mixed = any(isinstance(kind, TensorType) and kind.dtype is DType.FLOAT16 for kind in kinds)
+        self.sizes = Sizes(budget(self.package))
 
     def run(self) -> fx.GraphModule:
         widened = _widened_at_once(self.function) if self.dtype != torch.float32 else frozenset()
@@ -143,6 +148,7 @@ class _Lowering:
                     f"{self.package.path}: {operation.type} {output_name(operation)}: {error}"
                 ) from error
         self.graph.output({name: self._tensor(name, name) for name in self.function.block.outputs})
+        self.sizes.check(most_at_once(self.graph, self.made), f"{self.package.path}: the whole program ")
         self._fill_buffers()
         module = fx.GraphModule(self.root, self.graph, "Lowered")
         forget_source_with(module)
@@ -201,6 +207,7 @@ class _Lowering:
             else:
                 arguments[name] = constants[0].python()
         arguments |= self._filled_in(op, operation)
+        self.sizes.keep(self.sizes.results(op, on_meta(arguments), self._declared(operation)))
         result = _apply(op, arguments)
         for variable, value in zip(operation.outputs, result if op.several else (result,), strict=True):
             check_value(variable.type, value, self._dtype(variable.type))
@@ -215,7 +222,9 @@ class _Lowering:
             for parameter, bindings in given.items()
         }
         arguments |= self._filled_in(op, operation)
+        made = self.sizes.results(op, fx.node.map_arg(arguments, self._like), self._declared(operation))
         node = self.graph.create_node("call_function", op.function, (), arguments, name=_identifier(name))
+        self.made[node] = made
         if not op.several:
             self._name(node, operation.outputs[0], operation.type)
             return
@@ -225,6 +234,14 @@ class _Lowering:
                 "call_function", operator.getitem, (node, index), name=_identifier(variable.name)
             )
             self._name(item, variable, operation.type)
+            self.made[item] = made[index : index + 1]
+
+    def _like(self, node: fx.Node) -> Tensor:
+        """What a node computes, as a meta tensor."""
+        return self.made[node][0] if node in self.made else like(node.meta["type"], self._dtype(node.meta["type"]))
+
+    def _declared(self, operation: Operation) -> list[Tensor]:
+        return [like(variable.type, self._dtype(variable.type)) for variable in operation.outputs]
 
     def _argument(self, parameter: Parameter, bindings: Sequence[str | Value], name: str) -> Any:
         if parameter.kind is Kind.TENSORS:
@@ -292,11 +309,14 @@ class _Lowering:
 
     def _fill_buffers(self) -> None:
         """Read, decompress and widen the weights that nodes refer to, several at a time."""
-
         kernels = _kernels(self.graph) if self.channels_last else frozenset()
 
         def fill(item: tuple[str, Constant]) -> tuple[str, Tensor]:
-            target, tensor = item[0], self._dense(item[1])
+            target, constant = item
+            try:
+                tensor = self._dense(constant)
+            except DiffusionError as error:
+                raise type(error)(f"{self.package.path}: {target}: {error}") from error
             if target in kernels and tensor.ndim == 4:
                 tensor = tensor.contiguous(memory_format=torch.channels_last)
             return target, tensor.to(self.device)

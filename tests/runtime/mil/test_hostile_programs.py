@@ -97,6 +97,139 @@ def test_programs_that_ask_for_gigabytes_are_refused_before_they_get_them(name: 
     assert time.perf_counter() - since < 20
 
 
+M = 128
+
+
+def flag() -> Value:
+    return Value(TensorType(DType.BOOL), np.array(True))
+
+
+def text(value: str) -> Value:
+    return Value(TensorType(DType.STRING), value)
+
+
+def whole(value: int) -> Value:
+    return Value(TensorType(I32), np.array(value, "<i4"))
+
+
+def named(
+    name: str, kind: str, /, declared: tuple[int, ...] = (4,), dtype: DType = F32, **inputs: object
+) -> Operation:
+    """An operation whose declared shape is a lie."""
+    bound = {key: value if isinstance(value, tuple) else (value,) for key, value in inputs.items()}
+    return Operation(kind, bound, (Variable(name, TensorType(dtype, declared)),))
+
+
+KERNEL = const("kernel", Value(TensorType(F32, (1, 1, 1, 1)), np.ones((1, 1, 1, 1), "<f4")))
+ROWS = const("rows", Value(TensorType(F32, (N, 1)), np.ones((N, 1), "<f4")))
+AS_COLUMN = named("column", "reshape", x="x", shape=ints(-1, 1))
+AS_ROW = named("row", "reshape", x="x", shape=ints(1, -1))
+AS_IMAGE = named("image", "reshape", x="x", shape=ints(1, 1, M, M))
+INDEX = (
+    Operation("cast", {"x": ("x",), "dtype": (text("int32"),)}, (Variable("index", TensorType(I32, (4,))),)),
+    Operation("reshape", {"x": ("index",), "shape": (ints(-1, 1),)}, (Variable("places", TensorType(I32, (4,))),)),
+    Operation("reshape", {"x": ("index",), "shape": (ints(-1),)}, (Variable("flat", TensorType(I32, (4,))),)),
+)
+PADS, ONE_SIDE, STRIDES = ints(*[1 << 14] * 4), ints(0, 1 << 14, 0, 1 << 14), ints(1 << 14, 1 << 14)
+FALSE: dict[str, tuple[Operation, ...]] = {
+    "einsum": (named("large", "einsum", values=("x", "x", "x"), equation=text("ab,cd,ef->abcdef")),),
+    "matmul": (AS_COLUMN, AS_ROW, named("large", "matmul", x="column", y="row")),
+    "matmul, transposed": (AS_ROW, named("large", "matmul", x="row", y="row", transpose_x=flag())),
+    "linear": (AS_COLUMN, ROWS, named("large", "linear", x="column", weight="rows")),
+    "add": (AS_COLUMN, AS_ROW, named("large", "add", x="column", y="row")),
+    "select": (
+        AS_COLUMN,
+        AS_ROW,
+        Operation(
+            "greater", {"x": ("column",), "y": (scalar(0),)}, (Variable("is", TensorType(DType.BOOL, (4,))),)
+        ),
+        named("large", "select", cond="is", a="column", b="row"),
+    ),
+    "conv, padded": (
+        AS_IMAGE,
+        KERNEL,
+        named("large", "conv", x="image", weight="kernel", pad_type=text("custom"), pad=PADS, strides=ints(1, 1)),
+    ),
+    "conv, padded and thinned out": (
+        AS_IMAGE,
+        KERNEL,
+        named("large", "conv", x="image", weight="kernel", pad_type=text("custom"), pad=ONE_SIDE, strides=STRIDES),
+    ),
+    "conv_transpose": (
+        AS_IMAGE,
+        KERNEL,
+        named("large", "conv_transpose", x="image", weight="kernel", strides=ints(M, M)),
+    ),
+    "conv_transpose, enlarged": (
+        AS_IMAGE,
+        KERNEL,
+        named("large", "conv_transpose", x="image", weight="kernel", output_shape=ints(1, 1, 1 << 14, 1 << 14)),
+    ),
+    "avg_pool": (
+        AS_IMAGE,
+        named("large", "avg_pool", x="image", kernel_sizes=ints(1, 1), pad_type=text("custom"), pad=PADS),
+    ),
+    "max_pool": (
+        AS_IMAGE,
+        named("large", "max_pool", x="image", kernel_sizes=ints(1, 1), pad_type=text("custom"), pad=PADS),
+    ),
+    "tile": (named("large", "tile", x="x", reps=ints(M, M)),),
+    "pad": (named("large", "pad", x="x", pad=PADS),),
+    "pad, reflected": (named("large", "pad", x="x", pad=ONE_SIDE, mode=text("replicate")),),
+    "upsample_nearest_neighbor": (
+        named(
+            "large", "upsample_nearest_neighbor", x="x", scale_factor_height=scalar(M), scale_factor_width=scalar(M)
+        ),
+    ),
+    "upsample_bilinear": (
+        named("large", "upsample_bilinear", x="x", scale_factor_height=scalar(M), scale_factor_width=scalar(M)),
+    ),
+    "resize_bilinear": (
+        named("large", "resize_bilinear", x="x", target_size_height=whole(1), target_size_width=whole(1 << 28)),
+    ),
+    "resize_nearest_neighbor": (
+        named(
+            "large",
+            "resize_nearest_neighbor",
+            x="x",
+            target_size_height=whole(1 << 14),
+            target_size_width=whole(1 << 14),
+        ),
+    ),
+    "stack": (named("large", "stack", values=("x",) * N, axis=whole(0)),),
+    "concat, interleaved": (named("large", "concat", values=("x",) * N, axis=whole(0), interleave=flag()),),
+    "gather": (*INDEX, AS_ROW, named("large", "gather", x="row", indices="flat", axis=whole(0))),
+    "gather_nd": (*INDEX, AS_ROW, named("large", "gather_nd", x="row", indices="places")),
+    "fill": (named("large", "fill", shape=ints(1 << 28), value=scalar(1)),),
+    "many that are computed at once": (
+        *(named(f"fill{n}", "fill", (1 << 25,), shape=ints(1 << 25), value=scalar(1)) for n in range(8)),
+        named("large", "add", x="fill0", y="fill7"),
+    ),
+    "many that are held at a time": (
+        *(named(f"tile{n}", "tile", x="x", reps=ints(M, 8)) for n in range(8)),
+        named("large", "concat", values=tuple(f"tile{n}" for n in range(2)), axis=whole(0)),
+        *(named(f"sum{n}", "add", x="large", y=f"tile{n}") for n in range(8)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FALSE)
+def test_shapes_are_not_what_a_program_declares_but_what_its_operations_make(name: str, tmp_path: Path) -> None:
+    """Of 64 KB that it is given, each makes more than the third of a GB that a program of this size may take."""
+    base = model(*FALSE[name], shape=(M, M), output=FALSE[name][-1].outputs[0].name, described="y")
+    described = FALSE[name][-1].outputs[0].name
+    base = replace(base, description=model(shape=(M, M), described=described).description)
+    write_package(base, tmp_path / "a.mlpackage")
+    before, since = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    for stream in (False, True):
+        with pytest.raises(UnsupportedError, match=r"a\.mlpackage: .*(GB|elements), expected at most"):
+            TorchBackend(stream_weights=stream).load(tmp_path / "a.mlpackage")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000 * (
+        1 + 1023 * (sys.platform == "darwin")
+    )
+    assert time.process_time() - since < 10
+
+
 @pytest.mark.parametrize("shape", [(1 << 50,), (1 << 32, 1 << 32), (0, 1 << 62), (1 << 62, 0, 1 << 62)])
 def test_shapes_that_nothing_can_hold_are_refused(shape: tuple[int, ...]) -> None:
     sizes = ", ".join(map(str, shape))
@@ -172,7 +305,23 @@ def test_damaged_compressed_weights_are_refused_in_one_line(tmp_path: Path) -> N
     use = made("add", (64, 64), x=("x",), y=("w",))
     base = model(sparse, use, output="large", described="large", shape=(64, 64))
     write_package(base, tmp_path / "a.mlpackage")
-    with pytest.raises(DiffusionError, match="need 512 bytes, got 3"):
+    with pytest.raises(DiffusionError, match=r"a\.mlpackage: w: .*need 512 bytes, got 3"):
+        TorchBackend().load(tmp_path / "a.mlpackage")
+
+
+def test_weights_that_unfold_to_another_shape_than_they_declare_are_refused(tmp_path: Path) -> None:
+    indices = Value(TensorType(DType.UINT8, (4,)), np.zeros(4, np.uint8))
+    table = Value(TensorType(F32, (256,)), np.ones(256, "<f4"))
+    sizes = Value(TensorType(DType.UINT32, (1,)), np.array([4], "<u4"))
+    weight = Operation(
+        "constexpr_lut_to_dense",
+        {},
+        (Variable("w", TensorType(F32, (2, 2))),),
+        {"indices": indices, "lut": table, "shape": sizes},
+    )
+    base = model(weight, made("add", (4,), x=("x",), y=("w",)), output="large", described="large")
+    write_package(base, tmp_path / "a.mlpackage")
+    with pytest.raises(PackageError, match=r"a\.mlpackage: w: holds an array of shape \(4,\), but \(2, 2\) is"):
         TorchBackend().load(tmp_path / "a.mlpackage")
 
 

@@ -1,0 +1,117 @@
+"""How large the values of a program become, found before any is computed: torch's meta tensors have no elements.
+
+A program of a few lines can ask for tensors that no machine has room for, and declare shapes that say otherwise. So
+declarations are not taken at their word: each op is run on meta tensors, and whatever it would allocate on its way
+counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffusion_runtime.errors import UnsupportedError
+from diffusion_runtime.mil.ops import Op
+from diffusion_runtime.mil.program import TensorType, ValueType
+
+_UNKNOWN = frozenset({"lstm", "scaled_dot_product_attention"})
+"""Ops that meta tensors say nothing of: one takes a step for each element of a sequence, the other is computed
+without the scores that it would need there."""
+
+
+@dataclass
+class Sizes:
+    """Looks after one program. ``limit`` is how many bytes it may take, ``kept`` how many it has taken for good."""
+
+    limit: int
+    kept: int = field(default=0, init=False)
+
+    def results(self, op: Op, arguments: Mapping[str, Any], declared: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What ``op`` makes of meta tensors, as meta tensors. What is ``declared`` where that cannot be told:
+        because it depends on values, or because operands do not fit, which running it says.
+
+        Raises UnsupportedError where it would allocate more than the program may."""
+        watch = _Allocations()
+        try:
+            with torch.no_grad(), torch.device("meta"), watch:
+                found = None if op.name in _UNKNOWN else op.function(**arguments)
+        except (RuntimeError, ValueError, IndexError, TypeError, OverflowError):
+            found = None
+        self.check(watch.largest)
+        if found is None:
+            return declared
+        return found if op.several else (found,)
+
+    def keep(self, results: Iterable[Tensor]) -> None:
+        """Count values that are computed now and stay. Raises UnsupportedError where it gets too much."""
+        self.kept += sum(map(nbytes, results))
+        self.check(self.kept)
+
+    def check(self, count: int, what: str = "") -> None:
+        """Raises UnsupportedError, of which ``what`` is the beginning, where ``count`` bytes are too many."""
+        if count > self.limit:
+            raise UnsupportedError(
+                f"{what}gives {count / 1e9:.1f} GB, expected at most {self.limit / 1e9:.1f} GB for a model of this "
+                "size"
+            )
+
+
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every tensor that is made, those on the way included; a view takes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for value in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(value, Tensor):
+                self.largest = max(self.largest, nbytes(value))
+        return made
+
+
+def like(kind: ValueType, dtype: torch.dtype) -> Tensor:
+    """A meta tensor of a declared type; an unknown size counts once."""
+    shape = [1 if size is None else size for size in kind.shape] if isinstance(kind, TensorType) else []
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def on_meta(value: Any) -> Any:
+    """Arguments of an op with their tensors on the meta device."""
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, dict):
+        return {name: on_meta(item) for name, item in value.items()}
+    return [on_meta(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def nbytes(value: Tensor) -> int:
+    """What the memory behind a tensor takes."""
+    return int(value.untyped_storage().nbytes())
+
+
+def most_at_once(graph: fx.Graph, made: Mapping[fx.Node, Sequence[Tensor]]) -> int:
+    """The most bytes that a run of ``graph`` holds of what its nodes have ``made``: the last use frees it."""
+    held = most = 0
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    freed: dict[int, int] = {}
+    for node, number in order.items():
+        taken = sum(map(nbytes, made.get(node, ())))
+        held += taken
+        most = max(most, held)
+        last = max((order[user] for user in node.users), default=number)
+        freed[last] = freed.get(last, 0) + taken
+        held -= freed.pop(number, 0)
+    return most
