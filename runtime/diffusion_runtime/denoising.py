@@ -56,6 +56,7 @@ def denoise(
     draws = "generator" in arguments and noise.generators is None
     latents, total = start.latents, len(start.timesteps)
     for index, timestep in enumerate(start.timesteps):
+        # Once: every conversion of a tensor to a number costs, and schedulers compare timesteps as tensors.
         number = timestep.item()
         with torch.no_grad():
             model_input = scheduler.scale_model_input(latents, timestep)

@@ -63,11 +63,13 @@ def predictor(unet: Model, pictures: int, conditions: Conditions, guidance_scale
         together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if len(together) != rows:
             together = together[:rows]
+        # One sum in place of a comparison of each element: NaN and infinity reach it.
         if not math.isfinite(together.sum().item()):
             raise not_finite("unet")
         if not guided:
             return together
         unconditional, text = together[0::2], together[1::2]
+        # u + scale (t - u) without an intermediate array.
         return torch.lerp(unconditional, text, guidance_scale)
 
     return predict
@@ -97,6 +99,7 @@ class _Call:
 def _calls(unet: Model, rows: int, rows_per_picture: int, conditions: Conditions) -> tuple[_Call, ...]:
     _check_inputs(unet, conditions)
     batch = unet.inputs["sample"].shape[0]
+    # A fixed batch: what is left over computes the last row again.
     padded = [*range(rows), *[rows - 1] * (-rows % batch)]
     chunks = [padded[start : start + batch] for start in range(0, len(padded), batch)]
     return tuple(_call(unet, chunk, rows_per_picture, conditions) for chunk in chunks)

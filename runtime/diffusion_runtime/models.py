@@ -120,6 +120,7 @@ class Timed:
         """As `one`, and the output called ``other``, if there is one."""
         results = self(**arrays)
         value = results[name] if name in results else next(iter(results.values()))
+        # float16 overflows to NaN without a sound, and NaN decodes to a black picture.
         if not np.isfinite(value).all():
             raise not_finite(self.name)
         return value, results.get(other)

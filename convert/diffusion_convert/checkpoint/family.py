@@ -76,6 +76,7 @@ def detect(unet: Config, scheduler: Config, where: str, parts: Collection[str]) 
     if {family.text_encoder for family in near} > {"clip"}:
         second = bool(unet.get("use_linear_projection", False)) or unet.get("cross_attention_dim") == 1024
         alike = [family for family in near if family.text_encoder == ("open_clip" if second else "clip")]
+    # Families that differ in their prediction alone, as SD 2's at 512 and at 768 pixels.
     for family in alike:
         if prediction in family.prediction_types:
             return family.name

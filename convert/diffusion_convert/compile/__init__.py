@@ -128,6 +128,7 @@ def _compile_with_xcrun(package: Path, target: Path) -> Compiled:
         if result.returncode or not produced.is_dir():
             reason = (result.stderr or result.stdout).strip().replace("\n", " ")
             raise PackageError(f"{package}: xcrun coremlcompiler failed with status {result.returncode}: {reason}")
+        # xcrun names its result after the package.
         for entry in list(produced.iterdir()):
             entry.rename(unfinished / entry.name)
         produced.rmdir()

@@ -54,6 +54,7 @@ def _compiled_function(function: Function, interface: FunctionInterface) -> Func
     )
     return dataclasses.replace(
         function,
+        # Apple's compiler prints inputs in the order of their names, whatever the package's.
         inputs=tuple(sorted(function.inputs, key=lambda variable: variable.name)),
         blocks={function.opset: function.block},
         attributes={"FlexibleShapeInformation": _flexible_shapes(flexible)} if flexible else {},

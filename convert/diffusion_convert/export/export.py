@@ -112,6 +112,7 @@ def _export(
     stand_ins = placeholders.view(checkpoint.models[component.subfolder].tensors())
     with Derivations(stand_ins) as derivations:
         graph = component.build(_on(stand_ins, checkpoint, component), options.attention, options.shape)
+    # What is computed of a placeholder while the network is built looks like a weight and is nonsense.
     placeholders.check_unused(derivations.used)
     placeholders.keep(graph.module.state_dict().values())
     clock.start("trace")
@@ -163,6 +164,7 @@ def _convert(
             compute_precision=_precision(ct, graph, options),
             inputs=[ct.TensorType(port.name, _shape(ct, port), np.dtype(port.dtype)) for port in graph.inputs],
             outputs=[ct.TensorType(port.name, dtype=np.dtype(port.dtype)) for port in graph.outputs],
+            # Loading compiles the model, on macOS only: the package is not finished yet.
             skip_model_load=True,
         )
     model = proto.model_from_bytes(converted.get_spec().SerializeToString())
@@ -226,6 +228,7 @@ def _module_reader() -> Callable[[Any], str]:
     scope = import_coremltools("converters.mil.mil.scope").ScopeSource.TORCHSCRIPT_MODULE_NAME
 
     def read(operation: Any) -> str:
+        # The last scope is that of the operation itself.
         *modules, _ = operation.scopes.get(scope) or [""]
         return ".".join(modules)
 

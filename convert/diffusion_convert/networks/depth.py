@@ -169,6 +169,7 @@ def _plain(standardized: Any) -> nn.Module:
     """A convolution with the weights that transformers' WeightStandardizedConv2d computes in every call
     (arXiv:1903.10520): mean 0 and variance 1 for each output channel."""
     with torch.no_grad():
+        # In float32, whatever the checkpoint's type: variances of float16 weights lose their last digits.
         weight = standardized.weight.float()
         variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
         weight = (weight - mean) / torch.sqrt(variance + standardized.eps)

@@ -94,6 +94,7 @@ class Gate(nn.Module):
         x = self.proj(x)
         gate = x
         if self.gated:
+            # The value first, then its gate: diffusers' order.
             half = self.proj.out_channels // 2
             x, gate = torch.split(x, [half, half], dim=1)
         activated: torch.Tensor = self.activation(gate)
@@ -120,6 +121,7 @@ ACTIVATIONS: dict[str, Callable[[Any], nn.Module]] = {
 class FeedForward(nn.Module):
     def __init__(self, feed_forward: Any) -> None:
         super().__init__()
+        # The second is dropout; names of parameters stay the checkpoint's, so its place is kept.
         first, _, last = feed_forward.net[:3]
         self.net = nn.ModuleList([Gate(first), nn.Identity(), pointwise(last)])
 
@@ -178,6 +180,7 @@ class SpatialTransformer(nn.Module):
             raise UnsupportedError("attention masks in the UNet are not supported")
         batch, height, width = (int(hidden_states.shape[axis]) for axis in (0, 2, 3))
         x = self.proj_in(self.norm(hidden_states))
+        # Sizes as Python's numbers: traced ones would put shape arithmetic into the program.
         x = x.reshape(batch, self.proj_in.out_channels, 1, height * width)
         for block in self.transformer_blocks:
             x = block(x, encoder_hidden_states)

@@ -99,6 +99,7 @@ def _companded(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
     measure = np.cumsum(np.cbrt(counts * gaps * gaps))
     inner = np.searchsorted(measure, measure[-1] * np.arange(1, k) / k)
     boundaries = np.unique(np.concatenate([[0], inner, [len(values)]]))
+    # A few of Lloyd's rounds: this is a start for the exact search, which needs an estimate of the penalty only.
     for _ in range(4):
         means = centroids(values, counts, boundaries)
         inner = np.searchsorted(values, (means[1:] + means[:-1]) / 2)
@@ -192,6 +193,7 @@ def _ranges_minima(
     values = reduced[start]
     values -= sums
     lowest = np.minimum.reduceat(values, begins)
+    # The leftmost of equal ones, as the Monge property needs it.
     hits = (values == lowest.repeat(lengths)).nonzero()[0]
     return start[hits[hits.searchsorted(begins)]], lowest
 

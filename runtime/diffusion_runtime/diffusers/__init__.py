@@ -85,6 +85,7 @@ def load_diffusers_pipeline(
             size={"height": _side(estimator), "width": _side(estimator)},
             image_mean=[0.5] * 3,
             image_std=[0.5] * 3,
+            # Bicubic in Pillow's numbers: as stabilityai's stable-diffusion-2-depth has it.
             resample=3,
         )
     elif kind is diffusers.StableDiffusionUpscalePipeline:

@@ -135,10 +135,12 @@ class WeightWriter:
         if dtype not in _CODES:
             raise ValueError(f"{dtype.value} cannot be stored in a weight file")
         offset = self._pad()
+        # Room for the record, which says how long the data are: that is known when they have been written.
         self._file.write(bytes(_RECORD.size))
         chunks = [data] if isinstance(data, np.ndarray) else data
         bits = packed_bits(dtype)
         size = elements = 0
+        # Packed elements of two chunks may share a byte.
         for chunk in _whole_octets(chunks, dtype) if bits else chunks:
             _check_dtype(chunk, dtype)
             elements += chunk.size

@@ -68,6 +68,8 @@ class TextStates:
             self.models.release(name)
         together = torch.cat(states, dim=1)
         if self.manifest.force_zeros_for_empty_prompt and None in distinct:
+            # As diffusers' SDXL: zeros stand for a negative prompt that is not given, never for an empty one that
+            # is.
             together[distinct.index(None)] = 0.0
             if pooled is not None:
                 pooled[distinct.index(None)] = 0.0
@@ -116,8 +118,10 @@ class TextStates:
         if tokens.is_weighted:
             weights = torch.from_numpy(tokens.weights)[..., None]
             weighted = states * weights
+            # The mean of all states stays what it was, as in the web interfaces that this syntax comes from.
             states = weighted * (states.mean() / weighted.mean())
         pieces, length, width = states.shape
+        # Pooled states are trained on whole texts of 77 tokens: that of the first piece, as in the field.
         pooled = rows[0][1]
         return (
             states.reshape(pieces * length, width).T[:, None, :].contiguous(),
