@@ -111,8 +111,25 @@ SPELLINGS: dict[str, Callable[[Tensors], Tensors]] = {
     "clip_l": renamed((f"^{re.escape(TEXT)}", "clip_l.transformer.")),
     "text_encoders.clip_l": renamed((f"^{re.escape(TEXT)}", "text_encoders.clip_l.transformer.")),
     "cond_stage_model.clip_l": renamed((f"^{re.escape(TEXT)}", "cond_stage_model.clip_l.transformer.")),
+    "text encoder alone": renamed((f"^{re.escape(TEXT)}", "")),
+    "text encoder without transformer": renamed((f"^{re.escape(TEXT)}", "cond_stage_model.")),
+    "text_encoder": renamed((f"^{re.escape(TEXT)}", "text_encoder.")),
+    "conditioner": renamed((f"^{re.escape(TEXT)}", "conditioner.embedders.0.transformer.")),
+    "VAE alone": renamed(("^first_stage_model\\.", "")),
+    "UNet under diffusion_model.": renamed(("^model\\.diffusion_model\\.", "diffusion_model.")),
     "clip_l without text_model": renamed((f"^{re.escape(TEXT)}text_model\\.", "clip_l.transformer.")),
 }
+
+
+OPEN_CLIP = ("conditioner.embedders.0.model.", "clip_h.model.", "text_encoders.clip_h.model.")
+
+
+@pytest.mark.parametrize("prefix", OPEN_CLIP)
+def test_other_names_of_open_clip(
+    prefix: str, write: Callable[..., Path], tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    path = write("sd2-base", renamed((r"^cond_stage_model\.model\.", prefix)), prediction_type="epsilon")
+    assert_computes(open_single_file(path), from_folder(tiny_checkpoint("sd2-base")))
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

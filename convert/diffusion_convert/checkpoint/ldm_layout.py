@@ -26,6 +26,7 @@ class Network:
     class_name: str
 
 
+_CLIP_H = ("clip_h.", "cond_stage_model.clip_h.", "text_encoders.clip_h.")
 NETWORKS = (
     Network("unet", ("model.diffusion_model.", "diffusion_model."), "unet", "UNet2DConditionModel"),
     Network("vae", ("first_stage_model.", "vae."), "vae", "AutoencoderKL"),
@@ -46,7 +47,7 @@ NETWORKS = (
     ),
     Network(
         "open_clip",
-        ("cond_stage_model.model.", "cond_stage_model.clip_h.model.", "clip_h.model."),
+        tuple(f"{outer}model." for outer in ("cond_stage_model.", *_CLIP_H)),
         "text_encoder",
         "CLIPTextModel",
     ),
@@ -72,6 +73,10 @@ NETWORKS = (
     Network("depth", ("depth_model.model.",), "depth_estimator", "DPTForDepthEstimation"),
 )
 _BARE_UNET = "input_blocks.0.0.weight"
+_ADDED = "label_emb.0.0.weight"
+_BARE_TEXT = ("", "cond_stage_model.", "text_encoder.", "te.")
+_TEXT_MARK = "text_model.embeddings.token_embedding.weight"
+_VAE_MARK, _VAE_PARTS = "decoder.conv_in.weight", ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 AVERAGED = "model_ema."
 """Under this lie the averages that training keeps of the UNet, by names without dots."""
 
@@ -118,6 +123,9 @@ def split(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
             parts[network.kind] = {
                 n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)
             }
+    _add_bare(tensors, parts)
+    if "open_clip_2" in parts and _ADDED not in parts.get("unet", {_ADDED: None}):
+        parts.setdefault("open_clip", parts.pop("open_clip_2"))  # Stable Diffusion 2 as Stability AI's sgm keeps it
     for kind in ("clip", "clip_2"):
         if kind in parts and not any(n.startswith("text_model.") for n in parts[kind]):
             parts[kind] = {_within_text_model(n): value for n, value in parts[kind].items()}
@@ -128,6 +136,17 @@ def split(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
     if "unet" not in parts and (averaged := _averaged(tensors)):
         parts["unet"] = averaged
     return parts
+
+
+def _add_bare(tensors: Tensors, parts: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Text encoders and autoencoders that merging tools write without a prefix, or with another."""
+    if not parts.keys() & {"clip", "open_clip", "clip_2", "open_clip_2"}:
+        prefix = next((prefix for prefix in _BARE_TEXT if f"{prefix}{_TEXT_MARK}" in tensors), None)
+        if prefix is not None:
+            inner = f"{prefix}text_model."
+            parts["clip"] = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(inner)}
+    if "vae" not in parts and _VAE_MARK in tensors:
+        parts["vae"] = {n: value for n, value in tensors.items() if n.startswith(_VAE_PARTS)}
 
 
 def only_averaged(tensors: Tensors) -> bool:

@@ -230,7 +230,8 @@ def _check_layout(
     if not missing:
         return
     for prefix, what in OTHER_LAYOUTS.items():
-        if "unet" in missing and any(name.startswith(prefix) for name in tensors):
+        of_unet = prefix.startswith(NETWORKS[0].prefixes)  # of another network, by the names that a UNet has
+        if ("unet" in missing or of_unet) and any(name.startswith(prefix) for name in tensors):
             raise CheckpointError(f"{path}: this is {what}")
     what = "expected a checkpoint in CompVis layout"
     if "unet" not in missing:
