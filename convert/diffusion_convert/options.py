@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.families import DEFAULT_TARGET, PALETTE_BITS, TARGETS, AttentionKind
+from diffusion_runtime.families import DEFAULT_TARGET, PALETTE_BITS, TARGETS, AttentionKind, Layout
 from diffusion_runtime.folding import Folding
 
 
@@ -81,7 +81,8 @@ class ConvertOptions:
     exclude each other; ``nbits_for`` goes before them. ``context_length``: text tokens that the UNet takes,
     None: as many as the text encoder; two or three times as many are for long prompts, which are encoded in
     pieces. ``fold`` and ``no_fold``: which foldings (`diffusion_runtime.folding`) to do other than by default.
-    Texts as the command line takes them ("float32", "unet,vae_decoder", "style.safetensors:0.8") become
+    ``layout``: whose interface the models get (`layouts`). Texts as the command line takes them ("float32",
+    "unet,vae_decoder", "style.safetensors:0.8") become
     what the fields are declared as, and one value stands for a tuple of one. Raises InputError for a value that
     cannot be used.
     """
@@ -108,6 +109,7 @@ class ConvertOptions:
     variant: str | None = None
     base: str | None = None
     refiner: str | None = None
+    layout: Layout = Layout.APPLE
     precision: Precision = Precision.AUTO
     compiled: bool = True
     zip: bool = True
@@ -139,6 +141,7 @@ class ConvertOptions:
             variant: str | None = ...,
             base: str | None = ...,
             refiner: str | os.PathLike[str] | None = ...,
+            layout: Layout | str = ...,
             precision: Precision | str = ...,
             compiled: bool = ...,
             zip: bool = ...,
@@ -194,6 +197,7 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
         "attention": tuple(
             _member(AttentionKind, "attention", value) for value in _several("attention", options.attention)
         ),
+        "layout": _member(Layout, "layout", options.layout),
         "precision": _member(Precision, "precision", options.precision),
         **{
             name: tuple(_member(Folding, name, value) for value in _several(name, getattr(options, name)))

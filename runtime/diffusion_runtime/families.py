@@ -259,6 +259,14 @@ def compiled_names(component: str, count: int = 1) -> tuple[str, ...]:
     return (whole,) if count == 1 else tuple(f"{whole}Chunk{number}" for number in range(1, count + 1))
 
 
+class Layout(enum.Enum):
+    """Whose interface models have. ``apple``: of Apple's clients, and what the runtime runs; ``comfyui``: of
+    ComfyUI-CoreMLSuite 2.x. To add one: a member here, and an entry in `diffusion_convert.layouts`."""
+
+    APPLE = "apple"
+    COMFYUI = "comfyui"
+
+
 @dataclass(frozen=True, slots=True)
 class System:
     """The systems of one version of Core ML's specification, as coremltools calls them. ``converts``: packages can

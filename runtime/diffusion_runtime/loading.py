@@ -65,6 +65,7 @@ def load_pipeline(
     except (OSError, ValueError) as error:  # a name that is too long or has a NUL, a folder that may not be read
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{str(path)!r}: the folder of models cannot be read: {reason}") from error
+    find.check_layout(found)
     if (found.folder / manifest.FILE_NAME).is_file():
         _check_told(found, prediction_type, latent_scale)
     place = Path(tokenizer) if tokenizer is not None else found.tokenizer

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.manifest import Manifest
-from diffusion_runtime.families import FAMILIES, LATENT_SCALE
+from diffusion_runtime.families import FAMILIES, LATENT_SCALE, Layout
 
 
 class Needs(enum.Enum):
@@ -37,13 +37,6 @@ class Needs(enum.Enum):
     CHUNKS = "the UNet is cut in two"
     STATES_1024 = "text states are Stable Diffusion 2's"
     PICTURE = "a picture to start from"
-
-
-class Layout(enum.Enum):
-    """Whose interface models have."""
-
-    APPLE = "apple"
-    COMFYUI = "comfyui"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -260,11 +253,8 @@ def tokens_of_encoder(made: Manifest) -> int:
 
 def tokens_of_unet(made: Manifest) -> int:
     """How many text tokens the UNet takes; where it is not known, as many as the text encoder gives."""
-    unet, length = made.components.get("unet"), tokens_of_encoder(made)
-    if unet is None or not length:
-        return length
-    states = next((one.shape for one in unet.inputs if one.name == "encoder_hidden_states"), None)
-    return length if states is None else states[-1]
+    length = tokens_of_encoder(made)
+    return (made.text_tokens() or length) if length else length
 
 
 # --- README's table
@@ -314,11 +304,11 @@ def _named(client: Client) -> str:
 # --- the card's section
 
 
-def running(made: Manifest, place: Place, kinds: Collection[str] = KINDS, layout: Layout = Layout.APPLE) -> str:
+def running(made: Manifest, place: Place, kinds: Collection[str] = KINDS) -> str:
     """What to do with the models in each app that can run them, and one line for each that cannot, in Markdown.
     ``kinds``: what there is of them, packages and compiled models or one of these."""
     needs = needs_of(made)
-    others = {client: _obstacles(client, needs, kinds, layout) for client in CLIENTS if client.how}
+    others = {client: _obstacles(client, needs, kinds, made.layout) for client in CLIENTS if client.how}
     parts = [f"**{client.name}**: {place.fill(client.how)}" for client, why in others.items() if not why]
     lines = [f"- {client.name}: {'; '.join(why)}." for client, why in others.items() if why]
     if lines:
@@ -329,7 +319,12 @@ def running(made: Manifest, place: Place, kinds: Collection[str] = KINDS, layout
 def _obstacles(client: Client, needs: frozenset[Needs], kinds: Collection[str], layout: Layout) -> tuple[str, ...]:
     found = client.obstacles(needs)
     if client.layout is not layout:
-        return found or (f"has an interface of its own: convert with `--layout {client.layout.value}`",)
+        another = (
+            f" with `--layout {client.layout.value}`"
+            if client.layout is not Layout.APPLE
+            else " without `--layout`"
+        )
+        return found or (f"has an interface of its own: convert{another}",)
     if not set(client.kinds) & set(kinds):
         return (*found, f"reads {_KINDS[client.kinds[0]]}")
     return found

@@ -14,7 +14,7 @@ from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.manifest import Manifest, Source
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.families import FAMILIES, PROCESSORS, AttentionKind, preferred
+from diffusion_runtime.families import FAMILIES, PROCESSORS, AttentionKind, Layout, preferred
 from diffusion_runtime.images import load
 
 CARD_NAME = "README.md"
@@ -211,7 +211,7 @@ def _long_prompts(made: Manifest) -> str:
 def _running(variants: Mapping[str, Manifest], made: Manifest, kinds: Collection[str]) -> str:
     attention = next(iter(variants))
     units = AttentionKind(attention).about.compute_units
-    return f"""{_long_prompts(made)}**Python** (any machine; on a Mac with Core ML): download and generate.
+    ours = f"""**Python** (any machine; on a Mac with Core ML): download and generate.
 
 ```
 pip install coreml-sd
@@ -220,7 +220,9 @@ coreml-sd generate models --prompt "a photograph of an astronaut riding a horse"
     --compute-units {units}{" --refiner-start 0.8" if made.refiner is not None else ""} -o astronaut.png
 ```
 
-{running(made, _place(made, variants, units), kinds)}"""
+"""
+    shown = ours if made.layout is Layout.APPLE else ""
+    return f"{_long_prompts(made)}{shown}{running(made, _place(made, variants, units), kinds)}"
 
 
 def _place(made: Manifest, variants: Collection[str], units: str) -> Place:

@@ -26,7 +26,15 @@ from diffusion_convert.options import (
 )
 from diffusion_runtime.cli.console import INTERRUPTED
 from diffusion_runtime.coremltools_import import import_coremltools
-from diffusion_runtime.families import DEFAULT_TARGET, FAMILIES, PALETTE_BITS, PROCESSORS, TARGETS, AttentionKind
+from diffusion_runtime.families import (
+    DEFAULT_TARGET,
+    FAMILIES,
+    PALETTE_BITS,
+    PROCESSORS,
+    TARGETS,
+    AttentionKind,
+    Layout,
+)
 from diffusion_runtime.folding import Folding
 
 if TYPE_CHECKING:
@@ -136,6 +144,9 @@ def convert(
         str | None,
         _option("SDXL refiner (folder, file or Hub id): a second UNet, for the last steps."),
     ] = None,
+    layout: Annotated[
+        str, _option("Whose interface: apple, or comfyui (ComfyUI-CoreMLSuite 2.x). Default: apple.")
+    ] = "apple",
     precision: Annotated[
         str, _option("auto (float32 where float16 would overflow), float16 or float32. Default: auto.")
     ] = "auto",
@@ -172,6 +183,7 @@ def convert(
         variant=variant,
         base=base,
         refiner=refiner,
+        layout=parse_choice(Layout, "layout", layout),
         precision=parse_choice(Precision, "precision", precision),
         compiled=compile_,
         zip=zip_,
@@ -268,7 +280,8 @@ def _what_next(made: Conversion) -> Iterator[str]:
     if zips := sorted(str(path) for path in made.output.glob(ZIP_PATTERN)):
         yield f"zips: {', '.join(zips)}"
     parts = {name for variant in made.variants.values() for name in variant.components}
-    if parts >= {"text_encoder", "unet", "vae_decoder"}:
+    layouts = {variant.layout for variant in made.variants.values()}
+    if parts >= {"text_encoder", "unet", "vae_decoder"} and layouts == {Layout.APPLE}:
         needed = starts_from(FAMILIES[made.family].in_channels)
         pictures = "".join(f" --{name} {'photo' if name == 'image' else name}.png" for name in needed)
         models = shlex.quote(str(made.output))

@@ -23,7 +23,7 @@ from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import Hashes
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import CheckpointError
-from diffusion_runtime.families import AttentionKind
+from diffusion_runtime.families import AttentionKind, Layout
 from diffusion_runtime.schedulers import imposed_on, settled
 
 PACKAGES, COMPILED = KINDS
@@ -47,9 +47,10 @@ def assemble(
         found[kind.value] = {PACKAGES: made}
     if plan.compiled:
         _compile(plan, found, folder, known, progress)
-        # A card that was there before any conversion is the user's own.
-        if previous.variants or not (previous.output / CARD_NAME).exists():
-            write_model_card(folder, found)
+    # A card that was there before any conversion is the user's own.
+    theirs = not previous.variants and (previous.output / CARD_NAME).exists()
+    if (plan.compiled or plan.options.layout is not Layout.APPLE) and not theirs:
+        write_model_card(folder, found)
     progress(Event("", Phase.FINISH, 1.0))
     return {name: kinds[PACKAGES] for name, kinds in found.items()}
 
@@ -98,6 +99,7 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
         "source": checkpoint.source,
         "kind": "packages",
         "attention": kind.value,
+        "layout": plan.options.layout.value,
         "height": plan.shape.height,
         "width": plan.shape.width,
         "batch_size": plan.shape.batch_size,

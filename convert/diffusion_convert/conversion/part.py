@@ -20,6 +20,7 @@ from diffusion_convert.conversion.plan import Part, Plan
 from diffusion_convert.conversion.workspace import Workspace
 from diffusion_convert.export import export
 from diffusion_convert.export.placeholders import FLOAT16_MAX
+from diffusion_convert.layouts import LAYOUTS
 from diffusion_convert.options import Precision
 from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
@@ -62,8 +63,11 @@ class Job:
 
     @property
     def package(self) -> Path:
-        prefix = f"Stable_Diffusion_version_{self.plan.checkpoint.name.replace('/', '_')}"
-        return self.folder / f"{prefix}_{self.part.component.name}.mlpackage"
+        plan, part = self.plan, self.part
+        name = LAYOUTS[plan.options.layout].file_name
+        return self.folder / (
+            name(plan.checkpoint, part.component, part.attention, plan.shape, plan.options) + ".mlpackage"
+        )
 
 
 def make(part: Part, plan: Plan, place: Workspace, known: Hashes, report: export.OnPhase) -> Record:

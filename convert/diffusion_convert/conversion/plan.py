@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffusion_convert import components
+from diffusion_convert import components, layouts
 from diffusion_convert.bundle.zip_names import zip_attentions
 from diffusion_convert.checkpoint import folding, torch_networks
 from diffusion_convert.checkpoint.family import default_size, latent_factor, text_length
@@ -73,6 +73,7 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
 
     Raises InputError or CheckpointError for what cannot be converted so: every component's weights are compared
     with their network's, sizes with what the networks can do."""
+    layouts.check(checkpoint, options)
     shape = _shape(checkpoint, options)
     chosen = _components(checkpoint, options)
     weights, notes = {}, [*checkpoint.notes, *_check_vocabularies(checkpoint)]
@@ -88,12 +89,13 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
         for component in chosen
         for attention in (options.attention if component.uses_attention else (AttentionKind.ORIGINAL,))
     )
-    compiled = options.compiled and compiles(TARGETS[options.target])
-    if options.compiled and not compiled:
+    wanted = options.compiled and layouts.LAYOUTS[options.layout].compiled
+    compiled = wanted and compiles(TARGETS[options.target])
+    if wanted and not compiled:
         notes.append(_not_compiled(options.target))
     size = _size(weights, parts, options, compiled)
     recipe = None if options.recipe is None else load_recipe(options.recipe)
-    checkpoint = folding.fold(checkpoint, options.foldings)
+    checkpoint = folding.fold(checkpoint, options.foldings & layouts.LAYOUTS[options.layout].foldings)
     notes += _fold_notes(checkpoint, options)
     return Plan(checkpoint, options, shape, parts, stamp, size, compiled, recipe, tuple(notes))
 
@@ -130,7 +132,11 @@ def tool_versions() -> dict[str, str]:
 
 
 def _components(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Component, ...]:
-    table = components.table()
+    table = {
+        name: layouts.laid_out(component, options.layout)
+        for name, component in components.table().items()
+        if layouts.has(options.layout, name)
+    }
     there = {name: component for name, component in table.items() if component.subfolder in checkpoint.models}
     unknown = [name for name in options.components if name not in table]
     if unknown:

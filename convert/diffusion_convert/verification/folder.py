@@ -15,6 +15,7 @@ from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
 from diffusion_convert.inspect import palettized_weights
+from diffusion_convert.layouts import laid_out
 from diffusion_convert.verification import compare
 from diffusion_convert.verification.bounds import bound_db
 from diffusion_convert.verification.compare import Expected
@@ -23,7 +24,7 @@ from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import check_files
 from diffusion_runtime.bundle.manifest import FILE_NAME, FusedLora, Manifest
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.families import ATTENTIONS
+from diffusion_runtime.families import ATTENTIONS, Layout
 from diffusion_runtime.folding import Folding
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.models import chained
@@ -60,27 +61,21 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
         if described.source.loras != checkpoint.source.loras:
             was, now = (_loras(source.loras) for source in (described.source, checkpoint.source))
             report(f"note: {folder} was made with {was}, and is compared with a checkpoint with {now}")
-    references: dict[tuple[str, Shape, tuple[Folding, ...]], Expected] = {}
+    references: dict[tuple[str, Shape, Layout, tuple[Folding, ...]], Expected] = {}
     for folder, described in made.items():
         folded = fold(checkpoint, described.folded.names)
-        shape = Shape(described.height, described.width, described.batch_size, _context_length(described))
+        shape = Shape(described.height, described.width, described.batch_size, described.text_tokens())
         for name, component in described.components.items():
-            key = name, shape, described.folded.names
+            key = name, shape, described.layout, described.folded.names
             if key not in references:
                 report(f"running the source's own {name}")
-                references[key] = compare.reference(table()[name], folded, shape, lambda _: None)
+                own = laid_out(table()[name], described.layout)
+                references[key] = compare.reference(own, folded, shape, lambda _: None)
             shown = folder.relative_to(models).as_posix() if folder != models else folder.name
             report(f"running {shown}: {name}")
             paths = [folder / file for file in component.files]
             bound = _bound(name, component, _palette_widths(paths) if component.palettization else ())
             yield Comparison(shown, name, _measure(paths, references[key]), bound)
-
-
-def _context_length(described: Manifest) -> int | None:
-    """How many text tokens the UNet takes, where there is one."""
-    unet = described.components.get("unet")
-    shapes = [tensor.shape for tensor in unet.inputs if tensor.name == "encoder_hidden_states"] if unet else []
-    return shapes[0][-1] if shapes else None
 
 
 def _folders(models: Path) -> list[Path]:

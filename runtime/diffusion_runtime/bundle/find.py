@@ -16,7 +16,7 @@ from diffusion_runtime.backends import Backend, ComputeUnits
 from diffusion_runtime.bundle import manifest, without_manifest
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.families import ATTENTIONS, PROCESSORS, TEXT_ENCODERS, AttentionKind, preferred
+from diffusion_runtime.families import ATTENTIONS, PROCESSORS, TEXT_ENCODERS, AttentionKind, Layout, preferred
 from diffusion_runtime.models import Load, Models, chained
 
 KINDS = ("packages", "compiled")
@@ -119,6 +119,15 @@ def bad_pairing(attention: str, units: ComputeUnits) -> str | None:
         f"attention `{attention}` with --compute-units {units.value} {harm}: it is made for the "
         f"{PROCESSORS[made_for]}; use --compute-units {made_for}, or models with {better.value}"
     )
+
+
+def check_layout(bundle: Bundle) -> None:
+    """Raises InputError for models whose inputs and outputs are called as another program's."""
+    layout = bundle.manifest.layout
+    if layout is not Layout.APPLE:
+        raise InputError(
+            f"{bundle.folder}: was converted with --layout {layout.value}, for other programs; convert without it"
+        )
 
 
 def _candidates(path: Path) -> Iterator[Path]:

@@ -24,6 +24,7 @@ from pydantic import (
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import PackageError
+from diffusion_runtime.families import Layout
 from diffusion_runtime.folding import Folding
 
 FORMAT_VERSION = 1
@@ -221,6 +222,7 @@ class Manifest(_Frozen):
     source: Source
     kind: Literal["packages", "compiled"]
     attention: str
+    layout: Layout = Layout.APPLE
     height: Pixels
     width: Pixels
     batch_size: int = Field(ge=1, le=64)
@@ -239,6 +241,17 @@ class Manifest(_Frozen):
     requires_safety_checker: bool = False
     folded: Folded = Folded()
     tools: dict[str, str] = {}
+
+    def text_tokens(self) -> int | None:
+        """How many text tokens the UNet takes; None where there is none."""
+        unet = self.components.get("unet")
+        states = (
+            next((one.shape for one in unet.inputs if one.name == "encoder_hidden_states"), None) if unet else None
+        )
+        if not states:
+            return None
+        # ComfyUI's are (batch, tokens, width), Apple's (batch, width, 1, tokens).
+        return states[1] if self.layout is Layout.COMFYUI else states[-1]
 
     @model_validator(mode="after")
     def _fits(self) -> Manifest:
