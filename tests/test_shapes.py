@@ -28,3 +28,30 @@ def test_packages_compiled_models_and_zips_give_the_same_bits(tmp_path: Path) ->
     assert pictures[0].any()
     assert (pictures[0] == pictures[1]).all()
     assert (pictures[0] == pictures[2]).all()
+
+
+def test_clip_weights_have_the_published_names() -> None:
+    """As SD 1.5's files have them: transformers before version 5 finds no weight without, and goes on with random
+    ones. What is in them loads without a rest in the version that is installed, too."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from safetensors import safe_open
+    from transformers import CLIPTextModel
+
+    stored = {}
+    for part in ("text_encoder", "safety_checker"):
+        with safe_open(SHAPES / part / "model.safetensors", "pt") as file:
+            stored[part] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert all(name.startswith("text_model.") for name in stored["text_encoder"])
+    own = ("concept_embeds", "concept_embeds_weights", "special_care_embeds", "special_care_embeds_weights")
+    inner = stored["safety_checker"].keys() - {*own, "visual_projection.weight"}
+    assert all(name.startswith("vision_model.vision_model.") for name in inner)
+    for part, prefix, count in (
+        ("text_encoder", "text_model", 77),
+        ("safety_checker", "vision_model.vision_model", 50),
+    ):
+        positions = stored[part][f"{prefix}.embeddings.position_ids"]
+        assert positions.tolist() == [list(range(count))]
+    for network, part in ((CLIPTextModel, "text_encoder"), (StableDiffusionSafetyChecker, "safety_checker")):
+        _, told = network.from_pretrained(SHAPES / part, output_loading_info=True)
+        assert not told["missing_keys"]
+        assert not told["mismatched_keys"]

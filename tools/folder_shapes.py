@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -81,6 +82,7 @@ def write_folder(folder: Path, tokenizer_folder: Path, parts: Parts) -> None:
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     shutil.copyfile(LICENSE, folder / "LICENSE")
     _settle_json(folder)
+    _publish_names(folder)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
 
@@ -88,6 +90,7 @@ def write_folder(folder: Path, tokenizer_folder: Path, parts: Parts) -> None:
 def write_checker(folder: Path, checker: StableDiffusionSafetyChecker) -> None:
     """Put this safety checker into a folder that `write_folder` wrote."""
     _half(checker).save_pretrained(folder / "safety_checker", safe_serialization=True)
+    _publish_names(folder)
     (folder / "safety_checker/model.safetensors").chmod(0o644)
 
 
@@ -104,6 +107,28 @@ def _settle_json(folder: Path) -> None:
     scheduler["clip_sample"] = False
     for name, values in (("model_index.json", index), ("scheduler/scheduler_config.json", scheduler)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _publish_names(folder: Path) -> None:
+    """Name CLIP's weights as SD 1.5's published files do, whichever version of transformers wrote them.
+
+    Versions before 5 find no weight without these prefixes, and go on with random ones."""
+    for part, prefix, inside in (
+        ("text_encoder", "text_model.", ""),
+        ("safety_checker", "vision_model.vision_model.", "vision_model."),
+    ):
+        path = folder / part / "model.safetensors"
+        stored = {_published(name, prefix, inside): value for name, value in load_file(path).items()}
+        positions = f"{prefix}embeddings.position_embedding.weight"
+        stored[f"{prefix}embeddings.position_ids"] = torch.arange(len(stored[positions])).unsqueeze(0)
+        save_file(stored, path, metadata={"format": "pt"})
+
+
+def _published(name: str, prefix: str, inside: str) -> str:
+    """``name`` with ``prefix``, if it is of the network that has it: what begins with ``inside``."""
+    if name.startswith(prefix) or not name.startswith(inside):
+        return name
+    return prefix + name.removeprefix(inside)
 
 
 def _half(network: Network) -> Network:
