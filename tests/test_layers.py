@@ -75,7 +75,7 @@ def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
 
 HEAVY = frozenset(
     {
-        *("coremltools", "diffusers", "google", "huggingface_hub", "matplotlib", "rich", "safetensors"),
+        *("coremltools", "diffusers", "fastapi", "google", "huggingface_hub", "matplotlib", "rich", "safetensors"),
         *("pyarrow", "ray", "scipy", "torch", "transformers", "yaml"),
     }
 )

@@ -188,7 +188,7 @@ def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
     fails."""
     planned, preview = order.planned, order.preview
     first = planned[0].settings
-    record = {**_named(order), **_record(pipeline), **png_record.hashes(first), **order.extra}
+    record = {**_named(order), **record_of(pipeline), **png_record.hashes(first), **order.extra}
     group = 1 if pipeline.is_guided(_request(planned[:1], order.inputs)) else pipeline.batch_size
     with nullcontext() if preview is None else passing_file(preview) as show:
         for start in range(0, len(planned), group):
@@ -238,14 +238,14 @@ def _written(
     flags = result.nsfw_content_detected or [False] * len(planned)
     used = schedulers.name_of(run.job.scheduler)
     for item, image, flagged in zip(planned, result.images, flags, strict=True):
-        settings = replace(item.settings, scheduler=used, **_filled_in(run))
+        settings = replace(item.settings, scheduler=used, **filled_in(run))
         inputs = png_record.named_inputs(settings, item.path)
         told = {**asdict(settings), **inputs, "task": run.task.name, **record, "flagged": bool(flagged)}
         images.write_png(image, item.path, told)
         yield Made(item.path, settings, flagged, result.notes)
 
 
-def _filled_in(run: Run) -> dict[str, Any]:
+def filled_in(run: Run) -> dict[str, Any]:
     """The guidance scale that was used; strength and noise level, where the task has them."""
     request = run.job.request
     used = {"strength": request.change, "noise_level": request.noise}
@@ -270,7 +270,7 @@ def _named(order: Order) -> dict[str, Any]:
     return chosen | {name: png_record.named(path, order.planned[0].path) for name, path in paths.items()}
 
 
-def _record(pipeline: Pipeline) -> dict[str, Any]:
+def record_of(pipeline: Pipeline) -> dict[str, Any]:
     """What the picture says of the models and the software."""
     described = pipeline.manifest
     libraries = ("coreml-sd", "torch", "diffusers", "coremltools")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import stat
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageChops, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -40,31 +41,43 @@ def load(path: Path, what: str = "image", mode: str = "RGB") -> Image.Image:
         return grey(upright) if mode == "L" else in_bytes(upright).convert(mode)
 
 
+def decode(data: bytes, what: str, mode: str = "RGB", most: int = MAX_PIXELS) -> Image.Image:
+    """As `load`, from the bytes of a file of at most ``most`` pixels. ``mode`` "RGBA" keeps what is transparent."""
+    with _decoded(io.BytesIO(data), what, FORMATS, most) as image:
+        upright = ImageOps.exif_transpose(image)
+        return grey(upright) if mode == "L" else in_bytes(upright).convert(mode)
+
+
 @contextmanager
 def _opened(path: Path, what: str, kinds: tuple[str, ...]) -> Iterator[Image.Image]:
     """The decoded picture. Every error, of the block too, becomes an InputError that names the file."""
     check_name(path, what)
+    with _decoded(path, f"{what} {path}", kinds, MAX_PIXELS) as image:
+        yield image
+
+
+@contextmanager
+def _decoded(source: Path | BinaryIO, shown: str, kinds: tuple[str, ...], most: int) -> Iterator[Image.Image]:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # a pipe would be waited for
             raise InputError("not a file")
         with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-            image = Image.open(path, formats=kinds)
+            image = Image.open(source, formats=kinds)
         with image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > most:
                 size = f"{image.width}x{image.height}"
-                raise InputError(f"{size} pixels: expected at most {MAX_PIXELS // 10**6} million")
+                raise InputError(f"{size} pixels: expected at most {most // 10**6} million")
             image.load()
             yield image
     except FileNotFoundError:
-        raise InputError(f"{what} {path}: no such file") from None
+        raise InputError(f"{shown}: no such file") from None
     except InputError as error:
-        raise InputError(f"{what} {path}: {error}") from None
+        raise InputError(f"{shown}: {error}") from None
     except UnidentifiedImageError as error:
-        listed = ", ".join(kinds)
-        raise InputError(f"{what} {path}: not a picture that can be read; expected one of {listed}") from error
+        raise InputError(f"{shown}: not a picture that can be read; expected one of {', '.join(kinds)}") from error
     except Exception as error:  # Pillow's decoders let through whatever they stumble on
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"{what} {path}: damaged: {reason}") from error
+        raise InputError(f"{shown}: damaged: {reason}") from error
 
 
 def formats() -> tuple[str, ...]:
@@ -140,12 +153,23 @@ def to_pil(arrays: np.ndarray) -> list[Image.Image]:
 def write_png(image: Image.Image, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Write a PNG with ``metadata`` as JSON in a text entry; a write that fails leaves no partial file. Raises
     StorageError where it cannot be written."""
+    with unfinished_file(path) as unfinished:
+        image.save(unfinished, format="PNG", pnginfo=_texts(metadata))
+
+
+def png_bytes(image: Image.Image, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """The file that `write_png` would write."""
+    written = io.BytesIO()
+    image.save(written, format="PNG", pnginfo=_texts(metadata))
+    return written.getvalue()
+
+
+def _texts(metadata: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo:
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
         info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
         info.add_text("Software", "coreml-sd")
-    with unfinished_file(path) as unfinished:
-        image.save(unfinished, format="PNG", pnginfo=info)
+    return info
 
 
 def check_writable(path: Path) -> None:

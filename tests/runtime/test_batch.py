@@ -370,7 +370,7 @@ def test_a_worker_that_dies_is_replaced_and_its_row_made(toy_folder: Path, tmp_p
         batch = Batch(prepare(tmp_path / "prompts.txt", place, {"steps": 2}, 1, of), place, workers)
         for answer in batch.run():
             if answer.task.number == 2:
-                os.kill(workers.running[0].process.pid, signal.SIGKILL)
+                os.kill(workers.running[0].child.process.pid, signal.SIGKILL)
     assert [line["error"] for line in results(place.path)] == [None] * 6
 
 
@@ -386,7 +386,7 @@ def test_a_row_whose_worker_always_dies_is_given_up(
     def heard(self: LocalWorkers, one: Any, waiting: Any) -> Any:
         answer = given(self, one, waiting)
         if one.is_ready and one.task is None and answer is None:
-            one.process.kill()
+            one.child.process.kill()
         return answer
 
     monkeypatch.setattr(LocalWorkers, "_heard", heard)

@@ -1,0 +1,121 @@
+"""`coreml-sd serve`: converted models over HTTP."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffusion_runtime.cli.console import INTERRUPTED, error_console, option, say
+from diffusion_runtime.errors import InputError, InstallationError
+
+HELP = """
+Serve converted models over HTTP.
+
+Each MODELS is a set of models that requests name by its folder's name, or by NAME
+in NAME=FOLDER; the first is used where they name none. The APIs:
+
+* [bold]POST /score[/bold]: Azure ML's
+
+* [bold]POST /v1/images/generations, /v1/images/edits[/bold]: OpenAI's
+
+* [bold]POST /sdapi/v1/txt2img, img2img, …[/bold]: the web UI's
+
+* [bold]GET /docs, /metrics, /health/live, /health/ready[/bold]
+
+Only this machine can reach it. Any other --host needs --api-key-file, and TLS is
+for a proxy before it. SIGTERM finishes the pictures in work.
+
+Examples:
+
+    coreml-sd serve models
+
+    coreml-sd serve sd15=models-a sdxl=models-b --memory-budget 12
+
+    coreml-sd serve models --host 0.0.0.0 --api-key-file keys.txt \\
+        --allow-host pictures.example.org
+"""
+NEEDED = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
+
+
+def serve(
+    models: Annotated[
+        list[str], typer.Argument(help="Folders of models.", metavar="MODELS...", show_default=False)
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: any that is free.", min=0, max=65535)] = 8000,
+    api_key_file: Annotated[
+        Path | None, option("File with a key on each line, one of which requests must send.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, option("A name that requests may call the server; may be given again.")
+    ] = None,
+    cors: Annotated[list[str] | None, option("An origin whose web pages may use it; may be given again.")] = None,
+    queue: Annotated[
+        int, typer.Option(help="Requests that may wait; more are told to come back (429).", min=1)
+    ] = 32,
+    deadline: Annotated[float, typer.Option(help="Seconds a request may take, waiting included.", min=1)] = 600.0,
+    max_body: Annotated[int, typer.Option(help="MiB of a request.", min=1)] = 32,
+    max_steps: Annotated[int, typer.Option(help="Denoising steps of a picture.", min=1)] = 150,
+    max_pictures: Annotated[int, typer.Option(help="Pictures of a request.", min=1)] = 10,
+    memory_budget: Annotated[
+        float | None, option("GB for all models together; those used longest ago are freed. Default: no limit.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto (coreml on macOS, else torch), coreml or torch.")] = "auto",
+    compute_units: Annotated[
+        str | None, option("all, cpu-and-gpu, cpu-and-ne or cpu-only. Default: the models'.")
+    ] = None,
+    dtype: Annotated[str | None, option("torch backend: float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, option("torch backend: cpu, cuda or mps.")] = None,
+    threads: Annotated[
+        int | None, option("torch backend: threads of each set of models. Default: all cores.")
+    ] = None,
+    safety: Annotated[bool, typer.Option("--safety/--no-safety", help="Use the safety checker.")] = True,
+) -> None:
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise InstallationError(f"serve needs {', '.join(missing)}: run `pip install 'coreml-sd[serve]'`")
+    from diffusion_runtime.serve import server
+
+    loading = {
+        "backend": backend,
+        "compute_units": compute_units,
+        "dtype": dtype,
+        "device": device,
+        "check_safety": safety,
+    }
+    given = {name: value for name, value in loading.items() if value is not None}
+    keys = () if api_key_file is None else server.read_keys(api_key_file)
+    if not keys and not server.is_loopback(host):
+        raise InputError(f"--host {host}: others could reach it: give --api-key-file FILE, with a key on each line")
+    setups = server.setups(models, given, threads)
+    hosts = (*server.LOCAL_NAMES, *([] if host in ("0.0.0.0", "::") else [host]), *(allow_host or ()))  # noqa: S104
+    rules = server.Rules(
+        hosts=hosts,
+        any_address=not server.is_loopback(host),
+        origins=tuple(cors or ()),
+        keys=keys,
+        most=max_body << 20,
+    )
+    limits = server.Limits(pictures=max_pictures, steps=max_steps, seconds=deadline)
+    budget = None if memory_budget is None else int(memory_budget * 1e9)
+    metrics = server.Metrics()
+    service = server.Service(server.Engine(setups, metrics, queue, budget), limits)
+    listening = server.listen(host, port)
+    shown = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+    console = error_console()
+    say(console, f"loading models; {shown}/health/ready says when they are there")
+    if server.run(
+        service,
+        metrics,
+        rules,
+        listening,
+        lambda: typer.echo(f"serving {', '.join(service.engine.sets)} at {shown}"),
+    ):
+        raise typer.Exit(INTERRUPTED)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(help=HELP)(serve)

@@ -1,0 +1,1 @@
+"""The APIs, a file each, with a function that makes its routes."""

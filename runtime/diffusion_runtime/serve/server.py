@@ -1,0 +1,131 @@
+"""Runs the application until SIGTERM or Ctrl-C: what is being made is finished, what waits is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from diffusion_runtime.backends import resolve
+from diffusion_runtime.bundle.find import find
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.serve.app import build
+from diffusion_runtime.serve.engine import Engine
+from diffusion_runtime.serve.guard import LOCAL_NAMES, Guard, Rules, is_loopback
+from diffusion_runtime.serve.metrics import Metrics
+from diffusion_runtime.serve.service import Limits, Service
+from diffusion_runtime.serve.worker import Setup
+
+__all__ = [
+    "LOCAL_NAMES",
+    "Engine",
+    "Limits",
+    "Metrics",
+    "Rules",
+    "Service",
+    "is_loopback",
+    "listen",
+    "read_keys",
+    "run",
+    "setups",
+]
+MIN_KEY = 16  # characters
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, without its handlers of signals, which end the process by the signal in the end."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run(
+    service: Service, metrics: Metrics, rules: Rules, listening: socket.socket, told: Callable[[], None]
+) -> bool:
+    """Serve until a signal; ``told()`` when the models are there. True where it was Ctrl-C. Raises the
+    DiffusionError of models that cannot be loaded."""
+    return asyncio.run(_serve(service.engine, build(service, metrics, rules), listening, told))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Raises InputError for an address that cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--host {host} --port {port}: cannot be listened to: {reason}") from error
+
+
+async def _serve(engine: Engine, app: Guard, listening: socket.socket, told: Callable[[], None]) -> bool:
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="off",
+        timeout_keep_alive=30,
+    )
+    server = _Server(config)
+    interrupted = False
+
+    def end(by_user: bool) -> None:
+        nonlocal interrupted
+        interrupted = interrupted or by_user
+        engine.drain()
+        if server.should_exit and by_user:
+            server.force_exit = True  # a second Ctrl-C
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, end, False)
+    loop.add_signal_handler(signal.SIGINT, end, True)
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    try:
+        loading = asyncio.create_task(engine.start())
+        await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            told()
+        await serving
+    finally:
+        server.should_exit = True
+        await serving
+        await engine.stop()
+    return interrupted
+
+
+def setups(models: Sequence[str], loading: Mapping[str, Any], threads: int | None) -> list[Setup]:
+    """A set of models for each FOLDER or NAME=FOLDER. Raises InputError for folders that hold no models and for
+    names that are given twice."""
+    found: dict[str, Setup] = {}
+    for text in models:
+        name, has_name, folder = text.partition("=")
+        path = Path(folder if has_name else text)
+        name = name if has_name else path.resolve().name
+        if name in found:
+            raise InputError(f"{text}: another set of models is called {name!r}: give NAME={text}")
+        backend = resolve(loading.get("backend", "auto"))
+        find(path, backend=backend)
+        found[name] = Setup(str(path), name, loading, threads)
+    return list(found.values())
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The keys of a file, one on each line. Raises InputError where there are none, or one is too short."""
+    try:
+        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"key file {path}: cannot be read: {reason}") from error
+    if not keys or min(map(len, keys)) < MIN_KEY:
+        raise InputError(f"key file {path}: expected a key of at least {MIN_KEY} characters on each line")
+    return keys

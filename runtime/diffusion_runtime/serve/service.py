@@ -1,0 +1,128 @@
+"""Between the APIs and the engine: limits, deadlines, clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+
+from diffusion_runtime import noise, schedulers
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.png_record import Settings
+from diffusion_runtime.serve.engine import Engine, Waiting
+from diffusion_runtime.serve.orders import About, Cancelled, Late, Order, Picture, Refused, Wanted
+
+SECONDS_BETWEEN_LOOKS = 0.2
+"""Whether the client is still there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one request."""
+
+    pictures: int = 10
+    steps: int = 150
+    prompt: int = 10_000
+    seconds: float = 600.0
+
+
+@dataclass(slots=True)
+class Service:
+    """``running`` are the orders of the web UI's API, for its progress and interrupt."""
+
+    engine: Engine
+    limits: Limits = field(default_factory=Limits)
+    running: dict[str, Waiting] = field(default_factory=dict)
+
+    def wanted(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        steps: int = 50,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        scheduler: str | None = None,
+        strength: float | None = None,
+        image: bytes | None = None,
+        mask: bytes | None = None,
+        mask_is_alpha: bool = False,
+    ) -> Wanted:
+        """One picture, within the limits. Raises Refused for what is not."""
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt or "")):
+            if len(text) > self.limits.prompt:
+                raise Refused(f"{name}: {len(text)} characters: expected at most {self.limits.prompt}")
+        if not 1 <= steps <= self.limits.steps:
+            raise Refused(f"{steps} steps: expected 1 to {self.limits.steps}")
+        if seed is not None and not 0 <= seed <= noise.MAX_SEED:
+            raise Refused(f"seed {seed}: expected 0 to {noise.MAX_SEED}")
+        try:
+            chosen = None if scheduler is None else schedulers.canonical(scheduler)
+        except InputError as error:
+            raise Refused(str(error)) from None
+        settings = Settings(
+            prompt=prompt,
+            negative_prompt=negative_prompt or None,
+            seed=noise.fresh_seed() if seed is None else seed,
+            scheduler=chosen,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            strength=strength if image is not None else None,
+        )
+        return Wanted(settings, image, mask, mask_is_alpha)
+
+    def order(self, pictures: Sequence[Wanted], preview_every: int = 0) -> Order:
+        if not 1 <= len(pictures) <= self.limits.pictures:
+            raise Refused(f"{len(pictures)} pictures: expected 1 to {self.limits.pictures} per request")
+        return Order(tuple(pictures), preview_every)
+
+    async def check_size(self, model: str | None, width: int, height: int) -> None:
+        """Raises Refused where the models make pictures of another size: they can make only one."""
+        about = await self.about(model)
+        if (width, height) != (about.width, about.height):
+            raise Refused(f"size {width}x{height}: the models {about.name} make {about.width}x{about.height} alone")
+
+    async def about(self, model: str | None) -> About:
+        return await self.engine.about(model)
+
+    async def make(
+        self, request: Request, order: Order, model: str | None = None, follow: bool = False
+    ) -> tuple[Picture, ...]:
+        """The pictures of an order; cancelled when the client goes away or the deadline passes. With ``follow``, it
+        is one of those that are ``running``. Raises what `Engine.put` raises, Refused, Late, Lost and Cancelled."""
+        waiting = self.engine.put(order, model)
+        if follow:
+            self.running[order.id] = waiting
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                while True:
+                    finished, _ = await asyncio.wait({waiting.answer}, timeout=SECONDS_BETWEEN_LOOKS)
+                    if finished:
+                        return waiting.answer.result()
+                    if await request.is_disconnected():
+                        raise Cancelled(())
+        except TimeoutError:
+            late = Late(f"not finished within {self.limits.seconds:g} s")
+            self.engine.cancel(waiting, late)
+            raise late from None
+        finally:
+            self.running.pop(order.id, None)
+            if not waiting.answer.done():
+                self.engine.cancel(waiting)
+
+
+def decoded(text: str, what: str) -> bytes:
+    """The bytes of a picture that a request holds in base64, as it is or as a data URL. Raises Refused."""
+    data = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refused(f"{what}: is not base64: {error}; a request can name no file and no URL") from None
+
+
+def encoded(picture: Picture) -> str:
+    return base64.b64encode(picture.png).decode()

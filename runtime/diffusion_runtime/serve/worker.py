@@ -1,0 +1,183 @@
+"""A process that holds the models of one set and makes one order after the other.
+
+It is sent an `Order`, and `Cancel`s at any time. It sends an `About` when the models are there, then for each order
+`Progress`, `Picture`s in order, and at last a `Done`.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from diffusion_runtime import images
+from diffusion_runtime.errors import DiffusionError
+from diffusion_runtime.serve.orders import About, Order, Picture, Progress, Wanted
+
+if TYPE_CHECKING:
+    from diffusion_runtime.pipeline import Pipeline, Run
+
+MAX_PIXELS = 50_000_000
+"""Of a picture in a request, which is refused by its header before it is decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A set of models: its folder, the name that requests call it by, `load_pipeline`'s other arguments."""
+
+    models: str
+    name: str
+    loading: Mapping[str, Any]
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The end of an order: ``seconds`` it took; ``refused`` or ``failed`` in a line where it came to nothing."""
+
+    id: str
+    seconds: float = 0.0
+    refused: str | None = None
+    failed: str | None = None
+    cancelled: bool = False
+
+
+class _Cancelled(Exception):
+    pass
+
+
+def work(setup: Setup, connection: Connection, alive: Callable[[], None]) -> None:
+    """A worker's life. A DiffusionError is sent where the models cannot be loaded."""
+    try:
+        worker = _Worker(setup, connection, alive)
+    except DiffusionError as error:
+        connection.send(error)
+        return
+    connection.send(worker.about())
+    while True:
+        message = connection.recv()
+        if isinstance(message, Order):
+            connection.send(worker.make(message))
+
+
+class _Worker:
+    def __init__(self, setup: Setup, connection: Connection, alive: Callable[[], None]) -> None:
+        import torch
+
+        from diffusion_runtime.loading import load_pipeline
+
+        started = time.monotonic()
+        if setup.threads is not None:
+            torch.set_num_threads(setup.threads)
+        self.setup, self.connection, self.alive = setup, connection, alive
+        self.pipeline: Pipeline = load_pipeline(setup.models, **setup.loading)
+        self.pipeline.prewarm()
+        self.seconds = time.monotonic() - started
+
+    def about(self) -> About:
+        from diffusion_runtime import tasks
+
+        described = self.pipeline.manifest
+        channels = self.pipeline.models["unet"].inputs["sample"].shape[1]
+        height, width = next(iter(self.pipeline.models["vae_decoder"].outputs.values())).shape[-2:]
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return About(
+            name=self.setup.name,
+            family=described.family,
+            attention=described.attention,
+            width=width,
+            height=height,
+            needs=tasks.starts_from(channels),
+            can_start_from_pictures="vae_encoder" in self.pipeline.models,
+            memory=kilobytes if sys.platform == "darwin" else kilobytes << 10,
+            seconds=self.seconds,
+        )
+
+    def make(self, order: Order) -> Done:
+        started = time.monotonic()
+        try:
+            for index, wanted in enumerate(order.pictures):
+                self.connection.send(self._made(order, index, wanted))
+        except _Cancelled:
+            return Done(order.id, cancelled=True)
+        except DiffusionError as error:
+            return Done(order.id, refused=" ".join(str(error).split()))
+        except Exception as error:  # a bug of ours must not end the server; its traceback is what we need
+            traceback.print_exc(file=sys.stderr)
+            return Done(order.id, failed=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return Done(order.id, time.monotonic() - started)
+
+    def _made(self, order: Order, index: int, wanted: Wanted) -> Picture:
+        from diffusion_runtime import generation, schedulers
+
+        settings = wanted.settings
+        name = settings.scheduler
+        self.pipeline.scheduler_name = None if name is None else schedulers.canonical(name)
+        run = self._prepared(wanted)
+        latents = run.start.latents
+        for step in self.pipeline.denoise(run):
+            latents = step.latents
+            self._check(order)
+            every = order.preview_every
+            shown = bool(every) and step.index % every == 0 and step.index + 1 < step.total
+            preview = images.png_bytes(self.pipeline.preview(step)) if shown else None
+            self.connection.send(Progress(index, step.index + 1, step.total, preview))
+        result = self.pipeline.finish(run, latents)
+        flagged = bool(result.nsfw_content_detected and result.nsfw_content_detected[0])
+        used = replace(settings, scheduler=schedulers.name_of(run.job.scheduler), **generation.filled_in(run))
+        record = {**asdict(used), "task": run.task.name, **generation.record_of(self.pipeline), "flagged": flagged}
+        return Picture(images.png_bytes(result.images[0], record), flagged, used, result.notes)
+
+    def _prepared(self, wanted: Wanted) -> Run:
+        from diffusion_runtime.noise import from_seeds
+        from diffusion_runtime.tasks import Request
+
+        one = wanted.settings
+        image, mask = _pictures(wanted)
+        request = Request(
+            prompts=(one.prompt,),
+            negative_prompts=() if one.negative_prompt is None else (one.negative_prompt,),
+            steps=one.steps,
+            guidance_scale=one.guidance_scale,
+            image=image,
+            mask=mask,
+            strength=one.strength,
+            noise_level=one.noise_level,
+            long_prompt=one.long_prompt,
+        )
+        return self.pipeline.prepare(request, from_seeds([one.seed], one.rng))
+
+    def _check(self, order: Order) -> None:
+        """Raise _Cancelled where somebody has cancelled the order."""
+        self.alive()
+        cancelled = [message for message in self._waiting() if isinstance(message, Cancel)]
+        if any(message.id == order.id for message in cancelled):
+            raise _Cancelled
+
+    def _waiting(self) -> Iterator[object]:
+        while self.connection.poll():
+            yield self.connection.recv()
+
+
+def _pictures(wanted: Wanted) -> tuple[Image.Image | None, Image.Image | None]:
+    if wanted.image is None:
+        return None, None
+    if not wanted.mask_is_alpha:
+        image = images.decode(wanted.image, "image", "RGB", MAX_PIXELS)
+        return image, None if wanted.mask is None else images.decode(wanted.mask, "mask", "L", MAX_PIXELS)
+    image = images.decode(wanted.image, "image", "RGBA", MAX_PIXELS)
+    marked = image if wanted.mask is None else images.decode(wanted.mask, "mask", "RGBA", MAX_PIXELS)
+    painted = marked.getchannel("A").point(lambda alpha: 255 - alpha)
+    return image.convert("RGB"), painted if painted.getbbox() or wanted.mask is not None else None
