@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from diffusion_runtime import images
+from diffusion_runtime import generation, images, schedulers
 from diffusion_runtime.errors import DiffusionError
 from diffusion_runtime.serve.orders import About, Order, Picture, Progress, Wanted
 
@@ -120,8 +120,6 @@ class _Worker:
         return Done(order.id, time.monotonic() - started)
 
     def _made(self, order: Order, index: int, wanted: Wanted) -> Picture:
-        from diffusion_runtime import generation, schedulers
-
         settings = wanted.settings
         name = settings.scheduler
         self.pipeline.scheduler_name = None if name is None else schedulers.canonical(name)
