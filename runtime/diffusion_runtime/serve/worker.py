@@ -19,10 +19,12 @@ from PIL import Image
 
 from diffusion_runtime import generation, images, schedulers
 from diffusion_runtime.errors import DiffusionError
+from diffusion_runtime.noise import from_seeds
 from diffusion_runtime.serve.orders import About, Order, Picture, Progress, Wanted
 
 if TYPE_CHECKING:
-    from diffusion_runtime.pipeline import Pipeline, Run
+    from diffusion_runtime.pipeline import Pipeline
+    from diffusion_runtime.stages import Run
 
 MAX_PIXELS = 50_000_000
 """Of a picture in a request, which is refused by its header before it is decoded."""
@@ -139,7 +141,6 @@ class _Worker:
         return Picture(images.png_bytes(result.images[0], record), flagged, used, result.notes)
 
     def _prepared(self, wanted: Wanted) -> Run:
-        from diffusion_runtime.noise import from_seeds
         from diffusion_runtime.tasks import Request
 
         one = wanted.settings
