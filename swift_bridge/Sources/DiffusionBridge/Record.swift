@@ -42,9 +42,12 @@ public struct Record: Sendable {
     public func number(_ name: String) -> Double? { self[name]?.number }
 
     /// The same with a text added or replaced.
-    public func adding(_ name: String, _ text: String) -> Record {
-        let kept = members.filter { $0.name != name }
-        return Record(kept + [(name, .string(text))])
+    public func adding(_ name: String, _ text: String) -> Record { adding(name, JSON.string(text)) }
+    /// The same with a yes or no added or replaced.
+    public func adding(_ name: String, _ isSo: Bool) -> Record { adding(name, JSON.bool(isSo)) }
+
+    private func adding(_ name: String, _ value: JSON) -> Record {
+        Record(members.filter { $0.name != name } + [(name, value)])
     }
 
     /// The request that makes the picture again, without the pictures that it started from. Throws where the record is

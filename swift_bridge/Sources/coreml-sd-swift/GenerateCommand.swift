@@ -58,7 +58,8 @@ struct GenerateCommand {
             say(
                 "note: \(file.path): the safety checker flagged this picture, so it is black; try another seed or prompt")
         }
-        try result.images[0].write(to: file, record: order.completed(pipeline.record(of: request), file))
+        let record = try order.completed(pipeline.record(of: request), file).adding("flagged", result.flagged[0])
+        try result.images[0].write(to: file, record: record)
         print("\(file.relativePath)  seed \(request.seeds[0])")
     }
 }

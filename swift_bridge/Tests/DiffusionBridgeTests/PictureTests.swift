@@ -149,11 +149,11 @@ private func floats(_ data: Data) -> [Float] {
         ("prompt", .string("日本 \"x\"")), ("negative_prompt", .null), ("seed", .unsigned(UInt64.max)), ("steps", .integer(7)),
         ("guidance_scale", .number(5)), ("scheduler", .string("dpm++ 2m karras")),
     ])
-    try picture.write(to: file, record: made.adding("models", "a/b"))
+    try picture.write(to: file, record: made.adding("models", "a/b").adding("long_prompt", true))
     let read = try Record(contentsOf: file)
     let request = try read.request()
     #expect(request.prompts == ["日本 \"x\""] && request.negativePrompts.isEmpty && request.seeds == [UInt64.max])
-    #expect(request.numInferenceSteps == 7 && request.guidanceScale == 5 && request.scheduler == .dpmPlusPlus2MKarras)
+    #expect(request.numInferenceSteps == 7 && request.longPrompt && request.guidanceScale == 5 && request.scheduler == .dpmPlusPlus2MKarras)
     #expect(read.text("models") == "a/b" && read.number("latent_scale") == nil)
     try picture.write(to: file, record: Record([("prompt", .string("x")), ("steps", .string("many"))]))
     #expect(throws: DiffusionError.self) { try Record(contentsOf: file).request() }
