@@ -63,10 +63,11 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
             report(f"note: {folder} was made with {was}, and is compared with a checkpoint with {now}")
     references: dict[tuple[str, Shape, Layout, tuple[Folding, ...]], Expected] = {}
     for folder, described in made.items():
-        folded = fold(checkpoint, described.folded.names)
+        names = described.folded.names
+        folded = fold(checkpoint, names) if names else checkpoint
         shape = Shape(described.height, described.width, described.batch_size, described.text_tokens())
         for name, component in described.components.items():
-            key = name, shape, described.layout, described.folded.names
+            key = name, shape, described.layout, names
             if key not in references:
                 report(f"running the source's own {name}")
                 own = laid_out(table()[name], described.layout)
