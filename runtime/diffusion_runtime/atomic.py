@@ -8,7 +8,7 @@ PLACE/.coreml-sd/work-{key}/      one thing that is being written to PLACE
                             shown.json   names a file in PLACE that goes when its writer does
 PLACE/.coreml-sd/{other}/         work that a later run goes on with (conversions, downloads): never swept
 
-Nothing in a work folder is packed, published, compiled or inspected. Whoever writes to a place next looks after
+Nothing in a work folder is packed, uploaded, compiled or inspected. Whoever writes to a place next looks after
 what processes that are gone have left in it (`sweep`): committed work is put in place, the rest is removed.
 """
 

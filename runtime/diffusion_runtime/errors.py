@@ -19,7 +19,7 @@ class DiffusionError(Exception):
 
 
 class InputError(DiffusionError):
-    """An argument, option, prompt, image or array that cannot be used."""
+    """An argument, option, prompt, picture or array that cannot be used."""
 
 
 class CheckpointError(DiffusionError):

@@ -74,7 +74,7 @@ verified against."""
 class Component:
     """One convertible submodule.
 
-    ``min_psnr_db`` is the bound below which nothing is published, against the torch module in float32 over ``runs``
+    ``min_psnr_db`` is the bound below which nothing is written, against the torch module in float32 over ``runs``
     draws of inputs. ``uses_attention``: it is converted once for each attention kind and runs on that kind's
     compute units; else on ``default_units``.
     ``palettized``: `--nbits`, `--target-bits` and `--recipe` are about it; ``min_palettized_psnr_db`` is the bound

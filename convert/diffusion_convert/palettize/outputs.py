@@ -1,4 +1,4 @@
-"""What palettization does to outputs: seeded inputs, comparison, bounds below which nothing is published."""
+"""What palettization does to outputs: seeded inputs, comparison, bounds below which nothing is written."""
 
 from __future__ import annotations
 
@@ -137,6 +137,6 @@ def require_outputs(
     if low:
         raise VerificationError(
             f"{package.name}: at {average_bits:g} bits {', '.join(low)} against the float16 package, expected at "
-            f"least {bound:.1f} dB: not published; use more bits or --target-bits; where drawn inputs are unlike "
-            "those in use, give some with --samples FILE.npz"
+            f"least {bound:.1f} dB: nothing is written; use more bits or --target-bits; where drawn inputs are "
+            "unlike those in use, give some with --samples FILE.npz"
         )

@@ -1,4 +1,4 @@
-"""How much of a component's outputs palettization may cost before nothing is published."""
+"""How much of a component's outputs palettization may cost before nothing is written."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ class Manifest(_Frozen):
     components: dict[str, Component]
     scheduler: SchedulerConfig = Field(description="diffusers' scheduler_config.json, `_class_name` included")
     noise_scheduler: SchedulerConfig | None = Field(
-        default=None, description="the x4 upscaler's low_res_scheduler: how its input image is noised"
+        default=None, description="the x4 upscaler's low_res_scheduler: how the picture that it enlarges is noised"
     )
     tokenizer: RelativePath | None = Field(default=".", description="folder of vocab.json and merges.txt")
     tokenizer_2: RelativePath | None = Field(default=None, description="the same of a second text encoder")

@@ -64,7 +64,7 @@ def batch(
     scheduler: Annotated[str | None, option("As for generate. Default: the checkpoint's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture of the table; they count up.")] = 0,
     rng: Annotated[str | None, option("torch, numpy or nvidia. Default: torch.")] = None,
-    strength: Annotated[float | None, option("For rows with an image. Default: 0.8; 1 with a mask.")] = None,
+    strength: Annotated[float | None, option("For rows with a picture. Default: 0.8; 1 with a mask.")] = None,
     count: Annotated[int, typer.Option(help="Pictures per row.", min=1)] = 1,
     workers: Annotated[
         int | None, option("Processes, each with its own models. Default: 1, or one for each unit or device.")

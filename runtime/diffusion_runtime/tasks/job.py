@@ -187,7 +187,7 @@ class Job:
         """The picture that was given, its size noted where it is not ``size`` (height, width; the result's)."""
         image = self.request.image
         if image is None:
-            raise InputError("this task needs an image")
+            raise InputError("this task needs a picture: give image (--image)")
         self.note_size("image", image, size or self.size)
         return image
 
