@@ -136,3 +136,30 @@ def test_damaged_weights_are_refused(tiny_checkpoint: Callable[[str], Path], tmp
     with pytest.raises(Exception, match="damaged"):
         decoder(folder, tmp_path / "models", Precision.AUTO)
     assert json.loads((folder / "model_index.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("force_upcast", "louder", "precision", "kept"),
+    [(True, 1.0, "float32", False), (False, 1.0, "float16", False), (False, 2e4, "float16", True)],
+)
+def test_what_the_manifest_says_of_sdxls_vae(
+    force_upcast: bool,
+    louder: float,
+    precision: str,
+    kept: bool,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """One that says that it overflows is in float32 as a whole; where one that says that it does not overflows all
+    the same, that is found."""
+    folder = shutil.copytree(tiny_checkpoint("sdxl"), tmp_path / "checkpoint")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps({**config, "force_upcast": force_upcast}))
+    weights = {name: value.float() for name, value in load_file(folder / VAE).items()}
+    for name in ("decoder.conv_in.weight", "decoder.conv_in.bias"):
+        weights[name] = weights[name] * louder
+    save_file({name: value.half() for name, value in weights.items()}, folder / VAE)
+    made = decoder(folder, tmp_path / "models", Precision.AUTO)
+    component = made.variants["original"].components["vae_decoder"]
+    assert (component.precision, bool(component.float32_ops)) == (precision, kept)
+    assert (float32_values(made, "vae_decoder") != set()) == (kept or precision == "float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,22 @@ def half_mask(size: int = 64) -> Image.Image:
             "StableDiffusionInpaintPipeline",
             {"image": picture(64), "mask_image": half_mask()},
         ),
+        ("sdxl", None, "StableDiffusionXLPipeline", {"negative_prompt": "red"}),
+        ("sdxl", None, "StableDiffusionXLPipeline", {"prompt": ["a cat", "a dog"], "original_size": (96, 80)}),
+        ("sdxl", "image-to-image", "StableDiffusionXLImg2ImgPipeline", {"image": picture(128), "strength": 0.7}),
+        (
+            "sdxl",
+            "inpainting",
+            "StableDiffusionXLInpaintPipeline",
+            {"image": picture(128), "mask_image": half_mask(128)},
+        ),
+        (
+            "sdxl-inpainting",
+            None,
+            "StableDiffusionXLInpaintPipeline",
+            {"image": picture(128), "mask_image": half_mask(128)},
+        ),
+        ("sdxl-refiner", None, "StableDiffusionXLImg2ImgPipeline", {"image": picture(128), "aesthetic_score": 7.0}),
         ("sd2-depth", None, "StableDiffusionDepth2ImgPipeline", {"image": picture(64), "strength": 0.8}),
         ("x4-upscaler", None, "StableDiffusionUpscalePipeline", {"image": picture(8), "noise_level": 30}),
     ],
@@ -78,8 +95,13 @@ def test_the_picture_is_diffusers_own(
     import diffusers
 
     own = reference(family)
-    theirs = getattr(diffusers, class_name)(**own.diffusers.components)
-    theirs.scheduler = schedulers.build(own.manifest(2).scheduler, "ddim")
+    scored = {"requires_aesthetics_score": True} if family == "sdxl-refiner" else {}
+    theirs = getattr(diffusers, class_name)(**own.diffusers.components, **scored)
+    if family.startswith("sdxl"):
+        theirs.register_to_config(force_zeros_for_empty_prompt=own.diffusers.config.force_zeros_for_empty_prompt)
+    theirs.scheduler = schedulers.build(
+        json.loads((own.folder / "scheduler" / "scheduler_config.json").read_text()), "ddim"
+    )
     ours = load_diffusers_pipeline(converted(family), task, "torch", scheduler="ddim")
     assert type(ours) is getattr(diffusers, class_name)
     asked: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 6, **given}

@@ -11,13 +11,15 @@ not look into them. This package imports diffusers and transformers at once; the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
 import diffusers
 from transformers import CLIPImageProcessor, DPTImageProcessor
 
-from diffusion_runtime import load_pipeline, schedulers
+from diffusion_runtime import Pipeline, load_pipeline, schedulers
+from diffusion_runtime.added_conditions import WITH_SCORE
 from diffusion_runtime.backends import ComputeUnits
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.diffusers.parts import (
@@ -48,6 +50,13 @@ PIPELINES = {
     (9, "inpainting"): diffusers.StableDiffusionInpaintPipeline,
 }
 """By the UNet's input channels and the task. The first of a number of channels is what is loaded unless asked."""
+XL_PIPELINES = {
+    (4, "text-to-image"): diffusers.StableDiffusionXLPipeline,
+    (4, "image-to-image"): diffusers.StableDiffusionXLImg2ImgPipeline,
+    (4, "inpainting"): diffusers.StableDiffusionXLInpaintPipeline,
+    (9, "inpainting"): diffusers.StableDiffusionXLInpaintPipeline,
+}
+"""The same of UNets that take time_ids and text_embeds."""
 
 
 def load_diffusers_pipeline(
@@ -68,17 +77,18 @@ def load_diffusers_pipeline(
     ours = load_pipeline(path, backend, compute_units, **options)
     manifest, models = ours.manifest, ours.models
     shapes = {tensor.name: tensor.shape for tensor in manifest.components["unet"].inputs}
-    kind = _pipeline_class(shapes["sample"][1], task)
+    kind = _pipeline_class(shapes, task)
     parts: dict[str, Any] = {
-        "tokenizer": ours.tokenizer.clip,
-        "text_encoder": CoreMLTextEncoder(models["text_encoder"], {"use_attention_mask": False, "projects": False}),
+        **_text_parts(ours, shapes),
         "unet": CoreMLUNet(models["unet"], _unet_config(manifest, shapes)),
         "vae": _vae(models, manifest),
         "scheduler": schedulers.build(
             {**manifest.scheduler, "prediction_type": manifest.prediction_type}, ours.scheduler_name
         ),
     }
-    if kind is diffusers.StableDiffusionDepth2ImgPipeline:
+    if "text_embeds" in shapes:
+        parts |= _xl_settings(manifest, shapes, kind)
+    elif kind is diffusers.StableDiffusionDepth2ImgPipeline:
         estimator = _optional(models, "depth_estimator")
         parts["depth_estimator"] = None if estimator is None else CoreMLDepthEstimator(estimator, {})
         parts["feature_extractor"] = DPTImageProcessor(
@@ -100,8 +110,39 @@ def load_diffusers_pipeline(
     return kind(**parts)
 
 
-def _pipeline_class(channels: int, task: str | None) -> Any:
-    able = {name: kind for (count, name), kind in PIPELINES.items() if count == channels}
+def _text_parts(ours: Pipeline, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Tokenizers and text encoders by diffusers' names: two for SDXL, of which its refiner has the second alone."""
+    first, second = (name in ours.models for name in ("text_encoder", "text_encoder_2"))
+    if not second:
+        config = {"use_attention_mask": False, "projects": False}
+        return {
+            "tokenizer": ours.tokenizer.clip,
+            "text_encoder": CoreMLTextEncoder(ours.models["text_encoder"], config),
+        }
+    projection = {"projects": True, "projection_dim": shapes["text_embeds"][1]}
+    tokenizer_2 = ours.tokenizer_2 or ours.tokenizer
+    return {
+        "tokenizer": ours.tokenizer.clip if first else None,
+        "text_encoder": CoreMLTextEncoder(ours.models["text_encoder"], {"projects": False}) if first else None,
+        "tokenizer_2": tokenizer_2.clip,
+        "text_encoder_2": CoreMLTextEncoder(ours.models["text_encoder_2"], projection),
+    }
+
+
+def _xl_settings(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], kind: Any) -> dict[str, Any]:
+    """What SDXL's pipelines are told beside their parts."""
+    told: dict[str, Any] = {"force_zeros_for_empty_prompt": manifest.force_zeros_for_empty_prompt}
+    if kind is not diffusers.StableDiffusionXLPipeline:
+        told["requires_aesthetics_score"] = shapes["time_ids"][1] == WITH_SCORE
+    return {**told, "add_watermarker": False}
+
+
+def _pipeline_class(shapes: Mapping[str, tuple[int, ...]], task: str | None) -> Any:
+    channels = shapes["sample"][1]
+    table = XL_PIPELINES if "text_embeds" in shapes else PIPELINES
+    able = {name: kind for (count, name), kind in table.items() if count == channels}
+    if "time_ids" in shapes and shapes["time_ids"][1] == WITH_SCORE:  # a refiner goes on from what is there
+        able = {"image-to-image": diffusers.StableDiffusionXLImg2ImgPipeline}
     if not able:
         raise InputError(f"the UNet takes {channels} channels: no pipeline of diffusers is known for it")
     if task is not None and task not in able:
@@ -113,7 +154,9 @@ def _unet_config(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> dict
     """What diffusers' pipelines read of a UNet's configuration."""
     condition = shapes.get("timestep_cond")
     height, width = shapes["sample"][2:]
+    added = {"addition_time_embed_dim": 1} if "time_ids" in shapes else {}  # see `CoreMLUNet`
     return {
+        **added,
         "cross_attention_dim": shapes["encoder_hidden_states"][1],
         "in_channels": shapes["sample"][1],
         "out_channels": manifest.latents.channels,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -102,7 +103,15 @@ def _told(name: str, value: object, allowed: tuple[object, ...] = (None,)) -> No
 
 
 class CoreMLUNet(Part):
-    """In the place of diffusers' UNet2DConditionModel."""
+    """In the place of diffusers' UNet2DConditionModel.
+
+    SDXL's pipelines compare the number of their time_ids with the width of ``add_embedding``: here each one counts
+    as one number."""
+
+    def __init__(self, model: Timed, config: Mapping[str, Any]) -> None:
+        super().__init__(model, config)
+        widths = [model.inputs[name].shape[1] for name in ("time_ids", "text_embeds") if name in model.inputs]
+        self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=sum(widths)))
 
     def forward(
         self,
