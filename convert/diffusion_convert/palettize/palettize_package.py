@@ -101,7 +101,7 @@ def _open(source: Path, output: Path) -> Package:
 
 
 def _weight_file(package: Package, blob: Blob) -> WeightFile:
-    return WeightFile(resolve(package.root, blob.path, package.path))
+    return WeightFile(resolve(package.root, blob.path, package.path), writable=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,4 +231,4 @@ def _read(path: Path, value: Value) -> np.ndarray:
     if not isinstance(value.data, Blob) or not isinstance(value.type, TensorType):
         raise PackageError(f"{path}: a palette was not stored")
     shape = tuple(size or 0 for size in value.type.shape)
-    return WeightFile(path).read(value.data.offset, value.type.dtype, shape)
+    return WeightFile(path, writable=False).read(value.data.offset, value.type.dtype, shape)

@@ -106,6 +106,7 @@ def measure(path: Path, expected: Expected, progress: OnFraction) -> Verdict:
 
     from diffusion_runtime.backends.torch_mil import TorchBackend
 
+    progress(0.0)
     model = TorchBackend(stream_weights=True, fuse=False).load(path)
     count = sum(node.op == "call_function" for node in model.module.graph.nodes) * len(expected.inputs)
     largest: dict[str, float] = {}

@@ -45,16 +45,18 @@ _CODES = {
 
 
 class WeightFile:
-    """A mapped weight file. Opening reads the header alone; ``read`` returns views into the map.
+    """A mapped weight file. Opening reads the header alone; ``read`` returns views into the map, ``writable`` for
+    torch, which warns of others. The system counts a writable map as memory of the process's own (RLIMIT_DATA).
 
     Raises PackageError where the file is missing, shorter than a header or not of this version.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, writable: bool = True) -> None:
         self.path = path
+        access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
         try:
             with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._map = mmap.mmap(file.fileno(), 0, access=access)
         except (OSError, ValueError) as error:
             raise PackageError(f"{path}: the weight file cannot be read: {error}") from error
         self._bytes = np.frombuffer(self._map, np.uint8)

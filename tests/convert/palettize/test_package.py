@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -307,3 +310,27 @@ def test_a_file_that_decompresses_to_something_else_is_not_published(
     with pytest.raises(DiffusionError, match="decompresses with a squared error"):
         palettize_package(tiny_package("iOS16"), tmp_path / "out.mlpackage", PalettizeOptions(4))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such limit")
+def test_memory_is_limited_to_little_more_than_one_map_of_the_weights(
+    tiny_package: Package, tmp_path: Path
+) -> None:
+    """Each weight is mapped anew, by several threads; such maps must not count as memory of the process's own."""
+    source = tmp_path / "large.mlpackage"
+    shutil.copytree(tiny_package("iOS16"), source)
+    (weights,) = source.rglob("weight.bin")
+    os.truncate(weights, 4 * 2**30)  # a hole: it takes no disk
+    program = (
+        "import resource, sys; from pathlib import Path;"
+        "from diffusion_convert.palettize.palettize_options import PalettizeOptions;"
+        "from diffusion_convert.palettize.palettize_package import palettize_package;"
+        "resource.setrlimit(resource.RLIMIT_DATA, (6 * 2**30, 6 * 2**30));"
+        "palettize_package(Path(sys.argv[1]), Path(sys.argv[2]), PalettizeOptions(6))"
+    )
+    output = tmp_path / "out.mlpackage"
+    done = subprocess.run(
+        [sys.executable, "-c", program, source, output], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert output.is_dir()
