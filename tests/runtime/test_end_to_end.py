@@ -10,43 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from diffusion_convert import convert
-from diffusion_convert.options import ConvertOptions
 from diffusion_runtime import load_pipeline, schedulers
-from diffusion_runtime.families import AttentionKind
+from pictures import half_mask, picture
 
 PARITY_DB = 40.0
 PROMPT, NEGATIVE = "a photo of a cat", "red"
 Load = Callable[[str], Any]
 Psnr = Callable[[Any, Any], float]
-
-
-@pytest.fixture(scope="module")
-def converted(
-    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """The folder that `convert` writes for a tiny checkpoint, made once."""
-    made: dict[str, Path] = {}
-
-    def folder(family: str) -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp("converted") / "models"
-            options = ConvertOptions(attention=(AttentionKind.ORIGINAL,), compiled=False, zip=False, verify=False)
-            convert(tiny_checkpoint(family), made[family], options)
-        return made[family]
-
-    return folder
-
-
-def picture(size: int) -> Image.Image:
-    coarse = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
-
-
-def half_mask(size: int = 64) -> Image.Image:
-    return Image.fromarray(np.repeat((np.arange(size) >= size // 2)[None] * np.uint8(255), size, axis=0), "L")
 
 
 def worst_db(

@@ -15,6 +15,7 @@ from PIL import Image
 from diffusion_runtime import schedulers
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.pipeline import Pipeline
+from pictures import picture
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # diffusers says what it imposes
@@ -108,11 +109,6 @@ def load_theirs(found: Any, folder: Path, pipeline_class: str, name: str | None)
     loaded = getattr(diffusers, pipeline_class).from_pretrained(str(folder), local_files_only=True, **parts)
     loaded.set_progress_bar_config(disable=True)
     return loaded
-
-
-def picture(size: int = 64) -> Image.Image:
-    coarse = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def given_to(family: str) -> dict[str, Any]:

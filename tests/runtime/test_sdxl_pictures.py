@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from diffusion_convert import AttentionKind, ConvertOptions, convert
+from diffusion_convert import ConvertOptions, convert
 from diffusion_runtime import InputError, Pipeline, load_pipeline
+from pictures import half_mask, picture
 
 pytestmark = pytest.mark.slow
 
@@ -20,31 +20,7 @@ PARITY_DB = 40.0
 Load = Callable[[str], Any]
 Psnr = Callable[[Any, Any], float]
 SIDE = 128
-
-
-@pytest.fixture(scope="module")
-def converted(
-    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(family: str) -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp("converted") / "models"
-            options = ConvertOptions(attention=(AttentionKind.ORIGINAL,), zip=False)
-            convert(tiny_checkpoint(family), made[family], options)
-        return made[family]
-
-    return folder
-
-
-def picture() -> Image.Image:
-    coarse = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-
-
-def half_mask() -> Image.Image:
-    return Image.fromarray(np.repeat((np.arange(SIDE) >= SIDE // 2)[None] * np.uint8(255), SIDE, axis=0), "L")
+PICTURE, MASK = picture(SIDE), half_mask(SIDE)
 
 
 def theirs(own: Any, class_name: str) -> Any:
@@ -77,14 +53,23 @@ NEGATIVE_SIZES = {"negative_original_size": (512, 512), "negative_target_size": 
         ("sdxl", "StableDiffusionXLPipeline", {"negative_prompt": "red", **SIZES, **NEGATIVE_SIZES}),
         ("sdxl", "StableDiffusionXLPipeline", {"prompt": ["a cat", ""], "negative_prompt": ["", "a horse"]}),
         ("sdxl", "StableDiffusionXLPipeline", {"guidance_scale": 1.0}),
-        ("sdxl", "StableDiffusionXLImg2ImgPipeline", {"image": picture()}),
-        ("sdxl", "StableDiffusionXLInpaintPipeline", {"image": picture(), "mask_image": half_mask()}),
-        ("sdxl-inpainting", "StableDiffusionXLInpaintPipeline", {"image": picture(), "mask_image": half_mask()}),
-        ("sdxl-refiner", "StableDiffusionXLImg2ImgPipeline", {"image": picture(), "strength": 0.5}),
+        ("sdxl", "StableDiffusionXLImg2ImgPipeline", {"image": PICTURE}),
+        ("sdxl", "StableDiffusionXLInpaintPipeline", {"image": PICTURE, "mask_image": MASK}),
+        (
+            "sdxl-inpainting",
+            "StableDiffusionXLInpaintPipeline",
+            {"image": PICTURE, "mask_image": MASK},
+        ),
+        ("sdxl-refiner", "StableDiffusionXLImg2ImgPipeline", {"image": PICTURE, "strength": 0.5}),
         (
             "sdxl-refiner",
             "StableDiffusionXLImg2ImgPipeline",
-            {"image": picture(), "aesthetic_score": 7.0, "negative_aesthetic_score": 1.5, "negative_prompt": "red"},
+            {
+                "image": PICTURE,
+                "aesthetic_score": 7.0,
+                "negative_aesthetic_score": 1.5,
+                "negative_prompt": "red",
+            },
         ),
         ("sdxl-v-zero-snr", "StableDiffusionXLPipeline", {}),
         ("sdxl-small", "StableDiffusionXLPipeline", {}),
@@ -97,7 +82,7 @@ NEGATIVE_SIZES = {"negative_original_size": (512, 512), "negative_target_size": 
 )
 def test_the_picture_is_diffusers(
     reference: Load,
-    converted: Callable[[str], Path],
+    converted: Callable[..., Path],
     psnr_db: Psnr,
     family: str,
     class_name: str,
@@ -106,13 +91,13 @@ def test_the_picture_is_diffusers(
 ) -> None:
     asked: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 8, **given}
     expected = theirs(reference(family), class_name)(**asked, generator=seeded())
-    made = load_pipeline(converted(family) / "original" / kind, "torch")(**asked, generator=seeded())
+    made = load_pipeline(converted(family, compiled=True) / "original" / kind, "torch")(**asked, generator=seeded())
     for ours, other in zip(made.images, expected.images, strict=True):
         assert psnr_db(np.asarray(ours), np.asarray(other)) >= PARITY_DB
 
 
 def test_a_base_hands_its_latents_over_to_a_refiner(
-    reference: Load, converted: Callable[[str], Path], psnr_db: Psnr
+    reference: Load, converted: Callable[..., Path], psnr_db: Psnr
 ) -> None:
     asked: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 10}
     base, refiner = reference("sdxl"), reference("sdxl-refiner")
@@ -147,7 +132,7 @@ def test_sdxl_is_converted_with_original_attention_unless_asked(
     }
 
 
-def test_what_cannot_be_is_said(converted: Callable[[str], Path]) -> None:
+def test_what_cannot_be_is_said(converted: Callable[..., Path]) -> None:
     pipeline: Pipeline = load_pipeline(converted("sdxl"), "torch")
     failing: tuple[tuple[dict[str, Any], str], ...] = (
         ({"denoising_start": 0.5}, "needs the latents"),

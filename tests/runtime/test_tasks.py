@@ -14,22 +14,12 @@ from diffusion_runtime import schedulers, tasks
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.models import Models
 from diffusion_runtime.pipeline import Pipeline, RuntimeNote
+from pictures import half_mask, picture
 
 PARITY_DB = 40.0
 PROMPT = "a photo of a cat"
 Load = Callable[[str], Any]
 Psnr = Callable[[Any, Any], float]
-
-
-def picture(size: int = 64, seed: int = 0) -> Image.Image:
-    """A smooth coloured picture."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
-
-
-def half_mask(size: int = 64) -> Image.Image:
-    """White on the right half."""
-    return Image.fromarray(np.repeat((np.arange(size) >= size // 2)[None] * np.uint8(255), size, axis=0), "L")
 
 
 def arrays(images: Any) -> list[np.ndarray]:
