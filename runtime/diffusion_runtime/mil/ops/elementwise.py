@@ -40,6 +40,11 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
 
+@mil_op("equal")
+def equal(x: Tensor, y: Tensor) -> Tensor:
+    return x == y
+
+
 @mil_op("greater")
 def greater(x: Tensor, y: Tensor) -> Tensor:
     return x > y

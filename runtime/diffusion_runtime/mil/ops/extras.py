@@ -95,11 +95,6 @@ def tanh(x: Tensor) -> Tensor:
     return torch.tanh(x)
 
 
-@mil_op("equal")
-def equal(x: Tensor, y: Tensor) -> Tensor:
-    return x == y
-
-
 @mil_op("floor_div")
 def floor_div(x: Tensor, y: Tensor) -> Tensor:
     return torch.floor_divide(x, y)
@@ -199,11 +194,6 @@ def instance_norm(
 ) -> Tensor:
     """Over the spatial dimensions of (batch, channels, *spatial)."""
     return torch.group_norm(x, x.shape[1], gamma, beta, epsilon)
-
-
-@mil_op("reduce_sum")
-def reduce_sum(x: Tensor, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Tensor:
-    return x.sum(None if axes is None else list(axes), keep_dims, dtype=x.dtype)
 
 
 @mil_op("stack")

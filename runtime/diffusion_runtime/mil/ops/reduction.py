@@ -24,6 +24,11 @@ def reduce_max(x: Tensor, axes: Sequence[int] | None = None, keep_dims: bool = F
     return torch.amax(x, _all(x, axes), keep_dims)
 
 
+@mil_op("reduce_sum")
+def reduce_sum(x: Tensor, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Tensor:
+    return x.sum(_all(x, axes), keep_dims, dtype=x.dtype)
+
+
 @mil_op("reduce_mean")
 def reduce_mean(x: Tensor, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Tensor:
     """The mean of integers drops its fraction."""
