@@ -62,6 +62,10 @@ public struct Record: Sendable {
             default: nil
             }
         guard let seed else { throw damage("seed") }
+        guard self["refiner_start"] == nil else {
+            throw DiffusionError.input(
+                "it was drawn with a refiner (refiner_start), which the Swift program does not do: use `coreml-sd generate`")
+        }
         var request = Request(prompt: prompt, negativePrompt: try value("negative_prompt") { $0.string }, seed: seed)
         request.randomSource = try value("rng") { $0.string.flatMap { RandomSource(rawValue: $0) } } ?? .torch
         request.scheduler = try value("scheduler") { $0.string }.map { try SchedulerKind(named: $0) }

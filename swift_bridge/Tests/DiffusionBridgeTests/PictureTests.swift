@@ -155,6 +155,8 @@ private func floats(_ data: Data) -> [Float] {
     #expect(request.prompts == ["日本 \"x\""] && request.negativePrompts.isEmpty && request.seeds == [UInt64.max])
     #expect(request.numInferenceSteps == 7 && request.longPrompt && request.guidanceScale == 5 && request.scheduler == .dpmPlusPlus2MKarras)
     #expect(read.text("models") == "a/b" && read.number("latent_scale") == nil)
-    try picture.write(to: file, record: Record([("prompt", .string("x")), ("steps", .string("many"))]))
-    #expect(throws: DiffusionError.self) { try Record(contentsOf: file).request() }
+    for damage: (String, JSON) in [("steps", .string("many")), ("refiner_start", .number(0.8))] {
+        try picture.write(to: file, record: Record([("prompt", .string("x")), damage]))
+        #expect(throws: DiffusionError.self) { try Record(contentsOf: file).request() }
+    }
 }

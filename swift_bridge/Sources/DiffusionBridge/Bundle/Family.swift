@@ -23,7 +23,7 @@ struct Family: Sendable {
     var inPaintingStrength = 1.0
 
     /// What prompts are padded with where no tokenizer_config.json says so.
-    var padding: String? { textWidth == 1024 ? "!" : nil }
+    var padding: String? { [1024, 1280].contains(textWidth) ? "!" : nil }
 
     private static let plainSettings: [String: JSON] = ["steps_offset": .integer(1), "clip_sample": .bool(false)]
     private static let inPaintingSettings: [String: JSON] = [
@@ -62,8 +62,8 @@ struct Family: Sendable {
 
     /// The family of a UNet of which only the interface is known. Among families with the same interface, the one whose
     /// usual pictures are the largest that fit is meant.
-    static func fitting(channels: Int, textWidth: Int, latentSize: Int) -> Family {
-        let alike = all.filter { $0.channels == channels }
+    static func fitting(channels: Int, textWidth: Int, latentSize: Int, hasAddedConditions: Bool) -> Family {
+        let alike = all.filter { $0.channels == channels && $0.hasAddedConditions == hasAddedConditions }
         let same = alike.filter { $0.textWidth == textWidth }
         let bySize = (same.isEmpty ? alike : same).sorted { $0.size < $1.size }
         return bySize.last { $0.size <= latentSize * $0.latentFactor } ?? bySize.first ?? all[0]

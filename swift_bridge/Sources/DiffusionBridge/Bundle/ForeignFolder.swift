@@ -82,15 +82,24 @@ enum ForeignFolder {
 
 extension ModelFolder {
     private static let schedule: [String: JSON] = [
-        "_class_name": .string("PNDMScheduler"), "skip_prk_steps": .bool(true), "beta_end": .number(0.012),
+        "beta_end": .number(0.012),
         "beta_schedule": .string("scaled_linear"), "beta_start": .number(0.00085), "clip_sample": .bool(false),
         "num_train_timesteps": .integer(1000), "set_alpha_to_one": .bool(false), "steps_offset": .integer(1),
     ]
 
+    /// As the family's checkpoints are published.
+    private static func scheduler(_ family: Family) -> [String: JSON] {
+        let own: [String: JSON] =
+            family.hasAddedConditions
+            ? ["_class_name": .string("EulerDiscreteScheduler"), "timestep_spacing": .string("leading")]
+            : ["_class_name": .string("PNDMScheduler"), "skip_prk_steps": .bool(true)]
+        return schedule.merging(own) { $1 }
+    }
+
     /// The manifest of a folder that has none, from the interfaces of its models; and what was assumed.
     func described(_ models: Models, _ configuration: Pipeline.Configuration) async throws -> (Manifest, String) {
-        let encoders = TextStates.encoders.contains { components[$0] != nil }
-        let missing = (encoders ? [] : ["text_encoder"]) + (components["vae_decoder"] == nil ? ["vae_decoder"] : [])
+        let isEncoded = TextStates.encoders.contains { components[$0] != nil }
+        let missing = (isEncoded ? [] : ["text_encoder"]) + (components["vae_decoder"] == nil ? ["vae_decoder"] : [])
         guard missing.isEmpty else {
             throw DiffusionError.input(
                 "\(folder.path): no \(missing.joined(separator: " and no ")) beside the UNet: copy or convert it too")
@@ -101,7 +110,9 @@ extension ModelFolder {
         else {
             throw DiffusionError.package("\(folder.path): unet: expected inputs sample and encoder_hidden_states")
         }
-        let family = Family.fitting(channels: sample[1], textWidth: text[1], latentSize: max(sample[2], sample[3]))
+        let family = Family.fitting(
+            channels: sample[1], textWidth: text[1], latentSize: max(sample[2], sample[3]),
+            hasAddedConditions: unet.inputs["time_ids"] != nil)
         if let told = configuration.predictionType, PredictionType(rawValue: told) == nil {
             throw DiffusionError.input("prediction type \(told): expected epsilon, v_prediction or sample")
         }
@@ -117,15 +128,15 @@ extension ModelFolder {
             name: folder.lastPathComponent, family: family.name,
             attention: components["unet"]?.units == .cpuAndNeuralEngine ? "split_einsum" : "original",
             latents: Manifest.Latents(channels: 4, factor: factor, scale: Float(scale), shift: 0), prediction: prediction,
-            components: components, scheduler: Self.schedule, noiseScheduler: family.noiseScheduler,
-            zerosForEmptyPrompt: family.hasAddedConditions && sample[1] == 4 && text[1] == 2048,
+            components: components, scheduler: Self.scheduler(family), noiseScheduler: family.noiseScheduler,
+            zerosForEmptyPrompt: family.hasAddedConditions && family.textWidth == 2048,
             wantsSafetyChecker: family.asksForSafetyChecker)
         let size = "\(sample[3] * factor)x\(sample[2] * factor)"
         let told = configuration.predictionType != nil && configuration.latentScale != nil
         return (
             made,
             "\(folder.lastPathComponent) has no manifest.json: taken for \(family.name), \(size), \(prediction) prediction, "
-                + "latent scale \(scale), PNDM scheduler (\(told ? "as given" : "where not given, the family's usual values"))"
+                + "latent scale \(scale), \(made.schedulerConfiguration.className.dropLast("Scheduler".count)) scheduler (\(told ? "as given" : "where not given, the family's usual values"))"
         )
     }
 }

@@ -53,6 +53,10 @@ extension Manifest {
                 "\(file.path): manifest format \(format) is newer than this version reads (\(Self.newestFormat)): "
                     + "update the package")
         }
+        if let layout = reader.json["layout"]?.string, layout != "apple" {
+            throw DiffusionError.input(
+                "\(folder.path): was converted with --layout \(layout), for other programs; convert without it")
+        }
         let source = try reader.object("source")
         name = try source.string("name")
         revision = source.json["revision"]?.string

@@ -83,8 +83,8 @@ struct ModelFolder: Sendable {
             contentsOf: tokenizer, length: lengths.first ?? Tokenizer.usualLength,
             padding: Family.named(manifest.family).padding)
         guard lengths.count > 1 else { return [first] }
-        guard let name = manifest.secondTokenizer else { return [first, first.taking(lengths[1])] }
-        return [first, try Tokenizer(contentsOf: folder.appending(name), length: lengths[1], padding: "!")]
+        let second = manifest.secondTokenizer.map { folder.appending($0) } ?? tokenizer
+        return [first, try Tokenizer(contentsOf: second, length: lengths[1], padding: "!")]
     }
 
     /// Folders that may hold models, the best first.

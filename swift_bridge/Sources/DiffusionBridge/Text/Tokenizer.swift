@@ -24,7 +24,7 @@ struct Tokenizer: Sendable {
     private let end: Int
     private let padding: Int
     /// How many tokens the text encoder takes, start and end included.
-    private(set) var length: Int
+    let length: Int
 
     /// The tokenizer of a folder with vocab.json and merges.txt; settings from tokenizer_config.json and
     /// special_tokens_map.json where they lie beside them. `padding` is used where no file says what pads.
@@ -59,13 +59,6 @@ struct Tokenizer: Sendable {
         addedNames = Set(more.map(\.text))
         names = Dictionary(numbers.map { ($0.value, $0.key) } + more.map { ($0.number, $0.text) }) { first, _ in first }
         pairs = try BytePairs(numbers: numbers, merges: Self.merges(folder), unknown: end)
-    }
-
-    /// The same for an encoder that takes another number of tokens.
-    func taking(_ length: Int) -> Tokenizer {
-        var other = self
-        other.length = length
-        return other
     }
 
     /// Up to `pieces` pieces of `length` tokens; pieces without text are those of an empty prompt.
