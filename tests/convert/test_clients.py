@@ -14,6 +14,7 @@ from diffusion_runtime.families import FAMILIES
 README = Path(__file__).resolve().parents[2] / "README.md"
 SWIFT, MOCHI, HUGGING_FACE, PYTHON = (client.name for client in CLIENTS[:4])
 GUERNIKA, COMFY_1, COMFY_2 = (client.name for client in CLIENTS[4:7])
+APPLES = {SWIFT, MOCHI, HUGGING_FACE, PYTHON}
 ALL = {SWIFT, MOCHI, HUGGING_FACE, PYTHON, GUERNIKA, COMFY_1, COMFY_2}
 
 
@@ -77,6 +78,20 @@ CARDS = {
     "sd1 with a scale of its own": (made("sd1", scale=0.7295), set()),
     "sd2 base, padding not folded": (made("sd2-base"), {PYTHON, GUERNIKA}),
     "sd2 768-v": (made("sd2-v"), {PYTHON, GUERNIKA}),
+    "sd2 base, padding folded": (made("sd2-base", folded={"padding": {"text_encoder": 0}}), APPLES | {GUERNIKA}),
+    "sd2 768-v, all folded": (
+        made(
+            "sd2-v",
+            prediction_type="epsilon",
+            folded={"padding": {"text_encoder": 0}, "prediction_type": "v_prediction"},
+        ),
+        (APPLES | {GUERNIKA}) - {PYTHON},
+    ),
+    "sd1 v, folded": (
+        made("sd1", prediction_type="epsilon", folded={"prediction_type": "v_prediction"}),
+        (APPLES | {COMFY_1}) - {PYTHON},
+    ),
+    "sd1 with its scale folded": (made("sd1", scale=0.18215, folded={"latents": {"scale": 0.7295}}), APPLES),
     "sd2 zero SNR": (
         made("sd2-v", scheduler={"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}),
         {PYTHON},

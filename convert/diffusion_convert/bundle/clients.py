@@ -30,6 +30,7 @@ class Needs(enum.Enum):
     PADS_WITH_END = "prompts are padded with <|endoftext|>"
     PADS_OTHERWISE = "prompts are not padded with <|endoftext|>"
     V_PREDICTION = "the UNet predicts v"
+    FOLDED_PREDICTION = "the UNet predicts noise, where the checkpoint's own predicts v"
     ZERO_SNR = (
         "the UNet predicts v, and its noisiest step has no signal left, so that v cannot be folded into noise"
     )
@@ -126,6 +127,7 @@ repository.""",
         "Apple's ml-stable-diffusion (Python)",
         {
             **_without(_FIXED_BY_APPLE, Needs.V_PREDICTION, Needs.ZERO_SNR, Needs.PADS_OTHERWISE),
+            Needs.FOLDED_PREDICTION: "takes the checkpoint's own scheduler, which expects v: leave `--fold` out",
             Needs.REFINER: "does not run refiners",
             Needs.CHUNKS: "does not run a UNet that is cut in two",
             Needs.PICTURE: "draws from prompts alone",
@@ -239,6 +241,8 @@ def _needs_of_arithmetic(made: Manifest) -> Iterator[Needs]:
         yield Needs.LATENT_SCALE
     if made.folded.latents is not None:
         yield Needs.OWN_LATENT_SCALE
+    if made.folded.prediction_type is not None:
+        yield Needs.FOLDED_PREDICTION
     if made.prediction_type != "epsilon":
         yield Needs.ZERO_SNR if made.scheduler.get("rescale_betas_zero_snr") else Needs.V_PREDICTION
 
@@ -272,7 +276,7 @@ TASKS: tuple[Task, ...] = (
     Task("SD 1", frozenset({Needs.PADS_WITH_END})),
     Task("SD 2 base", frozenset({Needs.STATES_1024})),
     Task("SD 2 768-v", frozenset({Needs.STATES_1024, Needs.V_PREDICTION})),
-    Task("the same with `--fold prediction`", frozenset({Needs.STATES_1024})),
+    Task("the same with `--fold prediction`", frozenset({Needs.STATES_1024, Needs.FOLDED_PREDICTION})),
     Task("v, zero SNR", frozenset({Needs.ZERO_SNR})),
     Task("SDXL", frozenset({Needs.SDXL})),
     Task("refiner", frozenset({Needs.REFINER})),
