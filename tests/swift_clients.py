@@ -140,9 +140,9 @@ def unet_has_these_ranks(folder: Folder) -> None:
     assert channels == 4
     assert height * width
     assert inputs["timestep"] == (batch,)
-    states = inputs["encoder_hidden_states"]
-    assert (states[0], states[2], states[3]) == (batch, 1, 77)
-    assert states[1] == width_of_states(folder)
+    rows, width_of_one, between, tokens = inputs["encoder_hidden_states"]
+    assert (rows, between, tokens) == (batch, 1, 77)
+    assert width_of_one == width_of_states(folder)
     if folder.xl:
         assert inputs["time_ids"] == (batch, 6)
         assert len(inputs["text_embeds"]) == 2
