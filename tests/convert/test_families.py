@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 import tiny_checkpoints
-from diffusion_convert.checkpoint.family import default_size, detect, refuse_other_kinds
+from diffusion_convert import ConvertOptions
+from diffusion_convert.checkpoint.family import default_size, detect, is_untrained, refuse_other_kinds
 from diffusion_convert.checkpoint.open import open_checkpoint
+from diffusion_convert.conversion.plan import make_plan
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import FAMILIES
 
@@ -73,3 +75,39 @@ def test_family_can_be_named(tiny_checkpoint: Callable[[str], Path]) -> None:
 )
 def test_default_size(unet: dict[str, Any], size: tuple[int, int]) -> None:
     assert default_size(unet, {"block_out_channels": [1, 2, 3, 4]}) == size
+
+
+@pytest.mark.parametrize(
+    ("trained", "size", "untrained"),
+    [
+        (512, (512, 512), False),
+        (512, (768, 512), False),
+        (512, (640, 448), False),
+        (512, (1024, 1024), True),
+        (512, (256, 256), True),
+        (768, (768, 768), False),
+        (768, (512, 512), True),
+        (1024, (512, 2048), False),
+        (1024, (832, 1216), False),
+        (1024, (1536, 640), False),
+        (1024, (512, 512), True),
+        (1024, (2048, 2048), True),
+        (1024, (448, 2304), True),
+    ],
+)
+def test_sizes_that_a_model_was_not_trained_for(trained: int, size: tuple[int, int], untrained: bool) -> None:
+    assert is_untrained(size, (trained, trained)) == untrained
+
+
+def test_such_a_size_is_noted(tiny_checkpoint: Callable[[str], Path]) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
+    noted = {
+        side: [note for note in make_plan(checkpoint, options).notes if "trained for" in note]
+        for side in (64, 128)
+        for options in (ConvertOptions(attention="original", height=side, width=side),)
+    }
+    assert noted[64] == []
+    assert noted[128] == [
+        "128x128 pixels (width x height): sd1 was trained for about the pixels of 64x64; at other sizes such "
+        "models repeat themselves or lose detail"
+    ]

@@ -147,6 +147,17 @@ def default_size(unet: Config, vae: Config) -> tuple[int, int]:
     return height * factor, width * factor
 
 
+LEAST_AREA, MOST_AREA, MOST_ASPECT = 0.6, 1.6, 4.0
+"""How far from the size that it was trained for a model still draws well: parts of its pixels, and width to height.
+SDXL's own training sizes go from 512x2048 to 2048x512 at about the pixels of 1024x1024."""
+
+
+def is_untrained(size: tuple[int, int], trained: tuple[int, int]) -> bool:
+    """Whether a model for pictures of ``trained`` (height, width) was not made for those of ``size``."""
+    area = size[0] * size[1] / (trained[0] * trained[1])
+    return not LEAST_AREA <= area <= MOST_AREA or max(size) / min(size) > MOST_ASPECT
+
+
 def text_length(checkpoint: Checkpoint, subfolder: str | None = None) -> int:
     """How many tokens a text encoder (None: the first one) takes: as many as it has positions, or fewer where the
     tokenizer says so, as diffusers pads prompts to the tokenizer's length. Raises CheckpointError for a damaged

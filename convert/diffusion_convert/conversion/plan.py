@@ -15,7 +15,7 @@ from typing import Any
 from diffusion_convert import components, layouts
 from diffusion_convert.bundle.zip_names import zip_attentions
 from diffusion_convert.checkpoint import folding, torch_networks
-from diffusion_convert.checkpoint.family import default_size, latent_factor, text_length
+from diffusion_convert.checkpoint.family import default_size, is_untrained, latent_factor, text_length
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import check_vocabulary, unknown_tokens
 from diffusion_convert.components.component import Component, Shape
@@ -76,7 +76,7 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
     layouts.check(checkpoint, options)
     shape = _shape(checkpoint, options)
     chosen = _components(checkpoint, options)
-    weights, notes = {}, [*checkpoint.notes, *_check_vocabularies(checkpoint)]
+    weights, notes = {}, [*checkpoint.notes, *_check_vocabularies(checkpoint), *_size_note(checkpoint, shape)]
     for subfolder in dict.fromkeys(component.subfolder for component in chosen):
         submodel = checkpoint.models[subfolder]
         tensors = submodel.tensors()
@@ -181,6 +181,18 @@ def _shape(checkpoint: Checkpoint, options: ConvertOptions) -> Shape:
         known = ", ".join(str(length * pieces) for pieces in range(1, MAX_PIECES + 1))
         raise InputError(f"--context-length {asked}: expected {known}: prompts are encoded in pieces of {length}")
     return Shape(*sizes, options.batch_size, asked)
+
+
+def _size_note(checkpoint: Checkpoint, shape: Shape) -> tuple[str, ...]:
+    """A sentence on a size that the model was not trained for. Upscalers take pictures of any size."""
+    height, width = default_size(*(checkpoint.models[name].config for name in ("unet", "vae")))
+    upscales = FAMILIES[checkpoint.family].class_labels
+    if upscales or not is_untrained((shape.height, shape.width), (height, width)):
+        return ()
+    return (
+        f"{shape.width}x{shape.height} pixels (width x height): {checkpoint.name} was trained for about the pixels "
+        f"of {width}x{height}; at other sizes such models repeat themselves or lose detail",
+    )
 
 
 def _size(weights: Mapping[str, int], parts: Sequence[Part], options: ConvertOptions, compiled: bool) -> int:
