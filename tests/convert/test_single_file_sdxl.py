@@ -354,3 +354,51 @@ def test_files_of_no_known_family(write: Write) -> None:
         open_single_file(path)
     with pytest.raises(InputError, match="family 'sdxl-inpainting' does not fit this file: expected sdxl"):
         open_single_file(write("sdxl"), "sdxl-inpainting")
+
+
+def in_float8(tensors: Tensors, dtype: torch.dtype, *, scale: bool) -> Tensors:
+    """As node editors store a UNet: its matrices in 8 bits, with or without a scale for each."""
+    stored: Tensors = {f"{UNET}scaled_fp8": torch.zeros(2, dtype=dtype)} if scale else {}
+    for name, value in tensors.items():
+        if not (name.startswith(UNET) and name.endswith(".weight") and value.ndim == 2):
+            stored[name] = value
+            continue
+        factor = value.float().abs().max() / 200 if scale else torch.tensor(1.0)
+        stored[name] = (value.float() / factor).to(dtype)
+        if scale:
+            stored[name.removesuffix("weight") + "scale_weight"] = factor
+            stored[name.removesuffix("weight") + "scale_input"] = torch.ones(())
+    return stored
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.float8_e4m3fn, False),
+        (torch.float8_e5m2, False),
+        (torch.float8_e4m3fn, True),
+        (torch.bfloat16, False),
+    ],
+)
+def test_weights_in_8_bits_and_in_bfloat16(
+    dtype: torch.dtype, scale: bool, write: Write, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    path = write("sdxl", lambda tensors: in_float8(tensors, dtype, scale=scale))
+    stored = load_file(path)
+    found = open_single_file(path).models["unet"].tensors()
+    key = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    ldm = f"{UNET}input_blocks.3.1.transformer_blocks.0.attn1.to_q"
+    factor = stored[f"{ldm}.scale_weight"].float() if scale else torch.tensor(1.0)
+    expected = stored[f"{ldm}.weight"].float() * factor
+    assert torch.equal(found[f"{key}.weight"].float(), expected.half().float() if scale else expected)
+    original = compvis_layout.read_weights(tiny_checkpoint("sdxl"), "unet")
+    assert found.keys() == original.keys()
+    for name, value in original.items():
+        spread = (found[name].float() - value.float()).abs().max() / value.float().abs().max()
+        assert spread < (0.13 if dtype is torch.float8_e5m2 else 0.07), name
+
+
+def test_a_scale_without_its_weight_is_refused(write: Write) -> None:
+    path = write("sdxl", lambda tensors: {**tensors, f"{UNET}out.2.scale_weight": torch.ones(())})
+    with pytest.raises(CheckpointError, match=r"parts that no covered family has: out\.2\.scale_weight"):
+        open_single_file(path)

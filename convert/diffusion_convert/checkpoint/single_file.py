@@ -21,6 +21,7 @@ from diffusion_convert.checkpoint import (
     ldm_marks,
     ldm_names,
     ldm_shapes,
+    scaled,
     tensor_file,
     torch_networks,
 )
@@ -181,12 +182,14 @@ def submodel(
     beside: ldm_configs.Sections,
 ) -> Submodel:
     """One network of a file, checked to be whole. ``part`` is what `split` found of it."""
+    weights, scales = scaled.apart(part)
     try:
-        config = ldm_configs.config(network.kind, network.subfolder, part, data, beside)
+        config = ldm_configs.config(network.kind, network.subfolder, weights, data, beside)
         config = config_models.checked(network.class_name, config, network.subfolder)
-        mapped = _mapped(network.kind, part, config)
+        mapped = _mapped(network.kind, weights, config)
         if network.kind == "unet":
-            _check_all_used(part, mapped)
+            _check_all_used(weights, mapped)
+        scaled.scaled(mapped, weights, scales)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     found = Submodel(network.class_name, config, partial(_map_tensors, path, network.kind, config), (path,))
@@ -205,7 +208,8 @@ def _mapped(kind: str, part: ldm_shapes.Tensors, config: Mapping[str, Any]) -> M
 
 
 def _map_tensors(path: Path, kind: str, config: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
-    return ldm_names.NAMES[kind](split(tensor_file.read(path).tensors)[kind], config)
+    weights, scales = scaled.apart(split(tensor_file.read(path).tensors)[kind])
+    return scaled.scaled(ldm_names.NAMES[kind](weights, config), weights, scales)
 
 
 def _check_all_used(part: ldm_shapes.Tensors, mapped: ldm_shapes.Tensors) -> None:
