@@ -17,6 +17,8 @@ from PIL import Image
 
 from diffusion_convert import convert
 from diffusion_convert.checkpoint.open import open_checkpoint
+from diffusion_convert.inspect import inspect
+from diffusion_convert.inspect.show import as_text
 from diffusion_convert.options import ConvertOptions
 from diffusion_convert.verification.folder import verify_models
 from diffusion_runtime import load_pipeline, schedulers
@@ -175,7 +177,9 @@ def test_the_manifest_tells_the_checkpoints_own(sd2: Converted) -> None:
     assert (folded.folded.padding, folded.folded.prediction_type) == ({"text_encoder": 0}, "v_prediction")
     assert own.folded.names == ()
     assert (own.latents.scale, own.prediction_type) == (SCALE, "v_prediction")
-    assert [line.split(":")[0] for line in folded.folded.lines()] == ["latent-scale", "padding", "prediction"]
+    shown = as_text(inspect(sd2.folded / "original" / "packages"))
+    assert all(f"  folded    {folding.value}: " in shown for folding in Folding)
+    assert "folded" not in as_text(inspect(sd2.own / "original" / "packages"))
 
 
 def test_verify_compares_with_the_folded_network(sd2: Converted) -> None:
