@@ -551,7 +551,6 @@ def test_the_configuration_of_a_whole_clip(
 
 NOT_COVERED: list[tuple[str, str, dict[str, Any], str]] = [
     ("sd1", "text_encoder", {"use_attention_mask": True}, "use_attention_mask"),
-    ("sdxl", "vae", {"latents_mean": [0.1] * 4, "latents_std": [1.1] * 4}, "latents_mean and latents_std"),
     ("sdxl", "unet", {"addition_time_embed_dim": ...}, "addition_time_embed_dim"),
     ("sd1", "text_encoder", {"eos_token_id": [49407, 2]}, "eos_token_id"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
@@ -16,8 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusion_convert import ConvertOptions, convert
+from diffusion_convert.bundle.add_manifests import add_manifests
 from diffusion_convert.checkpoint.vocabulary import TOKENIZER_FILES, write_vocabulary
 from diffusion_runtime import load_pipeline
+from diffusion_runtime.bundle.integrity import Hashes
+from diffusion_runtime.bundle.without_manifest import Assumed
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.pipeline import Pipeline
 from diffusion_runtime.prompt import tokenizer
@@ -175,3 +179,39 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Pat
     ):
         convert(folder, tmp_path / "models", ConvertOptions(attention="original"))
     assert not (tmp_path / "models").exists()
+
+
+PLACES = ("packages/tokenizer", "packages/Resources", ".", "tokenizer", "Resources", "compiled")
+
+
+@pytest.mark.parametrize(
+    ("place", "files"),
+    [
+        *((place, "tokenizer.json") for place in ("packages", *PLACES)),
+        *((place, files) for place in ("packages", "Resources") for files in ("vocab.json", "vocab.json alone")),
+    ],
+)
+def test_folders_of_other_tools_have_their_tokenizer_anywhere(
+    checkpoint: Path, models: Path, tmp_path: Path, place: str, files: str
+) -> None:
+    """No manifest, and the tokenizer in either form: generate and bundle find it, added tokens and all."""
+    variant = tmp_path / "original"
+    shutil.copytree(models / "original" / "packages", variant / "packages", copy_function=os.link)
+    (target := variant / place).mkdir(parents=True, exist_ok=True)
+    for path in [path for path in (variant / "packages").iterdir() if path.is_file()]:
+        if path.name != "manifest.json" and files != "tokenizer.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        path.unlink()
+    source = checkpoint / "tokenizer" if files == "tokenizer.json" else tmp_path
+    left_out = () if files != "vocab.json alone" else ("added_tokens.json", "tokenizer_config.json")
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file() and name not in left_out:
+            shutil.copyfile(source / name, target / name)
+    expected = tokenizer.load(target).encode("a cat in <style>").ids.tolist()
+    found = load_pipeline(variant / "packages", "torch")
+    assert found.tokenizer.encode("a cat in <style>").ids.tolist() == expected
+    for _ in add_manifests(tmp_path, {}, Assumed(), None, Hashes(), lambda _: None):
+        pass
+    assert (variant / "packages" / "manifest.json").is_file() and (variant / "packages" / "vocab.json").is_file()
+    bundled = load_pipeline(variant / "packages", "torch")
+    assert bundled.tokenizer.encode("a cat in <style>").ids.tolist() == expected

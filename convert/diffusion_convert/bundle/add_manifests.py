@@ -7,12 +7,14 @@ Taken are what Apple's converter writes (packages, and Resources/ of compiled mo
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+from diffusion_convert.checkpoint.vocabulary import TOKENIZER_FILES, write_vocabulary
 from diffusion_convert.inspect import palettized_weights
 from diffusion_runtime.atomic import share_tree, unfinished_file, unfinished_folder
 from diffusion_runtime.bundle import manifest, without_manifest
@@ -125,13 +127,22 @@ def _refuse_links(made: Manifest, place: Path, folder: Path) -> None:
 
 def _completed(made: Manifest, place: Path, tokenizer: Path, attention: str, kind: str, known: Hashes) -> Manifest:
     """Put the tokenizer's files and the manifest next to the models in ``place``."""
-    for file in VOCABULARY_FILES:
-        if not (place / file).exists():
-            with unfinished_file(place / file) as unfinished:
-                shutil.copyfile(tokenizer / file, unfinished)
+    if not all((place / file).exists() for file in VOCABULARY_FILES):
+        _copy_tokenizer(tokenizer, place)
     made = _with_files(made, place, attention, kind, known)
     manifest.write(made, place)
     return made
+
+
+def _copy_tokenizer(tokenizer: Path, place: Path) -> None:
+    """Its vocabulary with settings and added tokens, in the form that apps read; what is in ``place`` is kept."""
+    files = {name: tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()}
+    with tempfile.TemporaryDirectory() as written:
+        write_vocabulary(files, Path(written))
+        for file in sorted(Path(written).iterdir()):
+            if not (place / file.name).exists():
+                with unfinished_file(place / file.name) as unfinished:
+                    shutil.copyfile(file, unfinished)
 
 
 def _with_files(made: Manifest, place: Path, attention: str, kind: str, known: Hashes) -> Manifest:

@@ -52,11 +52,7 @@ def refuse_other_uses(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError for networks that diffusers' pipeline of the family uses in a way that is not covered,
     as their configurations ask for."""
     models, xl = checkpoint.models, FAMILIES[checkpoint.family].added_conditions
-    vae = models["vae"].config if "vae" in models else {}
     asked = {
-        "vae: latents_mean and latents_std, by which latents are moved": xl
-        and vae.get("latents_mean") is not None
-        and vae.get("latents_std") is not None,
         "text_encoder: use_attention_mask, by which padding is left out": not xl
         and "text_encoder" in models
         and bool(models["text_encoder"].config.get("use_attention_mask")),

@@ -64,7 +64,7 @@ class Assumed:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A manifest for a folder that has none. ``tokenizer`` is None where no vocab.json was found."""
+    """A manifest for a folder that has none. ``tokenizer`` is None where none was found."""
 
     manifest: Manifest
     tokenizer: Path | None
@@ -91,7 +91,7 @@ def describe(folder: Path, assumed: Assumed) -> Described:
     prediction = assumed.prediction_type or family.prediction_types[0]
     scale = assumed.scale or family.latent_scale
     height, width = (size * factor for size in inputs["sample"][2:])
-    tokenizer = next((place for place in _tokenizer_places(folder) if (place / "vocab.json").is_file()), None)
+    tokenizer = next((place for place in _tokenizer_places(folder) if _holds_tokenizer(place)), None)
     made = Manifest(
         name=_name(folder),
         family=family.name,
@@ -252,6 +252,11 @@ def _tokenizer_places(folder: Path) -> tuple[Path, ...]:
     """Next to the models; or where the Hub's folders keep it: with the compiled variant of the same models."""
     beside = (folder, folder / "tokenizer", folder / "Resources", folder.parent, folder.parent / "tokenizer")
     return (*beside, folder.parent / "compiled", folder.parent / "Resources")
+
+
+def _holds_tokenizer(place: Path) -> bool:
+    """In either form: vocab.json with merges.txt, or tokenizer.json."""
+    return any((place / name).is_file() for name in ("vocab.json", "tokenizer.json"))
 
 
 def _name(folder: Path) -> str:
