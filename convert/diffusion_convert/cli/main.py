@@ -16,6 +16,7 @@ from diffusion_runtime.cli.console import INTERRUPTED
 from diffusion_runtime.errors import DiffusionError
 
 BAD_INPUT = 2
+_LONGEST = 2000  # characters of a message: hostile names and values are longer
 
 app = typer.Typer(
     add_completion=False,
@@ -54,6 +55,13 @@ def _system_error(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def _one_line(text: str) -> str:
+    """Without line breaks and what is no letter, and without the middle of what no one would read."""
+    shown = " ".join(text.split())
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    return plain if len(plain) <= _LONGEST else f"{plain[: _LONGEST // 2]} … {plain[-_LONGEST // 2 :]}"
+
+
 def main() -> None:
     """The entry point: prints our own and the system's errors as one line with exit code 2; Ctrl-C gives exit code
     130."""
@@ -63,10 +71,10 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except DiffusionError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {_one_line(str(error))}", err=True)
         sys.exit(BAD_INPUT)
     except OSError as error:  # names that are too long, folders that may not be read, a full disk
-        typer.echo(f"error: {_system_error(error)}", err=True)
+        typer.echo(f"error: {_one_line(_system_error(error))}", err=True)
         sys.exit(BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED

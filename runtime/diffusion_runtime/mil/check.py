@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from diffusion_runtime.errors import PackageError, UnsupportedError
+from diffusion_runtime.mil.model import undefined
 from diffusion_runtime.mil.ops import OPS, Op
 from diffusion_runtime.mil.package import Package
 from diffusion_runtime.mil.program import Blob, Block, Function, Operation, TensorType, Value, ValueType, operations
@@ -26,7 +27,7 @@ def check_package(package: Package) -> None:
         if unknown:
             raise UnsupportedError(f"{where}: {len(unknown)} MIL op(s) not covered: {', '.join(unknown)}")
         _raise(UnsupportedError, f"{where}: operands not covered", _unknown_parameters(function.block))
-        _raise(PackageError, f"{where}: damaged", [*_undefined(function), *_bad_blobs(package, function.block)])
+        _raise(PackageError, f"{where}: damaged", [*undefined(function), *_bad_blobs(package, function.block)])
         _raise(UnsupportedError, f"{where}: too large", _too_large(function, budget(package)))
 
 
@@ -109,24 +110,6 @@ def _faults(op: Op, given: Mapping[str, tuple[str | Value, ...]], strings: Mappi
             value = bindings[0].data if isinstance(bindings[0], Value) else strings.get(bindings[0])
             if value not in op.parameters[name].choices:
                 yield f"{name} {value!r} is unknown; known: {', '.join(op.parameters[name].choices)}"
-
-
-def _undefined(function: Function) -> list[str]:
-    defined = {variable.name for variable in function.inputs}
-    faults = []
-    for operation in function.block.operations:
-        for parameter, bindings in operation.inputs.items():
-            where = f"{operation.type} {output_name(operation)}"
-            faults += [
-                f"{where}: {parameter} is {binding!r}, which nothing before it defines"
-                for binding in bindings
-                if isinstance(binding, str) and binding not in defined
-            ]
-        for variable in operation.outputs:
-            if variable.name in defined:
-                faults.append(f"{operation.type}: {variable.name!r} is defined twice")
-            defined.add(variable.name)
-    return faults + [f"output {name!r} is not defined" for name in function.block.outputs if name not in defined]
 
 
 def _bad_blobs(package: Package, block: Block) -> list[str]:

@@ -177,6 +177,6 @@ def _check_item(item: Any, package: Path) -> None:
 
 
 def _inside(path: Path, folder: Path, source: Path) -> Path:
-    if not is_inside(path, folder):
+    if "\0" in str(path) or not is_inside(path, folder):
         raise PackageError(f"{source}: {path} leads outside of {folder}; the model is refused")
     return path

@@ -65,6 +65,7 @@ class WeightFile:
                 f"{path}: the weight file is truncated: {self._bytes.size} bytes, expected at least {_HEADER.size}"
             )
         self.count, version = _HEADER.unpack(self._bytes[: _HEADER.size].tobytes())
+        self._found: set[int] = set()
         if version != _VERSION:
             raise PackageError(f"{path}: weight file format {version} at offset 4, expected {_VERSION}")
 
@@ -114,6 +115,9 @@ class WeightFile:
             raise PackageError(
                 f"{where}: data from {start} to {start + size} lies outside the truncated file of {total} bytes"
             )
+        self._found.add(offset)
+        if len(self._found) > self.count:
+            raise PackageError(f"{where}: is one more than the {self.count} blobs that the file says it holds")
         return self._bytes[start : start + size]
 
 
