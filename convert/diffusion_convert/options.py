@@ -76,7 +76,8 @@ class ConvertOptions:
     """Options of `convert`, with the command line's names and defaults.
 
     ``attention`` empty: what the family is converted with (`Family.attention`). ``components`` empty: all that
-    there are. ``height`` and ``width`` in pixels, None: the checkpoint's own sample size. ``nbits``,
+    there are. ``height`` and ``width`` in pixels, None: the checkpoint's own sample size. ``batch_size`` of the
+    UNet, None: 2, both halves of the guidance, or 1 where it takes the guidance scale as an input. ``nbits``,
     ``target_bits`` (an average: each weight gets bits of its own) and ``recipe`` (a file of bits by weight)
     exclude each other; ``nbits_for`` goes before them. ``context_length``: text tokens that the UNet takes,
     None: as many as the text encoder; two or three times as many are for long prompts, which are encoded in
@@ -95,7 +96,7 @@ class ConvertOptions:
     components: tuple[str, ...] = ()
     height: int | None = None
     width: int | None = None
-    batch_size: int = 2
+    batch_size: int | None = None
     context_length: int | None = None
     target: str = DEFAULT_TARGET
     chunk_unet: bool = False
@@ -127,7 +128,7 @@ class ConvertOptions:
             components: str | Iterable[str] = ...,
             height: int | None = ...,
             width: int | None = ...,
-            batch_size: int = ...,
+            batch_size: int | None = ...,
             context_length: int | None = ...,
             target: str = ...,
             chunk_unet: bool = ...,
@@ -161,7 +162,7 @@ class ConvertOptions:
         low, high = min(PALETTE_BITS), max(PALETTE_BITS)
         if self.target_bits is not None and not low <= self.target_bits <= high:
             raise InputError(f"--target-bits {self.target_bits:g}: expected {low} to {high}")
-        if self.batch_size not in (1, 2):
+        if self.batch_size not in (None, 1, 2):
             raise InputError(f"batch size {self.batch_size}: expected 2 (both halves of the guidance at once) or 1")
         if (self.height is None) != (self.width is None):
             raise InputError("--height and --width belong together: give both or neither")
@@ -182,7 +183,7 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
     """The fields whose values may be given in other forms than they are declared, as declared. Raises InputError
     for a value of a wrong type in any field."""
     for name in ("nbits", "height", "width", "batch_size", "context_length"):
-        if name == "batch_size" or getattr(options, name) is not None:
+        if getattr(options, name) is not None:
             _typed(name, getattr(options, name), (int,), "a whole number")
     if options.target_bits is not None:
         _typed("target_bits", options.target_bits, (int, float), "a number")

@@ -114,7 +114,7 @@ def test_they_are_verified_as_any_others_and_not_run(
 
 def names(folder: Path, options: ConvertOptions, component: str, kind: AttentionKind) -> str:
     checkpoint = open_checkpoint(str(folder))
-    shape = Shape(768, 512, options.batch_size)
+    shape = Shape(768, 512, options.batch_size or 2)
     owner: Component = table()[component]
     return LAYOUTS[Layout.COMFYUI].file_name(checkpoint, owner, kind, shape, options)
 

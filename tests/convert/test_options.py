@@ -45,7 +45,7 @@ Source = Callable[[str], Path]
         ({"loras": (1,)}, "LoRA path 1: expected a path"),
         ({"vae": 1}, "vae 1: expected a path or Hub id"),
         ({"height": "512", "width": 512}, "height '512': expected a whole number"),
-        ({"batch_size": None}, "batch_size None: expected a whole number"),
+        ({"batch_size": "2"}, "batch_size '2': expected a whole number"),
         ({"target": 15}, "target 15: expected a text"),
         ({"zip": "no"}, "zip 'no': expected True or False"),
     ],

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from diffusion_convert import ConvertOptions, convert
+from diffusion_convert.checkpoint.open import open_checkpoint
+from diffusion_convert.conversion.plan import make_plan
 from diffusion_runtime import InputError, Pipeline, load_pipeline
 from pictures import half_mask, picture
 
@@ -144,3 +146,29 @@ def test_what_cannot_be_is_said(converted: Callable[..., Path]) -> None:
     for given, message in failing:
         with pytest.raises(InputError, match=message):
             pipeline("a cat", **given)
+
+
+@pytest.mark.parametrize("family", ["sd1-lcm", "sdxl-lcm", "sd1"])
+def test_a_unet_that_takes_the_scale_has_one_row(family: str, tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Nothing is computed without the prompt, so a second row would be work for nothing."""
+    checkpoint = open_checkpoint(str(tiny_checkpoint(family)))
+    usual, asked = (make_plan(checkpoint, ConvertOptions("original", batch_size=size)) for size in (None, 2))
+    assert (usual.shape.batch_size, asked.shape.batch_size) == (1 if family.endswith("lcm") else 2, 2)
+
+
+@pytest.mark.parametrize("scheduler", ["LCMScheduler", "TCDScheduler"])
+def test_schedulers_of_few_steps(scheduler: str, reference: Load, psnr_db: Psnr) -> None:
+    """As LCM and TCD LoRAs are used; eta is TCD's gamma."""
+    import diffusers
+
+    own = reference("sd1")
+    asked: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 4, "guidance_scale": 1.5, "eta": 0.3}
+    pipe = diffusers.StableDiffusionPipeline(**{**own.diffusers.components, "safety_checker": None})
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    expected = pipe(**asked, output_type="latent", generator=seeded()).images
+    ours = own.pipeline(scheduler=scheduler.removesuffix("Scheduler").lower())
+    made = ours(**asked, output_type="latent", generator=seeded()).images
+    assert psnr_db(made.numpy(), expected.numpy()) >= PARITY_DB
+    plain = ours(**{**asked, "eta": 0.0}, output_type="latent", generator=seeded()).images
+    assert torch.equal(plain, made) == (scheduler == "LCMScheduler")

@@ -16,7 +16,7 @@ from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.conversion.assemble import assemble, describe
 from diffusion_convert.conversion.events import Event, Phase, Progress
 from diffusion_convert.conversion.part import Record, check_recipe, make
-from diffusion_convert.conversion.plan import Part, Plan, fingerprint, make_plan
+from diffusion_convert.conversion.plan import Part, Plan, fingerprint, make_plan, settled_batch_size
 from diffusion_convert.conversion.previous import Kept, Previous, kept_of, read
 from diffusion_convert.conversion.workspace import Workspace, check_space, clear, workspace
 from diffusion_convert.export import export
@@ -103,7 +103,11 @@ def _plan(source: str, options: ConvertOptions, previous: Previous, progress: Pr
         loras=options.loras,
         lora_partial=options.lora_partial,
     )
-    options = replace(options, attention=options.attention or FAMILIES[checkpoint.family].attention)
+    options = replace(
+        options,
+        attention=options.attention or FAMILIES[checkpoint.family].attention,
+        batch_size=settled_batch_size(checkpoint, options),
+    )
     with torch_networks.silent():
         stamp = fingerprint(checkpoint, options)
         plan = make_plan(checkpoint, previous.widened(options, stamp), stamp)

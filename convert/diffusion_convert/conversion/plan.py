@@ -180,7 +180,13 @@ def _shape(checkpoint: Checkpoint, options: ConvertOptions) -> Shape:
     if asked is not None and (asked % length or not 0 < asked <= MAX_PIECES * length):
         known = ", ".join(str(length * pieces) for pieces in range(1, MAX_PIECES + 1))
         raise InputError(f"--context-length {asked}: expected {known}: prompts are encoded in pieces of {length}")
-    return Shape(*sizes, options.batch_size, asked)
+    return Shape(*sizes, settled_batch_size(checkpoint, options), asked)
+
+
+def settled_batch_size(checkpoint: Checkpoint, options: ConvertOptions) -> int:
+    """What is asked for; else one row for each half of the guidance, or one where the UNet takes the scale."""
+    takes_scale = checkpoint.models["unet"].config.get("time_cond_proj_dim") is not None
+    return options.batch_size or (1 if takes_scale else 2)
 
 
 def _size_note(checkpoint: Checkpoint, shape: Shape) -> tuple[str, ...]:
