@@ -63,7 +63,9 @@ def test_only_proto_touches_protobuf() -> None:
         if any(name.startswith(("google.protobuf", "coremltools.proto")) for name in imported_modules(path))
         or "_pb2" in path.read_text(encoding="utf-8")
     }
-    assert touching == {f"runtime/diffusion_runtime/mil/{name}.py" for name in ("description", "proto")}
+    assert touching == {
+        f"runtime/diffusion_runtime/mil/{name}.py" for name in ("description", "proto", "proto_tensors")
+    }
 
 
 @pytest.mark.parametrize("package", ["diffusion_runtime", "diffusion_convert"])

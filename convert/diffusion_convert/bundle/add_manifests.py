@@ -16,13 +16,14 @@ from pathlib import Path
 
 from diffusion_convert.checkpoint.vocabulary import TOKENIZER_FILES, write_vocabulary
 from diffusion_convert.inspect import palettized_weights
-from diffusion_runtime.atomic import share_tree, unfinished_file, unfinished_folder
+from diffusion_runtime.atomic import unfinished_file, unfinished_folder
 from diffusion_runtime.bundle import manifest, without_manifest
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes
 from diffusion_runtime.bundle.manifest import Manifest, Palettization
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import ATTENTIONS, SYSTEMS, compiled_names
+from diffusion_runtime.links import share_tree
 from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES

@@ -17,8 +17,9 @@ from pathlib import Path
 from diffusion_convert.compile import coremldata, coverage
 from diffusion_convert.compile.metadata_json import metadata_json
 from diffusion_convert.compile.mil_text import compiled_program, dialect
-from diffusion_runtime.atomic import share_file, unfinished_folder
+from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.links import share_file
 from diffusion_runtime.mil.package import Package, open_package, resolve, specification_path
 from diffusion_runtime.mil.program import Blob, Function, Value, operations
 from diffusion_runtime.mil.text import TEXT_NAME, write_text

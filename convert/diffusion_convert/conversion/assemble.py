@@ -17,13 +17,13 @@ from diffusion_convert.conversion.plan import Plan, tool_versions
 from diffusion_convert.conversion.previous import Previous
 from diffusion_convert.conversion.workspace import Workspace
 from diffusion_runtime import strict_json
-from diffusion_runtime.atomic import share_tree
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import Hashes
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import CheckpointError
 from diffusion_runtime.families import AttentionKind, Layout
+from diffusion_runtime.links import share_tree
 from diffusion_runtime.schedulers import imposed_on, settled
 
 PACKAGES, COMPILED = KINDS

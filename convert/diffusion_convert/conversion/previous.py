@@ -17,13 +17,14 @@ from diffusion_convert.conversion.part import Record, read_record, write_record
 from diffusion_convert.conversion.plan import Part, Plan
 from diffusion_convert.conversion.workspace import Workspace
 from diffusion_convert.options import ConvertOptions
-from diffusion_runtime.atomic import share_tree, unfinished_folder
+from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import Hashes, faults
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS, AttentionKind
+from diffusion_runtime.links import share_tree
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 
 

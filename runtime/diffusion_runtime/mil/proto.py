@@ -1,4 +1,5 @@
-"""Core ML's protobuf messages <-> frozen values. Protobuf is touched here and in ``description.py``.
+"""Core ML's protobuf messages <-> frozen values. Protobuf is touched here, in ``proto_tensors.py`` and in
+``description.py``.
 
 A serialised description is kept verbatim (``Model.description``). Maps whose order protobuf does not define
 (inputs, attributes, functions) are sorted by key, so that equal files give equal and equally ordered programs. Doc
@@ -7,18 +8,14 @@ strings of single values are not kept; nothing that coremltools writes has them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from diffusion_runtime.coremltools_import import import_messages
 from diffusion_runtime.errors import PackageError, UnsupportedError
 from diffusion_runtime.mil import wire
 from diffusion_runtime.mil.model import Model
-from diffusion_runtime.mil.packing import pack, packed_size, unpack
 from diffusion_runtime.mil.program import (
     Blob,
     Block,
@@ -34,9 +31,8 @@ from diffusion_runtime.mil.program import (
     Value,
     ValueType,
     Variable,
-    numpy_dtype,
-    packed_bits,
 )
+from diffusion_runtime.mil.proto_tensors import fill_tensor, tensor_from_proto
 
 # Numbers of MIL.proto's DataType. Types of fewer than 8 bits came with iOS 18.
 _CODES = {
@@ -61,17 +57,6 @@ _CODES = {
     DType.UINT3: 39,
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
-_LISTED = {  # the field of TensorValue; every other type is written as bytes
-    DType.BOOL: "bools",
-    DType.STRING: "strings",
-    DType.FLOAT32: "floats",
-    DType.FLOAT64: "doubles",
-    DType.INT16: "ints",
-    DType.UINT16: "ints",
-    DType.INT32: "ints",
-    DType.INT64: "longInts",
-    DType.UINT64: "longInts",
-}
 # Fields of Core ML's Model message. It is put together from its parts here: protobuf would write the description's
 # map of user metadata in an order of its own, and what this protobuf schema does not know would be lost.
 _VERSION, _DESCRIPTION, _UPDATABLE = 1, 2, 10
@@ -241,7 +226,7 @@ def _value(spec: Any) -> Value:
         return Value(kind, Blob(spec.blobFileValue.fileName, spec.blobFileValue.offset))
     immediate = spec.immediateValue
     if isinstance(kind, TensorType):
-        return Value(kind, _tensor(immediate.tensor, kind))
+        return Value(kind, tensor_from_proto(immediate.tensor, kind))
     if isinstance(kind, ListType):
         return Value(kind, tuple(_value(item) for item in immediate.list.values))
     if isinstance(kind, TupleType):
@@ -249,52 +234,6 @@ def _value(spec: Any) -> Value:
     if isinstance(kind, DictType):
         return Value(kind, tuple((_value(item.key), _value(item.value)) for item in immediate.dictionary.values))
     raise UnsupportedError("a literal state")
-
-
-def _tensor(spec: Any, kind: TensorType) -> np.ndarray | str:
-    if any(size is None or size < 0 for size in kind.shape):
-        raise PackageError(f"a literal of shape {kind.shape}, expected fixed sizes")
-    shape = tuple(size for size in kind.shape if size is not None)
-    count = math.prod(shape)
-    field = spec.WhichOneof("value")
-    if field is None:
-        raise PackageError(f"a literal of {kind.dtype.value} without a value")
-    elements = getattr(spec, field).values
-    try:
-        flat = _unpacked(elements, kind.dtype, count) if field == "bytes" else _listed(list(elements), kind.dtype)
-    except (ValueError, OverflowError) as error:
-        raise PackageError(f"a literal of {kind.dtype.value} from {field}: {error}") from error
-    if flat.size != count:
-        raise PackageError(f"a literal of {flat.size} elements, expected {count} for shape {shape}")
-    if kind.dtype is DType.STRING and not shape:
-        return str(flat[0])
-    return flat.reshape(shape)
-
-
-def _unpacked(data: bytes, dtype: DType, count: int) -> np.ndarray:
-    if dtype is DType.STRING:
-        raise ValueError("expected strings")
-    bits = packed_bits(dtype)
-    if bits is None:
-        return np.frombuffer(data, numpy_dtype(dtype))
-    if len(data) != packed_size(count, bits):
-        raise ValueError(f"{len(data)} bytes, expected {packed_size(count, bits)}")
-    return unpack(np.frombuffer(data, np.uint8), bits, count, signed=dtype is DType.INT4)
-
-
-def _listed(elements: list[Any], dtype: DType) -> np.ndarray:
-    wanted = numpy_dtype(dtype)
-    if dtype is DType.STRING or any(isinstance(element, str) for element in elements):
-        if dtype is not DType.STRING or not all(isinstance(element, str) for element in elements):
-            raise ValueError("strings where numbers are expected, or numbers where strings are")
-        return np.array(elements, object)
-    if dtype is DType.UINT64:
-        return np.array(elements, np.int64).view(wanted)
-    array = np.array(elements, wanted if wanted.kind == "f" else np.int64)
-    narrow = array.astype(wanted)
-    if wanted.kind in "iu" and not np.array_equal(narrow.astype(np.int64), array):
-        raise ValueError("an element is out of range")
-    return narrow
 
 
 # --- values -> protobuf
@@ -378,7 +317,7 @@ def _fill_value(spec: Any, value: Value) -> None:
         spec.blobFileValue.fileName = data.path
         spec.blobFileValue.offset = data.offset
     elif isinstance(value.type, TensorType):
-        _fill_tensor(spec.immediateValue.tensor, data, value.type.dtype)
+        fill_tensor(spec.immediateValue.tensor, data, value.type.dtype)
     elif isinstance(value.type, DictType):
         spec.immediateValue.dictionary.SetInParent()
         for key, item in _items(data):
@@ -396,16 +335,3 @@ def _items(data: Any) -> Any:
     if not isinstance(data, tuple):
         raise ValueError(f"a list, tuple or dictionary holds a tuple, got {type(data).__name__}")
     return data
-
-
-def _fill_tensor(spec: Any, data: Any, dtype: DType) -> None:
-    array = np.asarray(data, object) if isinstance(data, str) else data
-    if not isinstance(array, np.ndarray) or array.dtype != numpy_dtype(dtype):
-        raise ValueError(f"a literal of {dtype.value} holds {getattr(array, 'dtype', type(array).__name__)}")
-    bits = packed_bits(dtype)
-    if dtype not in _LISTED:
-        spec.bytes.values = (pack(array, bits) if bits else array).tobytes()
-        return
-    field = getattr(spec, _LISTED[dtype])
-    field.SetInParent()
-    field.values.extend((array.view(np.int64) if dtype is DType.UINT64 else array).ravel().tolist())

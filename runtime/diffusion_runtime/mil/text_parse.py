@@ -6,7 +6,6 @@ tensor-shaped scalars alike). Anything else is an error that names the line.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import TypeVar
 import numpy as np
 
 from diffusion_runtime.errors import PackageError, UnsupportedError
-from diffusion_runtime.mil.packing import pack
 from diffusion_runtime.mil.program import (
     Blob,
     Block,
@@ -31,9 +29,8 @@ from diffusion_runtime.mil.program import (
     Value,
     ValueType,
     Variable,
-    numpy_dtype,
-    packed_bits,
 )
+from diffusion_runtime.mil.text_literals import numbers_of, unescaped
 from diffusion_runtime.mil.text_print import OPSETS, Dialect
 
 _ID = r"[A-Za-z_][A-Za-z0-9_@]*"
@@ -60,8 +57,6 @@ _FUNCTION = re.compile(rf"\s*func\s+({_ID})\s*<\s*([a-z0-9]+)\s*>")
 _END = re.compile(r"\s*\Z")
 _ARROW = re.compile(r"\s*\}\s*->")
 _PUNCTUATION = {mark: re.compile(rf"\s*{re.escape(mark)}") for mark in "()[]{}<>,;="}
-_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
-_ESCAPED = {"n": "\n", "r": "\r", "t": "\t"}
 _OPSETS = {text: opset for opset, text in OPSETS.items()}
 _DTYPES = {dtype.value: dtype for dtype in DType}
 _MAX_DEPTH = 32
@@ -275,7 +270,7 @@ class _Parser:
 
     def _tensor(self, kind: TensorType) -> Value:
         if blob := self._accept(_BLOB):
-            return Value(kind, Blob(_unescaped(blob.group(1)), int(blob.group(2))))
+            return Value(kind, Blob(unescaped(blob.group(1)), int(blob.group(2))))
         start = self._position
         shape: tuple[int, ...]
         if kind.dtype is DType.STRING:
@@ -294,7 +289,7 @@ class _Parser:
     def _strings(self, kind: TensorType, start: int) -> Value:
         found: list[str] = []
         shape = self._nested(
-            len(kind.shape), found, lambda: _unescaped(self._expect(_STRING, "a quoted string").group(1))
+            len(kind.shape), found, lambda: unescaped(self._expect(_STRING, "a quoted string").group(1))
         )
         self._check_shape(kind, shape, start)
         if not kind.shape:
@@ -325,7 +320,7 @@ class _Parser:
 
     def _numbers(self, items: list[str], dtype: DType, start: int) -> np.ndarray:
         try:
-            return _convert(items, dtype)
+            return numbers_of(items, dtype)
         except (ValueError, OverflowError, KeyError) as error:
             raise self._error(f"values of {dtype.value}, got {', '.join(items)[:60]}", start) from error
 
@@ -377,33 +372,3 @@ class _Parser:
             start += 1
         got = self._text[start : start + 40].split("\n")[0]
         return PackageError(f"{self._name}: line {self._line(start)}: expected {expected}, got {got!r}")
-
-
-def _unescaped(text: str) -> str:
-    if "\\" not in text:
-        return text
-    return _ESCAPE.sub(lambda match: _ESCAPED.get(match.group(1), match.group(1)), text)
-
-
-def _convert(items: list[str], dtype: DType) -> np.ndarray:
-    """Numbers to a flat array. Raises ValueError, KeyError or OverflowError for what ``dtype`` cannot hold."""
-    target = numpy_dtype(dtype)
-    if dtype is DType.BOOL:
-        return np.array([{"true": True, "false": False}[item.strip()] for item in items], target)
-    if target.kind == "f":
-        exact = [_float(item.strip()) for item in items]
-        with np.errstate(over="ignore"):
-            rounded = np.array(exact, target)
-        if any(math.isfinite(number) != fine for number, fine in zip(exact, np.isfinite(rounded), strict=True)):
-            raise OverflowError
-        return rounded
-    array = np.array([int(item) for item in items], target)
-    if bits := packed_bits(dtype):
-        pack(array, bits)
-    return array
-
-
-def _float(text: str) -> float:
-    if "nan" in text:
-        raise ValueError(text)
-    return float.fromhex(text) if "x" in text else float(text)
