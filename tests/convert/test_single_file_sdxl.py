@@ -402,3 +402,11 @@ def test_a_scale_without_its_weight_is_refused(write: Write) -> None:
     path = write("sdxl", lambda tensors: {**tensors, f"{UNET}out.2.scale_weight": torch.ones(())})
     with pytest.raises(CheckpointError, match=r"parts that no covered family has: out\.2\.scale_weight"):
         open_single_file(path)
+
+
+@pytest.mark.parametrize("mark", ["edm_mean", "edm_vpred.sigma_max"])
+def test_files_with_noise_levels_of_edm_are_refused(mark: str, write: Write) -> None:
+    """As ordinary ones they would draw noise."""
+    path = write("sdxl", lambda tensors: {**tensors, mark: torch.ones(4)})
+    with pytest.raises(CheckpointError, match=rf"has {mark}, so its noise levels are EDM's"):
+        open_single_file(path)

@@ -49,6 +49,10 @@ FEW_STEPS: Mapping[str, Mapping[str, Any]] = {
 with."""
 
 
+EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+"""Tensors of files whose noise levels are EDM's (Playground v2.5, CosXL): no schedule of ours fits them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Marks:
     """``prediction``: "v_prediction" or "epsilon"; ``zero_snr``: the noise schedule was rescaled so that its last
