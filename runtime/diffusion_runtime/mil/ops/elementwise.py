@@ -15,6 +15,11 @@ Castable = Literal[
 ]
 
 
+@mil_op("abs")
+def abs_(x: Tensor) -> Tensor:
+    return torch.abs(x)
+
+
 @mil_op("cos")
 def cos(x: Tensor) -> Tensor:
     return torch.cos(x)

@@ -65,11 +65,6 @@ def conv_transpose(
     return y if bias is None else y + bias.reshape(-1, *[1] * spatial)
 
 
-@mil_op("abs")
-def abs_(x: Tensor) -> Tensor:
-    return torch.abs(x)
-
-
 @mil_op("erf")
 def erf(x: Tensor) -> Tensor:
     return torch.erf(x)
