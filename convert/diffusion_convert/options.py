@@ -157,6 +157,8 @@ class ConvertOptions:
         for name, bits in {"nbits": self.nbits, **self.nbits_for}.items():
             if bits is not None and bits not in PALETTE_BITS:
                 raise InputError(f"{name} {bits}: expected one of {', '.join(map(str, PALETTE_BITS))}")
+            if bits == 3 and TARGETS[self.target] < TARGETS["macOS15"]:
+                raise InputError(f"{name} 3: needs --target macOS15 / iOS18 or later; {self.target} takes 2 or 4")
         if sum(value is not None for value in (self.nbits, self.target_bits, self.recipe)) > 1:
             raise InputError("--nbits, --target-bits and --recipe exclude each other: give one")
         low, high = min(PALETTE_BITS), max(PALETTE_BITS)

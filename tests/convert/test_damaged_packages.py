@@ -85,6 +85,10 @@ def weights(change: Callable[[bytearray], object]) -> Damage:
     return damage
 
 
+def cut(size: int) -> Damage:
+    return weights(lambda data: bytes(data[:size]))
+
+
 def put(kind: str, offset: int, value: int) -> Damage:
     return weights(lambda data: struct.pack_into(f"<{kind}", data, offset, value))
 
@@ -147,10 +151,7 @@ def outside(package: Path) -> None:
 
 
 WEIGHT_DAMAGE: dict[str, Damage] = {
-    **{
-        f"cut to {size}": weights(lambda data, size=size: bytes(data[:size]))
-        for size in (0, 1, 63, 64, 127, 128, 200)
-    },
+    **{f"cut to {size}": cut(size) for size in (0, 1, 63, 64, 127, 128, 200)},
     "its last byte is missing": weights(lambda data: bytes(data[:-1])),
     "version 1": put("I", 4, 1),
     "version 2**32 - 1": put("I", 4, 2**32 - 1),

@@ -30,6 +30,8 @@ Source = Callable[[str], Path]
     ("options", "message"),
     [
         ({"target": "macOS12"}, "unknown target 'macOS12': expected one of " + ", ".join(TARGETS)),
+        ({"nbits": 3, "target": "macOS14"}, "nbits 3: needs --target macOS15"),
+        ({"nbits_for": {"unet": 3}, "target": "iOS16"}, "unet 3: needs --target macOS15"),
         ({"nbits": 5}, "nbits 5: expected one of " + ", ".join(map(str, PALETTE_BITS))),
         ({"batch_size": 3}, "batch size 3: expected 2"),
         ({"height": 512}, "--height and --width belong together"),

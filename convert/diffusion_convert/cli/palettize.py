@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffusion_runtime.errors import InputError
+from diffusion_runtime.errors import InputError, VerificationError
 from diffusion_runtime.real_path import real_path
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffusion_convert.palettize.recipe import Mixed
 
 _DEFAULT_BITS = 6
+_OTHER_INPUTS = "give inputs from use with --samples FILE.npz, or leave out the check with --no-check"
 
 
 class Granularity(enum.Enum):
@@ -75,7 +76,10 @@ def palettize(
         options = mixed.options
     given = None if samples is None else _samples(samples, package)
     with _progress() as progress:
-        checked = palettize_checked(package, output, options, samples=given, compare=check, progress=progress)
+        try:
+            checked = palettize_checked(package, output, options, samples=given, compare=check, progress=progress)
+        except VerificationError as error:
+            raise VerificationError(f"{error}; {_OTHER_INPUTS}") from error
     if mixed is not None and plot is not None:
         _plot(mixed, plot, package.name)
     if save_recipe is not None:

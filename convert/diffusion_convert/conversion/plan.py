@@ -154,6 +154,11 @@ def _components(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Compon
             raise InputError(
                 f"{option} {value}: nothing that is converted follows it; {can} can, without --nbits-for"
             )
+    if options.nbits is not None and not any(
+        component.palettized and name not in options.nbits_for for name, component in chosen.items()
+    ):
+        can = ", ".join(name for name, component in table.items() if component.palettized)
+        raise InputError(f"--nbits {options.nbits}: nothing that is converted follows it; {can} can")
     return tuple(chosen.values())
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_convert.palettize.outputs import Samples, compare_outputs, require_outputs
+from diffusion_convert.palettize.outputs import Samples, compare_outputs, require_outputs, require_steady
 from diffusion_convert.palettize.palettize_options import PalettizeOptions, Report
 from diffusion_convert.palettize.palettize_package import OnWeight, palettize_package
-from diffusion_convert.verification.bounds import MIN_PSNR_DB
+from diffusion_convert.verification.bounds import MIN_PSNR_DB, bound_db
 from diffusion_runtime.atomic import unfinished_folder
 
 
@@ -42,5 +42,8 @@ def palettize_checked(
         psnr: Mapping[str, float] = {}
         if compare:
             psnr = compare_outputs(source, unchecked, samples)
+            bound = bound_db(report.average_bits, bounds)
+            if any(not value >= bound for value in psnr.values()):
+                require_steady(source, samples, psnr, bound)
             require_outputs(output, psnr, report.average_bits, bounds)
     return Checked(report, psnr)

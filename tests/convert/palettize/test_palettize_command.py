@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from diffusion_convert.cli.palettize import register
 from diffusion_convert.palettize.palettize_package import folder_bytes
+from diffusion_runtime.coremltools_import import import_coremltools
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,30 @@ def test_a_package_that_overflows_by_itself_is_blamed_and_samples_are_offered(
     np.savez(tmp_path / "good.npz", x=x, ids=ids)
     result = command(source, "-o", output, "--samples", tmp_path / "good.npz")
     assert result.exit_code == 0, result.output
+
+
+def test_a_package_that_is_chaotic_is_blamed_and_samples_are_offered(
+    command: Callable[..., Result], tmp_path: Path
+) -> None:
+    """Sines of numbers in the ten thousands: a thousandth more of them, and each is another."""
+    ct, mb = import_coremltools(), import_coremltools("converters.mil").Builder
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+
+    @mb.program(input_specs=[mb.TensorSpec((1, 64))], opset_version=ct.target.iOS16)  # type: ignore[untyped-decorator]
+    def network(x: Any) -> Any:
+        rows = mb.linear(x=x, weight=weight, bias=np.zeros(64, np.float32))
+        return mb.sin(x=mb.mul(x=rows, y=np.float32(1e4)), name="wild")
+
+    model = ct.convert(network, minimum_deployment_target=ct.target.iOS16, skip_model_load=True,
+                       compute_precision=ct.precision.FLOAT32)  # fmt: skip
+    model.save(str(tmp_path / "wild.mlpackage"))
+    output = tmp_path / "out.mlpackage"
+    result = command(tmp_path / "wild.mlpackage", "-o", output, "--nbits", "8")
+    expected = r"wild\.mlpackage: its own output wild is chaotic .*--samples FILE\.npz.*--no-check"
+    assert re.search(expected, str(result.exception)), result.exception
+    assert not output.exists()
+    np.savez(tmp_path / "small.npz", x=np.full((1, 64), 1e-6, np.float32))
+    assert command(tmp_path / "wild.mlpackage", "-o", output, "--samples", tmp_path / "small.npz").exit_code == 0
 
 
 @pytest.mark.parametrize(
