@@ -49,8 +49,8 @@ def full_size_unet(folder: Path, attention: AttentionKind = AttentionKind.ORIGIN
         family="sd1",
         source=Source(name="random"),
         models={
-            "unet": Submodel("UNet2DConditionModel", SD1_UNET, lambda: tensors),
-            "vae": Submodel("AutoencoderKL", VAE, dict),
+            "unet": Submodel("UNet2DConditionModel", SD1_UNET, lambda: tensors, ()),
+            "vae": Submodel("AutoencoderKL", VAE, dict, ()),
         },
         schedulers={},
         tokenizer={},

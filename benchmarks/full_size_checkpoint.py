@@ -198,7 +198,7 @@ def write_checkpoint(folder: Path, family: str = "sd1") -> Path:
     chosen = FAMILIES[family]
     index: dict[str, list[str]] = {"scheduler": ["diffusers", chosen.scheduler]}
     for name, about in chosen.networks.items():
-        network = torch_networks.empty(Submodel(about.class_name, about.config, dict), name)
+        network = torch_networks.empty(Submodel(about.class_name, about.config, dict, ()), name)
         shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
         write_shards(folder / name, about.file, shapes)
         (folder / name / "config.json").write_text(json.dumps(about.config))
