@@ -139,6 +139,11 @@ def test_a_stopped_conversion_keeps_what_was_chosen(tiny_checkpoint: Source, tmp
         ({"recipe": 4}, "recipe 4: expected a path"),
         ({"recipe": "a\0b"}, "--recipe 'a\\x00b': no path"),
         ({"recipe": "nowhere.json"}, "nowhere.json"),
+        ({"nbits": 6, "components": "vae_decoder"}, "--nbits 6: nothing that is converted follows it"),
+        (
+            {"nbits": 6, "nbits_for": {"unet": 4}, "components": "unet"},
+            "--nbits 6: nothing that is converted follows",
+        ),
         ({"target_bits": 4, "components": "vae_decoder"}, "--target-bits 4: nothing that is converted follows it"),
         (
             {"target_bits": 4, "nbits_for": {"unet": 6}, "components": "unet"},

@@ -254,7 +254,10 @@ def _digest(told: Any) -> str:
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     return (str(real_path(path)), status.st_size, status.st_mtime_ns)
 
 
