@@ -134,6 +134,7 @@ def _models(sd1: Path, folder: Path) -> None:
         recipe / "recipe.json",
     )
     shutil.rmtree(recipe / "out.mlpackage")
+    np.savez(recipe / "samples.npz", input_ids=np.zeros((1, 77), np.float32))
 
 
 def _pictures(folder: Path) -> None:

@@ -137,6 +137,11 @@ TARGETS: Mapping[str, Target] = {
         ("prompts.txt",),
         (("generate", "IN/models", "--prompts-file", "IN/prompts.txt", *PICTURE, "-o", "out/p.png"),),
     ),
+    "samples": Target(
+        "recipe",
+        ("samples.npz",),
+        (("palettize", "IN/model.mlpackage", "-o", "out/small.mlpackage", "--samples", "IN/samples.npz"),),
+    ),
     "recipe": Target(
         "recipe",
         ("recipe.json",),
