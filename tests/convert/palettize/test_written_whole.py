@@ -12,6 +12,7 @@ import small_bundle
 from diffusion_convert.bundle.folder import BundleOptions, bundle_folder
 from diffusion_convert.bundle.variants import read_variants
 from diffusion_convert.compile import compile_package
+from diffusion_convert.hub.publish import planned_upload
 from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_runtime.atomic import WORK_FOLDER, locked, unfinished_file
@@ -113,10 +114,16 @@ def test_what_killed_processes_have_left_is_neither_packed_nor_kept(finished: Pa
     for place in (folder, folder / "original" / "packages", folder / "original" / "compiled"):
         (place / WORK_FOLDER / "work-1" / "new" / "x.mlpackage").mkdir(parents=True)
     (folder / "original" / "compiled" / ".old.unfinished").write_text("of an older version")
+    older = folder / ".coreml-diffusion" / "replaced" / "original"
+    older.mkdir(parents=True)
+    (older / "manifest.json").write_text("of version 0.1: nobody reads it")
     for path in folder.glob("*.zip"):
         path.unlink()
     bundle_folder(folder, ZIPS)
     (folder / "original" / "compiled" / ".old.unfinished").unlink()
+    assert (older / "manifest.json").is_file()
+    assert [name for name in planned_upload(folder, "maker/model").files if ".coreml-diffusion" in name] == []
+    shutil.rmtree(folder / ".coreml-diffusion")
     assert contents(folder) == contents(finished), "the zips too"
     check(folder)
 
