@@ -24,6 +24,10 @@ REFUSALS = (
 EMPTY: Mapping[str, Any] = {}
 KARRAS: Mapping[str, Any] = {"use_karras_sigmas": True}
 SDE: Mapping[str, Any] = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
+LEAST_SIGNAL = 1e-3
+"""The least cumulative alpha of a schedule whose v predictions become noise predictions. At its last step a
+scheduler multiplies what float16 has lost by sqrt(1 / alpha); at 0, of a zero terminal SNR, noise predictions tell
+nothing of the picture."""
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
@@ -124,6 +128,17 @@ def build(config: Mapping[str, Any], name: str | None = None, imposed: Mapping[s
     if not _steps(made):
         raise InputError(f"scheduler {class_name} is for another kind of pipeline: choose one of {known()}")
     return made
+
+
+def alphas_cumprod(config: Mapping[str, Any], family: str) -> torch.Tensor:
+    """The schedule of a configuration, as diffusers computes it for the family: float32 (training steps,)."""
+    alphas: torch.Tensor = build(config, None, imposed_on(family)).alphas_cumprod
+    return alphas
+
+
+def has_signal(config: Mapping[str, Any], family: str) -> bool:
+    """Whether v predictions of this schedule can become noise predictions at every timestep."""
+    return bool(alphas_cumprod(config, family)[-1] >= LEAST_SIGNAL)
 
 
 def _steps(scheduler: Any) -> bool:

@@ -17,6 +17,13 @@ GUERNIKA, COMFY_1, COMFY_2 = (client.name for client in CLIENTS[4:7])
 APPLES = {SWIFT, MOCHI, HUGGING_FACE, PYTHON}
 ALL = {SWIFT, MOCHI, HUGGING_FACE, PYTHON, GUERNIKA, COMFY_1, COMFY_2}
 
+SCHEDULE = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+
 
 def made(family: str, scale: float | None = None, **changes: object) -> Manifest:
     """The manifest of a family's models as `convert` writes it."""
@@ -55,7 +62,7 @@ def made(family: str, scale: float | None = None, **changes: object) -> Manifest
         "latents": {"channels": 4, "factor": 8, "scale": scale or about.latent_scale},
         "prediction_type": about.prediction_types[0],
         "components": components,
-        "scheduler": {"_class_name": "DDIMScheduler"},
+        "scheduler": SCHEDULE,
     }
     return Manifest.model_validate({**values, **changes})
 
@@ -93,9 +100,18 @@ CARDS = {
     ),
     "sd1 with its scale folded": (made("sd1", scale=0.18215, folded={"latents": {"scale": 0.7295}}), APPLES),
     "sd2 zero SNR": (
-        made("sd2-v", scheduler={"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}),
+        made("sd2-v", scheduler={**SCHEDULE, "rescale_betas_zero_snr": True}),
         {PYTHON},
     ),
+    "sd2 next to no signal": (
+        made("sd2-v", scheduler={**SCHEDULE, "beta_schedule": "squaredcos_cap_v2"}),
+        {PYTHON},
+    ),
+    "sd1, another padding folded": (
+        made("sd1", folded={"padding": {"text_encoder": 7}}),
+        APPLES | {COMFY_1},
+    ),
+    "sd2 base, another padding folded": (made("sd2-base", folded={"padding": {"text_encoder": 7}}), APPLES),
     "sd1 in-painting": (made("sd1-inpainting"), set()),
     "sd2 in-painting": (made("sd2-inpainting"), set()),
     "depth": (made("sd2-depth"), set()),
@@ -124,6 +140,7 @@ def test_every_family_has_a_card_in_the_test() -> None:
     [
         ("sd1 v", "convert with `--fold prediction`"),
         ("sd2 zero SNR", "whose noisiest step has no signal left"),
+        ("sd2 next to no signal", "whose noisiest step has no signal left"),
         ("sd1 with a scale of its own", "scale of latents fixed at 0.18215"),
         ("sd2 base, padding not folded", "pads prompts with <|endoftext|>"),
         ("depth", "has no inputs for what its UNet takes"),

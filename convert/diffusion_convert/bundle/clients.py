@@ -10,6 +10,7 @@ import enum
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from diffusion_runtime import schedulers
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.families import FAMILIES, LATENT_SCALE, Layout
@@ -27,7 +28,7 @@ class Needs(enum.Enum):
     GUIDANCE_INPUT = "the guidance scale is an input of the UNet"
     LATENT_SCALE = "latents have another scale"
     OWN_LATENT_SCALE = "latents of the checkpoint have another scale, which is folded into the VAE"
-    PADS_WITH_END = "prompts are padded with <|endoftext|>"
+    NOT_FOR_PADDING_0 = 'prompts are not padded with "!", token 0'
     PADS_OTHERWISE = "prompts are not padded with <|endoftext|>"
     V_PREDICTION = "the UNet predicts v"
     FOLDED_PREDICTION = "the UNet predicts noise, where the checkpoint's own predicts v"
@@ -144,7 +145,7 @@ python -m python_coreml_stable_diffusion.pipeline --prompt "a photograph of an a
         "GuernikaKit",
         {
             **_without(_FIXED_BY_APPLE, Needs.V_PREDICTION, Needs.PADS_OTHERWISE, Needs.GUIDANCE_INPUT),
-            Needs.PADS_WITH_END: 'pads prompts with "!", which these models were not trained with',
+            Needs.NOT_FOR_PADDING_0: 'pads prompts with "!", which these models were not trained with',
             Needs.SDXL: "looks for `last_hidden_state`, which text encoders of Stable Diffusion XL do not have",
             Needs.REFINER: _ENCODER_INPUT,
             Needs.IN_PAINTING: _ENCODER_INPUT,
@@ -224,9 +225,10 @@ def _needs_of_prompts(made: Manifest) -> Iterator[Needs]:
     first = next((name for name in family.encoders), "") if family is not None else ""
     if family is not None and first == "text_encoder" and not family.added_conditions:
         pads_otherwise = family.pad_token is not None
-        if not pads_otherwise:
-            yield Needs.PADS_WITH_END
-        elif first not in (made.folded.padding or {}):
+        folded = (made.folded.padding or {}).get(first)
+        if folded or not pads_otherwise:
+            yield Needs.NOT_FOR_PADDING_0
+        if folded is None and pads_otherwise:
             yield Needs.PADS_OTHERWISE
         if pads_otherwise:
             yield Needs.STATES_1024
@@ -244,7 +246,8 @@ def _needs_of_arithmetic(made: Manifest) -> Iterator[Needs]:
     if made.folded.prediction_type is not None:
         yield Needs.FOLDED_PREDICTION
     if made.prediction_type != "epsilon":
-        yield Needs.ZERO_SNR if made.scheduler.get("rescale_betas_zero_snr") else Needs.V_PREDICTION
+        foldable = schedulers.has_signal(made.scheduler, made.family)
+        yield Needs.V_PREDICTION if foldable else Needs.ZERO_SNR
 
 
 def tokens_of_encoder(made: Manifest) -> int:
@@ -273,14 +276,14 @@ class Task:
 
 
 TASKS: tuple[Task, ...] = (
-    Task("SD 1", frozenset({Needs.PADS_WITH_END})),
+    Task("SD 1", frozenset({Needs.NOT_FOR_PADDING_0})),
     Task("SD 2 base", frozenset({Needs.STATES_1024})),
     Task("SD 2 768-v", frozenset({Needs.STATES_1024, Needs.V_PREDICTION})),
     Task("the same with `--fold prediction`", frozenset({Needs.STATES_1024, Needs.FOLDED_PREDICTION})),
     Task("v, zero SNR", frozenset({Needs.ZERO_SNR})),
     Task("SDXL", frozenset({Needs.SDXL})),
     Task("refiner", frozenset({Needs.REFINER})),
-    Task("LCM with a guidance input", frozenset({Needs.PADS_WITH_END, Needs.GUIDANCE_INPUT})),
+    Task("LCM with a guidance input", frozenset({Needs.NOT_FOR_PADDING_0, Needs.GUIDANCE_INPUT})),
     Task("from a picture", frozenset({Needs.PICTURE})),
     Task("in-painting models", frozenset({Needs.IN_PAINTING})),
     Task("depth", frozenset({Needs.DEPTH})),

@@ -24,11 +24,6 @@ from diffusion_runtime.prompt import tokenizer as tokenizers
 if TYPE_CHECKING:
     import torch
 
-LEAST_SIGNAL = 1e-3
-"""The least cumulative alpha of a schedule whose v predictions become noise predictions. At its last step a
-scheduler multiplies what float16 has lost by sqrt(1 / alpha); at 0, of a zero terminal SNR, noise predictions tell
-nothing of the picture."""
-
 
 def fold(checkpoint: Checkpoint, foldings: Collection[Folding]) -> Checkpoint:
     """The checkpoint with those of the ``foldings`` that it needs. Raises CheckpointError for a tokenizer or a
@@ -39,7 +34,7 @@ def fold(checkpoint: Checkpoint, foldings: Collection[Folding]) -> Checkpoint:
         prediction_type="v_prediction"
         if Folding.PREDICTION in foldings
         and own_prediction(checkpoint) == "v_prediction"
-        and _has_signal(checkpoint)
+        and schedulers.has_signal(checkpoint.schedulers["scheduler"], checkpoint.family)
         else None,
     )
     return replace(checkpoint, folded=folded)
@@ -68,14 +63,7 @@ def end_token(checkpoint: Checkpoint, encoder: str) -> int:
 
 def alphas_cumprod(checkpoint: Checkpoint) -> torch.Tensor:
     """The checkpoint's schedule, as diffusers computes it: float32 (training steps,)."""
-    config = checkpoint.schedulers["scheduler"]
-    built = schedulers.build(config, None, schedulers.imposed_on(checkpoint.family))
-    alphas: torch.Tensor = built.alphas_cumprod
-    return alphas
-
-
-def _has_signal(checkpoint: Checkpoint) -> bool:
-    return bool(alphas_cumprod(checkpoint)[-1] >= LEAST_SIGNAL)
+    return schedulers.alphas_cumprod(checkpoint.schedulers["scheduler"], checkpoint.family)
 
 
 def _own_latents(checkpoint: Checkpoint) -> OwnLatents:
