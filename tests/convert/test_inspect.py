@@ -169,7 +169,7 @@ def test_bundle_is_described_with_its_manifests(bundle: Path) -> None:
     ]
     assert all(report.manifest is not None and len(report.models) == 4 for report in reports)
     shown = as_text(reports)
-    assert "maker/tiny-diffusion-v1-4 (sd1), original, 64x64, batch 2, epsilon prediction, for macOS13" in shown
+    assert "maker/tiny-diffusion-v1-4 (sd1), original, 64x64, batch 2, epsilon prediction, apple layout" in shown
     assert "noise_pred Float32 2x4x8x8" in shown
 
 

@@ -12,6 +12,8 @@ from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Component, Shape
 from diffusion_convert.conversion.convert import Conversion
+from diffusion_convert.inspect import inspect
+from diffusion_convert.inspect.show import as_text
 from diffusion_convert.layouts import LAYOUTS
 from diffusion_convert.options import ConvertOptions
 from diffusion_convert.verification.folder import verify_models
@@ -108,6 +110,7 @@ def test_they_are_verified_as_any_others_and_not_run(
     compared = list(verify_models(made.output, open_checkpoint(str(tiny_checkpoint(family))), lambda _: None))
     assert len(compared) == len(made.variants["original"].components)
     assert all(one.holds for one in compared)
+    assert " prediction, comfyui layout, for " in as_text(inspect(made.output))
     with pytest.raises(InputError, match="was converted with --layout comfyui"):
         load_pipeline(made.output, "torch")
 

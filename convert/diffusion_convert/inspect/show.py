@@ -37,7 +37,8 @@ def _folder_lines(report: FolderReport) -> Iterator[str]:
     if made is not None:
         yield (
             f"{report.name}: {made.name} ({made.family}), {made.attention}, {made.width}x{made.height}, batch "
-            f"{made.batch_size}, {made.prediction_type} prediction, for {made.target} and later"
+            f"{made.batch_size}, {made.prediction_type} prediction, {made.layout.value} layout, for {made.target} "
+            "and later"
         )
         yield from (f"  folded    {line}" for line in made.folded.lines())
     elif len(report.models) > 1:
