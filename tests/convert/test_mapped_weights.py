@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from diffusion_convert.checkpoint import tensor_file
+from diffusion_convert.checkpoint import tensor_file, torch_networks
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.tensor_file import let_go
 from diffusion_convert.components import table
@@ -71,3 +72,29 @@ def test_each_weight_is_let_go_of_as_it_is_written(
         if name.startswith(("encoder.", "quant_conv.")) and tensor.ndim > 1 and tensor.numel() >= 1024
     ]
     assert sorted(freed) == sorted(large)
+
+
+class Counting(Mapping[str, torch.Tensor]):
+    """Weights that are computed when they are read; ``most`` is how many there were at once."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors, self._alive, self.most = tensors, WeakSet[torch.Tensor](), 0
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        value = self._tensors[name].clone()
+        self._alive.add(value)
+        self.most = max(self.most, len(self._alive))
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def test_weights_are_checked_one_by_one(tiny_checkpoint: Callable[[str], Path]) -> None:
+    model = open_checkpoint(str(tiny_checkpoint("sd1"))).models["vae"]
+    counting = Counting(model.tensors())
+    torch_networks.check(model, counting, "vae")
+    assert 1 <= counting.most <= 2  # the next is there before the last one's name is taken

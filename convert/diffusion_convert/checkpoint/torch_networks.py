@@ -65,8 +65,12 @@ def build(checkpoint: Checkpoint, subfolder: str) -> torch.nn.Module:
 def check(submodel: Submodel, tensors: Mapping[str, torch.Tensor], where: str) -> torch.nn.Module:
     """The network that the configuration describes, without storage. Raises CheckpointError unless ``tensors`` are
     its weights."""
+    import torch
+
     network = empty(submodel, where)
-    _fitting(tensors, network, where)
+    # One by one, as each is computed when it is read where weights are fused or scaled.
+    shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in tensors.items()}
+    _fitting(shapes, network, where)
     return network
 
 
