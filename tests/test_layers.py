@@ -86,8 +86,8 @@ HEAVY_AT_START = frozenset({"PIL", "importlib.metadata", "numpy", "pydantic"})
 """What is too heavy for the start of a command alone."""
 START = ("diffusion_convert.cli", "diffusion_runtime.cli")
 """The commands' modules; beside them, the packages themselves are loaded at the start."""
-NOT_EVERYWHERE = frozenset({"fcntl"})
-"""Modules of Python that not every system has."""
+NOT_EVERYWHERE = frozenset({"fcntl", "gguf"})
+"""A module of Python that not every system has, and a package that is an extra."""
 
 
 def own_modules() -> dict[str, Path]:

@@ -51,6 +51,7 @@ def _ways(name: str) -> Sequence[Mutation]:
         ".yaml": (lines, lines, lines, yaml_text, *BYTES),
         ".mil": (*[mil_text] * 6, lines, *BYTES),
         ".safetensors": (*[safetensors_header] * 8, *BYTES),
+        ".gguf": (*[words] * 8, *BYTES),
         ".mlmodel": (*[proto_fields] * 8, *BYTES),
         ".bin": (words, *BYTES),
         ".ckpt": (*[pickled] * 8, words, *BYTES),

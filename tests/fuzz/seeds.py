@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import compvis_layout
+import gguf_files
 import tiny_checkpoints
 import toy_models
 
@@ -51,11 +52,14 @@ def write(folder: Path) -> None:
 
 
 def _single_files(sd1: Path, folder: Path) -> None:
-    for name in ("single", "ckpt", "legacy"):
+    for name in ("single", "ckpt", "legacy", "gguf"):
         (folder / name).mkdir()
     compvis_layout.write(sd1, folder / "single" / "model.safetensors")
     (folder / "single" / "model.yaml").write_text(LDM_YAML)
     compvis_layout.write(sd1, folder / "ckpt" / "model.ckpt", global_step=5)
+    unet = load_file(sd1 / "unet/diffusion_pytorch_model.safetensors")
+    unet = compvis_layout.unet_tensors(unet, compvis_layout.read_config(sd1, "unet"))
+    gguf_files.write(folder / "gguf" / "model.gguf", unet, "Q8_0", "sd1")
     path = compvis_layout.write(sd1, folder / "legacy" / "model.ckpt")
     state = torch.load(path, weights_only=True)
     torch.save(state, path, _use_new_zipfile_serialization=False)

@@ -70,6 +70,11 @@ TARGETS: Mapping[str, Target] = {
     "ckpt": Target("ckpt", ("*.ckpt",), convert("IN/model.ckpt", "text_encoder")),
     "legacy-ckpt": Target("legacy", ("*.ckpt",), convert("IN/model.ckpt", "text_encoder")),
     "bin": Target("bins", ("sd1/text_encoder/*.bin",), convert("IN/sd1", "text_encoder")),
+    "gguf": Target(
+        "gguf",
+        ("*.gguf",),
+        convert("IN/model.gguf", "unet", options=("--base", "SEEDS/checkpoint/sd1", *UNVERIFIED)),
+    ),
     "lora": Target("lora", ("kohya.safetensors",), ((*LORA, "--lora", "IN/kohya.safetensors:0.8"),)),
     "lora-ckpt": Target("lora", ("kohya.ckpt",), ((*LORA, "--lora", "IN/kohya.ckpt"),)),
     "lora-diffusers": Target(

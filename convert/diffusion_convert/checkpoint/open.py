@@ -29,8 +29,8 @@ def open_checkpoint(
     loras: Sequence[Lora] = (),
     lora_partial: bool = False,
 ) -> Checkpoint:
-    """The checkpoint that ``source`` names: a folder in diffusers' layout, a single .safetensors or .ckpt file, or
-    the id of a repository on the Hugging Face Hub, with another VAE and LoRAs put in.
+    """The checkpoint that ``source`` names: a folder in diffusers' layout, a single .safetensors, .ckpt or .gguf
+    file, or the id of a repository on the Hugging Face Hub, with another VAE and LoRAs put in.
     ``variant``: of a folder's weights, as in diffusers; with a single file, of those of ``base``. ``base``: another
     checkpoint, which gives what a single file, or a UNet's folder or repository, lacks. ``refiner``: of an SDXL
     base, taken along. ``lora_partial``: what of a LoRA has no place in the checkpoint is left out, and is no error.
@@ -126,4 +126,4 @@ def is_repository_id(source: str) -> bool:
     """Whether ``source`` is of the form owner/name, and nothing about it says that a path is meant."""
     owner, slash, name = source.partition("/")
     plain = all(part and part[0] not in ".~" and "/" not in part for part in (owner, name))
-    return bool(slash) and plain and not name.endswith((".safetensors", ".ckpt", ".bin", ".pt"))
+    return bool(slash) and plain and not name.endswith((".safetensors", ".ckpt", ".bin", ".pt", ".gguf"))

@@ -3,9 +3,10 @@ MODULE.scale_weight (or weight_scale), a number. Weights without a scale are rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
+from diffusion_convert.checkpoint.computed import Computed
 from diffusion_convert.checkpoint.torch_networks import listed
 from diffusion_runtime.errors import CheckpointError
 
@@ -46,22 +47,9 @@ def scaled(mapped: Tensors, weights: Tensors, scales: Tensors) -> Tensors:
     found = {name: by_weight[id(value)] for name, value in mapped.items() if id(value) in by_weight}
     if lost := set(scales) - {weight for weight, _ in found.values()}:
         raise CheckpointError(f"weights with a scale that have no place in the network: {listed(sorted(lost))}")
-    return Scaled(mapped, {name: scale for name, (_, scale) in found.items()})
+    return Computed(mapped, {name: partial(_times, scale) for name, (_, scale) in found.items()})
 
 
-class Scaled(Mapping[str, "torch.Tensor"]):
-    """Weights of which some have a scale, multiplied in float32 at access and rounded to float16 once: nothing is
-    held but views of the file."""
-
-    def __init__(self, tensors: Tensors, scales: Tensors) -> None:
-        self._tensors, self._scales = tensors, scales
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        value = self._tensors[name]
-        return (value.float() * self._scales[name].float()).half() if name in self._scales else value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+def _times(scale: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """In float32, rounded to float16 once."""
+    return (value.float() * scale.float()).half()

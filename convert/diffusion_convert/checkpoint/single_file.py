@@ -1,4 +1,4 @@
-"""A checkpoint in one .safetensors or .ckpt file, in CompVis (LDM) layout, opened offline.
+"""A checkpoint in one .safetensors, .ckpt or .gguf file, in CompVis (LDM) layout, opened offline.
 
 What the networks are is in the shapes and in our own data (`ldm_configs`); what the weights are called follows
 diffusers' mapping (`ldm_names`). The file carries no tokenizer: ``vocab.json`` and ``merges.txt`` next to it or in
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_convert.checkpoint import (
     config_models,
     diffusers_unet,
+    gguf_file,
     ldm_configs,
     ldm_family,
     ldm_marks,
@@ -52,7 +53,7 @@ def open_single_file(
     gives what the file lacks, and the tokenizer. Raises CheckpointError for a file that is damaged, incomplete or
     of another kind, InputError for a family that contradicts the file.
     """
-    file = tensor_file.read(path)
+    file = _read(path)
     parts = split(file.tensors)
     _check_layout(path, file.tensors, parts, without_vae, base)
     given = ldm_configs.read_beside(path)
@@ -210,12 +211,22 @@ def _mapped(kind: str, part: ldm_shapes.Tensors, config: Mapping[str, Any]) -> M
         raise CheckpointError(f"weights of unexpected names or shapes: {error}".splitlines()[0]) from error
     if lost := [name for name, value in mapped.items() if value is None]:  # diffusers' way to say so
         raise CheckpointError(f"weights are missing: {torch_networks.listed(lost)}")
+    whole = {id(value) for value in part.values()}
+    if apart := [name for name, value in mapped.items() if value.is_meta and id(value) not in whole]:
+        raise CheckpointError(
+            f"quantised weights that would have to be taken apart: {torch_networks.listed(apart)}"
+        )
     return mapped
 
 
 def _map_tensors(path: Path, kind: str, config: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
-    weights, scales = scaled.apart(split(tensor_file.read(path).tensors)[kind])
-    return scaled.scaled(ldm_names.NAMES[kind](weights, config), weights, scales)
+    file = _read(path)
+    weights, scales = scaled.apart(split(file.tensors)[kind])
+    return file.decoded(scaled.scaled(ldm_names.NAMES[kind](weights, config), weights, scales))
+
+
+def _read(path: Path) -> tensor_file.TensorFile:
+    return gguf_file.read(path) if gguf_file.is_one(path) else tensor_file.read(path)
 
 
 def _check_all_used(part: ldm_shapes.Tensors, mapped: ldm_shapes.Tensors) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_convert.checkpoint import unpickle
+from diffusion_convert.checkpoint.computed import Computed
 from diffusion_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _TORCH_MAGICS = (b"PK", b"\x80")
 """What zips and pickles begin with."""
+GGUF_MAGIC = b"GGUF"
 _LFS_MAGIC = b"version https://git-lfs"
 _PAGEOUT = 21
 """Linux' advice MADV_PAGEOUT, which `mmap` does not name. Unlike MADV_DONTNEED it keeps what was written to the
@@ -28,10 +30,23 @@ pages, so that it may be given for memory of any kind: a fused weight is not in 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
     """``tensors`` are views of the mapped file. ``scalars`` are the numbers and texts next to them
-    (``global_step``, ``modelspec.prediction_type``)."""
+    (``global_step``, ``modelspec.prediction_type``). ``packed``: what decodes those that are only stood for."""
 
     tensors: Mapping[str, torch.Tensor]
     scalars: Mapping[str, int | float | str] = field(default_factory=dict)
+    packed: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+
+    def decoded(self, mapped: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """``mapped``, this file's tensors under other names, each decoded when it is read."""
+        if not self.packed:
+            return mapped
+        decoders = {id(self.tensors[name]): decode for name, decode in self.packed.items()}
+        places = {name: decoders[id(value)] for name, value in mapped.items() if id(value) in decoders}
+        return Computed(mapped, {name: partial(_called, decode) for name, decode in places.items()})
+
+
+def _called(decode: Callable[[], torch.Tensor], _stand_in: torch.Tensor) -> torch.Tensor:
+    return decode()
 
 
 def read(path: Path) -> TensorFile:
@@ -44,6 +59,8 @@ def read(path: Path) -> TensorFile:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     if magic == _LFS_MAGIC:
         raise CheckpointError(f"{path}: is Git LFS's note of a file, not the file: fetch it with `git lfs pull`")
+    if magic.startswith(GGUF_MAGIC):
+        raise CheckpointError(f"{path}: is a GGUF file, which is read as a checkpoint's UNet only")
     safetensors = magic[8:9] == b"{"  # after the header's length, which may begin like anything
     pickled = magic.startswith(_TORCH_MAGICS) or path.suffix in (".ckpt", ".pt", ".bin", ".pth")
     if pickled and not safetensors:

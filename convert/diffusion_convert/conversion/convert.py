@@ -52,8 +52,8 @@ def convert(
     there. A conversion that was stopped goes on where it stopped.
 
     Args:
-        source: a folder in diffusers' layout, a .safetensors or .ckpt file, or the id of a repository on the
-            Hugging Face Hub.
+        source: a folder in diffusers' layout, a .safetensors, .ckpt or .gguf file, or the id of a repository on
+            the Hugging Face Hub.
         output: the folder for the result.
         options: see `ConvertOptions`; None: the defaults.
         progress: is called with an `Event` whenever something is done.
