@@ -170,6 +170,29 @@ def _change_config(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "down_block_types": ["Nonsense"]}))
 
 
+def _in_shards(folder: Path) -> tuple[Path, Path]:
+    """The UNet's weights in two files with an index, as diffusers saves large ones."""
+    whole = load_file(folder / UNET)
+    (folder / UNET).unlink()
+    names = sorted(whole)
+    halves = {"1.safetensors": names[::2], "2.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({name: whole[name] for name in part}, folder / "unet" / file)
+    places = {name: file for file, part in halves.items() for name in part}
+    (folder / f"{UNET}.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder / "unet" / "1.safetensors", folder / "unet" / "2.safetensors"
+
+
+def _truncate_shard(folder: Path) -> None:
+    shard = _in_shards(folder)[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def _lose_from_shard(folder: Path) -> None:
+    for shard in _in_shards(folder):
+        save_file({name: value for name, value in load_file(shard).items() if name != "conv_in.bias"}, shard)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no index": (lambda folder: (folder / "model_index.json").unlink(), "has no model_index.json"),
     "index is no JSON": (lambda folder: (folder / "model_index.json").write_text("{"), "cannot be read as JSON"),
@@ -183,6 +206,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown block": (_change_config, "does not describe"),
     "more layers": (_add_layer, "unknown: class_embedding.weight$"),
     "shards outside": (_leave_the_folder, "names a file '../elsewhere.safetensors' outside of its folder"),
+    "a shard that is missing": (
+        lambda folder: _in_shards(folder)[0].unlink(),
+        r"weights are missing: 1\.safetensors",
+    ),
+    "a truncated shard": (_truncate_shard, r"2\.safetensors: damaged"),
+    "no shard has what the index names": (_lose_from_shard, r"missing: conv_in\.bias$"),
     "index of nothing": (
         lambda folder: (folder / UNET).rename(folder / f"{UNET}.index.json").write_text("{}"),
         "expected a weight_map",
