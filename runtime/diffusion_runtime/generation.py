@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 EMPTY: Mapping[str, Any] = {}
 PREVIEW_EVERY = 5  # steps; each preview costs a call of the decoder
+_MOST_PROMPT_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +173,13 @@ def _still_usable(recorded_loading: Mapping[str, Any], given: Mapping[str, Any])
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """The lines of a text file that are not blank. Raises InputError if all are blank."""
+    """The lines of a text file (or pipe) that are not blank. Raises InputError if all are blank, or too much."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        with path.open("rb") as file:
+            data = file.read(_MOST_PROMPT_BYTES + 1)
+        if len(data) > _MOST_PROMPT_BYTES:
+            raise InputError(f"prompts file {path}: is larger than {_MOST_PROMPT_BYTES >> 20} MB: take several")
+        lines = data.decode("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise InputError(f"prompts file {path}: cannot be read as text: {error}") from error
     prompts = tuple(line.strip() for line in lines if line.strip())

@@ -429,6 +429,8 @@ WRONG: list[tuple[str, str, Any]] = [
     ("safety_checker", "projection_dim", "x"),
     ("unet", "norm_num_groups", 0),
     ("unet", "norm_num_groups", 7),
+    ("unet", "downsample_padding", {}),
+    ("unet", "downsample_padding", -1),
     ("unet", "layers_per_block", 1_000_000),
     ("unet", "layers_per_block", [1_000_000, 1]),
     ("unet", "layers_per_block", "x"),

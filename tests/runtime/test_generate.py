@@ -158,6 +158,7 @@ WANTED = ("--prompt", "a cat", "-o", "out/p.png")
         ((*WANTED, "--prompts-file", "empty.txt"), "--prompt and --prompts-file are both given"),
         (("-o", "out/p.png", "--prompts-file", "empty.txt"), "holds no prompts"),
         (("-o", "out/p.png", "--prompts-file", "none.txt"), "none.txt: cannot be read"),
+        (("-o", "out/p.png", "--prompts-file", "/dev/zero"), "prompts file /dev/zero: is larger than 16 MB"),
         ((*WANTED, "--image", "no-picture.png"), "--image no-picture.png: not a picture that can be read"),
         ((*WANTED, "--image", "none.png"), "--image none.png: no such file"),
         ((*WANTED, "--image", "good.png", "--mask", "black.png"), "the mask is black all over"),

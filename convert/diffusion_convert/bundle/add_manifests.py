@@ -7,7 +7,6 @@ Taken are what Apple's converter writes (packages, and Resources/ of compiled mo
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -28,6 +27,7 @@ from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 from diffusion_runtime.real_path import is_inside, real_path
+from diffusion_runtime.scratch import scratch
 
 Described = tuple[str, str, Manifest]
 """Attention, kind and manifest of one folder of models."""
@@ -138,9 +138,9 @@ def _completed(made: Manifest, place: Path, tokenizer: Path, attention: str, kin
 def _copy_tokenizer(tokenizer: Path, place: Path) -> None:
     """Its vocabulary with settings and added tokens, in the form that apps read; what is in ``place`` is kept."""
     files = {name: tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()}
-    with tempfile.TemporaryDirectory() as written:
-        write_vocabulary(files, Path(written))
-        for file in sorted(Path(written).iterdir()):
+    with scratch() as written:
+        write_vocabulary(files, written)
+        for file in sorted(written.iterdir()):
             if not (place / file.name).exists():
                 with unfinished_file(place / file.name) as unfinished:
                     shutil.copyfile(file, unfinished)

@@ -52,6 +52,7 @@ class UNet(_Open):
     num_attention_heads: Width | Widths | None = None
     norm_num_groups: Width | None = 32
     norm_eps: Positive = 1e-5
+    downsample_padding: Annotated[int, Field(strict=True, ge=0, le=16)] = 1
     act_fn: Text = "silu"
     sample_size: Pixels | tuple[Pixels, Pixels] | None = None
     num_class_embeds: Words | None = None

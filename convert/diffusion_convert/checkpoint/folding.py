@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffusion_runtime.errors import CheckpointError, DiffusionError
 from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS
 from diffusion_runtime.folding import Folding
 from diffusion_runtime.prompt import tokenizer as tokenizers
+from diffusion_runtime.scratch import scratch
 
 if TYPE_CHECKING:
     import torch
@@ -101,10 +101,10 @@ def _padding(checkpoint: Checkpoint) -> dict[str, int]:
 def _ends(checkpoint: Checkpoint, encoder: str) -> tuple[int, int]:
     """The numbers of <|endoftext|> and of the padding, as the runtime reads them."""
     files, default = _tokenizer(checkpoint, encoder)
-    with tempfile.TemporaryDirectory() as folder:
-        write_vocabulary(files, Path(folder))
+    with scratch() as folder:
+        write_vocabulary(files, folder)
         try:
-            clip = tokenizers.load(Path(folder), pad_token=default).clip
+            clip = tokenizers.load(folder, pad_token=default).clip
         except DiffusionError as error:
             raise CheckpointError(f"{checkpoint.name}: {error}") from error
     return int(clip.eos_token_id), int(clip.pad_token_id)

@@ -51,7 +51,8 @@ def _called(decode: Callable[[], torch.Tensor], _stand_in: torch.Tensor) -> torc
 
 def read(path: Path) -> TensorFile:
     """Map the tensors of a file; no values are read. Raises CheckpointError for anything else."""
-
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device has no end
+        raise CheckpointError(f"{path}: is no file of tensors: it is not a regular file")
     try:
         with path.open("rb") as file:
             magic = file.read(len(_LFS_MAGIC))

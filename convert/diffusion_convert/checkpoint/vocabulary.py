@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
+from diffusion_runtime.scratch import scratch
 
 FAST = "tokenizer.json"
 ADDED = "added_tokens.json"
@@ -97,9 +97,9 @@ def _load(files: Mapping[str, Path]) -> Any:
     main = files.get(FAST) or files["vocab.json"]
     for name in files.keys() - {"merges.txt"}:
         strict_json.read_object(files[name], CheckpointError, strict_json.MAX_VOCABULARY_BYTES)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         for name, path in files.items():
-            shutil.copyfile(path, Path(folder, name))
+            shutil.copyfile(path, folder / name)
         try:
             clip = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             kind = json.loads(clip.backend_tokenizer.to_str())["model"]["type"]

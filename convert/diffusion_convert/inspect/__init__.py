@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import Feature, Function, operations
 from diffusion_runtime.mil.text import OPSETS
+from diffusion_runtime.scratch import scratch
 
 _MODELS = (".mlpackage", ".mlmodelc", ".mlmodel")
 
@@ -121,8 +121,8 @@ def _inspect_models(
 
 
 def _inspect_zip(path: Path) -> tuple[FolderReport, ...]:
-    with tempfile.TemporaryDirectory(prefix="coreml-sd-") as temporary:
-        target = Path(temporary) / path.stem
+    with scratch() as temporary:
+        target = temporary / path.stem
         zips.unpack(path, target, wanted=lambda name: "/weights/" not in f"/{name}")
         with zipfile.ZipFile(path) as archive:
             sizes = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}

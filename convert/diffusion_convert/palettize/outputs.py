@@ -110,6 +110,8 @@ def _require_finite(package: Path, samples: Samples, outputs: Samples) -> None:
 def load_samples(path: Path, specs: Mapping[str, TensorSpec]) -> list[dict[str, np.ndarray]]:
     """The inputs in an .npz file, one array for each input by its name: of the input's shape, or with one more
     dimension in front for several calls. Raises InputError for a file that is no .npz or does not fit."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: cannot be read as an .npz file: it is not a regular file")
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,17 @@ def test_damaged_samples_are_refused(name: str, tmp_path: Path) -> None:
     specs = {"x": TensorSpec("x", (1, 8, 16, 16), "float32")}
     with pytest.raises(InputError, match=r"samples\.npz: "):
         load_samples(path, specs)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
+def test_pipes_devices_and_folders_are_refused(make: Callable[[Path], object], tmp_path: Path) -> None:
+    """A pipe would be waited for, a device has no end."""
+    path = tmp_path / "samples.npz"
+    make(path)
+    with pytest.raises(
+        InputError, match=r"samples\.npz: cannot be read as an \.npz file: it is not a regular file"
+    ):
+        load_samples(path, {"x": TensorSpec("x", (1, 8), "float32")})
 
 
 def test_samples_that_unfold_to_more_than_any_model_takes_are_refused(
