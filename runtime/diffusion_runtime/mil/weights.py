@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import stat
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -55,6 +56,8 @@ class WeightFile:
         self.path = path
         access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for whoever writes to it
+                raise PackageError(f"{path}: the weight file is not a regular file")
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=access)
         except (OSError, ValueError) as error:
