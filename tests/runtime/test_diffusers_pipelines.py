@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_convert import ConvertOptions, convert
 from diffusion_runtime import schedulers
 from diffusion_runtime.diffusers import load_diffusers_pipeline
 from diffusion_runtime.errors import InputError
@@ -87,6 +88,30 @@ def test_the_picture_is_diffusers_own(
     assert flags[0] == flags[1]
     for expected, made in zip(found[0].images, found[1].images, strict=True):
         assert psnr_db(np.asarray(made), np.asarray(expected)) >= PARITY_DB
+
+
+def test_pictures_need_not_be_square(reference: Load, psnr_db: Psnr, tmp_path: Path) -> None:
+    """diffusers' classes for pictures cannot be given a UNet whose size is of two numbers."""
+    import diffusers
+
+    own = reference("sd1")
+    convert(
+        own.folder,
+        tmp_path / "models",
+        ConvertOptions("original", height=64, width=96, compiled=False, verify=False),
+    )
+    theirs = diffusers.StableDiffusionImg2ImgPipeline(**own.diffusers.components)
+    theirs.scheduler = schedulers.build(
+        json.loads((own.folder / "scheduler" / "scheduler_config.json").read_text()), "ddim"
+    )
+    ours = load_diffusers_pipeline(tmp_path / "models", "image-to-image", "torch", scheduler="ddim")
+    expected, found = (
+        pipe("a cat", image=picture(96).crop((0, 0, 96, 64)), num_inference_steps=6, generator=torch.manual_seed(3))
+        for pipe in (theirs, ours)
+    )
+    assert psnr_db(np.asarray(found.images[0]), np.asarray(expected.images[0])) >= PARITY_DB
+    drawn = load_diffusers_pipeline(tmp_path / "models", backend="torch")("a cat", num_inference_steps=2)
+    assert drawn.images[0].size == (96, 64)
 
 
 def test_callbacks_and_other_schedulers_work(converted: Callable[[str], Path]) -> None:

@@ -80,7 +80,7 @@ def load_diffusers_pipeline(
     kind = _pipeline_class(shapes, task)
     parts: dict[str, Any] = {
         **_text_parts(ours, shapes),
-        "unet": CoreMLUNet(models["unet"], _unet_config(manifest, shapes)),
+        "unet": CoreMLUNet(models["unet"], _unet_config(manifest, shapes, kind.__name__)),
         "vae": _vae(models, manifest),
         "scheduler": schedulers.build(
             {**manifest.scheduler, "prediction_type": manifest.prediction_type}, ours.scheduler_name
@@ -150,8 +150,9 @@ def _pipeline_class(shapes: Mapping[str, tuple[int, ...]], task: str | None) -> 
     return able[task] if task is not None else next(iter(able.values()))
 
 
-def _unet_config(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What diffusers' pipelines read of a UNet's configuration."""
+def _unet_config(manifest: Manifest, shapes: dict[str, tuple[int, ...]], class_name: str) -> dict[str, Any]:
+    """What diffusers' pipelines read of a UNet's configuration. All but one class compute with its size as with a
+    number: where pictures are not square, they must be told height and width, or take those of a picture."""
     condition = shapes.get("timestep_cond")
     height, width = shapes["sample"][2:]
     added = {"addition_time_embed_dim": 1} if "time_ids" in shapes else {}  # see `CoreMLUNet`
@@ -160,7 +161,9 @@ def _unet_config(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> dict
         "cross_attention_dim": shapes["encoder_hidden_states"][1],
         "in_channels": shapes["sample"][1],
         "out_channels": manifest.latents.channels,
-        "sample_size": height if height == width else (height, width),
+        "sample_size": (height, width)
+        if height != width and class_name == "StableDiffusionPipeline"
+        else max(height, width),
         "time_cond_proj_dim": condition[1] if condition else None,
     }
 
