@@ -224,8 +224,8 @@ def test_vision_encoder_agrees_with_transformers() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_program_of_a_unet_keeps_weights_and_layout() -> None:
-    """Every weight is in the program as it was; norms are one operation over the channels; no tensor of the
-    transformers is transposed; attention is of rank 4."""
+    """Every weight is in the program as it was; norms are one operation over the channels; no picture of the
+    transformers changes its layout; attention is of rank 4."""
 
     class Module(nn.Module):
         def __init__(self, unet: nn.Module) -> None:
@@ -253,7 +253,9 @@ def test_program_of_a_unet_keeps_weights_and_layout() -> None:
     operations = program.functions["main"].operations
     norms = [operation for operation in operations if operation.op_type == "layer_norm"]
     assert [norm.axes.val.tolist() for norm in norms] == [[1]] * 3 * 4  # four blocks of three norms
-    assert not [operation for operation in operations if operation.op_type == "transpose"]
+    # Attention alone turns channels and tokens of a head; no picture changes its layout.
+    turned = {tuple(one.perm.val.tolist()) for one in operations if one.op_type == "transpose"}
+    assert turned <= {(0, 1, 3, 2)}
     assert all(operation.outputs[0].rank == 4 for operation in operations if operation.op_type == "matmul")
     constants = {
         operation.val.val.tobytes()
