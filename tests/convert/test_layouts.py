@@ -28,25 +28,26 @@ Ports = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def expected(family: str, made: Conversion) -> dict[str, tuple[Ports, Ports]]:
-    """What the package coreml-diffusion 0.1.6 declares for a checkpoint of these sizes (batch 2), by component."""
+    """What the package coreml-diffusion 0.1.6 declares for a checkpoint of these sizes, by component."""
     components = made.variants["original"].components
     latent = next(t.shape for t in components["unet"].inputs if t.name == "sample")[2:]
     width = next(t.shape for t in components["unet"].inputs if t.name == "encoder_hidden_states")[2]
     pictures = made.variants["original"]
     picture = (1, 3, pictures.height, pictures.width)
+    batch = 1 if family == "sd1-lcm" else 2  # it takes guidance as an input
     unet: Ports = {
-        "sample": (HALF, (2, 4, *latent)),
-        "timestep": (HALF, (2,)),
-        "encoder_hidden_states": (HALF, (2, 77, width)),
+        "sample": (HALF, (batch, 4, *latent)),
+        "timestep": (HALF, (batch,)),
+        "encoder_hidden_states": (HALF, (batch, 77, width)),
     }
     extra = {tensor.name: tensor.shape for tensor in components["unet"].inputs if tensor.name not in unet}
     if family == "sd1-lcm":
-        unet["timestep_cond"] = (HALF, (2, extra["timestep_cond"][1]))
+        unet["timestep_cond"] = (HALF, (batch, extra["timestep_cond"][1]))
     if family.startswith("sdxl"):
         unet["time_ids"] = (HALF, (2, 5 if family == "sdxl-refiner" else 6))
         unet["text_embeds"] = (HALF, (2, extra["text_embeds"][1]))
     found: dict[str, tuple[Ports, Ports]] = {
-        "unet": (unet, {"noise_pred": (FULL, (2, 4, *latent))}),
+        "unet": (unet, {"noise_pred": (FULL, (batch, 4, *latent))}),
         "vae_decoder": ({"latent": (HALF, (1, 4, *latent))}, {"image": (FULL, picture)}),
         "vae_encoder": ({"image": (HALF, picture)}, {"latent_moments": (FULL, (1, 8, *latent))}),
     }

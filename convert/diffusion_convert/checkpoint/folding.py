@@ -23,6 +23,7 @@ from diffusion_runtime.scratch import scratch
 
 if TYPE_CHECKING:
     import torch
+from pydantic import ValidationError
 
 
 def fold(checkpoint: Checkpoint, foldings: Collection[Folding]) -> Checkpoint:
@@ -70,7 +71,11 @@ def _own_latents(checkpoint: Checkpoint) -> OwnLatents:
     config = checkpoint.models["vae"].config
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None or not FAMILIES[checkpoint.family].added_conditions:
-        return OwnLatents(scale=latent_scale(config), shift=float(config.get("shift_factor") or 0.0))
+        try:
+            return OwnLatents(scale=latent_scale(config), shift=float(config.get("shift_factor") or 0.0))
+        except ValidationError as error:
+            reason = error.errors()[0]
+            raise CheckpointError(f"{checkpoint.name}: the VAE's {reason['loc'][0]}: {reason['msg']}") from error
     channels = int(config["latent_channels"])
     if (len(mean), len(std)) != (channels, channels):
         raise CheckpointError(

@@ -14,6 +14,7 @@ from diffusion_convert.checkpoint.vae import with_vae
 from diffusion_convert.options import Lora, check_path
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, DiffusionError, InputError
+from diffusion_runtime.families import TEXT_ENCODERS
 from diffusion_runtime.real_path import real_path
 
 
@@ -99,7 +100,7 @@ def _check_fits(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError for networks that cannot work together, though each is whole."""
     unet, vae = (checkpoint.models[name].config for name in ("unet", "vae"))
     pairs = [("VAE has latents of", int(vae["latent_channels"]), "channels", int(unet["out_channels"]))]
-    text = [model for name, model in checkpoint.models.items() if name.startswith("text_encoder")]
+    text = [model for name, model in checkpoint.models.items() if name in TEXT_ENCODERS]
     if text:
         width = sum(int(model.config["hidden_size"]) for model in text)
         what = f"text encoder{'s give' if len(text) > 1 else ' gives'} states of"
