@@ -23,7 +23,7 @@ from PIL import Image
 import toy_models
 from diffusion_convert import ConvertOptions, convert
 from diffusion_runtime.coremltools_import import import_messages
-from fuzz.worker import call
+from fuzz.worker import Hang, call
 
 BuildOnce = Callable[..., Path]
 Damage = Callable[[Path], object]
@@ -362,10 +362,10 @@ def damaged(place: Path, name: str, damage: Damage) -> None:
 
 @pytest.fixture(autouse=True)
 def time_limit() -> Iterator[None]:
-    """A hang is an error of this test alone."""
+    """A hang is an error of this test alone; no TimeoutError, which commands would take for the disk's."""
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"{SECONDS} s")
+        raise Hang(f"{SECONDS} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
