@@ -44,8 +44,8 @@ class Batch:
 
     def run(self) -> Iterator[Answer]:
         self.place.write_results([*self.plan.done, *self.plan.failed])
-        if self.plan.todo:
-            for answer in self.workers.run(self.plan.todo):
+        if self.plan.to_make:
+            for answer in self.workers.run(self.plan.to_make):
                 for line in answer.lines():
                     self.place.append(line)
                 self.answers.append(answer)

@@ -66,10 +66,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``todo`` is to be made; ``done`` and ``failed`` are lines of results.jsonl, of an earlier run and of rows
+    """``to_make`` is to be made; ``done`` and ``failed`` are lines of results.jsonl, of an earlier run and of rows
     that cannot be used."""
 
-    todo: tuple[Task, ...]
+    to_make: tuple[Task, ...]
     done: tuple[Line, ...]
     failed: tuple[Line, ...]
 
@@ -104,7 +104,7 @@ def plan(tasks: Sequence[Task], failed: Sequence[Line], place: Place, redo: bool
     Raises InputError where a picture of another batch is in the way, unless it is to be made anew (``redo``)."""
     there = place.pictures()
     earlier = {(line["row"], line["file"]): line for line in _read(place.read_results()) if line.get("file")}
-    todo, done = [], []
+    to_make, done = [], []
     for task in tasks:
         lines = [
             _found(task, index, earlier.get((task.number, name)), place)
@@ -119,8 +119,8 @@ def plan(tasks: Sequence[Task], failed: Sequence[Line], place: Place, redo: bool
         if len(lines) == task.count and None not in lines:
             done += [line for line in lines if line is not None]
         else:
-            todo.append(task)
-    return Plan(tuple(todo), tuple(done), tuple(failed))
+            to_make.append(task)
+    return Plan(tuple(to_make), tuple(done), tuple(failed))
 
 
 def _found(task: Task, index: int, line: Line | None, place: Place) -> Line | None:

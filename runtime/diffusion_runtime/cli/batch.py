@@ -127,7 +127,7 @@ def batch(
 
 def _run(batch: Batch, output: str) -> None:
     console, plan = error_console(), batch.plan
-    total = sum(task.count for task in plan.todo)
+    total = sum(task.count for task in plan.to_make)
     if plan.done:
         say(console, f"{len(plan.done)} pictures are there already; {total} to make")
     for line in plan.failed:
