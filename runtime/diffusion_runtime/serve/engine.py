@@ -294,6 +294,6 @@ class Engine:
 
 
 async def _until_idle(sets: Sequence[ModelSet]) -> None:
-    """Wait until one of them has nothing to do."""
-    while all(one.current is not None for one in sets):
+    """Wait until one of them has nothing to do, or has lost its worker: a new one waits for whoever waits here."""
+    while all(one.current is not None and one.child is not None for one in sets):
         await asyncio.sleep(0.05)

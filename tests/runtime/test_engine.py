@@ -1,0 +1,58 @@
+"""The engine of `coreml-sd serve`: what is rare between a queue and its workers."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from diffusion_runtime import processes
+from diffusion_runtime.png_record import Settings
+from diffusion_runtime.serve.engine import Engine, ModelSet, Waiting
+from diffusion_runtime.serve.metrics import Metrics
+from diffusion_runtime.serve.orders import About, Lost, Order, Wanted
+from diffusion_runtime.serve.worker import Setup
+
+SECONDS = 10.0
+
+
+@dataclass
+class Stopped:
+    """A worker's place: it can be stopped, and that is all."""
+
+    stopped: list[bool] = field(default_factory=list)
+
+    def stop(self) -> None:
+        self.stopped.append(True)
+
+
+def engine(*names: str, budget: int | None = None) -> Engine:
+    return Engine([Setup(f"nowhere/{name}", name, {}) for name in names], Metrics(), budget=budget)
+
+
+def order() -> Order:
+    return Order((Wanted(Settings(prompt="a")),))
+
+
+def load(one: ModelSet, memory: int) -> None:
+    """As `Engine` leaves a set whose worker has said what it is."""
+    child: Any = Stopped()
+    one.child = child
+    one.about = About(one.setup.name, "sd1", "original", 64, 64, (), True, memory, 0.0)
+
+
+def test_models_that_wait_for_room_do_not_wait_for_a_worker_that_has_died() -> None:
+    async def run() -> None:
+        both = engine("busy", "wanted", budget=10)
+        busy, wanted = both.sets.values()
+        load(busy, memory=10)
+        busy.current = Waiting(order(), asyncio.get_running_loop().create_future())
+        making = asyncio.create_task(both._make_room(wanted))
+        await asyncio.sleep(0.1)
+        assert not making.done(), "its worker is in work"
+        busy.child = None  # killed; its order waits until `_loading` is free, which `wanted` holds
+        await asyncio.wait_for(making, SECONDS)
+
+    asyncio.run(run())
