@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
@@ -19,13 +21,14 @@ SECONDS = 10.0
 
 
 @dataclass
-class Stopped:
-    """A worker's place: it can be stopped, and that is all."""
+class Silent:
+    """A worker's place: it says nothing, and can be stopped."""
 
-    stopped: list[bool] = field(default_factory=list)
+    connection: Connection
+    its: Connection
 
     def stop(self) -> None:
-        self.stopped.append(True)
+        self.its.close()
 
 
 def engine(*names: str, budget: int | None = None) -> Engine:
@@ -38,7 +41,7 @@ def order() -> Order:
 
 def load(one: ModelSet, memory: int) -> None:
     """As `Engine` leaves a set whose worker has said what it is."""
-    child: Any = Stopped()
+    child: Any = Silent(*Pipe())
     one.child = child
     one.about = About(one.setup.name, "sd1", "original", 64, 64, (), True, memory, 0.0)
 
@@ -56,3 +59,22 @@ def test_models_that_wait_for_room_do_not_wait_for_a_worker_that_has_died() -> N
         await asyncio.wait_for(making, SECONDS)
 
     asyncio.run(run())
+
+
+def test_a_worker_that_loads_is_ended_when_the_server_goes_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = Silent(*Pipe())
+    monkeypatch.setattr(processes, "start", lambda *_: child)
+
+    async def run() -> None:
+        one = engine("a")
+        loading = asyncio.create_task(one.start())
+        await asyncio.sleep(0.1)
+        assert not loading.done() and not child.its.closed
+        loading.cancel()
+        await asyncio.wait({loading}, timeout=SECONDS)
+        assert child.its.closed
+
+    try:
+        asyncio.run(run())
+    finally:
+        child.its.close()  # else the thread that listens would keep the tests

@@ -257,6 +257,9 @@ class Engine:
                 raise DiffusionError(
                     f"{one.setup.models}: the worker was ended {how} while it loaded the models: is there memory?"
                 ) from None
+            except asyncio.CancelledError:  # the server goes down: the thread that listens would keep it
+                child.stop()
+                raise
             if isinstance(told, DiffusionError):
                 child.stop()
                 raise told
