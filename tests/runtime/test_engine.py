@@ -78,3 +78,19 @@ def test_a_worker_that_loads_is_ended_when_the_server_goes_down(monkeypatch: pyt
         asyncio.run(run())
     finally:
         child.its.close()  # else the thread that listens would keep the tests
+
+
+def test_an_order_is_given_up_where_no_worker_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(processes, "start", none)
+
+    async def run() -> None:
+        one = engine("a")
+        waiting = one.put(order())
+        await asyncio.wait_for(one._make(one.default, waiting), SECONDS)
+        with pytest.raises(Lost, match="2 times"):
+            waiting.answer.result()
+
+    asyncio.run(run())

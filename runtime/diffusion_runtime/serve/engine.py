@@ -190,19 +190,19 @@ class Engine:
         name, begun = one.setup.name, time.monotonic()
         self.metrics.stages.labels(name, "wait").observe(begun - waiting.since)
         while not waiting.answer.done():
+            waiting.tries += 1
             try:
                 if one.child is None:
                     await self._load(one)
                 if one.child is None or waiting.answer.done():
                     return
-                waiting.tries += 1
                 waiting.pictures.clear()
                 done = await self._listen(one, one.child, waiting)
             except DiffusionError as error:
                 waiting.fail(Lost(f"the models cannot be loaded: {error}"))
                 return
             except (EOFError, OSError):
-                how = one.child.end if one.child is not None else "early"
+                how = "early" if one.child is None else await self._in_thread(lambda child: child.end, one.child)
                 await self._unload(one)
                 self.metrics.deaths.labels(name).inc()
                 if waiting.tries >= TRIES:
