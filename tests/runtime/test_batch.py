@@ -124,6 +124,14 @@ def test_a_row_says_its_own_options_in_any_spelling(make: Make, tmp_path: Path, 
     assert (second["steps"], second["seed"], second["scheduler"]) == (2, 101, "pndm")
 
 
+def test_whole_numbers_of_a_csv_with_gaps_are_whole(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt,seed,steps\na,9007199254740993,3.0\nb,7.0,\nc,2.5,\n")  # pandas'
+    first, second, third = make(tmp_path / "p.csv", tmp_path / "out")
+    assert (first["seed"], second["seed"]) == (9007199254740993, 7)
+    assert images.read_metadata(tmp_path / "out" / first["file"])["steps"] == 3
+    assert third["error"] == "seed: got '2.5', expected a whole number"
+
+
 def test_pictures_to_start_from_are_named_beside_the_table_or_stand_in_it(make: Make, tmp_path: Path) -> None:
     picture = Image.effect_noise((64, 64), 90.0).convert("RGB")
     picture.save(tmp_path / "start.png")

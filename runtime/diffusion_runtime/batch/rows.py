@@ -13,6 +13,7 @@ import csv
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -122,7 +123,7 @@ def _typed(column: str, value: Any, kind: Any) -> Any:
             number = float(value)
             if kinds == [float] and math.isfinite(number):
                 return number
-            return int(value) if isinstance(value, str) else _whole(value)
+            return _whole(value)
         except (ValueError, TypeError, OverflowError):
             pass
     expected = {str: "a text", bool: "true or false", float: "a number", int: "a whole number"}[kinds[0]]
@@ -130,6 +131,10 @@ def _typed(column: str, value: Any, kind: Any) -> Any:
 
 
 def _whole(value: Any) -> int:
+    if isinstance(value, str):
+        with suppress(ValueError):  # as a float, a large seed would lose its last digits
+            return int(value)
+        value = float(value)
     if int(value) != value:
         raise ValueError
     return int(value)
