@@ -132,6 +132,19 @@ def test_whole_numbers_of_a_csv_with_gaps_are_whole(make: Make, tmp_path: Path) 
     assert third["error"] == "seed: got '2.5', expected a whole number"
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_as_spreadsheets_write_it(tmp_path: Path, delimiter: str) -> None:
+    lines = ("prompt,steps", '"a ""cat"", black; old\tone",3', '"two\r\nlines",4', ",", "last,")
+    head, first, *others = (line.replace(",", delimiter) if "black" not in line else line for line in lines)
+    first = first.removesuffix(",3") + f"{delimiter}3"
+    (tmp_path / "p.csv").write_bytes(("\ufeff" + "\r\n".join([head, first, *others]) + "\r\n").encode())
+    assert [(row.number, row.options, row.error) for row in rows.read(tmp_path / "p.csv")] == [
+        (1, {"prompt": 'a "cat", black; old\tone', "steps": 3}, None),
+        (2, {"prompt": "two\r\nlines", "steps": 4}, None),
+        (3, {"prompt": "last"}, None),
+    ]
+
+
 def test_pictures_to_start_from_are_named_beside_the_table_or_stand_in_it(make: Make, tmp_path: Path) -> None:
     picture = Image.effect_noise((64, 64), 90.0).convert("RGB")
     picture.save(tmp_path / "start.png")
@@ -191,6 +204,8 @@ def test_lines_that_are_no_rows_are_bad_rows(make: Make, tmp_path: Path) -> None
     ("name", "content", "said"),
     [
         ("a.csv", b"prompt,guidence_scale\na,3\n", "unknown columns guidence_scale"),
+        ("a.csv", b",prompt\n0,a\n", "unknown columns '': expected"),
+        ("a.csv", b"prompt,steps,prompt\na,3,b\n", "a column is there twice: prompt, steps, prompt"),
         ("a.csv", b'prompt\n"a\n', "not CSV"),
         ("a.csv", b"prompt\n\xff\n", "not UTF-8"),
         ("a.txt", b"\n\n", "holds no prompts"),

@@ -73,8 +73,9 @@ def read(path: Path, ignored: Set[str] = frozenset(), inputs: Path | None = None
     known = set(COLUMNS) | ignored
     unknown = {name for row in found if isinstance(row, Mapping) for name in row if name not in known}
     if unknown:
+        shown = ", ".join(name or "''" for name in sorted(unknown))
         raise InputError(
-            f"{path}: unknown columns {', '.join(sorted(unknown))}: expected {', '.join(COLUMNS)}; "
+            f"{path}: unknown columns {shown}: expected {', '.join(COLUMNS)}; "
             "columns of your own are passed over with --ignore NAME"
         )
     return [_row(number, row, path.parent, ignored, inputs) for number, row in enumerate(found, 1)]
@@ -204,12 +205,19 @@ def _json_lines(path: Path) -> Iterator[Raw]:
 def _csv(path: Path) -> Iterator[Raw]:
     csv.field_size_limit(MAX_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+        file.seek(0)
+        # Where the comma is in numbers, Excel writes semicolons.
+        delimiter = next((one for one in ",;\t" if one in header), ",")
         try:
-            table = csv.DictReader(file, strict=True)
+            table = csv.DictReader(file, strict=True, delimiter=delimiter)
+            names = table.fieldnames or ()
+            if len(set(names)) != len(names):
+                raise InputError(f"{path}: a column is there twice: {', '.join(names)}")
             for row in table:
                 if None in row:
                     yield f"line {table.line_num}: has more values than the header names columns"
-                else:
+                elif any(row.values()):  # Excel writes rows that were emptied as commas alone
                     yield row
         except csv.Error as error:
             raise InputError(f"{path}: line {table.line_num + 1}: not CSV: {error}") from error
