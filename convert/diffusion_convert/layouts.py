@@ -151,11 +151,6 @@ def _apple_name(
 
 # --- ComfyUI-CoreMLSuite 2.x's, which is that of the package coreml-diffusion
 
-_ATTENTIONS = {
-    AttentionKind.ORIGINAL: "orig",
-    AttentionKind.SPLIT_EINSUM: "se",
-    AttentionKind.SPLIT_EINSUM_V2: "se2",
-}
 _OF_PICTURES = ("vae_decoder", "vae_encoder")
 
 
@@ -168,7 +163,7 @@ def _comfyui_name(
     quantized = "_qmixed" if component.mixed(options) else f"_q{bits}" if bits is not None else ""
     size = f"{shape.width}x{shape.height}"
     if component.name == "unet":
-        parts = [stem, *loras, f"{shape.batch_size}x{size}", _ATTENTIONS.get(attention, attention.value)]
+        parts = [stem, *loras, f"{shape.batch_size}x{size}", attention.about.mark or attention.value]
     elif component.name in _OF_PICTURES:
         parts = [stem, component.name, f"1x{size}"]
     else:

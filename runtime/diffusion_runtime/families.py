@@ -19,7 +19,8 @@ class Attention:
     ``compute_units``: those that its UNet is made for. ``devices``: for whom, in the words of the model card.
     ``einsum``: its programs have einsum operations. ``query_chunk``: they take the queries so many at a time (None:
     all at once). ``stands_in_for``: the kind that apps ask for when they can use this one: its zip is written under
-    that name, too, where there are no models of that kind.
+    that name, too, where there are no models of that kind. ``mark``: what files are called by in
+    `Layout.COMFYUI` (None: by the kind's own name).
     """
 
     compute_units: str
@@ -27,6 +28,7 @@ class Attention:
     einsum: bool = False
     query_chunk: int | None = None
     stands_in_for: str | None = None
+    mark: str | None = None
 
 
 class AttentionKind(enum.Enum):
@@ -42,15 +44,20 @@ class AttentionKind(enum.Enum):
 
 
 _ATTENTION: Mapping[AttentionKind, Attention] = {
-    AttentionKind.ORIGINAL: Attention("cpu-and-gpu", "Macs with a strong GPU (M1 Pro, Max, Ultra and later)"),
+    AttentionKind.ORIGINAL: Attention(
+        "cpu-and-gpu", "Macs with a strong GPU (M1 Pro, Max, Ultra and later)", mark="orig"
+    ),
     AttentionKind.SPLIT_EINSUM_V2: Attention(
         "cpu-and-ne",
         "iPhone, iPad and Macs with iOS 17 / macOS 14",
         einsum=True,
         query_chunk=512,
         stands_in_for="split_einsum",
+        mark="se2",
     ),
-    AttentionKind.SPLIT_EINSUM: Attention("cpu-and-ne", "iPhone, iPad, and Macs for low power", einsum=True),
+    AttentionKind.SPLIT_EINSUM: Attention(
+        "cpu-and-ne", "iPhone, iPad, and Macs for low power", einsum=True, mark="se"
+    ),
 }
 """To add one: a member above, an entry here, and a file of its name in `diffusion_convert/networks/attention/`."""
 

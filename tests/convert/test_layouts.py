@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from diffusion_convert.inspect.show import as_text
 from diffusion_convert.layouts import LAYOUTS
 from diffusion_convert.options import ConvertOptions
 from diffusion_convert.verification.folder import verify_models
-from diffusion_runtime import load_pipeline
+from diffusion_runtime import families, load_pipeline
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import AttentionKind, Layout
 from diffusion_runtime.mil.package import open_package
@@ -151,6 +152,15 @@ def test_file_names(
 ) -> None:
     asked = ConvertOptions(layout="comfyui", **options)  # type: ignore[arg-type]
     assert names(tiny_checkpoint("sd1"), asked, component, kind) == name
+
+
+@pytest.mark.parametrize(("mark", "said"), [("mine", "mine"), (None, "original")])
+def test_the_table_of_attention_kinds_says_what_files_are_called(
+    mark: str | None, said: str, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = AttentionKind.ORIGINAL
+    monkeypatch.setattr(families, "_ATTENTION", {kind: replace(kind.about, mark=mark)})
+    assert names(tiny_checkpoint("sd1"), ConvertOptions(layout="comfyui"), "unet", kind) == f"sd1_2x512x768_{said}"
 
 
 @pytest.mark.parametrize(
