@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from safetensors.torch import load_file, save_file
 
 import small_bundle
 from diffusion_convert import convert
@@ -111,6 +113,36 @@ def test_it_says_what_takes_long_where_the_result_is_and_what_comes_next(
     whole = made.model_copy(update={"components": needed})
     *_, last = convert_command._what_next(Conversion(output, made.family, {"split_einsum_v2": whole}, {}))
     assert last == (f"next: coreml-sd generate '{output}' --prompt \"...\" --image photo.png -o picture.png")
+
+
+def test_every_note_is_said_once(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the plan when work begins, those of the models when they are made."""
+    source = shutil.copytree(tiny_checkpoint("sd1"), tmp_path / "sd1")
+    path = source / "text_encoder" / "model.safetensors"
+    tensors = {name: value.float() for name, value in load_file(path).items()}
+    name = next(name for name in tensors if name.endswith("layers.0.mlp.fc1.bias"))
+    tensors[name][0] = -1e5
+    save_file(tensors, path)
+    options = [
+        "--components",
+        "text_encoder",
+        "--attention",
+        "original",
+        "--no-compiled",
+        "--height=256",
+        "--width=256",
+    ]
+    cli.app(["convert", str(source), "-o", str(tmp_path / "models"), *options], standalone_mode=False)
+    shown, said = capsys.readouterr()
+    notes = [line for line in (shown + said).splitlines() if line.startswith("note: ")]
+    assert len(notes) == len(set(notes))
+    assert [len([note for note in notes if part in note]) for part in ("was trained for", "text_encoder: ")] == [
+        1,
+        1,
+    ]
+    assert "note: " not in shown
 
 
 def test_a_working_folder_that_was_removed_is_named(tmp_path: Path) -> None:

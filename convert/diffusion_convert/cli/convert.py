@@ -229,7 +229,8 @@ def _progress(console: Console) -> Iterator[Progress]:
                     console.print(f"{part}: done in {time.perf_counter() - since:.0f} s", highlight=False)
                 part, since = event.part, time.perf_counter()
             if event.phase in said:
-                console.print(f"{said[event.phase]} {event.text}".strip(), highlight=False, markup=False)
+                line = f"{said[event.phase]} {event.text}".strip()
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
             if event.phase is Phase.COMPONENTS and event.fraction == 0.0:
                 _settle_libraries()
             bars.update(bar, description=f"{event.part} {event.phase}".strip(), completed=event.fraction)
@@ -263,8 +264,6 @@ def _show(made: Conversion) -> None:
             bits = f"{component.palettization.nbits:g} bits" if component.palettization else component.precision
             table.add_row(variant, name, size, bits + wide, quality)
     console.print(table)
-    for note in made.notes:
-        typer.echo(f"note: {note}")
     if made.unchanged:
         typer.echo(f"{made.output}: was complete already; nothing was done")
     for line in _what_next(made):

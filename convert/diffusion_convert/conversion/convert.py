@@ -5,7 +5,7 @@ open -> plan -> for each part: reference, export, measure, palettize, chunk -> p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -114,9 +114,13 @@ def _plan(source: str, options: ConvertOptions, previous: Previous, progress: Pr
     describe(plan, plan.options.attention[0], {})  # what no runtime could use is refused before any work
     plan = replace(plan, notes=(*plan.notes, *previous.replaced_note(stamp)))
     progress(Event("", Phase.FAMILY, 0.0, FAMILIES[checkpoint.family].title))
-    for note in plan.notes:
-        progress(Event("", Phase.NOTE, 0.0, note))
+    _tell(plan.notes, progress)
     return plan
+
+
+def _tell(notes: Iterable[str], progress: Progress) -> None:
+    for note in notes:
+        progress(Event("", Phase.NOTE, 0.0, note))
 
 
 def _convert(
@@ -127,12 +131,14 @@ def _convert(
     for number, part in enumerate(plan.parts):
         progress(Event("", Phase.COMPONENTS, number / len(plan.parts)))
         records[part.name] = make(part, plan, place, known, _reporter(part, progress))
-    plan = replace(plan, notes=(*plan.notes, *check_recipe(plan, records)))
+    notes = dict.fromkeys(
+        (*check_recipe(plan, records), *(note for record in records.values() for note in record.notes))
+    )
+    _tell(notes, progress)
     with work(output) as slot:
         new = slot / "new"
         made = assemble(plan, place, records, kept.previous, new, known, progress)
         commit(slot, kept.previous.obsolete({entry.name for entry in new.iterdir()}), [place.root.name])
-    notes = dict.fromkeys(note for record in records.values() for note in record.notes)
     seconds = {name: record.seconds for name, record in records.items()}
     return Conversion(output, plan.checkpoint.family, made, seconds, (*plan.notes, *notes))
 
