@@ -17,6 +17,7 @@ from diffusion_convert.checkpoint.folding import fold, latents, prediction
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.components.vae_decoder import own_latents
 from diffusion_convert.components.vae_encoder import known_latents
+from diffusion_convert.conversion.assemble import describe
 from diffusion_convert.conversion.plan import make_plan
 from diffusion_convert.networks.folding import Epsilon, Padding
 from diffusion_convert.options import ConvertOptions
@@ -110,6 +111,9 @@ def test_what_a_checkpoint_needs(
     folded = fold(opened, list(Folding))
     assert folded.folded.names == own
     assert folded.folded.padding == padding
+    assert folded.padding == fold(opened, ()).padding == (padding or {})
+    plan = make_plan(opened, ConvertOptions("original", no_fold="padding"))
+    assert describe(plan, AttentionKind.ORIGINAL, {}).padding == (padding or {})
     assert latents(folded) == latents(opened)
     assert fold(opened, ()).folded.names == ()
 

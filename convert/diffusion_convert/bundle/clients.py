@@ -224,13 +224,13 @@ def _needs_of_prompts(made: Manifest) -> Iterator[Needs]:
     family = FAMILIES.get(made.family)
     first = next((name for name in family.encoders), "") if family is not None else ""
     if family is not None and first == "text_encoder" and not family.added_conditions:
-        pads_otherwise = family.pad_token is not None
-        folded = (made.folded.padding or {}).get(first)
-        if folded or not pads_otherwise:
+        usual = {} if family.pad_token is None else {first: 0}
+        own = made.folded.padding or (usual if made.padding is None else made.padding)
+        if own.get(first) != 0:
             yield Needs.NOT_FOR_PADDING_0
-        if folded is None and pads_otherwise:
+        if first in own and first not in (made.folded.padding or {}):
             yield Needs.PADS_OTHERWISE
-        if pads_otherwise:
+        if family.pad_token is not None:
             yield Needs.STATES_1024
     if tokens_of_unet(made) != tokens_of_encoder(made):
         yield Needs.LONG_PROMPTS

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from diffusion_convert.checkpoint.family import latent_scale
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import write_vocabulary
@@ -23,22 +25,22 @@ from diffusion_runtime.scratch import scratch
 
 if TYPE_CHECKING:
     import torch
-from pydantic import ValidationError
 
 
 def fold(checkpoint: Checkpoint, foldings: Collection[Folding]) -> Checkpoint:
-    """The checkpoint with those of the ``foldings`` that it needs. Raises CheckpointError for a tokenizer or a
-    scheduler's configuration that cannot be read."""
+    """The checkpoint with those of the ``foldings`` that it needs, and its padding. Raises CheckpointError for a
+    tokenizer or a scheduler's configuration that cannot be read."""
+    padding = _padding(checkpoint)
     folded = Folded(
         latents=_latents(checkpoint, Folding.LATENT_SCALE in foldings),
-        padding=(_padding(checkpoint) or None) if Folding.PADDING in foldings else None,
+        padding=(padding or None) if Folding.PADDING in foldings else None,
         prediction_type="v_prediction"
         if Folding.PREDICTION in foldings
         and own_prediction(checkpoint) == "v_prediction"
         and schedulers.has_signal(checkpoint.schedulers["scheduler"], checkpoint.family)
         else None,
     )
-    return replace(checkpoint, folded=folded)
+    return replace(checkpoint, folded=folded, padding=padding)
 
 
 def own_prediction(checkpoint: Checkpoint) -> str:

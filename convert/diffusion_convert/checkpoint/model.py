@@ -37,7 +37,8 @@ class Checkpoint:
     tokenizer_config.json, … to where they are, ``tokenizer_2`` those of a second text encoder. ``family`` is a name
     in `families.FAMILIES`. ``refiner``: that of an SDXL base, whose UNet is ``models["refiner"]``, too. ``notes``
     are sentences for the user: what the source does not say and was assumed.
-    ``folded`` is what its networks are converted with (`folding.fold`); as opened, nothing.
+    ``folded`` is what its networks are converted with (`folding.fold`); as opened, nothing. ``padding``: see
+    `Manifest.padding`; as opened, None.
     """
 
     name: str
@@ -50,4 +51,5 @@ class Checkpoint:
     pipeline_config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     folded: Folded = field(default_factory=Folded)
+    padding: Mapping[str, int] | None = None
     refiner: Checkpoint | None = None

@@ -111,6 +111,7 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
             "shift": shift,
         },
         "tokenizer_2": SECOND_TOKENIZER if checkpoint.tokenizer_2 else None,
+        "padding": checkpoint.padding,
         "prediction_type": prediction,
         "components": dict(entries),
         "scheduler": {**scheduler, "prediction_type": prediction} if "prediction_type" in scheduler else scheduler,

@@ -236,6 +236,11 @@ class Manifest(_Frozen):
     )
     tokenizer: RelativePath | None = Field(default=".", description="folder of vocab.json and merges.txt")
     tokenizer_2: RelativePath | None = Field(default=None, description="the same of a second text encoder")
+    padding: dict[str, Annotated[int, Field(ge=0)]] | None = Field(
+        default=None,
+        description="the number of the token that the checkpoint pads prompts with, by text encoder, where it is "
+        "not <|endoftext|>; null where that is not known",
+    )
     force_zeros_for_empty_prompt: bool = False
     refiner: Refiner | None = Field(default=None, description="of the component `refiner`, if there is one")
     requires_safety_checker: bool = False
