@@ -85,6 +85,9 @@ def test_folders_without_a_manifest(
     assert "has no manifest.json: taken for sd1, 64x64, epsilon prediction, latent scale 0.2" in done.stderr
     subprocess.run([COMMAND, "generate", str(folder), *options, "-o", str(python)], check=True, capture_output=True)
     assert _pixels(swift) == _pixels(python)
+    again = tmp_path / "again.png"
+    subprocess.run([COMMAND, "generate", "--from", str(swift), "-o", str(again)], check=True, capture_output=True)
+    assert _pixels(again) == _pixels(swift)
 
 
 def test_ctrl_c_ends_with_130_and_leaves_nothing_half_written(

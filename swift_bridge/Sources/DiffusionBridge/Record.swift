@@ -43,6 +43,8 @@ public struct Record: Sendable {
 
     /// The same with a text added or replaced.
     public func adding(_ name: String, _ text: String) -> Record { adding(name, JSON.string(text)) }
+    /// The same with a number added or replaced.
+    public func adding(_ name: String, _ number: Double) -> Record { adding(name, JSON.number(number)) }
     /// The same with a yes or no added or replaced.
     public func adding(_ name: String, _ isSo: Bool) -> Record { adding(name, JSON.bool(isSo)) }
 

@@ -68,7 +68,9 @@ struct Order {
         if let tokenizer = configuration.tokenizer {
             record = record.adding("tokenizer", Past.named(tokenizer, by: picture))
         }
-        return configuration.predictionType.map { record.adding("prediction_type", $0) } ?? record
+        if let prediction = configuration.predictionType { record = record.adding("prediction_type", prediction) }
+        if let scale = configuration.latentScale { record = record.adding("latent_scale", scale) }
+        return record
     }
 
     private static func models(_ folder: URL?, _ past: Past?) throws -> URL {

@@ -1,4 +1,4 @@
-/// The schedulers by the names that people know them by; those of the Python command.
+/// The schedulers by the names that people know them by, which are the Python command's.
 public enum SchedulerKind: String, Sendable, CaseIterable {
     case pndm
     case ddim
