@@ -60,6 +60,18 @@ def test_links_to_files_exist() -> None:
         assert (ROOT / target).exists(), target
 
 
+def test_named_paths_exist() -> None:
+    """In README and CONTRIBUTING: whole ones, and those below a package's folder that begin with "…/"."""
+    packages = (ROOT / "convert" / "diffusion_convert", ROOT / "runtime" / "diffusion_runtime")
+    tops = "|".join(("convert", "runtime", "tests", "tools", "benchmarks", "swift_bridge"))
+    text = README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    whole = re.findall(rf"`((?:{tops})/[^\s`]*)`", text)
+    short = re.findall(r"`…/([^\s`]+)`", text)
+    assert len(whole) > 10 and len(short) > 10
+    assert [path for path in whole if not (ROOT / path).exists()] == []
+    assert [path for path in short if not any((package / path).exists() for package in packages)] == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not SHAPES.is_dir(), reason="tests/checkpoints/shapes is not in this tree")
 def test_commands_and_python_run_in_order(tmp_path: Path) -> None:
