@@ -102,7 +102,7 @@ private func unet(batch: Int, channels: Int = 1) -> Recorder {
     }
     for item in try golden("pictures", as: Golden.self).clips {
         let picture = try Picture(width: item.width, height: item.height, bytes: Array(item.picture))
-        let expected = item.input.withUnsafeBytes { Array($0.bindMemory(to: Float.self)) }
+        let expected = floats(item.input)
         let found = SafetyChecker.clipInput(picture, item.side)
         #expect(found.shape == [1, 3, item.side, item.side])
         #expect(zip(found.values, expected).allSatisfy { abs($0 - $1) < 1e-5 } && found.values.count == expected.count)

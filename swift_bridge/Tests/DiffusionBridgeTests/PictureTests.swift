@@ -79,10 +79,6 @@ private struct PictureGolden: Decodable {
     let depths: [Depths]
 }
 
-private func floats(_ data: Data) -> [Float] {
-    data.withUnsafeBytes { Array($0.bindMemory(to: Float.self)) }
-}
-
 @Test func everyKindOfPNGIsReadAsPillowReadsIt() throws {
     let expected: PictureGolden = try golden("pictures")
     #expect(expected.files.count >= 38)

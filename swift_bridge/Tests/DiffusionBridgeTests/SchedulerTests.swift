@@ -25,8 +25,7 @@ private struct SchedulerCase {
         strength = json["strength"]?.number
         count = try #require(json["count"]?.integer)
         let text = try #require(json["values"]?.string)
-        let data = try #require(Data(base64Encoded: text))
-        values = data.withUnsafeBytes { Array($0.bindMemory(to: Float.self)) }
+        values = floats(try #require(Data(base64Encoded: text)))
     }
 
     var label: String {
