@@ -80,7 +80,8 @@ class Guard:
         if not self.rules.knows(_name(host)):
             return 421, f"this server is not {host[:200]!r}: it answers to {', '.join(self.rules.hosts)}"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host and origin not in self.rules.origins:
+        own = (f"http://{host}", f"https://{host}")  # a proxy before it may speak TLS
+        if origin is not None and origin not in own and origin not in self.rules.origins:
             return (
                 403,
                 "requests from web pages of other servers are refused (--cors ORIGIN allows one)",
@@ -141,8 +142,13 @@ def _is_address(name: str) -> bool:
 
 
 def _name(host: str) -> str:
-    """A Host header without its port."""
-    return urlsplit(f"//{host}").hostname or "" if host.isascii() and "@" not in host else ""
+    """A Host header without its port; empty where it is none."""
+    if not host.isascii() or "@" in host:
+        return ""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _key(headers: dict[str, str]) -> str:

@@ -1,0 +1,46 @@
+"""What stands before the application of `coreml-sd serve`, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from diffusion_runtime.serve.app import build
+from diffusion_runtime.serve.engine import Engine
+from diffusion_runtime.serve.guard import Rules
+from diffusion_runtime.serve.metrics import Metrics
+from diffusion_runtime.serve.service import Service
+from diffusion_runtime.serve.worker import Setup
+
+
+def ask(rules: Rules, method: str, path: str, headers: dict[str, str]) -> httpx.Response:
+    metrics = Metrics()
+    app: Any = build(Service(Engine([Setup("nowhere", "toy", {})], metrics)), metrics, rules)
+
+    async def asked() -> httpx.Response:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://localhost:8000"
+        ) as client:
+            return await client.request(method, path, headers=headers)
+
+    return asyncio.run(asked())
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "["}, 421),
+        ({"Host": "a@localhost"}, 421),
+        ({"Origin": "http://["}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "ftp://localhost:8000"}, 403),
+        ({"Origin": "http://localhost:9000"}, 403),
+        ({"Origin": "http://localhost:8000"}, 200),
+        ({"Origin": "https://localhost:8000"}, 200),
+    ],
+)
+def test_names_that_are_none_are_refused(headers: dict[str, str], status: int) -> None:
+    assert ask(Rules(), "GET", "/health/live", headers).status_code == status
