@@ -44,3 +44,21 @@ def ask(rules: Rules, method: str, path: str, headers: dict[str, str]) -> httpx.
 )
 def test_names_that_are_none_are_refused(headers: dict[str, str], status: int) -> None:
     assert ask(Rules(), "GET", "/health/live", headers).status_code == status
+
+
+def test_web_pages_of_an_allowed_origin_may_send_and_read() -> None:
+    rules, page = Rules(origins=("http://page.example",), keys=("k" * 16,)), {"Origin": "http://page.example"}
+    asking = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    may = ask(rules, "OPTIONS", "/score", {**page, **asking})
+    assert may.status_code == 200 and may.headers["access-control-allow-origin"] == page["Origin"]
+    assert may.headers["access-control-allow-headers"] == "authorization,content-type"
+    for key, status in (("k", 200), ("x", 401)):
+        answer = ask(rules, "GET", "/metrics", {**page, "Authorization": f"Bearer {key * 16}"})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, page["Origin"])
+    other = {"Origin": "http://evil.example"}
+    assert ask(rules, "OPTIONS", "/score", {**other, **asking}).status_code == 400
+    refused = ask(rules, "GET", "/health/live", other)
+    assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from diffusion_runtime.serve import guard, pages
 from diffusion_runtime.serve.apis import openai_images, score, web_ui
@@ -55,7 +56,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build(service: Service, metrics: Metrics, rules: guard.Rules) -> guard.Guard:
+def build(service: Service, metrics: Metrics, rules: guard.Rules) -> guard.App:
     """The application, behind its guard. Whoever runs it starts and stops the engine."""
     app = FastAPI(
         title="coreml-sd",
@@ -77,7 +78,8 @@ def build(service: Service, metrics: Metrics, rules: guard.Rules) -> guard.Guard
         metrics.requests.labels(getattr(route, "path", "other"), str(answer.status_code)).inc()
         return answer
 
-    return guard.Guard(app, rules)
+    # Before the guard: a browser asks without a key whether it may send one, and reads refusals too.
+    return CORSMiddleware(guard.Guard(app, rules), rules.origins, ("GET", "POST"), ("*",))
 
 
 def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:

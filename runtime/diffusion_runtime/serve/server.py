@@ -17,7 +17,7 @@ from diffusion_runtime.bundle.find import find
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.serve.app import build
 from diffusion_runtime.serve.engine import Engine
-from diffusion_runtime.serve.guard import LOCAL_NAMES, Guard, Rules, is_loopback
+from diffusion_runtime.serve.guard import LOCAL_NAMES, App, Rules, is_loopback
 from diffusion_runtime.serve.metrics import Metrics
 from diffusion_runtime.serve.service import Limits, Service
 from diffusion_runtime.serve.worker import Setup
@@ -64,7 +64,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(f"--host {host} --port {port}: cannot be listened to: {reason}") from error
 
 
-async def _serve(engine: Engine, app: Guard, listening: socket.socket, told: Callable[[], None]) -> bool:
+async def _serve(engine: Engine, app: App, listening: socket.socket, told: Callable[[], None]) -> bool:
     config = uvicorn.Config(
         app,
         log_level="warning",
