@@ -179,6 +179,20 @@ def _ask(client: openai.OpenAI, expected: Callable[..., bytes]) -> None:
     assert [model.id for model in client.models.list()] == ["toy"]
 
 
+def test_edits_take_one_picture_however_clients_spell_it(served: Served, expected: Callable[..., bytes]) -> None:
+    form = {"prompt": PROMPT, "num_inference_steps": "3", "seed": "5", "model": "gpt-image-1"}
+    picture = ("a.png", base64.b64decode(in_base64(start_image())), "image/png")
+    for name in ("image", "image[]"):
+        answer = served.client.post("/v1/images/edits", data=form, files=[(name, picture)])
+        assert answer.status_code == 200, answer.text
+        assert pixels(answer.json()["data"][0]["b64_json"]) == expected(image=start_image())
+    for names in ((), ("image", "image"), ("image[]", "image[]"), ("image", "image[]")):
+        files = [(name, picture) for name in names] or [("mask", picture)]
+        answer = served.client.post("/v1/images/edits", data=form, files=files)
+        assert answer.status_code == 400
+        assert answer.json()["detail"] == f"image: got {len(names)} pictures, expected one"
+
+
 def test_the_web_uis_front_ends_work_unchanged(served: Served, expected: Callable[..., bytes]) -> None:
     asked = {
         "prompt": PROMPT,

@@ -136,7 +136,12 @@ def routes(service: Service) -> APIRouter:
     async def edits(
         request: Request,
         prompt: Annotated[str, Form()],
-        image: Annotated[UploadFile, File(description="The picture; what is transparent is painted anew.")],
+        image: Annotated[
+            list[UploadFile] | None, File(description="The picture, one; what is transparent is painted anew.")
+        ] = None,
+        in_list: Annotated[
+            list[UploadFile] | None, File(alias="image[]", description="image, as clients with lists spell it.")
+        ] = None,
         mask: Annotated[UploadFile | None, File(description="Transparent where the image is painted anew.")] = None,
         model: Annotated[str | None, Form()] = None,
         n: Annotated[Count, Form()] = 1,
@@ -154,6 +159,9 @@ def routes(service: Service) -> APIRouter:
         for name in await request.form():
             if name not in FORM_FIELDS:
                 raise Refused(f"Unknown parameter: '{name}'.")
+        pictures = [*(image or ()), *(in_list or ())]
+        if len(pictures) != 1:
+            raise Refused(f"image: got {len(pictures)} pictures, expected one")
         return await answer(
             request,
             model,
@@ -166,7 +174,7 @@ def routes(service: Service) -> APIRouter:
             guidance_scale=guidance_scale,
             scheduler=scheduler,
             strength=strength,
-            image=await image.read(),
+            image=await pictures[0].read(),
             mask=None if mask is None else await mask.read(),
             mask_is_alpha=True,
         )
