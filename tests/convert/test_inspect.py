@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,6 +136,22 @@ def test_obstacles_to_the_neural_engine_have_reasons(operation: Operation, expec
 def test_nothing_stands_in_the_way_of_half_precision_convolutions() -> None:
     assert reasons(op("conv", half(2, 320, 64, 64)), op("cast", TensorType(DType.FLOAT32, (2, 4)))) == ""
     assert "2.00 GB of weights" in reasons(weight_bytes=2_000_000_000)
+
+
+def test_ranges_of_shapes_stand_in_the_way_and_enumerated_shapes_do_not() -> None:
+    model, _ = small_bundle.small_model("unet", einsum=False)
+    first, *others = model.interface.inputs
+
+    def told(**shapes: Any) -> str:
+        interface = replace(model.interface, inputs=(replace(first, **shapes), *others))
+        changed = replace(model)
+        object.__setattr__(changed, "interfaces", (interface,))  # parsed from the description, which has fixed ones
+        return "; ".join(item.reason for item in obstacles(changed, 0))
+
+    plain = told()
+    assert told(enumerated_shapes=((1, 2), (2, 2))) == plain
+    assert f"ranges of shapes ({first.name})" not in plain
+    assert f"ranges of shapes ({first.name})" in told(shape_range=((1, 2), (2, 2)))
 
 
 def test_package_and_compiled_model_are_described_alike(bundle: Path) -> None:

@@ -149,6 +149,7 @@ def test_is_compiled_as_apples_compiler_writes_enumerated_shapes(compiled: Path)
     assert images["shapeFlexibility"] == "1 × 48 × 72 × 3 | 1 × 512 × 512 × 3"
     shown = as_text(inspect(compiled))
     assert "images Float16 1x48x72x3 (flexible: 1x48x72x3 or 1x512x512x3)" in shown
+    assert "filtered_images Float32 of no declared shape" in shown and "ranges of shapes" not in shown
 
 
 def test_one_of_the_size_of_apps_has_one_shape(checkpoint: Checkpoint) -> None:

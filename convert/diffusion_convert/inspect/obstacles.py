@@ -1,6 +1,6 @@
 """What would keep a model, or parts of it, off the Neural Engine, with the reason.
 
-The Neural Engine computes in float16 on tensors of at most five dimensions and of fixed shapes. What of a model it
+The Neural Engine computes in float16 on tensors of at most five dimensions and of known shapes. What of a model it
 takes is Core ML's decision and differs between chips; these are the rules that hold on all of them. Sources: Apple,
 "Deploying Transformers on the Apple Neural Engine" (2022); coremltools' guide to compute precision and flexible
 shapes; published compute plans, in which table look-ups and selections stay on the CPU.
@@ -53,11 +53,11 @@ def obstacles(model: Model, weight_bytes: int) -> tuple[Obstacle, ...]:
 
 
 def _of_model(model: Model, weight_bytes: int) -> Iterator[Obstacle]:
-    flexible = [
-        feature.name for feature in model.interface.inputs if feature.shape_range or feature.enumerated_shapes
-    ]
+    # Of enumerated shapes it takes each: https://developer.apple.com/forums/thread/724930
+    flexible = [feature.name for feature in model.interface.inputs if feature.shape_range]
     if flexible:
-        yield Obstacle(f"flexible shapes ({', '.join(flexible)}): the Neural Engine takes fixed ones", {})
+        reason = f"ranges of shapes ({', '.join(flexible)}): the Neural Engine takes the default shape alone"
+        yield Obstacle(reason, {})
     if weight_bytes > _PHONE_BYTES:
         size = f"{weight_bytes / 1e9:.2f} GB"
         yield Obstacle(f"{size} of weights: iPhones and iPads take about 1 GB; palettize or chunk the UNet", {})

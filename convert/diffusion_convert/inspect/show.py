@@ -76,7 +76,7 @@ def _model_lines(model: ModelReport) -> Iterator[str]:
 
 
 def _port(port: Port) -> str:
-    shape = "x".join(map(str, port.shape)) or "scalar"
+    shape = "x".join(map(str, port.shape)) or "of no declared shape"
     flexible = f" (flexible: {port.flexible})" if port.flexible else ""
     return f"{port.name} {port.dtype} {shape}{flexible}"
 
