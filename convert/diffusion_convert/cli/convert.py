@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 CONVERT_HELP = """
 Convert a Stable Diffusion checkpoint to Core ML models, on any machine.
 
-SOURCE is a folder in diffusers' layout, a single .safetensors, .ckpt or .gguf
-file, or the id of a repository on the Hugging Face Hub. Every model is verified
-against the checkpoint's own network before it appears.
+SOURCE is a folder in diffusers' layout, a single .safetensors, .ckpt or
+.gguf file, or the id of a repository on the Hugging Face Hub. Every model is
+verified against the checkpoint's own network before it appears.
 
 A conversion that was stopped goes on where it stopped: run the same command
 again. Components and variants are added to what the same source and options
