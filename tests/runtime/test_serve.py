@@ -212,7 +212,7 @@ def test_the_web_uis_front_ends_work_unchanged(served: Served, expected: Callabl
     assert pixels(plain["images"][0]) == expected(guidance_scale=3.0)
     again = {**asked, "n_iter": 1, "init_images": [f"data:image/png;base64,{in_base64(start_image())}"]}
     changed = served.client.post(
-        "/sdapi/v1/img2img", json={**again, "denoising_strength": 0.6, "cfg_scale": 3}
+        "/sdapi/v1/img2img", json={**again, "denoising_strength": 0.6, "cfg_scale": 3, "mask": ""}
     ).json()
     assert pixels(changed["images"][0]) == expected(image=start_image(), strength=0.6, guidance_scale=3.0)
     assert {one["name"] for one in served.client.get("/sdapi/v1/samplers").json()} == set(SAMPLERS)

@@ -159,7 +159,7 @@ def routes(service: Service) -> APIRouter:
                 "inpainting_mask_invert and inpaint_full_res: are not there; send the mask as it is to be used"
             )
         image = decoded(asked.init_images[0], "init_images")
-        mask = None if asked.mask is None else decoded(asked.mask, "mask")
+        mask = decoded(asked.mask, "mask") if asked.mask else None  # "" is none in the web UI, too
         wanted = _wanted(service, asked, image=image, mask=mask, strength=asked.denoising_strength)
         return await answer(request, asked, wanted, model)
 
