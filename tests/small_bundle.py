@@ -53,7 +53,8 @@ def write_bundle(
         components = {name: _component(packages, name, attention, nbits) for name in PORTS}
         (packages / "vocab.json").write_text('{"a": 0}')
         (packages / "merges.txt").write_text("#version: 0.2\na b\n")
-        manifest.write(_manifest(attention, components), packages)
+        told = {"tokenizer_sha256": integrity.tokenizer_hashes(packages, (".",))}
+        manifest.write(_manifest(attention, components).model_copy(update=told), packages)
     return folder
 
 

@@ -227,6 +227,16 @@ def test_verify_compares_with_the_loras_that_were_fused(
     assert run(app, "verify", folder, "--against", source, "--lora", f"{lora}:0.5").endswith("ok\n")
 
 
+def test_verify_names_a_changed_file_of_the_tokenizer(
+    app: typer.Typer, converted: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    packages = shutil.copytree(converted, tmp_path / "out") / "original" / "packages"
+    with (packages / "merges.txt").open("a") as file:
+        file.write("c d\n")
+    with pytest.raises(PackageError, match=r"original/packages/manifest\.json: .*: merges\.txt has changed"):
+        run(app, "verify", tmp_path / "out", "--against", tiny_checkpoint("sd1"))
+
+
 def test_verify_refuses_changed_weights_and_another_source(
     app: typer.Typer, converted: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -185,6 +185,18 @@ def test_what_is_damaged_is_made_again_and_no_more(
     assert contents(output) == contents(undisturbed)
 
 
+@pytest.mark.parametrize("damage", [_remove, _cut_short, _flip])
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_written_again(
+    damage: Callable[[Path], None], name: str, undisturbed: Path, tiny_checkpoint: Source, tmp_path: Path
+) -> None:
+    output, events = shutil.copytree(undisturbed, tmp_path / "models"), StopAt("", "never")
+    damage(output / "original/packages" / name)
+    assert not convert(tiny_checkpoint("sd1"), output, OPTIONS, events).unchanged
+    assert {part for part, _ in events.seen} == {""}, "the models are kept"
+    assert contents(output) == contents(undisturbed)
+
+
 def test_components_and_variants_are_added_to_those_of_the_same_options(
     undisturbed: Path, tiny_checkpoint: Source, tmp_path: Path
 ) -> None:

@@ -111,10 +111,11 @@ def test_a_folder_that_another_process_writes_to_is_not_published(hub: Hub, bund
     assert not (folder / WORK_FOLDER).exists()
 
 
-def test_a_changed_file_is_not_published(hub: Hub, bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["Unet.mlmodelc/model.mil", "vocab.json"])
+def test_a_changed_file_is_not_published(name: str, hub: Hub, bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, tmp_path / "copy")
-    (tmp_path / "copy" / "original" / "compiled" / "Unet.mlmodelc" / "model.mil").write_text("changed")
-    with pytest.raises(PackageError, match=r"Unet\.mlmodelc/model\.mil has changed"):
+    (tmp_path / "copy" / "original" / "compiled" / name).write_text("changed")
+    with pytest.raises(PackageError, match=f"{name} has changed"):
         publish(tmp_path / "copy", REPO, endpoint=hub.endpoint, token=TOKEN)
     assert hub.requests == []
 

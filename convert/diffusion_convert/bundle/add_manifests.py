@@ -18,7 +18,7 @@ from diffusion_convert.inspect import palettized_weights
 from diffusion_runtime.atomic import unfinished_file, unfinished_folder
 from diffusion_runtime.bundle import manifest, without_manifest
 from diffusion_runtime.bundle.find import KINDS
-from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes
+from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes, tokenizer_hashes
 from diffusion_runtime.bundle.manifest import Manifest, Palettization
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import ATTENTIONS, SYSTEMS, compiled_names
@@ -162,6 +162,7 @@ def _with_files(made: Manifest, place: Path, attention: str, kind: str, known: H
             "attention": attention,
             "components": components,
             "tokenizer": ".",
+            "tokenizer_sha256": tokenizer_hashes(place, (".",), known),
             # Compiled models name no tools: what another compiler made is kept as it is (`bundle.is_current`).
             "tools": {"coreml-sd": version("coreml-sd")} if kind == "packages" else {},
         }

@@ -18,7 +18,14 @@ from diffusion_runtime import zips
 from diffusion_runtime.atomic import sweep, unfinished_folder, work
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.find import KINDS
-from diffusion_runtime.bundle.integrity import Hashes, check_files, hashes, size_bytes
+from diffusion_runtime.bundle.integrity import (
+    Hashes,
+    check_files,
+    hashes,
+    size_bytes,
+    tokenizer_files,
+    tokenizer_hashes,
+)
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import ATTENTIONS, compiled_names
@@ -97,12 +104,15 @@ def compile_variant(
                     "size_bytes": size_bytes(unfinished, files),
                 }
             )
+        first = _copy_tokenizer(source.tokenizer, packages, unfinished)
+        second = _copy_tokenizer(source.tokenizer_2, packages, unfinished, "tokenizer_2")
         made = source.model_copy(
             update={
                 "kind": "compiled",
                 "components": components,
-                "tokenizer": _copy_tokenizer(source.tokenizer, packages, unfinished),
-                "tokenizer_2": _copy_tokenizer(source.tokenizer_2, packages, unfinished, "tokenizer_2"),
+                "tokenizer": first,
+                "tokenizer_2": second,
+                "tokenizer_sha256": tokenizer_hashes(unfinished, (first, second), known),
             }
         )
         manifest.write(made, unfinished)
@@ -123,7 +133,13 @@ def _without_files(made: Manifest) -> Manifest:
         for name, component in made.components.items()
     }
     return made.model_copy(
-        update={"kind": "compiled", "tokenizer": None, "tokenizer_2": None, "components": components}
+        update={
+            "kind": "compiled",
+            "tokenizer": None,
+            "tokenizer_2": None,
+            "tokenizer_sha256": {},
+            "components": components,
+        }
     )
 
 
@@ -134,9 +150,8 @@ def _copy_tokenizer(named: str | None, packages: Path, compiled: Path, place: st
         return None
     folder, target = packages / named, compiled / place
     target.mkdir(exist_ok=True)
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name != manifest.FILE_NAME and file.suffix in (".json", ".txt"):
-            shutil.copyfile(file, target / file.name)
+    for file in tokenizer_files(folder):
+        shutil.copyfile(file, target / file.name)
     missing = [name for name in VOCABULARY_FILES if not (target / name).is_file()]
     if missing:
         raise InputError(f"{folder}: no {' and no '.join(missing)}: apps need them next to the compiled models")

@@ -19,7 +19,7 @@ from diffusion_convert.conversion.workspace import Workspace
 from diffusion_runtime import strict_json
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.find import KINDS
-from diffusion_runtime.bundle.integrity import Hashes
+from diffusion_runtime.bundle.integrity import Hashes, tokenizer_hashes
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import CheckpointError
 from diffusion_runtime.families import AttentionKind, Layout
@@ -43,7 +43,7 @@ def assemble(
     """Make the new ``folder`` of the parts in ``place``; return the packages' manifests by attention."""
     found: dict[str, dict[str, Manifest]] = {}
     for kind in plan.options.attention:
-        made = _packages(plan, place, records, kind, folder / kind.value / PACKAGES)
+        made = _packages(plan, place, records, kind, folder / kind.value / PACKAGES, known)
         found[kind.value] = {PACKAGES: made}
     if plan.compiled:
         _compile(plan, found, folder, known, progress)
@@ -69,7 +69,7 @@ def _compile(
 
 
 def _packages(
-    plan: Plan, place: Workspace, records: Mapping[str, Record], kind: AttentionKind, folder: Path
+    plan: Plan, place: Workspace, records: Mapping[str, Record], kind: AttentionKind, folder: Path, known: Hashes
 ) -> Manifest:
     folder.mkdir(parents=True)
     entries = {}
@@ -84,6 +84,8 @@ def _packages(
         (folder / SECOND_TOKENIZER).mkdir()
         write_vocabulary(plan.checkpoint.tokenizer_2, folder / SECOND_TOKENIZER)
     made = describe(plan, kind, entries)
+    told = tokenizer_hashes(folder, (made.tokenizer, made.tokenizer_2), known)
+    made = made.model_copy(update={"tokenizer_sha256": told})
     manifest.write(made, folder)
     return made
 

@@ -20,7 +20,7 @@ from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.find import KINDS
-from diffusion_runtime.bundle.integrity import Hashes, faults
+from diffusion_runtime.bundle.integrity import TOKENIZER, Hashes, faults
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS, AttentionKind
@@ -71,10 +71,12 @@ class Previous:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What of an earlier conversion is of a plan and as it was made: components by attention and kind."""
+    """What of an earlier conversion is of a plan and as it was made: components by attention and kind, and where
+    the tokenizers are too."""
 
     previous: Previous
     whole: Mapping[tuple[str, str], Mapping[str, manifest.Component]]
+    tokenizers: frozenset[tuple[str, str]]
 
     def complete(self, plan: Plan) -> dict[str, Manifest]:
         """The manifests of the variants, where all that the plan makes is there already; else nothing."""
@@ -95,7 +97,9 @@ class Kept:
                 return None
             if self.whole.get((attention.value, kind), {}).keys() != wanted:
                 return None
-            if not all((folder / name).is_file() for name in VOCABULARY_FILES):
+            if (attention.value, kind) not in self.tokenizers:
+                return None
+            if not all((folder / name).is_file() for name in VOCABULARY_FILES):  # of an older manifest
                 return None
         if not plan.compiled and (self.previous.output / attention.value / KINDS[1]).exists():
             return None
@@ -140,13 +144,14 @@ def read(output: Path) -> Previous:
 
 def kept_of(previous: Previous, plan: Plan, known: Hashes) -> Kept:
     """What of ``previous`` can be kept: its files are compared with their manifests here, once."""
-    whole = {}
+    whole, tokenizers = {}, set()
     for attention, kinds in previous.variants.items():
         for kind, made in kinds.items():
             if made is not None and _is_of(made, plan.fingerprint):
                 wrong = faults(made, previous.output / attention / kind, known)
                 whole[attention, kind] = {name: c for name, c in made.components.items() if name not in wrong}
-    return Kept(previous, whole)
+                tokenizers |= {(attention, kind)} if TOKENIZER not in wrong else set()
+    return Kept(previous, whole, frozenset(tokenizers))
 
 
 def _manifest(folder: Path) -> Manifest | None:

@@ -13,6 +13,8 @@ from diffusion_runtime.errors import PackageError
 from diffusion_runtime.real_path import is_inside
 
 _SHOWN = 5
+TOKENIZER = "tokenizer"
+"""What `faults` calls the tokenizers' files, which are of no component."""
 
 
 class Fault(enum.StrEnum):
@@ -51,26 +53,35 @@ def hashes(folder: Path, models: Iterable[str], known: Hashes | None = None) -> 
     return {file.relative_to(folder).as_posix(): known.of(file) for file in files}
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer that lies in ``folder``, beside models or alone."""
+    found = (path for path in folder.iterdir() if path.suffix in (".json", ".txt") and path.name != FILE_NAME)
+    return sorted(path for path in found if path.is_file())
+
+
+def tokenizer_hashes(folder: Path, places: Iterable[str | None], known: Hashes | None = None) -> dict[str, str]:
+    """SHA-256 of the tokenizers' files in the ``places``, folders relative to ``folder``; None is passed over."""
+    known = known or Hashes()
+    files = [file for place in places if place is not None for file in tokenizer_files(folder / place)]
+    return {file.relative_to(folder).as_posix(): known.of(file) for file in files}
+
+
 def size_bytes(folder: Path, models: Iterable[str]) -> int:
     """Bytes of all files below the named models."""
     return sum(file.stat().st_size for name in models for file in (folder / name).rglob("*") if file.is_file())
 
 
 def faults(manifest: Manifest, folder: Path, known: Hashes | None = None) -> dict[str, dict[str, Fault]]:
-    """What is wrong with the models' files, by component and file; nothing for a component that is whole.
+    """What is wrong with the models' files, by component and file, and with the tokenizers' (`TOKENIZER`); nothing
+    for what is whole.
 
     Files are compared by the manifest's hashes. A component without hashes is checked for presence alone."""
     known = known or Hashes()
-    found: dict[str, dict[str, Fault]] = {}
+    found = {TOKENIZER: _changed(folder, manifest.tokenizer_sha256, known)}
     for component, part in manifest.components.items():
-        wrong = {name: Fault.MISSING for name in part.files if not (folder / name).exists()}
-        for name, expected in part.sha256.items():
-            fault = _fault(folder, name, expected, known)
-            if fault is not None:
-                wrong[name] = fault
-        if wrong:
-            found[component] = wrong
-    return found
+        missing = {name: Fault.MISSING for name in part.files if not (folder / name).exists()}
+        found[component] = missing | _changed(folder, part.sha256, known)
+    return {name: wrong for name, wrong in found.items() if wrong}
 
 
 def check_files(manifest: Manifest, folder: Path, known: Hashes | None = None) -> None:
@@ -85,6 +96,11 @@ def damaged(folder: Path, wrong: Mapping[str, Mapping[str, Fault]]) -> PackageEr
     told = sorted({f"{name} {fault}" for files in wrong.values() for name, fault in files.items()})
     shown = "; ".join(told[:_SHOWN]) + (f"; and {len(told) - _SHOWN} more" if len(told) > _SHOWN else "")
     return PackageError(f"{folder / FILE_NAME}: does not fit the files: {shown}; convert or download them again")
+
+
+def _changed(folder: Path, expected: Mapping[str, str], known: Hashes) -> dict[str, Fault]:
+    found = {name: _fault(folder, name, digest, known) for name, digest in expected.items()}
+    return {name: fault for name, fault in found.items() if fault is not None}
 
 
 def _fault(folder: Path, name: str, expected: str, known: Hashes) -> Fault | None:

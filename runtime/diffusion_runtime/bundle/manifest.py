@@ -236,6 +236,9 @@ class Manifest(_Frozen):
     )
     tokenizer: RelativePath | None = Field(default=".", description="folder of vocab.json and merges.txt")
     tokenizer_2: RelativePath | None = Field(default=None, description="the same of a second text encoder")
+    tokenizer_sha256: dict[RelativePath, str] = Field(
+        default={}, description="each file of the tokenizers, relative to the manifest; none in older manifests"
+    )
     padding: dict[str, Annotated[int, Field(ge=0)]] | None = Field(
         default=None,
         description="the number of the token that the checkpoint pads prompts with, by text encoder, where it is "

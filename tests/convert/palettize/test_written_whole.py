@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,18 +61,70 @@ def source(folder: Path) -> Path:
     return folder / "original" / "packages" / f"{small_bundle.NAME}_unet.mlpackage"
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
-def test_damage_is_named_and_nothing_is_touched(kind: str, finished: Path, tmp_path: Path) -> None:
-    """One damaged file among four equal ones that are not linked yet: it must not take the others' place."""
-    folder = shutil.copytree(finished, tmp_path / "out")
-    damaged = folder / "split_einsum_v2" / kind / WEIGHTS[kind]
-    data = bytearray(damaged.read_bytes())
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
     data[-1] ^= 1
-    damaged.write_bytes(data)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["weight.bin", "vocab.json", "merges.txt"])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_damage_is_named_and_nothing_is_touched(kind: str, name: str, finished: Path, tmp_path: Path) -> None:
+    """One damaged file among four equal ones that are not linked yet: it must not take the others' place. Those of
+    the tokenizer are copied from the packages, and zipped."""
+    folder = shutil.copytree(finished, tmp_path / "out")
+    flip(folder / "split_einsum_v2" / kind / (WEIGHTS[kind] if name == "weight.bin" else name))
     before = contents(folder)
-    with pytest.raises(PackageError, match=f"split_einsum_v2/{kind}/manifest.json: .*weight.bin has changed"):
+    with pytest.raises(PackageError, match=f"split_einsum_v2/{kind}/manifest.json: .*{name} has changed"):
         bundle_folder(folder, ZIPS)
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer/vocab.json", "tokenizer_2/added_tokens.json"])
+def test_every_file_of_both_tokenizers_has_its_hash(name: str, tmp_path: Path) -> None:
+    """SDXL's packages: wherever the two tokenizers lie, and with all their files."""
+    folder = small_bundle.write_bundle(tmp_path / "out", ("original",))
+    packages = folder / "original" / "packages"
+    for place in ("tokenizer", "tokenizer_2"):
+        (packages / place).mkdir()
+        for file in ("vocab.json", "merges.txt"):
+            shutil.copy(packages / file, packages / place)
+    (packages / "tokenizer_2" / "added_tokens.json").write_text('{"<cat-toy>": 1}')
+    told = {"tokenizer": "tokenizer", "tokenizer_2": "tokenizer_2"}
+    hashes = integrity.tokenizer_hashes(packages, told.values())
+    made = manifest.read(packages).model_copy(update={**told, "tokenizer_sha256": hashes})
+    manifest.write(made, packages)
+    bundle_folder(folder, ZIPS)
+    compiled = manifest.read(folder / "original" / "compiled").tokenizer_sha256
+    assert sorted(compiled) == [
+        "merges.txt",
+        *(f"tokenizer_2/{file}" for file in ("added_tokens.json", "merges.txt", "vocab.json")),
+        "vocab.json",
+    ]
+    flip(packages / name)
+    with pytest.raises(PackageError, match=f"manifest.json: does not fit the files: {name} has changed"):
+        bundle_folder(folder, ZIPS)
+
+
+def test_a_manifest_without_hashes_of_the_tokenizer_is_read(tmp_path: Path) -> None:
+    """As version 0.1 and earlier commits wrote it: what is compiled of it has them."""
+    folder = small_bundle.write_bundle(tmp_path / "out", ("original",))
+    path = folder / "original" / "packages" / "manifest.json"
+    told = json.loads(path.read_text())
+    del told["tokenizer_sha256"]
+    path.write_text(json.dumps(told))
+    bundle_folder(folder, ZIPS)
+    assert manifest.read(folder / "original" / "compiled").tokenizer_sha256.keys() == {"vocab.json", "merges.txt"}
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_a_compiled_folder_without_its_vocabulary_is_compiled_again(
+    name: str, finished: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "out")
+    (folder / "original" / "compiled" / name).unlink()
+    bundle_folder(folder, ZIPS)
+    assert contents(folder) == contents(finished)
 
 
 def test_a_compiled_folder_without_one_of_its_models_is_compiled_again(finished: Path, tmp_path: Path) -> None:
