@@ -136,6 +136,7 @@ def _convert(job: Job) -> Record:
             return _record(job, made, export_options, {}, seconds)
         started = time.perf_counter()
         verdict = compare.measure(job.package, job.expected, partial(job.report, "verify"))
+        gc.collect()  # so is the package's program: its weights stay mapped beside the next network's
         compare.check(part.component, job.package, verdict, partial(_explain, job, made, job.expected))
         _add(seconds, {"verify": time.perf_counter() - started})
         limit = FLOAT16_MAX if options.precision is Precision.FLOAT16 else compare.NEAR_LIMIT
