@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from types import FrameType
 
 _INTERRUPTED = 130  # what shells call a program that was stopped by Ctrl-C
@@ -18,30 +17,19 @@ _SAID = b"interrupted\n"
 def main() -> None:
     """Run the command with the arguments of this process, and end it with the command's exit code."""
     heeds = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # in the background, it is ignored
-    interrupted = False
 
     def end(_: int, __: FrameType | None) -> None:
         os.write(2, _SAID)
         os._exit(_INTERRUPTED)
-
-    def interrupt(_: int, __: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
 
     if heeds:
         signal.signal(signal.SIGINT, end)
     from diffusion_convert.cli.main import main as run
 
     if heeds:
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run()
-    except Exception:
-        if not interrupted:
-            raise
-        os.write(2, _SAID)
-        sys.exit(_INTERRUPTED)
     finally:
         if heeds:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to be cleaned up

@@ -74,7 +74,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tiny_checkpoint: Callable[[str], P
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     shown, said = process.communicate(timeout=120)
-    assert process.returncode == INTERRUPTED
+    assert process.returncode == INTERRUPTED, said
     assert (
         said.splitlines()[-1] == f"interrupted: {PARTS[0]} finished and kept; run the same command again to go on"
     )

@@ -1,15 +1,21 @@
-"""Ctrl-C at early moments, while libraries are imported: one word, exit code 130, no traceback."""
+"""Ctrl-C at any moment, also while libraries are imported: one line, exit code 130, no traceback."""
 
 from __future__ import annotations
 
+import os
+import pkgutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import toy_models
+from diffusion_convert.cli.main import main
+from diffusion_runtime.errors import CheckpointError
 
 # Where the tests' own parent ignores Ctrl-C, as nohup and background jobs of shells do, every child would too.
 PROGRAM = """
@@ -82,22 +88,73 @@ def test_run_as_a_module() -> None:
     assert interrupted("-m", 100, "--help") == (130, "sent\n", "interrupted\n")
 
 
-def test_an_error_that_a_library_makes_of_it(tmp_path: Path) -> None:
-    """As numpy's C code does while it is imported: the error alone would be a traceback."""
-    program = PROGRAM.format(
-        moment=-1,
-        start="""
-import diffusion_convert.inspect
-def interrupted(_):
+MADE_OF_IT = {
+    "numpy": ImportError("multiarray failed to import"),
+    "safetensors": CheckpointError("damaged, or no file of tensors"),  # ours for SafetensorError
+    "torch": RuntimeError("trying to pop from empty mode stack"),
+    "system": OSError("a read was broken off"),
+    "lost": None,  # as in a finalizer
+}
+"""What libraries make of Ctrl-C in the middle of a command's work."""
+WORK = {
+    "inspect": ("diffusion_convert.inspect.inspect", "interrupted"),
+    "palettize": ("diffusion_convert.palettize.checked.palettize_package", "interrupted"),
+    "bench": ("diffusion_runtime.performance.measure", "interrupted"),
+    "generate": ("diffusion_runtime.guidance.predictor", "note: interrupted: 0 of 1 pictures are finished"),
+    "batch": (
+        "diffusion_runtime.batch.run.Batch.run",
+        "note: interrupted: 0 of 1 pictures are finished; the same command goes on with the rest",
+    ),
+    "convert": (
+        "diffusion_convert.conversion.convert.assemble",
+        "interrupted: text_encoder finished and kept; run the same command again to go on",
+    ),
+}
+"""By command: the function at whose beginning Ctrl-C comes, and what is said last."""
+
+
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        (name, library)
+        for name in WORK
+        for library in MADE_OF_IT
+        # These have no callback in this process in which what was lost could be noticed.
+        if not (library == "lost" and name in ("inspect", "batch"))
+    ],
+)
+def test_whatever_libraries_make_of_it(
+    name: str,
+    library: str,
+    commands: dict[str, list[object]],
+    toys: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Seen with real files and real signals: one of them said that the user's checkpoint was damaged."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat")
+    commands |= {"bench": [toys, "--backend", "torch"], "batch": [toys, prompts, "-o", tmp_path / "out"]}
+    quick = ["--no-verify", "--no-compiled", "--attention", "original"] if name == "convert" else []
+    place, last = WORK[name]
+    work = pkgutil.resolve_name(place)
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt as interruption:
+            if (error := MADE_OF_IT[library]) is not None:
+                raise error from interruption
+        return work(*arguments, **named)
+
+    monkeypatch.setattr(place, interrupted)
+    monkeypatch.setattr(sys, "argv", ["coreml-sd", name, *map(str, [*commands[name], *quick])])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        os.kill(os.getpid(), signal.SIGINT)
-    except KeyboardInterrupt as error:
-        raise ImportError("multiarray failed to import") from error
-diffusion_convert.inspect.inspect = interrupted
-from coreml_sd import main; main()
-""",
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, "inspect", "x"], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = capsys.readouterr().err
+    assert (ended.value.code, said.splitlines()[-1:]) == (130, [last]), said

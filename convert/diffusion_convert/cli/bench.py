@@ -11,6 +11,7 @@ import typer
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.backends import ComputeUnits, load_backend, resolve
 from diffusion_runtime.bundle.find import find, parse_units
+from diffusion_runtime.cli import interruption
 from diffusion_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def _components(bundle: Bundle, text: str | None) -> list[str]:
 
 def _say(one: Measurement) -> None:
     """A line as soon as it is known, on the error stream: a run on all units takes minutes."""
+    interruption.check()  # else it would be one component's error
     where = one.compute_units or one.backend
     what = one.error or f"{_seconds(one.steady_seconds)} a call"
     typer.echo(f"{one.component} on {where}: {what}", err=True)

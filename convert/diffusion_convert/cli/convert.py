@@ -24,6 +24,7 @@ from diffusion_convert.options import (
     parse_lora,
     parse_nbits,
 )
+from diffusion_runtime.cli import interruption
 from diffusion_runtime.cli.console import INTERRUPTED
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.families import (
@@ -197,7 +198,7 @@ def convert(
 
     console = Console(stderr=True)
     try:
-        with _progress(console) as progress:
+        with interruption.seen(), _progress(console) as progress:
             made = run(source, output, options, progress)
     except KeyboardInterrupt:
         _say_kept(output)
@@ -224,6 +225,7 @@ def _progress(console: Console) -> Iterator[Progress]:
 
         def report(event: Event) -> None:
             nonlocal part, since
+            interruption.check()
             if event.part != part:
                 if part:
                     console.print(f"{part}: done in {time.perf_counter() - since:.0f} s", highlight=False)

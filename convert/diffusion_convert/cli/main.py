@@ -12,6 +12,7 @@ import typer
 
 from diffusion_convert.cli import bench, bundle, convert, inspect, palettize, share, verify
 from diffusion_runtime import cli as runtime
+from diffusion_runtime.cli import interruption
 from diffusion_runtime.cli.console import INTERRUPTED
 from diffusion_runtime.errors import DiffusionError
 
@@ -69,7 +70,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for the names of files that are not UTF-8
     try:
-        code = app(standalone_mode=False)
+        interruption.heed()
+        with interruption.seen():
+            code = app(standalone_mode=False)
     except DiffusionError as error:
         typer.echo(f"error: {_one_line(str(error))}", err=True)
         sys.exit(BAD_INPUT)

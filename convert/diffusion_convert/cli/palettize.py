@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffusion_runtime.cli import interruption
 from diffusion_runtime.errors import InputError, VerificationError
 from diffusion_runtime.real_path import real_path
 
@@ -148,6 +149,7 @@ def _progress() -> Iterator[OnWeight]:
         task = bar.add_task("palettizing", total=None)
 
         def show(name: str, done: int, total: int) -> None:
+            interruption.check()
             bar.update(task, completed=done, total=total, description=name if done < total else "checking")
 
         yield show

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffusion_runtime.cli import interruption
 from diffusion_runtime.cli.console import (
     INTERRUPTED,
     SECONDS_BETWEEN_LINES,
@@ -133,13 +135,14 @@ def _run(batch: Batch, output: str) -> None:
     for line in plan.failed:
         say(console, f"row {line['row']}: {line['error']}")
     try:
-        _show(batch, total)
+        with interruption.seen():
+            _show(batch, total)
     except KeyboardInterrupt:
         made = sum(len(answer.flagged) for answer in batch.answers)
         say(
             console, f"interrupted: {made} of {total} pictures are finished; the same command goes on with the rest"
         )
-        raise typer.Exit(INTERRUPTED) from None
+        sys.exit(INTERRUPTED)
     typer.echo(
         f"{output}: {len(plan.done) + sum(len(answer.flagged) for answer in batch.answers)} pictures, results.jsonl"
     )
@@ -158,6 +161,7 @@ def _show(batch: Batch, total: int) -> None:
     with progress_bar(console) as progress:
         shown = progress.add_task("pictures", total=total)
         for answer in batch.run():
+            interruption.check()
             made += answer.task.count
             progress.update(shown, completed=made)
             if answer.error is not None:

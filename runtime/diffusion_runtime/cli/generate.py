@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffusion_runtime.cli import interruption
 from diffusion_runtime.cli.console import (
     INTERRUPTED,
     SECONDS_BETWEEN_LINES,
@@ -167,7 +168,8 @@ def generate(
     )
     done: list[Made] = []
     try:
-        _make(order, done)
+        with interruption.seen():
+            _make(order, done)
     except KeyboardInterrupt:
         say(error_console(), f"interrupted: {len(done)} of {len(order.planned)} pictures are finished")
         sys.exit(INTERRUPTED)
@@ -222,8 +224,9 @@ def _reporter(progress: Progress, pictures: int) -> OnStep:
     console, said = progress.console, time.monotonic()
 
     def on_step(first: int, step: Step, run: Run) -> None:
-        last = first + run.job.request.pictures
         nonlocal said
+        interruption.check()
+        last = first + run.job.request.pictures
         which = f"{first + 1}" if last == first + 1 else f"{first + 1}-{last}"
         label = "denoising" if pictures == 1 else f"picture {which} of {pictures}"
         if step.index == 0:
