@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shlex
 import sys
 import time
@@ -26,7 +25,6 @@ from diffusion_convert.options import (
 )
 from diffusion_runtime.cli import interruption
 from diffusion_runtime.cli.console import INTERRUPTED
-from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.families import (
     DEFAULT_TARGET,
     FAMILIES,
@@ -233,19 +231,9 @@ def _progress(console: Console) -> Iterator[Progress]:
             if event.phase in said:
                 line = f"{said[event.phase]} {event.text}".strip()
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
-            if event.phase is Phase.COMPONENTS and event.fraction == 0.0:
-                _settle_libraries()
             bars.update(bar, description=f"{event.part} {event.phase}".strip(), completed=event.fraction)
 
         yield report
-
-
-def _settle_libraries() -> None:
-    """Let the garbage collector pass over what the libraries hold, a million objects that live as long as this
-    process: a conversion collects dozens of times, and would look at all of them each time."""
-    import_coremltools()
-    gc.collect()
-    gc.freeze()
 
 
 def _show(made: Conversion) -> None:

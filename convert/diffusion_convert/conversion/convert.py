@@ -15,6 +15,7 @@ from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.conversion.assemble import assemble, describe
 from diffusion_convert.conversion.events import Event, Phase, Progress
+from diffusion_convert.conversion.garbage import new_garbage_only
 from diffusion_convert.conversion.part import Record, check_recipe, make
 from diffusion_convert.conversion.plan import Part, Plan, fingerprint, make_plan, settled_batch_size
 from diffusion_convert.conversion.previous import Kept, Previous, kept_of, read
@@ -24,6 +25,7 @@ from diffusion_convert.options import ConvertOptions, check_path
 from diffusion_runtime.atomic import check_writable, commit, locked, work
 from diffusion_runtime.bundle.integrity import Hashes
 from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.families import FAMILIES
 
 
@@ -127,10 +129,9 @@ def _convert(
     plan: Plan, place: Workspace, kept: Kept, known: Hashes, output: Path, progress: Progress
 ) -> Conversion:
     kept.take(plan, place)
-    records: dict[str, Record] = {}
-    for number, part in enumerate(plan.parts):
-        progress(Event("", Phase.COMPONENTS, number / len(plan.parts)))
-        records[part.name] = make(part, plan, place, known, _reporter(part, progress))
+    import_coremltools()  # it and all that it imports are made before, and not looked at by the collector
+    with new_garbage_only():
+        records = _make(plan, place, known, progress)
     notes = dict.fromkeys(
         (*check_recipe(plan, records), *(note for record in records.values() for note in record.notes))
     )
@@ -141,6 +142,14 @@ def _convert(
         commit(slot, kept.previous.obsolete({entry.name for entry in new.iterdir()}), [place.root.name])
     seconds = {name: record.seconds for name, record in records.items()}
     return Conversion(output, plan.checkpoint.family, made, seconds, (*plan.notes, *notes))
+
+
+def _make(plan: Plan, place: Workspace, known: Hashes, progress: Progress) -> dict[str, Record]:
+    records: dict[str, Record] = {}
+    for number, part in enumerate(plan.parts):
+        progress(Event("", Phase.COMPONENTS, number / len(plan.parts)))
+        records[part.name] = make(part, plan, place, known, _reporter(part, progress))
+    return records
 
 
 def _reporter(part: Part, progress: Progress) -> export.OnPhase:

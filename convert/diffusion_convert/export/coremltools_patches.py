@@ -64,6 +64,8 @@ def patched_coremltools(
         replace(helper, "_get_offset_by_writing_data", lambda var, _: write(var.val))
         node = import_coremltools("converters.mil.frontend.torch.internal_graph").InternalTorchIRNode
         replace(node, "from_torchscript_node", classmethod(_placed(node.from_torchscript_node.__func__)))
+        # It would collect garbage while all of the program is still needed; we do after it.
+        replace(import_coremltools("converters._converters_entry"), "gc", SimpleNamespace(collect=lambda: 0))
         logger = logging.getLogger("coremltools")
         replaced.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)
