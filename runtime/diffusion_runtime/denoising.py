@@ -11,7 +11,7 @@ import torch
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.guidance import Predict
 from diffusion_runtime.noise import Noise
-from diffusion_runtime.schedulers import REFUSALS, denoised, name_of, reason, step_arguments
+from diffusion_runtime.schedulers import ANOTHER, REFUSALS, denoised, name_of, reason, step_arguments
 
 AfterStep = Callable[[int, torch.Tensor], torch.Tensor]
 """(index, latents) -> latents that the next step starts from."""
@@ -68,7 +68,7 @@ def denoise(
                 else:
                     latents = scheduler.step(prediction, timestep, latents, **arguments)[0]
             except REFUSALS as error:
-                raise InputError(f"scheduler {name_of(scheduler)}: {reason(error)}") from error
+                raise InputError(f"scheduler {name_of(scheduler)}: {reason(error)}; {ANOTHER}") from error
             if start.after_step is not None:
                 latents = start.after_step(index, latents)
         changed = yield Step(index, total, number, latents, model_input, prediction, scheduler)

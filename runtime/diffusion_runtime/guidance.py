@@ -16,7 +16,7 @@ import torch
 
 from diffusion_runtime.backends import Model
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.models import not_finite
+from diffusion_runtime.models import not_finite, unfit_latents
 
 EMBEDDED = "timestep_cond"
 """The input of a UNet that takes the guidance scale itself."""
@@ -65,7 +65,7 @@ def predictor(unet: Model, pictures: int, conditions: Conditions, guidance_scale
             together = together[:rows]
         # One sum in place of a comparison of each element: NaN and infinity reach it.
         if not math.isfinite(together.sum().item()):
-            raise not_finite("unet")
+            raise not_finite("unet") if all(call.sample.isfinite().all() for call in calls) else unfit_latents()
         if not guided:
             return together
         unconditional, text = together[0::2], together[1::2]

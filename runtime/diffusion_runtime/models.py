@@ -134,6 +134,14 @@ def not_finite(model: str) -> DiffusionError:
     )
 
 
+def unfit_latents() -> InputError:
+    """The error for latents that became NaN, or infinity in the numbers that a model takes."""
+    return InputError(
+        "the latents are not numbers, or too large for float16, after a step of the scheduler: its settings do not "
+        "fit each other or what the UNet predicts; choose another scheduler (`--scheduler NAME`)"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Chain:
     """Models that run one after the other as one, as the chunks of a UNet do: what an earlier one gives is, by its

@@ -37,7 +37,7 @@ from diffusion_runtime.bundle.manifest import Manifest, of_refiner
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS
-from diffusion_runtime.models import Models
+from diffusion_runtime.models import Models, unfit_latents
 from diffusion_runtime.noise import Noise
 from diffusion_runtime.prompt.text_states import TextStates
 from diffusion_runtime.prompt.tokenizer import Tokenizer
@@ -348,7 +348,12 @@ class Pipeline:
         """Latents (n, channels, height, width) to pictures (n, 3, height, width) in about -1..1."""
         decoder = self.models["vae_decoder"]
         (name, spec), *_ = decoder.inputs.items()
-        scaled = (latents / self.manifest.latents.scale + self.manifest.latents.shift).numpy().astype(spec.dtype)
+        with np.errstate(over="ignore"):  # of float16: it becomes infinity
+            scaled = (
+                (latents / self.manifest.latents.scale + self.manifest.latents.shift).numpy().astype(spec.dtype)
+            )
+        if not np.isfinite(scaled).all():
+            raise unfit_latents()
         pictures = [decoder.one("image", **{name: scaled[i : i + 1]}) for i in range(len(scaled))]
         return torch.from_numpy(np.concatenate(pictures)).float()
 

@@ -24,11 +24,16 @@ REFUSALS = (
 EMPTY: Mapping[str, Any] = {}
 KARRAS: Mapping[str, Any] = {"use_karras_sigmas": True}
 SDE: Mapping[str, Any] = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
+FLOW = "flow_prediction"
 LEAST_SIGNAL = 1e-3
 """The least cumulative alpha of a schedule whose v predictions become noise predictions. At its last step a
 scheduler multiplies what float16 has lost by sqrt(1 / alpha); at 0, of a zero terminal SNR, noise predictions tell
 nothing of the picture."""
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+_NEEDED = ("config", "order", "init_noise_sigma", "set_timesteps", "scale_model_input", "step")
+"""What diffusers' Stable Diffusion pipelines use of a scheduler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,9 @@ SCHEDULERS: Mapping[str, Preset] = {
     "lcm": Preset("LCMScheduler"),
     "tcd": Preset("TCDScheduler"),
 }
+
+
+ANOTHER = "choose another scheduler, or other settings of it"
 
 
 def known() -> str:
@@ -124,7 +132,7 @@ def build(config: Mapping[str, Any], name: str | None = None, imposed: Mapping[s
     try:
         made = kind.from_config({key: value for key, value in wanted.items() if key in understood})
     except REFUSALS as error:
-        raise InputError(f"scheduler {name or class_name}: {reason(error)}") from error
+        raise InputError(f"scheduler {name or class_name}: {reason(error)}; {ANOTHER}") from error
     if not _steps(made):
         raise InputError(f"scheduler {class_name} is for another kind of pipeline: choose one of {known()}")
     return made
@@ -138,12 +146,13 @@ def alphas_cumprod(config: Mapping[str, Any], family: str) -> torch.Tensor:
 
 def has_signal(config: Mapping[str, Any], family: str) -> bool:
     """Whether v predictions of this schedule can become noise predictions at every timestep."""
-    return bool(alphas_cumprod(config, family)[-1] >= LEAST_SIGNAL)
+    made = build(config, None, imposed_on(family))
+    return hasattr(made, "alphas_cumprod") and bool(made.alphas_cumprod[-1] >= LEAST_SIGNAL)
 
 
 def _steps(scheduler: Any) -> bool:
     """Whether a step takes a prediction, a timestep and a sample, and needs nothing else."""
-    if not all(hasattr(scheduler, name) for name in ("set_timesteps", "scale_model_input", "step")):
+    if not all(hasattr(scheduler, name) for name in _NEEDED):
         return False
     parameters = list(inspect.signature(scheduler.step).parameters.values())
     return "num_train_timesteps" in scheduler.config and not any(
@@ -153,8 +162,7 @@ def _steps(scheduler: Any) -> bool:
 
 def check(scheduler: object) -> None:
     """Raise InputError for anything but a scheduler of diffusers that this loop can run."""
-    needed = ("config", "set_timesteps", "scale_model_input", "step", "alphas_cumprod")
-    lacking = [name for name in needed if not hasattr(scheduler, name)]
+    lacking = [name for name in _NEEDED if not hasattr(scheduler, name)]
     if lacking or isinstance(scheduler, type):
         raise InputError(
             f"scheduler is a {getattr(scheduler, '__name__', type(scheduler).__name__)}: expected a scheduler of "
@@ -200,10 +208,13 @@ def set_steps(scheduler: Any, steps: int) -> None:
     try:
         scheduler.set_timesteps(steps, device="cpu")
     except REFUSALS as error:
-        raise InputError(f"scheduler {name_of(scheduler)} with {steps} steps: {reason(error)}") from error
+        said = f"scheduler {name_of(scheduler)} with {steps} steps: {reason(error)}"
+        raise InputError(f"{said}; {ANOTHER}") from error
     # All but the last one, where there is no step any more: some solvers repeat their last noise level there.
     stands_still = "solver_order" in scheduler.config and bool((scheduler.sigmas[:-1].diff() == 0).any())
-    if stands_still or float(scheduler.timesteps.max()) > most - 1:
+    # Timesteps are places in the schedule, but those of consistency models, which have none: they come of sigmas.
+    beyond = hasattr(scheduler, "alphas_cumprod") and float(scheduler.timesteps.max()) > most - 1
+    if stands_still or beyond:
         raise InputError(f"scheduler {name_of(scheduler)} cannot take as many as {steps} steps: use fewer")
 
 
@@ -254,8 +265,12 @@ def step_arguments(scheduler: Any, generators: Any, eta: float) -> dict[str, Any
 
 def denoised(scheduler: Any, model_input: torch.Tensor, prediction: torch.Tensor, timestep: float) -> torch.Tensor:
     """The clean latents that a prediction amounts to under any scheduler: ``x0 = (x - sqrt(1 - a) e) / sqrt(a)``
-    with ``a`` the cumulative alpha, as ``model_input`` is what the UNet saw (Song et al., DDIM, equation 9).
-    Raises InputError for a scheduler that has no such table."""
+    with ``a`` the cumulative alpha, as ``model_input`` is what the UNet saw (Song et al., DDIM, equation 9). A flow
+    points from the picture to the noise: ``x0 = x - sigma v``. Raises InputError for a scheduler that has no such
+    table."""
+    if scheduler.config.get("prediction_type") == FLOW:
+        sigma = float(scheduler.sigmas[int((scheduler.timesteps - timestep).abs().argmin())])
+        return model_input - sigma * prediction
     if not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(f"scheduler {name_of(scheduler)} has no previews")
     table = scheduler.alphas_cumprod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusion_convert import ConvertOptions, convert
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.folding import Folding
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers says what it imposes
 OPTIONS = ConvertOptions(attention="original", components="vae_decoder", compiled=False, zip=False, verify=False)
@@ -72,7 +74,31 @@ def test_what_no_runtime_could_use_is_refused_before_any_work(
     assert not (tmp_path / "models").exists()
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    ("class_name", "prediction"),
+    [
+        ("UniPCMultistepScheduler", "flow_prediction"),
+        ("CMStochasticIterativeScheduler", None),
+        ("EDMEulerScheduler", "v_prediction"),
+    ],
+)
+def test_schedulers_without_a_schedule_of_alphas(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, class_name: str, prediction: str | None
+) -> None:
+    """The card has to say what apps make of them, and `--fold prediction` has nothing to fold with."""
+    folder = shutil.copytree(tiny_checkpoint("sd1"), tmp_path / "checkpoint")
+    told = {"_class_name": class_name} | ({"prediction_type": prediction} if prediction else {})
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(told))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", class_name]}))
+    convert(folder, tmp_path / "models", replace(OPTIONS, compiled=True, fold=(Folding.PREDICTION,)))
+    made = manifest.read(tmp_path / "models" / "original" / "compiled")
+    assert (made.scheduler["_class_name"], made.prediction_type) == (class_name, prediction or "epsilon")
+    card = (tmp_path / "models" / "README.md").read_text()
+    assert ("these models predict neither" in card) == (prediction == "flow_prediction")
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 @pytest.mark.parametrize("family", ["sd1", "sd1-inpainting", "sd2-v", "sd2-inpainting", "sd2-depth", "x4-upscaler"])
 def test_every_family_may_predict_anything(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, family: str, prediction: str

@@ -235,7 +235,14 @@ UNUSUAL: Mapping[str, Mapping[str, Any]] = {
     "DPMSolverMultistepScheduler": {"thresholding": True, "algorithm_type": "dpmsolver++", "use_lu_lambdas": True},
     "IPNDMScheduler": {"steps_offset": 3},
     "EDMEulerScheduler": {},
+    "CMStochasticIterativeScheduler": {},  # its timesteps go beyond those of the training
+    "DDIMParallelScheduler": {"prediction_type": "v_prediction"},
+    "CogVideoXDDIMScheduler": {},
 }
+SOLVERS = (
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
+    *("DEISMultistepScheduler", "SASolverScheduler"),
+)
 
 
 @pytest.mark.parametrize("class_name", UNUSUAL)
@@ -244,11 +251,73 @@ def test_settings_that_few_checkpoints_have(both: Callable[..., Any], psnr_db: P
     assert psnr_db(*both("sd1", config)) >= PARITY_DB
 
 
+@pytest.mark.parametrize("sigmas", [{}, {"use_flow_sigmas": True, "flow_shift": 3.0}], ids=["betas", "flow"])
+@pytest.mark.parametrize("class_name", SOLVERS)
+def test_flow_predictions(
+    both: Callable[..., Any], psnr_db: Psnr, class_name: str, sigmas: Mapping[str, Any]
+) -> None:
+    config = {"_class_name": class_name, **BETAS, "prediction_type": "flow_prediction", **sigmas}
+    assert psnr_db(*both("sd1", config)) >= PARITY_DB
+
+
+@pytest.mark.parametrize("class_name", SOLVERS[:3])
+def test_previews_of_flow_predictions_are_what_the_solver_makes_of_them(class_name: str) -> None:
+    config = {"_class_name": class_name, **BETAS, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    scheduler = schedulers.build(config)
+    schedulers.set_steps(scheduler, 4)
+    latents, prediction = (torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    for timestep in scheduler.timesteps:
+        shown = schedulers.denoised(scheduler, latents, prediction, timestep.item())
+        if scheduler.step_index is None:
+            scheduler._init_step_index(timestep)
+        torch.testing.assert_close(shown, scheduler.convert_model_output(prediction, sample=latents))
+        latents = scheduler.step(prediction, timestep, latents).prev_sample
+
+
+@pytest.mark.parametrize("order", [1, 3])
+@pytest.mark.parametrize("solver", ["bh1", "bh2"])
+def test_unipc_on_predicted_noise(both: Callable[..., Any], psnr_db: Psnr, solver: str, order: int) -> None:
+    config = {**BETAS, "predict_x0": False, "solver_type": solver, "solver_order": order}
+    config |= {"_class_name": "UniPCMultistepScheduler", "final_sigmas_type": "sigma_min"}
+    assert psnr_db(*both("sd1", config)) >= PARITY_DB
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"_class_name": "UniPCMultistepScheduler", "predict_x0": False},
+        {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"},
+    ],
+    ids=str,
+)
+def test_settings_with_which_diffusers_draws_black_say_whose_fault_it_is(
+    reference: Load, tmp_path: Path, settings: Mapping[str, Any]
+) -> None:
+    found, config = reference("sd1"), {**BETAS, **settings}
+    folder = with_scheduler(found.folder, tmp_path / "checkpoint", config)
+    theirs = load_theirs(found, folder, "StableDiffusionPipeline", None)
+    assert not np.asarray(theirs("a cat", num_inference_steps=4).images[0]).any()
+    ours = found.pipeline(check_safety=False)
+    manifest = ours.manifest.model_copy(update={"scheduler": config})
+    pipeline = Pipeline(manifest, ours.models, ours.tokenizer, check_safety=False)
+    with pytest.raises(InputError, match=r"^the latents are not numbers[^\n]*choose another scheduler[^\n]*$"):
+        pipeline("a cat", num_inference_steps=4, seed=3)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [1e6, float("inf"), float("nan")])
+def test_latents_that_no_decoder_takes_are_not_its_fault(reference: Load, size: float) -> None:
+    pipeline = reference("sd1").pipeline(check_safety=False)
+    with pytest.raises(InputError, match=r"^the latents are not numbers, or too large for float16"):
+        pipeline.decode(torch.full((1, 4, 8, 8), size))
+
+
 @pytest.mark.parametrize(
     "class_name",
     [
         *("RePaintScheduler", "ScoreSdeVeScheduler", "KarrasVeScheduler", "VQDiffusionScheduler"),
         *("FlowMatchEulerDiscreteScheduler", "ScoreSdeVpScheduler", "UnCLIPScheduler", "FlaxPNDMScheduler"),
+        *("DDPMWuerstchenScheduler", "CogVideoXDPMScheduler", "SCMScheduler", "AmusedScheduler"),
     ],
 )
 def test_schedulers_of_other_pipelines_end_in_one_line(reference: Load, class_name: str) -> None:

@@ -31,6 +31,7 @@ class Needs(enum.Enum):
     NOT_FOR_PADDING_0 = 'prompts are not padded with "!", token 0'
     PADS_OTHERWISE = "prompts are not padded with <|endoftext|>"
     V_PREDICTION = "the UNet predicts v"
+    OTHER_PREDICTION = "the UNet predicts neither noise nor v"
     FOLDED_PREDICTION = "the UNet predicts noise, where the checkpoint's own predicts v"
     ZERO_SNR = (
         "the UNet predicts v, and its noisiest step has no signal left, so that v cannot be folded into noise"
@@ -72,6 +73,7 @@ _FIXED_BY_APPLE: Mapping[Needs, str] = {
     Needs.PADS_OTHERWISE: "pads prompts with <|endoftext|>, which these models were not trained with",
     Needs.ZERO_SNR: f"{_EPSILON}, whose noisiest step has no signal left (`--fold prediction` is impossible)",
     Needs.V_PREDICTION: f"{_EPSILON} (convert with `--fold prediction`)",
+    Needs.OTHER_PREDICTION: "takes what the UNet predicts for noise or v, and these models predict neither",
     Needs.LONG_PROMPTS: "encodes one piece of a prompt, where these models take several",
 }
 """Apple's Swift package, and every app that is built on it."""
@@ -245,7 +247,9 @@ def _needs_of_arithmetic(made: Manifest) -> Iterator[Needs]:
         yield Needs.OWN_LATENT_SCALE
     if made.folded.prediction_type is not None:
         yield Needs.FOLDED_PREDICTION
-    if made.prediction_type != "epsilon":
+    if made.prediction_type not in ("epsilon", "v_prediction"):
+        yield Needs.OTHER_PREDICTION
+    elif made.prediction_type != "epsilon":
         foldable = schedulers.has_signal(made.scheduler, made.family)
         yield Needs.V_PREDICTION if foldable else Needs.ZERO_SNR
 

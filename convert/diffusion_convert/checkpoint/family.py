@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import FAMILIES, LATENT_SCALE, Family
+from diffusion_runtime.schedulers import FLOW
 
 if TYPE_CHECKING:
     from diffusion_convert.checkpoint.model import Checkpoint
 
 Config = Mapping[str, Any]
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PREDICTIONS = ("epsilon", "v_prediction", "sample", FLOW)
 LEAST_LENGTH, TEXT_LENGTH = 8, 77
 """Tokens of a text encoder: of the smallest that takes any words, and of CLIP's."""
 

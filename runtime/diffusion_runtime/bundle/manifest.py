@@ -63,7 +63,7 @@ def _usable(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-Prediction = Annotated[str, Field(pattern="^(epsilon|v_prediction|sample)$")]
+Prediction = Annotated[str, Field(pattern="^(epsilon|v_prediction|sample|flow_prediction)$")]
 RelativePath = Annotated[str, AfterValidator(_inside)]
 SchedulerConfig = Annotated[dict[str, Any], AfterValidator(_usable)]
 Extent = Annotated[int, Field(ge=1, le=1 << 31)]
