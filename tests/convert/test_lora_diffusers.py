@@ -273,6 +273,27 @@ def test_one_alpha_for_all(pipelines: Pipelines, tmp_path: Path) -> None:
     assert_as_diffusers(pipelines, tmp_path / "lora.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is:UserWarning")
+@pytest.mark.parametrize("start", ["mica", "lora_ga", "eva", "orthogonal", "gaussian", "pissa", "olora", "corda"])
+def test_what_a_lora_began_as(pipelines: Pipelines, tmp_path: Path, start: str) -> None:
+    """Said in the header by training scripts: diffusers fuses the matrices as they are, or refuses the file."""
+    tensors: Tensors = {}
+    for module, down, up in halves(pipelines, UNET_ATTENTION):
+        tensors |= dict(zip(peft_names(module), (down, up), strict=True))
+    targets = [module.removeprefix("unet.") for module in UNET_ATTENTION]
+    told = {"r": RANK, "lora_alpha": 6, "target_modules": targets, "init_lora_weights": start}
+    header = json.dumps({f"unet.{key}": value for key, value in told.items()})
+    path = tmp_path / "lora.safetensors"
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata={METADATA_KEY: header})
+    if start not in ("pissa", "olora", "corda"):
+        assert_as_diffusers(pipelines, path)
+        return
+    with pytest.raises((RuntimeError, ValueError)):
+        pipelines.fused("sd1", path, 1.0)
+    with pytest.raises(DiffusionError, match="changes the checkpoint's weights as well"):
+        open_checkpoint(str(pipelines.folder("sd1")), loras=[Lora(path)])
+
+
 def test_patterns_that_are_none(pipelines: Pipelines, tmp_path: Path) -> None:
     tensors: Tensors = {}
     for module, down, up in halves(pipelines, UNET_ATTENTION):
@@ -281,6 +302,8 @@ def test_patterns_that_are_none(pipelines: Pipelines, tmp_path: Path) -> None:
     for settings, said in (
         ({"unet.lora_alpha": 1, "unet.alpha_pattern": {"to_(q": 2}}, "adapter settings that cannot be read"),
         ({"unet.lora_alpha": 1, "unet.init_lora_weights": "pissa"}, "changes the checkpoint's weights as well"),
+        ({"unet.lora_alpha": 1, "unet.init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
+        ({"unet.lora_alpha": 1, "unet.init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
         ({"unet.lora_alpha": 1, "unet.peft_type": "VERA"}, "VERA, which is not covered"),
         ({"unet.r": 4}, "alpha is missing"),
         ([1], "its metadata"),

@@ -96,6 +96,10 @@ def squeezed(tensors: Tensors) -> Tensors:
 
 
 SPELLINGS: dict[str, Callable[[Tensors], Tensors]] = {
+    **{
+        f"all under {prefix}": renamed(("^", prefix))
+        for prefix in ("module.", "state_dict.", "model.", "_orig_mod.", "module.model.", "pipe._forward_module.")
+    },
     "VAE attention to_q": renamed((r"attn_1\.([qkv])\.", r"attn_1.to_\1.")),
     "VAE attention to_q, to_out": renamed(
         (r"attn_1\.([qkv])\.", r"attn_1.to_\1."), (r"attn_1\.proj_out\.", "attn_1.to_out.0.")

@@ -92,6 +92,21 @@ def test_module_state_parameters_and_nesting(tmp_path: Path) -> None:
     assert_equal(load_tensors(tmp_path / "ordered.bin"), module.state_dict())
 
 
+WRAPPED: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "model": lambda weights: {"model": weights, "epoch": 3},
+    "module, as DeepSpeed": lambda weights: {"module": weights, "optimizer": {"state": {0: weights}}, "lr": [0.1]},
+    "model_state_dict": lambda weights: {"model_state_dict": weights, "loss": torch.tensor(0.5).item()},
+    "in a state dict": lambda weights: {"state_dict": {"module": weights}},
+    "the same twice": lambda weights: {"params": weights, "params_again": weights},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_the_only_dict_of_tensors_is_taken(tmp_path: Path, kind: str) -> None:
+    torch.save(WRAPPED[kind](WEIGHTS), tmp_path / "model.ckpt")
+    assert_equal(load_tensors(tmp_path / "model.ckpt"), WEIGHTS)
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_every_protocol_that_torch_writes(tmp_path: Path, protocol: int) -> None:
     torch.save({"state_dict": WEIGHTS}, tmp_path / "model.ckpt", pickle_protocol=protocol)
@@ -407,6 +422,13 @@ def many_calls() -> bytes:
     return head + b"h\x02h\x00\x85R0" * 10**5 + b"h\x02h\x01R0" * 10**5 + b"N."
 
 
+def often() -> bytes:
+    """A dict of 200,000 entries, as 200,000 entries of another: 4e10 for who looks through each."""
+    inner = b"".join(b"J" + number.to_bytes(4, "little") + b"N" for number in range(200_000))
+    outer = b"".join(b"J" + number.to_bytes(4, "little") + b"h\x00" for number in range(200_000))
+    return b"}q\x00(" + inner + b"u0}(" + outer + b"u."
+
+
 BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no zip": (lambda path: path.write_bytes(b"\x80\x02}q\x00."), "not a checkpoint in one of torch's formats"),
     "a pickle": (lambda path: path.write_bytes(5 * pickle.dumps({"a": 1})), "a pickle, but not a checkpoint"),
@@ -447,6 +469,8 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut program": (lambda path: write_zip(path, tensor_program()[:-9]), "damaged checkpoint"),
     "missing data": (lambda path: write_zip(path, tensor_program()), "damaged checkpoint"),
     "no tensors": (lambda path: torch.save({"global_step": 3}, path), "holds no named tensors"),
+    "two state dicts": (lambda path: torch.save({"params": WEIGHTS, "ema": dict(WEIGHTS)}, path), "holds no named"),
+    "one large dict, often": (lambda path: write_zip(path, often()), "holds no named"),
     "a list": (lambda path: torch.save([torch.ones(2)], path), "holds no named tensors"),
 }
 

@@ -73,6 +73,7 @@ NETWORKS = (
     Network("depth", ("depth_model.model.",), "depth_estimator", "DPTForDepthEstimation"),
 )
 _BARE_UNET = "input_blocks.0.0.weight"
+_UNET_MARK = f"{NETWORKS[0].prefixes[0]}{_BARE_UNET}"
 _ADDED = "label_emb.0.0.weight"
 _BARE_TEXT = ("", "cond_stage_model.", "text_encoder.", "te.")
 _TEXT_MARK = "text_model.embeddings.token_embedding.weight"
@@ -109,6 +110,15 @@ _WORDS = re.compile(
     )
     + r"|\d+"
 )
+
+
+def unwrapped(tensors: Tensors) -> Tensors:
+    """The tensors without what wrappers of a whole model (``module.``, ``_orig_mod.``, ``state_dict.``) put before
+    all names of LDM's."""
+    prefix = next((name.removesuffix(_UNET_MARK) for name in tensors if name.endswith(f".{_UNET_MARK}")), "")
+    if not prefix or _UNET_MARK in tensors:
+        return tensors
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
 def split(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:

@@ -27,7 +27,14 @@ from diffusion_convert.checkpoint import (
     torch_networks,
 )
 from diffusion_convert.checkpoint.diffusers_folder import SCHEDULERS
-from diffusion_convert.checkpoint.ldm_layout import NETWORKS, OTHER_LAYOUTS, Network, only_averaged, split
+from diffusion_convert.checkpoint.ldm_layout import (
+    NETWORKS,
+    OTHER_LAYOUTS,
+    Network,
+    only_averaged,
+    split,
+    unwrapped,
+)
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.vocabulary import TOKENIZER_FILES
 from diffusion_runtime.bundle.integrity import sha256
@@ -226,7 +233,10 @@ def _map_tensors(path: Path, kind: str, config: Mapping[str, Any]) -> Mapping[st
 
 
 def _read(path: Path) -> tensor_file.TensorFile:
-    return gguf_file.read(path) if gguf_file.is_one(path) else tensor_file.read(path)
+    if gguf_file.is_one(path):
+        return gguf_file.read(path)
+    file = tensor_file.read(path)
+    return replace(file, tensors=unwrapped(file.tensors))
 
 
 def _check_all_used(part: ldm_shapes.Tensors, mapped: ldm_shapes.Tensors) -> None:

@@ -87,20 +87,38 @@ class Pickled:
 
 
 def load(path: Path) -> Pickled:
-    """Open a pickled checkpoint without reading any values. Where the file wraps its tensors in ``state_dict``,
-    those are returned. What is not a tensor is left out.
+    """Open a pickled checkpoint without reading any values. Where the file wraps its tensors in ``state_dict``, or
+    in the only dict of tensors that there is, those are returned. What is not a tensor is left out.
 
     Raises CheckpointError for a file that is in neither of torch's formats, is damaged, or holds no tensors.
     """
     outer, members = _open(path)
     inner = outer
     for _ in range(_MAX_WRAPPERS):
-        if isinstance(inner, dict) and isinstance(inner.get("state_dict"), dict):
-            inner = inner["state_dict"]
+        inner = _within(inner)
     views = dict(_named(inner, _View))
     if not views:
         raise CheckpointError(f"{path}: holds no named tensors; expected the state dict of a model")
     return Pickled(_map_views(path, views, members), dict(_named(outer, (int, float, str))))
+
+
+def _within(found: object) -> object:
+    """The dict that a dict wraps: ``state_dict``, or what trainers call otherwise (``model``, ``module``)."""
+    if not isinstance(found, dict):
+        return found
+    if isinstance(found.get("state_dict"), dict):
+        return found["state_dict"]
+    if _holds_tensors(found):
+        return found
+    inside = {
+        id(value): value for value in found.values() if isinstance(value, dict)
+    }  # each is looked through once
+    holding = [value for value in inside.values() if _holds_tensors(value)]
+    return holding[0] if len(holding) == 1 else found
+
+
+def _holds_tensors(found: dict[object, object]) -> bool:
+    return any(isinstance(value, _View) for value in found.values())
 
 
 def _named(found: object, kinds: Any) -> Iterator[tuple[str, Any]]:

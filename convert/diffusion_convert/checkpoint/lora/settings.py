@@ -16,8 +16,9 @@ METADATA_KEY = "lora_adapter_metadata"
 """Where diffusers keeps peft's settings in a .safetensors file: ``{"unet.lora_alpha": 8, …}`` as JSON."""
 CONFIG_NAME = "adapter_config.json"
 TYPES = ("LORA", "LOHA", "LOKR", "IA3")
-_CHANGING = ("pissa", "corda", "olora", "loftq", "mica", "lora_ga")
-"""Initialisations that take something off the weights themselves: the file alone does not say what."""
+_CHANGING = ("pissa", "corda", "olora", "loftq")
+"""Initialisations that take something off the weights themselves: the file alone does not say what, and diffusers
+refuses it. (Of "lora_ga" it takes the matrices as they are.)"""
 _UNCOVERED = ("use_qalora", "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config")
 
 
