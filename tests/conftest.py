@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,19 @@ import pytest
 
 # The Hub's tests talk to a server of their own, which huggingface_hub refuses where it is told to stay offline.
 os.environ.pop("HF_HUB_OFFLINE", None)
+
+_MODULES_OF_A_LIBRARY = 50
+_settled_modules = [0]
+
+
+def pytest_runtest_setup() -> None:
+    """Let the garbage collector pass over the million objects that libraries hold, as `coreml-sd convert` does: a
+    conversion collects dozens of times, and each time that took longer than converting a tiny network."""
+    if len(sys.modules) >= _settled_modules[0] + _MODULES_OF_A_LIBRARY:
+        gc.collect()
+        gc.freeze()
+        _settled_modules[0] = len(sys.modules)
+
 
 BuildOnce = Callable[[str, Callable[[Path], object]], Path]
 
