@@ -260,3 +260,15 @@ def toy_folder(build_once: Callable[..., Path]) -> Path:
 
     packages = Path("models", "original", "packages")
     return build_once("toy", lambda to: toy_models.write(to / packages)) / packages
+
+
+@pytest.fixture(scope="session")
+def shapes_folder(build_once: Callable[..., Path]) -> Path:
+    """The trained checkpoint, converted: packages with original attention. It is shared: do not change it."""
+    shapes = Path(__file__).resolve().parents[1] / "checkpoints" / "shapes"
+
+    def write(place: Path) -> None:
+        options = ConvertOptions(attention="original", compiled=False, zip=False, verify=False)
+        convert(shapes, place / "models", options)
+
+    return build_once("shapes", write) / "models"

@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.loading import load_pipeline
@@ -29,37 +28,10 @@ from diffusion_runtime.schedulers import SCHEDULERS
 from diffusion_runtime.serve import pages, server
 from diffusion_runtime.serve.apis.web_ui import KARRAS, SAMPLERS
 from diffusion_runtime.serve.guard import Rules
+from serving import COMMAND, SHORT, Served, in_base64, left_mask, pixels, score, serving, start_image
 
-COMMAND = [sys.executable, "-c", "from diffusion_convert.cli.main import main; main()", "serve"]
 PROMPT = "a private prompt"
 EVERYWHERE = "0.0.0.0"  # noqa: S104 with a key
-SHORT = {"num_inference_steps": 3, "seed": 5}
-
-
-class Served:
-    """A server and a client of it."""
-
-    def __init__(self, log: Path, *arguments: object) -> None:
-        self.log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [*COMMAND, *map(str, arguments), "--port", "0", "--threads", "1"],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-        deadline = time.monotonic() + 300
-        while "serving " not in log.read_text():
-            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
-        found = re.search(r"serving .* at (http://\S+)", log.read_text())
-        assert found is not None
-        self.url = found[1]
-        self.client = httpx.Client(base_url=self.url, timeout=300, trust_env=False)
-
-    def stop(self) -> int:
-        self.client.close()
-        self.process.terminate()
-        return self.process.wait(300)
 
 
 Serve = Callable[..., Served]
@@ -67,10 +39,10 @@ Serve = Callable[..., Served]
 
 @pytest.fixture(scope="module")
 def served(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    one = Served(tmp_path_factory.mktemp("served") / "log.txt", f"toy={toy_folder}", "--queue", 2, "--max-body", 1)
-    yield one
-    assert one.stop() == 0
-    assert PROMPT not in one.log.read_text()
+    log = tmp_path_factory.mktemp("served") / "log.txt"
+    with serving(log, f"toy={toy_folder}", "--queue", 2, "--max-body", 1) as one:
+        yield one
+    assert PROMPT not in log.read_text()
 
 
 @pytest.fixture
@@ -96,36 +68,6 @@ def expected(toy_folder: Path) -> Callable[..., bytes]:
         return made
 
     return pixels
-
-
-def pixels(text: str) -> bytes:
-    return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB").tobytes()
-
-
-def in_base64(image: Image.Image) -> str:
-    written = io.BytesIO()
-    image.save(written, "PNG")
-    return base64.b64encode(written.getvalue()).decode()
-
-
-def start_image() -> Image.Image:
-    image = Image.new("RGB", (64, 64), "navy")
-    ImageDraw.Draw(image).ellipse((10, 10, 50, 50), fill="orange")
-    return image
-
-
-def left_mask(transparent: bool = False) -> Image.Image:
-    mask = Image.new("L", (64, 64), 0)
-    mask.paste(255, (0, 0, 32, 64))
-    if not transparent:
-        return mask
-    image = start_image().convert("RGBA")
-    image.putalpha(mask.point(lambda value: 255 - value))
-    return image
-
-
-def score(columns: list[str], *rows: Any, **parameters: Any) -> dict[str, Any]:
-    return {"input_data": {"columns": columns, "data": list(rows), "parameters": {**SHORT, **parameters}}}
 
 
 def test_score_is_azures(served: Served, expected: Callable[..., bytes]) -> None:
@@ -248,6 +190,8 @@ def test_the_web_uis_samplers_are_ours(served: Served) -> None:
         ("/score", score(["prompt", "image"], ["a", "QUJD"]), 400, "not a picture"),
         ("/score", {**score(["prompt"], "a"), "model": "other"}, 400, "unknown model 'other': expected one of toy"),
         ("/score", {"input_data": 3}, 422, "input_data"),
+        ("/score", score(["prompt"], "a", seed=True), 422, "seed"),
+        ("/v1/images/generations", {"prompt": "a", "n": "2"}, 400, "n"),
         ("/v1/images/generations", {"prompt": "a", "n": 0}, 400, "n"),
         ("/sdapi/v1/txt2img", {"prompt": "a", "enable_hr": True}, 400, "enable_hr"),
         ("/sdapi/v1/txt2img", {"prompt": "a", "sampler_name": "Fast"}, 400, "unknown sampler"),
@@ -326,21 +270,13 @@ def test_pictures_of_many_clients_are_not_mixed_up(served: Served, expected: Cal
     assert found == [expected(seed=seed) for seed in range(24)]
 
 
-def workers(one: Served) -> list[int]:
-    """Processes below the server that hold models."""
-    found = subprocess.run(
-        ["pgrep", "-P", str(one.process.pid)], capture_output=True, text=True, check=False
-    ).stdout
-    return [pid for pid in map(int, found.split()) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
-
-
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 def test_a_worker_that_is_killed_loses_no_request(served: Served, expected: Callable[..., bytes]) -> None:
     with ThreadPoolExecutor(1) as thread:
         asked = score(["prompt"], PROMPT, *["a"] * 5, num_inference_steps=60)
         waiting = thread.submit(served.client.post, "/score", json=asked)
         time.sleep(0.5)
-        for pid in workers(served):
+        for pid in served.workers:
             os.kill(pid, signal.SIGKILL)
         answer = waiting.result()
     assert answer.status_code == 200, answer.text

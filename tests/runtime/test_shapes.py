@@ -13,10 +13,7 @@ import torch
 from PIL import Image
 
 import quality_shapes
-from diffusion_convert import convert
-from diffusion_convert.options import ConvertOptions
 from diffusion_runtime import load_pipeline, schedulers
-from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.pipeline import Pipeline
 from judge_shapes import FLAGGED_SHAPE, Caption, judge
 
@@ -38,11 +35,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shapes") / "models"
-    options = ConvertOptions(attention=(AttentionKind.ORIGINAL,), compiled=False, zip=False, verify=False)
-    convert(SHAPES, folder, options)
-    return folder
+def models(shapes_folder: Path) -> Path:
+    return shapes_folder
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ FORM_FIELDS = frozenset(
 
 
 class Generations(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     prompt: str
     model: str | None = None
     n: Count | None = 1

@@ -16,7 +16,7 @@ COLUMNS = ("prompt", "negative_prompt", "image", "mask_image")
 class Parameters(BaseModel):
     """For every row."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     num_inference_steps: Annotated[int, Field(description="Denoising steps.", ge=1)] = 50
     guidance_scale: Annotated[float, Field(description="On when above 1.", ge=-1000, le=1000)] = 7.5
     seed: Annotated[int | None, Field(description="Of the first row; rows count up. Default: random.", ge=0)] = None
@@ -26,7 +26,7 @@ class Parameters(BaseModel):
 
 
 class InputData(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     columns: list[str] = Field(description=f"Of each row: {', '.join(COLUMNS)}.")
     data: list[str | list[str | None]] = Field(
         description="A text for each row, or a list with one for each column."
@@ -36,7 +36,7 @@ class InputData(BaseModel):
 
 
 class Score(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     input_data: InputData
     model: str | None = Field(
         default=None, description="Which of the served models; the first where it is left out."

@@ -1,6 +1,7 @@
 """`/sdapi/v1/…`: the shapes of the Stable Diffusion web UI's API, so that front ends for it work unchanged.
 
-The models make one size: width and height of a request are not followed, and the answer says what was made.
+The models make one size: width and height of a request are not followed, nor is how the web UI prepares masks; the
+answer's notes say so.
 What the web UI has and these models have not (high-resolution passes, tiling, scripts, …) is refused where it
 would change the picture.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -37,6 +38,8 @@ SAMPLERS: Mapping[str, str] = {
 """The web UI's names of our schedulers."""
 KARRAS = ("lms", "euler", "heun", "dpm++ 2m", "dpm++ 2m sde", "dpm++ sde")
 SCHEDULES = ("automatic", "karras")
+ORIGINAL = 1
+"""The web UI's number for painting over what is there, which is what these models do."""
 UNCHANGING = ("", "none", "None", "automatic", "Automatic", "Use same scheduler")
 
 
@@ -76,6 +79,8 @@ class Image2Image(Text2Image):
     mask: str | None = Field(default=None, description="In base64; white is painted anew.")
     inpainting_mask_invert: Annotated[int, Field(ge=0, le=1)] = 0
     inpaint_full_res: bool = False
+    mask_blur: Annotated[int, Field(ge=0)] = 0
+    inpainting_fill: Annotated[int, Field(ge=0, le=3)] = ORIGINAL
 
 
 class Answer(BaseModel):
@@ -129,7 +134,9 @@ class ModelEntry(BaseModel):
 def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/sdapi/v1", tags=["Web UI"])
 
-    async def answer(request: Request, asked: Text2Image, wanted: list[Wanted], model: str | None) -> Answer:
+    async def answer(
+        request: Request, asked: Text2Image, wanted: list[Wanted], model: str | None, notes: Sequence[str] = ()
+    ) -> Answer:
         about = await service.about(model)
         interrupted = False
         try:
@@ -141,7 +148,9 @@ def routes(service: Service) -> APIRouter:
         return Answer(
             images=[encoded(picture) for picture in pictures] if asked.send_images else [],
             parameters={**told, **size},
-            info=json.dumps(_info(asked, wanted, pictures, {**size, "sd_model_name": about.name}, interrupted)),
+            info=json.dumps(
+                _info(asked, wanted, pictures, {**size, "sd_model_name": about.name}, interrupted, notes)
+            ),
         )
 
     @router.post("/txt2img")
@@ -154,14 +163,12 @@ def routes(service: Service) -> APIRouter:
     async def img2img(request: Request, asked: Image2Image) -> Answer:
         """Pictures from a picture; with a mask, painted in."""
         model = _check(service, asked)
-        if asked.inpainting_mask_invert or asked.inpaint_full_res:
-            raise Refused(
-                "inpainting_mask_invert and inpaint_full_res: are not there; send the mask as it is to be used"
-            )
+        if asked.mask and asked.inpainting_mask_invert:
+            raise Refused("inpainting_mask_invert: is not there; send the mask as it is to be used")
         image = decoded(asked.init_images[0], "init_images")
         mask = decoded(asked.mask, "mask") if asked.mask else None  # "" is none in the web UI, too
         wanted = _wanted(service, asked, image=image, mask=mask, strength=asked.denoising_strength)
-        return await answer(request, asked, wanted, model)
+        return await answer(request, asked, wanted, model, _not_followed(asked))
 
     @router.get("/progress")
     async def progress() -> ProgressAnswer:
@@ -236,6 +243,19 @@ def _check(service: Service, asked: Text2Image) -> str | None:
     return None if name is None else str(name)
 
 
+def _not_followed(asked: Image2Image) -> list[str]:
+    """A note on what the web UI does to masks and we do not. Its clients send these fields in any case."""
+    changing = {
+        "inpaint_full_res": asked.inpaint_full_res,
+        "mask_blur": asked.mask_blur,
+        "inpainting_fill": asked.inpainting_fill != ORIGINAL,
+    }
+    found = [name for name, value in changing.items() if value and asked.mask]
+    if not found:
+        return []
+    return [f"{', '.join(found)}: not followed; the mask is used as it is, over the whole picture"]
+
+
 def _scheduler(asked: Text2Image) -> str | None:
     """Our name of a sampler and a schedule; "DPM++ 2M Karras", as older front ends say it, too. Raises Refused."""
     sampler = asked.sampler_name or asked.sampler_index or ""
@@ -281,11 +301,12 @@ def _info(
     pictures: tuple[Picture, ...],
     extra: Mapping[str, Any],
     interrupted: bool,
+    unfollowed: Sequence[str],
 ) -> dict[str, Any]:
     """What the web UI tells of pictures, as its front ends read it."""
     seeds = [one.settings.seed for one in wanted]
     size = f"{extra['width']}x{extra['height']}"
-    notes = sorted({note for picture in pictures for note in picture.notes})
+    notes = [*unfollowed, *sorted({note for picture in pictures for note in picture.notes})]
     if (asked.width or extra["width"], asked.height or extra["height"]) != (extra["width"], extra["height"]):
         notes.append(f"the models make {size} alone")
     sampler = asked.sampler_name or asked.sampler_index or ""
