@@ -32,6 +32,8 @@ Psnr = Callable[[Any, Any], float]
         ("sd1", "image-to-image", "StableDiffusionImg2ImgPipeline", {"image": picture(64), "strength": 0.7}),
         ("sd1", "inpainting", "StableDiffusionInpaintPipeline", {"image": picture(64), "mask_image": half_mask()}),
         ("sd2-v", None, "StableDiffusionPipeline", {}),
+        ("sd1-lcm", None, "StableDiffusionPipeline", {"guidance_scale": 9.0}),
+        ("sdxl-v-zero-snr", None, "StableDiffusionXLPipeline", {"guidance_rescale": 0.7}),
         (
             "sd1-inpainting",
             None,
