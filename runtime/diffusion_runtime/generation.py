@@ -225,6 +225,7 @@ def _request(planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) ->
         else tuple(item.settings.negative_prompt or "" for item in planned),
         steps=one.steps,
         guidance_scale=one.guidance_scale,
+        eta=one.eta,
         image=inputs.get("image"),
         mask=inputs.get("mask"),
         depth=inputs.get("depth_image"),
@@ -241,7 +242,7 @@ def _written(
 
     result = pipeline.finish(run, latents)
     flags = result.nsfw_content_detected or [False] * len(planned)
-    used = schedulers.name_of(run.job.scheduler)
+    used = schedulers.recorded(run.job.scheduler)
     for item, image, flagged in zip(planned, result.images, flags, strict=True):
         settings = replace(item.settings, scheduler=used, **filled_in(run))
         inputs = png_record.named_inputs(settings, item.path)

@@ -30,6 +30,8 @@ LEAST_SIGNAL = 1e-3
 scheduler multiplies what float16 has lost by sqrt(1 / alpha); at 0, of a zero terminal SNR, noise predictions tell
 nothing of the picture."""
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+EDM = "EDM"
+"""How diffusers' classes for the noise levels of Karras et al. (2022) begin: Playground v2.5's."""
 
 
 _NEEDED = ("config", "order", "init_noise_sigma", "set_timesteps", "scale_model_input", "step")
@@ -126,6 +128,7 @@ def build(config: Mapping[str, Any], name: str | None = None, imposed: Mapping[s
     if not class_name.endswith("Scheduler") or not hasattr(diffusers, class_name):
         raise InputError(f"the models ask for an unknown scheduler class {class_name!r}: choose one of {known()}")
     kind = getattr(diffusers, class_name)
+    _check_noise_levels(config, class_name)
     kinds = {kind, *(getattr(diffusers, preset.class_name) for preset in SCHEDULERS.values())}
     understood = frozenset[str]().union(*map(_arguments, kinds))
     wanted = {**settled(config, imposed), **settings}
@@ -147,7 +150,33 @@ def alphas_cumprod(config: Mapping[str, Any], family: str) -> torch.Tensor:
 def has_signal(config: Mapping[str, Any], family: str) -> bool:
     """Whether v predictions of this schedule can become noise predictions at every timestep."""
     made = build(config, None, imposed_on(family))
-    return hasattr(made, "alphas_cumprod") and bool(made.alphas_cumprod[-1] >= LEAST_SIGNAL)
+    has_table = has_usual_noise(config) and hasattr(made, "alphas_cumprod")
+    return has_table and bool(made.alphas_cumprod[-1] >= LEAST_SIGNAL)
+
+
+def has_usual_noise(config: Mapping[str, Any]) -> bool:
+    """Whether the UNet is told its noise level as one of the training's timesteps, as Stable Diffusion's are.
+    EDM's (Playground v2.5, CosXL) are told the logarithm of a continuous one; those trained by flow matching mix
+    picture and noise in another way."""
+    is_flow = config.get("prediction_type") == FLOW or bool(config.get("use_flow_sigmas"))
+    return not (is_flow or _is_continuous(config) or str(config.get("_class_name")).startswith(EDM))
+
+
+def _is_continuous(config: Mapping[str, Any]) -> bool:
+    """As EulerDiscreteScheduler reads it: with other predictions timesteps stay those of the training."""
+    return config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
+
+
+def _check_noise_levels(config: Mapping[str, Any], class_name: str) -> None:
+    """Raise InputError for a scheduler that would take the models' noise levels for the usual ones."""
+    own = str(config.get("_class_name"))
+    if own == class_name or (own.startswith(EDM) and class_name.startswith(EDM)):
+        return
+    if own.startswith(EDM) or _is_continuous(config):
+        raise InputError(
+            f"these models were trained with EDM's noise levels, which {class_name} does not have: leave the "
+            f"scheduler out, for their own {own}"
+        )
 
 
 def _steps(scheduler: Any) -> bool:
@@ -189,11 +218,17 @@ def name_of(scheduler: Any) -> str:
     """The name in `SCHEDULERS` that this scheduler would be asked for by, else its class name."""
     class_name, found = type(scheduler).__name__, ""
     for name, preset in SCHEDULERS.items():
-        expected = {**dict.fromkeys(("use_karras_sigmas",), False), **preset.settings}
+        expected = {**dict.fromkeys(SIGMAS, False), **preset.settings}
         config = scheduler.config
         if preset.class_name == class_name and all(config.get(k, v) == v for k, v in expected.items()):
             found = found or name
     return found or class_name
+
+
+def recorded(scheduler: Any) -> str | None:
+    """The name by which the scheduler can be asked for again; None: the models' own, for which there is none."""
+    name = name_of(scheduler)
+    return name if name in SCHEDULERS else None
 
 
 def set_steps(scheduler: Any, steps: int) -> None:
@@ -271,6 +306,8 @@ def denoised(scheduler: Any, model_input: torch.Tensor, prediction: torch.Tensor
     if scheduler.config.get("prediction_type") == FLOW:
         sigma = float(scheduler.sigmas[int((scheduler.timesteps - timestep).abs().argmin())])
         return model_input - sigma * prediction
+    if type(scheduler).__name__.startswith(EDM) or _is_continuous(scheduler.config):
+        return _denoised_by_level(scheduler.config, model_input, prediction, timestep)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(f"scheduler {name_of(scheduler)} has no previews")
     table = scheduler.alphas_cumprod
@@ -284,6 +321,17 @@ def denoised(scheduler: Any, model_input: torch.Tensor, prediction: torch.Tensor
         return prediction
     # With zero terminal SNR alpha is 0 at the first step, where noise says nothing of the picture.
     return (model_input - math.sqrt(1 - alpha) * prediction) / math.sqrt(max(alpha, 1e-6))
+
+
+def _denoised_by_level(
+    config: Mapping[str, Any], model_input: torch.Tensor, prediction: torch.Tensor, timestep: float
+) -> torch.Tensor:
+    """c_skip x + c_out F of Karras et al., 2022, table 1, as x is scaled by c_in already. EDM's "epsilon" is F
+    itself, "v_prediction" -F."""
+    own: float = config.get("sigma_data") or 1.0
+    level = math.exp(4 * timestep) / own
+    sign = -1 if config["prediction_type"] == "v_prediction" else 1
+    return own * (model_input + sign * level * prediction) / math.sqrt(1 + level**2)
 
 
 def _letters(name: str) -> str:

@@ -121,6 +121,13 @@ CARDS = {
     "x4": (made("x4-upscaler", latents={"channels": 4, "factor": 4, "scale": 0.08333}), set()),
     "sdxl": (made("sdxl"), {SWIFT, MOCHI, HUGGING_FACE, PYTHON, COMFY_1}),
     "sdxl in-painting": (made("sdxl-inpainting"), set()),
+    "sdxl with EDM's noise levels": (made("sdxl", scheduler={"_class_name": "EDMEulerScheduler"}), set()),
+    "sdxl, EDM's, v": (
+        made("sdxl", prediction_type="v_prediction", scheduler={"_class_name": "EDMEulerScheduler"}),
+        set(),
+    ),
+    "sdxl by flow matching": (made("sdxl", prediction_type="flow_prediction"), set()),
+    "sdxl that predicts the picture": (made("sdxl", prediction_type="sample"), set()),
     "refiner": (made("sdxl-refiner"), {SWIFT, COMFY_1}),
 }
 
@@ -146,6 +153,8 @@ def test_every_family_has_a_card_in_the_test() -> None:
         ("sd2 next to no signal", "whose noisiest step has no signal left"),
         ("sd1 with a scale of its own", "scale of latents fixed at 0.18215"),
         ("sd2 base, padding not folded", "pads prompts with <|endoftext|>"),
+        ("sdxl, EDM's, v", "has the noise levels of Stable Diffusion fixed"),
+        ("sdxl that predicts the picture", "these models predict neither"),
         ("depth", "has no inputs for what its UNet takes"),
     ],
 )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -28,6 +29,7 @@ from diffusion_runtime.batch.run import Batch, LocalWorkers, RayWorkers, connect
 from diffusion_runtime.batch.tasks import Answer
 from diffusion_runtime.batch.worker import Setup, Worker
 from diffusion_runtime.errors import DiffusionError, InputError, StorageError
+from diffusion_runtime.loading import load_pipeline
 
 COMMAND = [sys.executable, "-c", "from diffusion_convert.cli.main import main; main()", "batch"]
 Make = Callable[..., list[dict[str, Any]]]
@@ -122,6 +124,18 @@ def test_a_row_says_its_own_options_in_any_spelling(make: Make, tmp_path: Path, 
     assert (first["steps"], first["guidance_scale"], first["scheduler"]) == (3, 2.0, "ddim")
     assert first["seed"] == table[0]["seed"]
     assert (second["steps"], second["seed"], second["scheduler"]) == (2, 101, "pndm")
+
+
+def test_eta_by_row_and_for_all(make: Make, toy_folder: Path, tmp_path: Path) -> None:
+    table: list[dict[str, Any]] = [{"prompt": "a", "eta": 0.6}, {"prompt": "a"}, {"prompt": "a", "eta": 2}]
+    lines = make(write(tmp_path / "p.csv", table), tmp_path / "out", scheduler="ddim", eta=0.2)
+    pipeline = load_pipeline(toy_folder, "torch", scheduler="ddim")
+    for line, eta in zip(lines[:2], (0.6, 0.2), strict=True):
+        made = pipeline("a", num_inference_steps=2, seed=line["seed"], eta=eta).images[0]
+        path = tmp_path / "out" / line["file"]
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(made))
+        assert images.read_metadata(path)["eta"] == eta
+    assert lines[2]["error"] == "eta 2.0: expected a number, 0 to 1"
 
 
 def test_whole_numbers_of_a_csv_with_gaps_are_whole(make: Make, tmp_path: Path) -> None:

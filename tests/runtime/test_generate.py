@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import toy_models
-from diffusion_runtime import diagnosis, images
+from diffusion_runtime import diagnosis, images, load_pipeline
 from diffusion_runtime.cli import app
 from diffusion_runtime.cli import generate as generate_command
 from diffusion_runtime.errors import DiffusionError, InputError
@@ -80,6 +80,23 @@ def test_a_picture_can_be_repeated_from_itself(run: Run, toy_folder: Path, rng: 
     assert run("generate", "--from", "one.png").exit_code == 0
     assert np.array_equal(pixels("one.png"), pixels("one-again.png"))
     assert images.read_metadata(Path("one.png")) == images.read_metadata(Path("one-again.png"))
+
+
+@pytest.mark.parametrize(("eta", "scheduler", "is_another"), [("0.7", "ddim", True), ("0.7", "euler", False)])
+def test_eta_is_the_pipelines_and_on_record(
+    run: Run, toy_folder: Path, eta: str, scheduler: str, is_another: bool
+) -> None:
+    """`test_pipeline.py` compares DDIM's with diffusers', `test_sdxl_pictures.py` TCD's."""
+    asked = [toy_folder, "--prompt", "a cat", "--seed", "3", "--scheduler", scheduler, *FAST]
+    assert run("generate", *asked, "-o", "plain.png").exit_code == 0
+    assert run("generate", *asked, "--eta", eta, "-o", "one.png").exit_code == 0
+    pipeline = load_pipeline(toy_folder, "torch", scheduler=scheduler)
+    made = pipeline("a cat", num_inference_steps=3, seed=3, eta=float(eta)).images[0]
+    assert np.array_equal(pixels("one.png"), np.asarray(made))
+    assert np.array_equal(pixels("one.png"), pixels("plain.png")) != is_another
+    assert images.read_metadata(Path("one.png"))["eta"] == float(eta)
+    assert run("generate", toy_folder, "--from", "one.png").exit_code == 0
+    assert np.array_equal(pixels("one.png"), pixels("one-again.png"))
 
 
 def test_other_options_override_the_record(run: Run, toy_folder: Path) -> None:

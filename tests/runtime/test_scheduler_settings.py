@@ -312,6 +312,84 @@ def test_latents_that_no_decoder_takes_are_not_its_fault(reference: Load, size: 
         pipeline.decode(torch.full((1, 4, 8, 8), size))
 
 
+LEVELS: Mapping[str, Mapping[str, Any]] = {
+    "EDM": {"_class_name": "EDMEulerScheduler", "sigma_max": 60.0},
+    "EDM, v": {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction", "sigma_data": 1.0},
+    "EDM, multistep": {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.7},
+    "continuous v": {
+        "_class_name": "EulerDiscreteScheduler",
+        "prediction_type": "v_prediction",
+        "timestep_type": "continuous",
+        "sigma_max": 120.0,
+        "sigma_min": 0.002,
+    },
+    "exponential": {"_class_name": "EulerDiscreteScheduler", "use_exponential_sigmas": True},
+    "beta": {"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True},
+}
+"""Noise levels that are not the usual ones of the training: Playground v2.5's, CosXL's."""
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_other_noise_levels(both: Callable[..., Any], psnr_db: Psnr, levels: str) -> None:
+    assert psnr_db(*both("sd1", {**BETAS, **LEVELS[levels]})) >= PARITY_DB
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_previews_end_in_the_picture_whatever_the_noise_levels(reference: Load, levels: str) -> None:
+    """The last step of all of these goes to the clean latents that the UNet sees, and so does a preview of it."""
+    ours = reference("sd1").pipeline(check_safety=False)
+    config = {**BETAS, **LEVELS[levels]}
+    told = {"scheduler": config, "prediction_type": config.get("prediction_type", "epsilon")}
+    pipeline = Pipeline(ours.manifest.model_copy(update=told), ours.models, ours.tokenizer, check_safety=False)
+    shown: list[torch.Tensor] = []
+    asked: dict[str, Any] = {"num_inference_steps": 5, "seed": 3, "output_type": "latent"}
+    made = pipeline("a cat", **asked, on_step=lambda step: shown.append(step.preview())).images
+    assert (shown[-1] - made).abs().max() < 0.02 * made.abs().max()
+    assert (shown[0] - made).abs().max() > 0.02 * made.abs().max()
+
+
+@pytest.mark.parametrize("levels", ["EDM", "continuous v"])
+def test_schedulers_without_these_noise_levels_are_refused(levels: str) -> None:
+    """They would draw noise."""
+    config = {**BETAS, **LEVELS[levels]}
+    for name in ("ddim", "dpm++ 2m karras"):
+        with pytest.raises(InputError, match=f"EDM's noise levels, which .* for their own {config['_class_name']}"):
+            schedulers.build(config, name)
+    assert not schedulers.has_usual_noise(config)
+    assert not schedulers.has_signal(config, "sdxl")
+
+
+def test_edms_schedulers_take_each_others_place(reference: Load) -> None:
+    """As users of Playground v2.5 are told to."""
+    import diffusers
+
+    pipeline = reference("sd1").pipeline(check_safety=False)
+    own: Any = diffusers.EDMEulerScheduler
+    other: Any = diffusers.EDMDPMSolverMultistepScheduler
+    pipeline.scheduler = other.from_config(own().config)
+    assert pipeline("a cat", num_inference_steps=3, seed=3).images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "euler"),
+        ({"use_karras_sigmas": True}, "euler karras"),
+        ({"use_exponential_sigmas": True}, None),
+        ({"use_beta_sigmas": True}, None),
+    ],
+)
+def test_only_a_name_that_makes_the_same_scheduler_is_recorded(settings: dict[str, Any], name: str | None) -> None:
+    """A picture is repeated by the recorded name, or by the models' own scheduler."""
+    config = {"_class_name": "EulerDiscreteScheduler", **BETAS, **settings}
+    built = schedulers.build(config)
+    assert schedulers.recorded(built) == name
+    again = schedulers.build(config, name)
+    for one in (built, again):
+        schedulers.set_steps(one, 6)
+    assert torch.equal(built.sigmas, again.sigmas)
+
+
 @pytest.mark.parametrize(
     "class_name",
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import compvis_layout
 from diffusion_convert import ConvertOptions, convert
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.conversion.plan import make_plan
@@ -132,6 +136,29 @@ def test_sdxl_is_converted_with_original_attention_unless_asked(
         "sdxl": {"original"},
         "sd1": {"original", "split_einsum_v2"},
     }
+
+
+@pytest.mark.parametrize("told", [True, False, None])
+def test_what_stands_for_no_negative_prompt_is_diffusers_choice(
+    told: bool | None, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """None: model_index.json does not say, and zeros stand for it."""
+    import diffusers
+
+    folder = shutil.copytree(tiny_checkpoint("sdxl"), tmp_path / "checkpoint")
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["force_zeros_for_empty_prompt"]
+    said = {} if told is None else {"force_zeros_for_empty_prompt": told}
+    (folder / "model_index.json").write_text(json.dumps({**index, **said}))
+    load: Any = diffusers.StableDiffusionXLPipeline
+    expected = load.from_pretrained(str(folder), local_files_only=True).config.force_zeros_for_empty_prompt
+    options = ConvertOptions("original", components=("vae_encoder",), compiled=False, zip=False, verify=False)
+    made = convert(folder, tmp_path / "models", options)
+    assert made.variants["original"].force_zeros_for_empty_prompt == expected
+    path = compvis_layout.write(folder, tmp_path / "model.safetensors")
+    save_file({name: value for name, value in load_file(path).items() if name.startswith("model.")}, path)
+    alone = open_checkpoint(str(path), base=str(folder))
+    assert alone.pipeline_config == open_checkpoint(str(folder)).pipeline_config
 
 
 def test_what_cannot_be_is_said(converted: Callable[..., Path]) -> None:

@@ -90,6 +90,20 @@ def test_score_takes_pictures_and_masks(served: Served, expected: Callable[..., 
     )
 
 
+def test_eta_changes_what_ddim_makes(served: Served, toy_folder: Path) -> None:
+    pipeline = load_pipeline(toy_folder, "torch", scheduler="ddim")
+    plain, noisy = (
+        pipeline(PROMPT, num_inference_steps=3, seed=5, eta=eta).images[0].tobytes() for eta in (0.0, 0.8)
+    )
+    asked = score(["prompt"], PROMPT, scheduler="ddim", eta=0.8)
+    made = pixels(served.client.post("/score", json=asked).json()[0]["generated_image"])
+    assert made == noisy != plain
+    body = {"prompt": PROMPT, "seed": 5, "steps": 3, "cfg_scale": 7.5, "sampler_name": "DDIM", "eta": 0.8}
+    assert pixels(served.client.post("/sdapi/v1/txt2img", json=body).json()["images"][0]) == made
+    refused = served.client.post("/score", json=score(["prompt"], PROMPT, eta=2))
+    assert refused.status_code == 422 and "eta" in refused.json()["error"]["message"]
+
+
 def test_openais_client_works_unchanged(served: Served, expected: Callable[..., bytes]) -> None:
     with openai.DefaultHttpxClient(trust_env=False) as http:
         _ask(openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", http_client=http), expected)

@@ -36,6 +36,7 @@ class Needs(enum.Enum):
     ZERO_SNR = (
         "the UNet predicts v, and its noisiest step has no signal left, so that v cannot be folded into noise"
     )
+    NOISE_LEVELS = "the noise levels are EDM's or of flow matching"
     LONG_PROMPTS = "the UNet takes more text tokens than the text encoder gives"
     CHUNKS = "the UNet is cut in two"
     STATES_1024 = "text states are Stable Diffusion 2's"
@@ -74,6 +75,7 @@ _FIXED_BY_APPLE: Mapping[Needs, str] = {
     Needs.ZERO_SNR: f"{_EPSILON}, whose noisiest step has no signal left (`--fold prediction` is impossible)",
     Needs.V_PREDICTION: f"{_EPSILON} (convert with `--fold prediction`)",
     Needs.OTHER_PREDICTION: "takes what the UNet predicts for noise or v, and these models predict neither",
+    Needs.NOISE_LEVELS: "has the noise levels of Stable Diffusion fixed, where these models have others",
     Needs.LONG_PROMPTS: "encodes one piece of a prompt, where these models take several",
 }
 """Apple's Swift package, and every app that is built on it."""
@@ -249,6 +251,8 @@ def _needs_of_arithmetic(made: Manifest) -> Iterator[Needs]:
         yield Needs.FOLDED_PREDICTION
     if made.prediction_type not in ("epsilon", "v_prediction"):
         yield Needs.OTHER_PREDICTION
+    elif not schedulers.has_usual_noise({"prediction_type": made.prediction_type, **made.scheduler}):
+        yield Needs.NOISE_LEVELS
     elif made.prediction_type != "epsilon":
         foldable = schedulers.has_signal(made.scheduler, made.family)
         yield Needs.V_PREDICTION if foldable else Needs.ZERO_SNR

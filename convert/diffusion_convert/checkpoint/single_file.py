@@ -82,6 +82,7 @@ def open_single_file(
     schedulers = {name: data[name] for name in SCHEDULERS if name in data}
     if base is not None and base.family == found:
         schedulers = dict(base.schedulers)
+        data = {**data, "pipeline_config": base.pipeline_config}
     beside = ldm_configs.merge({"scheduler": marks.scheduler(schedulers["scheduler"])}, given)
     models = _models(path, parts, FAMILIES[found].encoders, data, beside, base)
     if parts["unet"]["input_blocks.0.0.weight"].shape[1] == 5 and "depth_estimator" not in models:

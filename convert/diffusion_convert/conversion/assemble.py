@@ -22,7 +22,7 @@ from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import Hashes, tokenizer_hashes
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import CheckpointError
-from diffusion_runtime.families import AttentionKind, Layout
+from diffusion_runtime.families import FAMILIES, AttentionKind, Layout
 from diffusion_runtime.links import share_tree
 from diffusion_runtime.schedulers import imposed_on, settled
 
@@ -118,7 +118,7 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
         "components": dict(entries),
         "scheduler": {**scheduler, "prediction_type": prediction} if "prediction_type" in scheduler else scheduler,
         "noise_scheduler": _optional(checkpoint.schedulers.get("low_res_scheduler")),
-        "force_zeros_for_empty_prompt": bool(checkpoint.pipeline_config.get("force_zeros_for_empty_prompt", False)),
+        "force_zeros_for_empty_prompt": _forces_zeros(checkpoint),
         "refiner": None if checkpoint.refiner is None else _refiner(checkpoint.refiner),
         "requires_safety_checker": bool(checkpoint.pipeline_config.get("requires_safety_checker", False)),
         "folded": checkpoint.folded.model_dump(),
@@ -133,8 +133,14 @@ def _refiner(refiner: Checkpoint) -> dict[str, object]:
         "source": refiner.source,
         "scheduler": settled(scheduler, imposed_on(refiner.family)),
         "prediction_type": str(scheduler.get("prediction_type", "epsilon")),
-        "force_zeros_for_empty_prompt": bool(refiner.pipeline_config.get("force_zeros_for_empty_prompt", False)),
+        "force_zeros_for_empty_prompt": _forces_zeros(refiner),
     }
+
+
+def _forces_zeros(checkpoint: Checkpoint) -> bool:
+    """Where nothing says so, as diffusers' pipelines for Stable Diffusion XL do."""
+    usual = FAMILIES[checkpoint.family].added_conditions
+    return bool(checkpoint.pipeline_config.get("force_zeros_for_empty_prompt", usual))
 
 
 def _optional(config: Mapping[str, object] | None) -> dict[str, object] | None:

@@ -28,7 +28,7 @@ Make many pictures from a table of prompts.
 
 PROMPTS is a .txt with one prompt per line, or a .jsonl, .csv or .parquet with a
 column "prompt" and, where wanted, others: negative_prompt, seed, steps,
-guidance_scale, scheduler, rng, strength, noise_level, count, and image, mask
+guidance_scale, scheduler, eta, rng, strength, noise_level, count, and image, mask
 and depth_image, which name files beside PROMPTS (or hold them in base64).
 
 Pictures and results.jsonl (row, input, file, seed, seconds, flagged, error) go to
@@ -64,6 +64,7 @@ def batch(
         float | None, option("How closely to follow the prompt. Default: the models'.")
     ] = None,
     scheduler: Annotated[str | None, option("As for generate. Default: the checkpoint's.")] = None,
+    eta: Annotated[float | None, option("As for generate. Default: 0.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture of the table; they count up.")] = 0,
     rng: Annotated[str | None, option("torch, numpy or nvidia. Default: torch.")] = None,
     strength: Annotated[float | None, option("For rows with a picture. Default: 0.8; 1 with a mask.")] = None,
@@ -95,6 +96,7 @@ def batch(
         "steps": steps,
         "guidance_scale": guidance_scale,
         "scheduler": scheduler,
+        "eta": eta,
         "seed": seed,
         "rng": rng,
         "strength": strength,

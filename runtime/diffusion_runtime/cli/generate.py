@@ -81,6 +81,9 @@ def generate(
         float | None,
         option("How closely to follow the prompt; 1 or less: off. Default: the models' (7.5; 5 for SDXL)."),
     ] = None,
+    eta: Annotated[
+        float | None, option("Fresh noise in each step of ddim, 0 to 1; tcd's gamma. Others take none. Default: 0.")
+    ] = None,
     seed: Annotated[int | None, option("Same seed, same picture. Default: random, printed.")] = None,
     rng: Annotated[
         str | None, option("torch (as diffusers), numpy (as Apple's Python client) or nvidia. Default: torch.")
@@ -137,6 +140,7 @@ def generate(
         "scheduler": scheduler,
         "steps": steps,
         "guidance_scale": guidance_scale,
+        "eta": eta,
         "image": _text(image),
         "mask": _text(mask),
         "depth_image": _text(depth_image),

@@ -47,6 +47,7 @@ class Service:
         guidance_scale: float | None = None,
         seed: int | None = None,
         scheduler: str | None = None,
+        eta: float = 0.0,
         strength: float | None = None,
         image: bytes | None = None,
         mask: bytes | None = None,
@@ -71,6 +72,7 @@ class Service:
             scheduler=chosen,
             steps=steps,
             guidance_scale=guidance_scale,
+            eta=eta,
             strength=strength if image is not None else None,
         )
         return Wanted(settings, image, mask, mask_is_alpha)

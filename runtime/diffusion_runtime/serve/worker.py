@@ -136,7 +136,7 @@ class _Worker:
             self.connection.send(Progress(index, step.index + 1, step.total, preview))
         result = self.pipeline.finish(run, latents)
         flagged = bool(result.nsfw_content_detected and result.nsfw_content_detected[0])
-        used = replace(settings, scheduler=schedulers.name_of(run.job.scheduler), **generation.filled_in(run))
+        used = replace(settings, scheduler=schedulers.recorded(run.job.scheduler), **generation.filled_in(run))
         record = {**asdict(used), "task": run.task.name, **generation.record_of(self.pipeline), "flagged": flagged}
         return Picture(images.png_bytes(result.images[0], record), flagged, used, result.notes)
 
@@ -150,6 +150,7 @@ class _Worker:
             negative_prompts=() if one.negative_prompt is None else (one.negative_prompt,),
             steps=one.steps,
             guidance_scale=one.guidance_scale,
+            eta=one.eta,
             image=image,
             mask=mask,
             strength=one.strength,

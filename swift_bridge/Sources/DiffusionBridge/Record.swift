@@ -73,6 +73,7 @@ public struct Record: Sendable {
         request.scheduler = try value("scheduler") { $0.string }.map { try SchedulerKind(named: $0) }
         request.numInferenceSteps = try value("steps") { $0.integer } ?? request.numInferenceSteps
         request.guidanceScale = try value("guidance_scale") { $0.number }
+        request.eta = try value("eta") { $0.number } ?? request.eta
         request.strength = try value("strength") { $0.number }
         request.noiseLevel = try value("noise_level") { $0.integer }
         request.longPrompt = try value("long_prompt") { $0.bool } ?? false
@@ -123,6 +124,7 @@ extension Pipeline {
             ("scheduler", .string(scheduler)),
             ("steps", .integer(request.numInferenceSteps)),
             ("guidance_scale", settled.guidanceScale.map(JSON.number) ?? .null),
+            ("eta", .number(request.eta)),
             ("strength", strength.map(JSON.number) ?? .null),
             ("noise_level", noise.map(JSON.integer) ?? .null),
             ("long_prompt", .bool(request.longPrompt)),

@@ -6,7 +6,7 @@ import Foundation
 struct Order {
     static let options: Set<String> = [
         "--prompt", "--prompts-file", "--output", "--negative-prompt", "--steps", "--guidance-scale", "--seed", "--rng",
-        "--scheduler", "--count", "--image", "--strength", "--mask", "--depth-image", "--noise-level", "--from",
+        "--scheduler", "--eta", "--count", "--image", "--strength", "--mask", "--depth-image", "--noise-level", "--from",
         "--compute-units", "--tokenizer", "--prediction-type", "--latent-scale", "--memory-budget",
     ]
     static let flags: Set<String> = ["--long-prompt", "--reduce-memory", "--no-safety", "--timings", "--preview", "--prewarm"]
@@ -143,6 +143,7 @@ struct Order {
         plain.numInferenceSteps = try arguments.number("--steps", "a whole number") ?? plain.numInferenceSteps
         plain.guidanceScale = try arguments.number("--guidance-scale", "a number") ?? plain.guidanceScale
         plain.scheduler = try arguments.text("--scheduler").map(SchedulerKind.init(named:)) ?? plain.scheduler
+        plain.eta = try arguments.number("--eta", "a number") ?? plain.eta
         plain.strength = try arguments.number("--strength", "a number") ?? plain.strength
         plain.noiseLevel = try arguments.number("--noise-level", "a whole number") ?? plain.noiseLevel
         if arguments.flags.contains("--long-prompt") { plain.longPrompt = true }

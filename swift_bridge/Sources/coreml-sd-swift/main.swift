@@ -17,6 +17,7 @@ let help = """
       --seed N                 same seed, same picture (random, printed)
       --rng NAME               torch, numpy or nvidia (torch)
       --scheduler NAME         pndm, ddim, euler, … (the checkpoint's)
+      --eta N                  fresh noise in each step of ddim, 0 to 1 (0)
       --count N                pictures per prompt, with seeds counting up (1)
       --image FILE.png         picture to start from, paint in or enlarge
       --strength N             how much of --image may change, above 0 to 1 (0.8; 1 with --mask)

@@ -21,6 +21,7 @@ class Parameters(BaseModel):
     guidance_scale: Annotated[float, Field(description="On when above 1.", ge=-1000, le=1000)] = 7.5
     seed: Annotated[int | None, Field(description="Of the first row; rows count up. Default: random.", ge=0)] = None
     scheduler: str | None = None
+    eta: Annotated[float, Field(description="Fresh noise in each step of ddim; tcd's gamma.", ge=0, le=1)] = 0.0
     negative_prompt: str | None = None
     strength: Annotated[float | None, Field(description="How much of an image may change.", gt=0, le=1)] = None
 
@@ -96,6 +97,7 @@ def _row(service: Service, asked: InputData, number: int, row: str | list[str | 
         guidance_scale=parameters.guidance_scale,
         seed=None if parameters.seed is None else parameters.seed + number,
         scheduler=parameters.scheduler,
+        eta=parameters.eta,
         strength=parameters.strength,
         image=pictures["image"],
         mask=pictures["mask_image"],

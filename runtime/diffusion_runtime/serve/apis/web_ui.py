@@ -59,6 +59,7 @@ class Text2Image(BaseModel):
     n_iter: Annotated[int, Field(ge=1)] = 1
     steps: Annotated[int, Field(ge=1)] = 50
     cfg_scale: Annotated[float, Field(ge=-1000, le=1000)] = 7.0
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None
     width: int | None = None
     height: int | None = None
     override_settings: dict[str, Any] | None = None
@@ -289,6 +290,7 @@ def _wanted(service: Service, asked: Text2Image, **pictures: Any) -> list[Wanted
             guidance_scale=asked.cfg_scale,
             seed=first + index,
             scheduler=scheduler,
+            eta=asked.eta or 0.0,
             **pictures,
         )
         for index in range(count)
