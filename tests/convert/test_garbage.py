@@ -18,9 +18,10 @@ class Cycle:
 
 @pytest.fixture(autouse=True)
 def _thawed() -> Iterator[None]:
+    """The suite has frozen what libraries hold."""
     gc.unfreeze()
     yield
-    gc.unfreeze()
+    gc.freeze()
 
 
 def test_only_new_objects_are_looked_at() -> None:

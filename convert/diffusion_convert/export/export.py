@@ -17,6 +17,7 @@ from diffusion_convert.checkpoint.tensor_file import let_go
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.export.coremltools_patches import patched_coremltools, temporary_files_in
 from diffusion_convert.export.placeholders import Misplaced, Placeholders
+from diffusion_convert.export.split_attention import COPY, in_one_piece, split
 from diffusion_convert.export.trace import trace
 from diffusion_convert.options import Precision
 from diffusion_runtime.atomic import work
@@ -116,13 +117,14 @@ def _export(
     placeholders.check_unused(derivations.used)
     placeholders.keep(graph.module.state_dict().values())
     clock.start("trace")
-    with torch_networks.silent():
+    with torch_networks.silent(), in_one_piece(graph.module) as pieces:
         traced = trace(graph)
     clock.start("convert")
     with work(path.parent) as slot:
         weights = slot / "weight.bin"
         with WeightWriter(weights) as writer, temporary_files_in(slot):
             model, modules = _convert(graph, traced, options, placeholders, writer, clock)
+        model, modules = split(model, pieces, modules)
         placeholders.check_all_taken()
         clock.start("save")
         write_package(_described(model, graph, metadata), path, weights)
@@ -205,8 +207,9 @@ def _precision(ct: Any, graph: Graph, options: ExportOptions) -> Any:
 
 
 def mil_name(name: str) -> str:
-    """An operation's name as coremltools spells it in the end, without the suffix of its conversion to float16."""
-    plain = re.sub(r"[^a-zA-Z0-9_]", "_", name).removesuffix("_cast_fp16")
+    """An operation's name as coremltools spells it in the end, without the suffix of its conversion to float16. All
+    heads and chunks of an attention have one name: coremltools knows one operation for them."""
+    plain = COPY.sub("", re.sub(r"[^a-zA-Z0-9_]", "_", name)).removesuffix("_cast_fp16")
     return f"var_{plain}" if plain[:1].isdigit() else plain
 
 
