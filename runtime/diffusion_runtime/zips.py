@@ -6,6 +6,7 @@ sizes are counted while unpacking, and the result appears whole under its own fo
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import stat
 import unicodedata
@@ -14,6 +15,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
+from typing import IO
 
 from diffusion_runtime.atomic import unfinished_file, unfinished_folder
 from diffusion_runtime.errors import InputError, PackageError
@@ -79,7 +81,7 @@ def pack(folder: Path, path: Path) -> None:
     The same files always give the same bytes: sorted, without times or owners. Weights are stored, not deflated.
     Raises PackageError for a symbolic link to a folder or to anything outside of ``folder``, before it writes.
     """
-    inside = sorted(file for file in folder.rglob("*") if not _hidden(file.relative_to(folder)))
+    inside = _shown(folder)
     for file in inside:
         if file.is_symlink() and not (file.is_file() and is_inside(file, folder)):
             raise PackageError(
@@ -89,6 +91,36 @@ def pack(folder: Path, path: Path) -> None:
         for file in inside:
             if file.is_file():
                 _pack_file(archive, file, f"{path.stem}/{file.relative_to(folder).as_posix()}")
+
+
+def fault(path: Path, folder: Path, sha256: Callable[[Path], str]) -> str | None:
+    """What is wrong with a zip that `pack` has made of ``folder``, as the rest of a sentence about it; None where
+    it holds what the folder does. ``sha256`` gives the hash of a file in the folder."""
+    files = {
+        f"{path.stem}/{file.relative_to(folder).as_posix()}": file for file in _shown(folder) if file.is_file()
+    }
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sorted(archive.namelist()) != sorted(files):
+                return f"does not hold the files of {folder}"
+            for name, file in files.items():
+                with archive.open(name) as data:
+                    if _digest(data) != sha256(file):
+                        return f"holds another {file.relative_to(folder).as_posix()} than {folder}"
+    except (*_DAMAGED, OSError, RuntimeError):
+        return "is damaged"
+    return None
+
+
+def _digest(data: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while block := data.read(_CHUNK):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _shown(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if not _hidden(file.relative_to(folder)))
 
 
 def _pack_file(archive: zipfile.ZipFile, file: Path, name: str) -> None:

@@ -210,12 +210,16 @@ def test_components_and_variants_are_added_to_those_of_the_same_options(
     assert convert(tiny_checkpoint("sd1"), output, replace(OPTIONS, components=PARTS[:1]), again).unchanged
     both = replace(OPTIONS, attention=(AttentionKind.SPLIT_EINSUM,), compiled=True)
     assert convert(tiny_checkpoint("sd1"), output, both, again).variants.keys() == {"original", "split_einsum"}
-    for zipped in (False, True):
-        assert not convert(tiny_checkpoint("sd1"), output, replace(both, zip=zipped), again).unchanged
+    for with_zips in (False, True):
+        assert not convert(tiny_checkpoint("sd1"), output, replace(both, zip=with_zips), again).unchanged
     assert not any(part for part, _ in again.seen), "these components use no attention: there is nothing to convert"
     assert len(list(output.glob("*.zip"))) == 2
-    next(output.glob("*.zip")).write_bytes(b"PK")
-    assert not convert(tiny_checkpoint("sd1"), output, both).unchanged
+    zipped = replace(both, zip=True)
+    assert convert(tiny_checkpoint("sd1"), output, zipped).unchanged
+    for damage in (_remove, _cut_short, _flip):
+        damage(next(output.glob("*.zip")))
+        assert not convert(tiny_checkpoint("sd1"), output, zipped).unchanged
+    assert convert(tiny_checkpoint("sd1"), output, zipped).unchanged
 
 
 @pytest.mark.parametrize("exchange", [True, False])

@@ -16,6 +16,7 @@ from diffusion_runtime.atomic import WORK_FOLDER, locked
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.integrity import check_files
 from diffusion_runtime.errors import HubError, InputError, PackageError, StorageError
+from diffusion_runtime.zips import pack
 from hub_server import Hub, serving
 
 REPO = "maker/model"
@@ -118,6 +119,23 @@ def test_a_changed_file_is_not_published(name: str, hub: Hub, bundle: Path, tmp_
     with pytest.raises(PackageError, match=f"{name} has changed"):
         publish(tmp_path / "copy", REPO, endpoint=hub.endpoint, token=TOKEN)
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("damage", ["a byte", "cut", "empty", "of other models"])
+def test_a_damaged_zip_is_not_published(damage: str, bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "copy")
+    path = min(folder.glob("*.zip"))
+    data = bytearray(path.read_bytes())
+    data[data.index(b"model.mil") + 60] ^= 1
+    damaged = {"a byte": data, "cut": data[: len(data) // 2], "empty": bytearray()}
+    path.write_bytes(damaged.get(damage, data))
+    if damage == "of other models":
+        pack(folder / "original" / "packages", path)
+    with pytest.raises(PackageError, match=rf"{path.name}: [^\n]*: make it again with `coreml-sd bundle"):
+        planned_upload(folder, REPO)
+    bundle_folder(folder, BundleOptions(zips=True))
+    assert path.read_bytes() == (bundle / path.name).read_bytes()
+    planned_upload(folder, REPO)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def _locked(source: str, output: Path, options: ConvertOptions, progress: Progre
         previous, known = read(output), Hashes()
         plan = _plan(source, options, previous, progress)
         kept = kept_of(previous, plan, known)
-        if there := kept.complete(plan):
+        if there := kept.complete(plan, known):
             clear(hidden)
             return Conversion(output, plan.checkpoint.family, there, {}, plan.notes, unchanged=True)
         check_space(output, plan.size_bytes)

@@ -6,7 +6,6 @@ added to it. Anything else that a conversion made there is replaced, and named b
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from diffusion_convert.conversion.part import Record, read_record, write_record
 from diffusion_convert.conversion.plan import Part, Plan
 from diffusion_convert.conversion.workspace import Workspace
 from diffusion_convert.options import ConvertOptions
+from diffusion_runtime import zips
 from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.find import KINDS
@@ -78,12 +78,12 @@ class Kept:
     whole: Mapping[tuple[str, str], Mapping[str, manifest.Component]]
     tokenizers: frozenset[tuple[str, str]]
 
-    def complete(self, plan: Plan) -> dict[str, Manifest]:
+    def complete(self, plan: Plan, known: Hashes) -> dict[str, Manifest]:
         """The manifests of the variants, where all that the plan makes is there already; else nothing."""
         found = {}
         for attention in plan.options.attention:
             made = self._complete(plan, attention)
-            if made is None or not _zips_are_there(plan, attention, made, self.previous.output):
+            if made is None or not _zips_are_there(plan, attention, made, self.previous.output, known):
                 return {}
             found[attention.value] = made
         return found
@@ -170,9 +170,10 @@ def _is_of(made: Manifest, fingerprint: str) -> bool:
     return made.tools.get("conversion") == fingerprint
 
 
-def _zips_are_there(plan: Plan, attention: AttentionKind, made: Manifest, output: Path) -> bool:
-    """Whether the variant's zips are there where the plan makes some, and are not where it makes none."""
+def _zips_are_there(plan: Plan, attention: AttentionKind, made: Manifest, output: Path, known: Hashes) -> bool:
+    """Whether the variant's zips are there and whole where the plan makes some, and are not where it makes none."""
     names = zip_names(made, attention.value, {kind.value for kind in plan.options.attention})
     if plan.compiled and plan.options.zip:
-        return all(zipfile.is_zipfile(output / name) for name in names)
+        compiled = output / attention.value / KINDS[1]
+        return all(zips.fault(output / name, compiled, known.of) is None for name in names)
     return not any((output / name).exists() for name in names)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from diffusion_convert.bundle.model_card import CARD_NAME, PICTURES, REPOSITORY, card_of
 from diffusion_convert.bundle.variants import required_variants, sweep_variants
-from diffusion_convert.bundle.zip_names import stem_of
+from diffusion_convert.bundle.zip_names import stem_of, zip_names
 from diffusion_convert.hub.client import check_repo_id, hub_errors, open_api, remote_files
+from diffusion_runtime import zips
 from diffusion_runtime.atomic import locked, unfinished_file
 from diffusion_runtime.bundle.integrity import Hashes, check_files
-from diffusion_runtime.errors import InputError
+from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.errors import InputError, PackageError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -47,6 +49,8 @@ def planned_upload(folder: Path, repo_id: str, private: bool = True, unverified:
     for attention, kinds in described.items():
         for kind, made in kinds.items():
             check_files(made, folder / attention / kind, known)
+            if kind == "compiled":
+                _check_zips(folder, attention, made, set(described), known)
             unmeasured += [
                 f"{attention}/{kind} {name}" for name, part in made.components.items() if not part.psnr_db
             ]
@@ -61,6 +65,12 @@ def planned_upload(folder: Path, repo_id: str, private: bool = True, unverified:
     card = _naming(written, repo_id)
     sizes[CARD_NAME] = len(card)
     return Upload(repo_id, private, tuple(sorted(sizes)), sum(sizes.values()), card, _notes(repo_id, sizes))
+
+
+def _check_zips(folder: Path, attention: str, made: Manifest, variants: set[str], known: Hashes) -> None:
+    for path in (folder / name for name in zip_names(made, attention, variants)):
+        if path.exists() and (fault := zips.fault(path, folder / attention / "compiled", known.of)) is not None:
+            raise PackageError(f"{path}: {fault}: make it again with `coreml-sd bundle {folder} --zip`")
 
 
 def publish(

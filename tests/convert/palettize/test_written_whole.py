@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +80,44 @@ def test_damage_is_named_and_nothing_is_touched(kind: str, name: str, finished: 
     with pytest.raises(PackageError, match=f"split_einsum_v2/{kind}/manifest.json: .*{name} has changed"):
         bundle_folder(folder, ZIPS)
     assert contents(folder) == before
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [zeros, emptied])
+def test_what_a_power_cut_leaves_is_named(damage: Callable[[Path], None], finished: Path, tmp_path: Path) -> None:
+    """Files that were renamed into place before their contents came to the disk: every single one, in turn."""
+    folder = shutil.copytree(finished, tmp_path / "out")
+    files = [file for file in sorted((folder / "original").rglob("*")) if file.is_file()]
+    assert {"vocab.json", "merges.txt", "manifest.json", "weight.bin", "model.mil"} <= {file.name for file in files}
+    for file in files:
+        data = file.read_bytes()
+        damage(file)
+        inside = file.relative_to(folder / "original").parts
+        named = "manifest.json" if file.name == "manifest.json" else "/".join(inside[1:])
+        with pytest.raises(PackageError, match=re.escape(named)):
+            planned_upload(folder, "maker/model")
+        with pytest.raises(PackageError, match=re.escape(named)):
+            bundle_folder(folder, ZIPS)
+        file.write_bytes(data)
+    assert contents(folder) == contents(finished)
+
+
+def test_nothing_is_forced_to_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What README says of power cuts; whoever changes that changes README."""
+    asked: list[str] = []
+    for name in ("fsync", "fdatasync", "sync"):
+        if hasattr(os, name):
+            monkeypatch.setattr(os, name, lambda *_, name=name: asked.append(name))
+    bundle_folder(folder, ZIPS)
+    assert asked == []
+    assert "they are not forced to the disk" in (Path(__file__).parents[3] / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["tokenizer/vocab.json", "tokenizer_2/added_tokens.json"])
