@@ -21,6 +21,9 @@ NAMES = (
     "Unet",
     "UnetChunk1",
     "UnetChunk2",
+    "UnetRefiner",
+    "UnetRefinerChunk1",
+    "UnetRefinerChunk2",
     "VAEDecoder",
     "VAEEncoder",
     "SafetyChecker",
@@ -31,11 +34,13 @@ SAFETY_SIZE = (1, 512, 512, 3)
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of compiled models. ``attention``: what it was made with."""
+    """A folder of compiled models. ``attention``: what it was made with. ``refiners``: how many of its UNets are
+    refiners, of those that Apple's pipeline takes for base and refiner."""
 
     path: Path
     attention: str
     xl: bool = False
+    refiners: int = 0
 
     def metadata(self, name: str) -> dict[str, Any]:
         """What is in a compiled model's metadata.json. Mochi lists no model where it is not a list of one."""
@@ -50,6 +55,16 @@ class Folder:
         """Chunks win over the whole UNet where both of them are there (Apple)."""
         chunks = ("UnetChunk1", "UnetChunk2")
         return chunks if all(map(self.has, chunks)) else ("Unet",)
+
+    def refiner(self) -> tuple[str, ...]:
+        """As `unets`; none where there is but one UNet."""
+        chunks = ("UnetRefinerChunk1", "UnetRefinerChunk2")
+        return chunks if all(map(self.has, chunks)) else tuple(filter(self.has, ("UnetRefiner",)))
+
+    @property
+    def is_refiner(self) -> bool:
+        """Whether the refiner stands in the base's place: the first text encoder is not there then."""
+        return bool(self.refiners) and not self.refiner()
 
     def inputs(self, name: str) -> dict[str, tuple[int, ...]]:
         return {one["name"]: shape(one) for one in self.metadata(name)["inputSchema"]}
@@ -71,8 +86,10 @@ def shape(schema: Mapping[str, str]) -> tuple[int, ...]:
 
 
 def files_have_the_names_of_resource_urls(folder: Folder) -> None:
-    wanted = {"TextEncoder", "VAEDecoder", *folder.unets(), *(["TextEncoder2"] if folder.xl else [])}
-    assert wanted <= set(folder.there())
+    encoders = [] if folder.is_refiner else ["TextEncoder"]
+    encoders += ["TextEncoder2"] if folder.xl else []
+    assert {"VAEDecoder", *encoders, *folder.unets()} <= set(folder.there())
+    assert bool(folder.refiner()) == (folder.refiners > 0 and not folder.is_refiner)
     for name in ("vocab.json", "merges.txt"):
         assert (folder.path / name).is_file(), name
 
@@ -144,31 +161,46 @@ def unet_has_these_ranks(folder: Folder) -> None:
     assert (rows, between, tokens) == (batch, 1, 77)
     assert width_of_one == width_of_states(folder)
     if folder.xl:
-        assert inputs["time_ids"] == (batch, 6)
+        assert inputs["time_ids"] == (batch, 5 if folder.is_refiner else 6)
         assert len(inputs["text_embeds"]) == 2
+
+
+def a_refiner_takes_what_is_fed(folder: Folder) -> None:
+    """The base's latents and sizes with a score, and the second encoder's states alone."""
+    if not folder.refiner():
+        return
+    base, refiner = (folder.inputs(names[0]) for names in (folder.unets(), folder.refiner()))
+    assert set(refiner) == set(base)
+    assert refiner["sample"] == base["sample"]
+    batch = refiner["sample"][0]
+    assert refiner["time_ids"] == (batch, 5)
+    assert refiner["text_embeds"] == base["text_embeds"]
+    assert refiner["encoder_hidden_states"] == (batch, width_of_state(folder, "TextEncoder2"), 1, 77)
 
 
 def width_of_states(folder: Folder) -> int:
     """How wide the states of all text encoders are together."""
-    widths = []
-    for name in (one for one in ("TextEncoder", "TextEncoder2") if folder.has(one)):
-        states = next(one for one in folder.metadata(name)["outputSchema"] if one["name"] != "pooled_outputs")
-        widths.append(shape(states)[-1])
-    return sum(widths)
+    return sum(width_of_state(folder, name) for name in ("TextEncoder", "TextEncoder2") if folder.has(name))
+
+
+def width_of_state(folder: Folder, name: str) -> int:
+    states = next(one for one in folder.metadata(name)["outputSchema"] if one["name"] != "pooled_outputs")
+    return shape(states)[-1]
 
 
 def chunks_hand_on_what_the_next_one_takes(folder: Folder) -> None:
     """The second stage is fed the first one's outputs and what the first was fed."""
-    first, *others = folder.unets()
-    known = set(folder.inputs(first))
-    for before, name in zip((first, *others), others, strict=False):
-        known |= set(folder.outputs(before))
-        assert set(folder.inputs(name)) <= known
+    for first, *others in filter(None, (folder.unets(), folder.refiner())):
+        known = set(folder.inputs(first))
+        for before, name in zip((first, *others), others, strict=False):
+            known |= set(folder.outputs(before))
+            assert set(folder.inputs(name)) <= known
 
 
 def the_first_output_is_the_one_that_is_meant(folder: Folder) -> None:
     """`featureNames.first` is taken, of a set: there must be one."""
-    wanted = {"VAEDecoder": "image", "VAEEncoder": "latent", folder.unets()[-1]: "noise_pred"}
+    wanted = {"VAEDecoder": "image", "VAEEncoder": "latent"}
+    wanted |= {names[-1]: "noise_pred" for names in (folder.unets(), folder.refiner()) if names}
     for name, output in wanted.items():
         if folder.has(name):
             assert folder.outputs(name) == [output], name
@@ -237,7 +269,7 @@ def histograms_are_counts(folder: Folder) -> None:
 
 def split_attention_shows_in_the_histogram(folder: Folder) -> None:
     """Mochi and GuernikaKit: the key of einsum operations, of the first chunk where there are chunks."""
-    for name in folder.unets():
+    for name in (*folder.unets(), *folder.refiner()):
         found = folder.metadata(name)["mlProgramOperationTypeHistogram"]
         assert ("Ios16.einsum" in found) == folder.attention.startswith("split"), name
 
@@ -274,7 +306,7 @@ def states_tell_the_hidden_size(folder: Folder) -> None:
 
 
 def prediction_type_is_told(folder: Folder) -> None:
-    for name in folder.unets():
+    for name in (*folder.unets(), *folder.refiner()):
         assert folder.metadata(name)["userDefinedMetadata"]["prediction_type"] in ("epsilon", "v_prediction")
 
 
@@ -298,6 +330,7 @@ CHECKS: tuple[Callable[[Folder], None], ...] = (
     text_encoders_give_what_is_looked_for,
     unet_takes_what_is_fed,
     unet_has_these_ranks,
+    a_refiner_takes_what_is_fed,
     chunks_hand_on_what_the_next_one_takes,
     the_first_output_is_the_one_that_is_meant,
     vae_takes_one_input,

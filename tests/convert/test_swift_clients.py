@@ -19,7 +19,7 @@ from swift_clients import CHECKS, Folder
 
 pytestmark = pytest.mark.slow
 
-Made = tuple[Path, bool]
+Made = tuple[Path, bool, int]
 CONVERSIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "both attentions, 6 bits": ("sd1", {"nbits": 6}),
     "in two, a batch of one, iOS 17": (
@@ -29,6 +29,12 @@ CONVERSIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "one operation for attention": ("sd1", {"attention": "original", "target": "macOS15"}),
     "SD 2": ("sd2-v", {"attention": "original"}),
     "SDXL": ("sdxl", {"attention": ("original", "split_einsum_v2")}),
+    "SDXL with its refiner, 6 bits": ("sdxl", {"nbits": 6, "refiner": "sdxl-refiner"}),
+    "SDXL with its refiner, both in two": (
+        "sdxl",
+        {"attention": "split_einsum", "chunk_unet": True, "refiner": "sdxl-refiner"},
+    ),
+    "SDXL's refiner alone": ("sdxl-refiner", {}),
 }
 
 
@@ -39,19 +45,20 @@ def made(
     """Not verified: that is what other tests are for."""
     family, options = CONVERSIONS[request.param]
     output = tmp_path_factory.mktemp("swift") / "models"
-    convert(tiny_checkpoint(family), output, ConvertOptions(**options, verify=False))
-    return output, family == "sdxl"
+    refiner = tiny_checkpoint(options["refiner"]) if "refiner" in options else None
+    convert(tiny_checkpoint(family), output, ConvertOptions(**{**options, "refiner": refiner}, verify=False))
+    return output, family.startswith("sdxl"), int(refiner is not None or family == "sdxl-refiner")
 
 
 def folders(made: Made, to: Path) -> dict[str, Folder]:
     """The compiled models of each variant, and what is in each zip, by what they are."""
-    output, xl = made
+    output, xl, refiners = made
     found = {}
     for variant in sorted(path for path in output.iterdir() if (path / "compiled").is_dir()):
-        found[f"{variant.name}/compiled"] = Folder(variant / "compiled", variant.name, xl)
+        found[f"{variant.name}/compiled"] = Folder(variant / "compiled", variant.name, xl, refiners)
     for path in sorted(output.glob("*.zip")):
         attention = path.stem.removesuffix("_compiled").removeprefix(f"{stem_of(path.name)}_")
-        found[path.name] = Folder(swift_clients.unpacked(path, to), attention, xl)
+        found[path.name] = Folder(swift_clients.unpacked(path, to), attention, xl, refiners)
     return found
 
 
@@ -69,7 +76,7 @@ def test_every_folder_and_zip_passes_every_check(made: Made, tmp_path: Path) -> 
 
 
 def test_zips_have_the_names_that_are_asked_for(made: Made) -> None:
-    output, _ = made
+    output, _, _ = made
     zips = {path.name for path in output.glob("*.zip")}
     repository = next(stem_of(name) or "" for name in zips)
     asked = set(swift_clients.zip_urls(f"maker/{repository}"))
@@ -81,7 +88,7 @@ def test_zips_have_the_names_that_are_asked_for(made: Made) -> None:
 
 
 def test_packages_have_the_names_and_shapes_that_apples_python_client_reads(made: Made) -> None:
-    output, _ = made
+    output, _, _ = made
     for packages in output.glob("*/packages"):
         paths = sorted(packages.glob("*.mlpackage"))
         assert paths
@@ -180,8 +187,15 @@ def test_checks_find_what_is_wrong(name: str, plain: Path, tmp_path: Path) -> No
 
 
 def test_every_check_is_tried() -> None:
-    left_out = {"chunks_hand_on_what_the_next_one_takes"}  # tried below
+    left_out = {"chunks_hand_on_what_the_next_one_takes", "a_refiner_takes_what_is_fed"}  # tried below
     assert {check.__name__ for check in CHECKS} == SPOILT.keys() | left_out
+
+
+def test_a_refiner_that_takes_something_else_is_found(plain: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(plain, tmp_path / "compiled")
+    shutil.copytree(folder / "Unet.mlmodelc", folder / "UnetRefiner.mlmodelc")
+    with pytest.raises(KeyError, match="time_ids"):
+        swift_clients.a_refiner_takes_what_is_fed(Folder(folder, "original", refiners=1))
 
 
 def test_chunks_that_do_not_fit_are_found(plain: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,11 @@ import compvis_layout
 from diffusion_convert import ConvertOptions, convert
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.cli.main import app
+from diffusion_convert.hub.download import download
+from diffusion_convert.hub.publish import publish
 from diffusion_runtime import InputError, Pipeline, load_pipeline
 from diffusion_runtime.bundle import manifest
+from hub_server import Hub, serving
 
 pytestmark = pytest.mark.slow
 
@@ -84,8 +88,16 @@ def test_what_is_written_bears_apples_names(models: Path) -> None:
     assert made.components["refiner"].files == tuple(
         f"Stable_Diffusion_version_sdxl_refiner_chunk{number}.mlpackage" for number in (1, 2)
     )
-    shapes = {tensor.name: tensor.shape for tensor in made.components["refiner"].inputs}
-    assert shapes["time_ids"] == (2, 5)
+    ports = made.components["refiner"].inputs, made.components["refiner"].outputs
+    inputs, outputs = ({one.name: (one.dtype, one.shape) for one in side} for side in ports)
+    assert inputs == {
+        "sample": ("float16", (2, 4, 16, 16)),
+        "timestep": ("float16", (2,)),
+        "encoder_hidden_states": ("float16", (2, 40, 1, 77)),
+        "time_ids": ("float16", (2, 5)),
+        "text_embeds": ("float16", (2, 24)),
+    }
+    assert outputs == {"noise_pred": ("float32", (2, 4, 16, 16))}
     assert made.refiner is not None
     assert made.refiner.source.name == "sdxl-refiner"
     compiled = {"UnetRefinerChunk1.mlmodelc", "UnetRefinerChunk2.mlmodelc"}
@@ -129,10 +141,52 @@ def test_commands_know_the_refiner(models: Path, tiny_checkpoint: Callable[[str]
     assert "UnetRefinerChunk1" in shown.output
 
 
+def test_a_bundle_of_both_goes_through_every_command(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packages as Apple's tools leave them, one with 6 bits, are bundled, zipped, published and downloaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # the server here does not speak it
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    folder = tmp_path / "tiny-xl"
+    packages = shutil.copytree(
+        models / "original" / "packages", folder / "packages", ignore=shutil.ignore_patterns("manifest.json")
+    )
+    first = packages / "Stable_Diffusion_version_sdxl_refiner_chunk1.mlpackage"
+    few = tmp_path / "few.mlpackage"
+    assert "weights at 6.00 bits" in said("palettize", first, "-o", few, "--nbits", "6")
+    shutil.rmtree(first)
+    few.rename(first)
+    assert "/Mine.mlmodelc" in said("compile", first, "-o", tmp_path / "compiled", "--name", "Mine")
+    said("bundle", folder, "--zip")
+    made = manifest.read(folder / "original" / "compiled")
+    assert made.components["refiner"].files == ("UnetRefinerChunk1.mlmodelc", "UnetRefinerChunk2.mlmodelc")
+    assert made.components["refiner"].palettization is not None
+    (zipped,) = folder.glob("*.zip")
+    held = {name.split("/")[1] for name in zipfile.ZipFile(zipped).namelist() if "/" in name}
+    assert set(made.components["refiner"].files) <= held
+    assert "6 bits" in said("inspect", folder / "original" / "compiled")
+    assert "original/compiled/UnetRefinerChunk1.mlmodelc/model.mil" in said(
+        *("publish", folder, "--repo-id", "maker/xl", "--dry-run", "--unverified")
+    )
+    with serving(Hub()) as hub:
+        publish(folder, "maker/xl", endpoint=hub.endpoint, token="hf_none", unverified=True)  # noqa: S106
+        fetched = download("maker/xl", tmp_path / "fetched", endpoint=hub.endpoint)
+    asked: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 4, "refiner_start": 0.5, "seed": 1}
+    there, here = (load_pipeline(place, "torch")(**asked).images[0] for place in (fetched, folder))
+    assert np.array_equal(np.asarray(there), np.asarray(here))
+    alone = load_pipeline(fetched, "torch")(**{**asked, "refiner_start": None}).images[0]
+    assert not np.array_equal(np.asarray(there), np.asarray(alone))
+
+
+def said(*arguments: object) -> str:
+    """The output of a command that succeeds."""
+    done = CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "1000"})
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
+
+
 def test_a_folder_of_apples_tools_is_known(models: Path, tmp_path: Path) -> None:
     """Without a manifest: the same names alone, as Apple's converter leaves them."""
-    import shutil
-
     for kind in ("packages", "compiled"):
         folder = tmp_path / kind
         shutil.copytree(
