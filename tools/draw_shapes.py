@@ -1,14 +1,21 @@
-"""Draws what a caption says, and says it in other words: all that the shapes checkpoint ever learns from."""
+"""Draws what a caption says, and says it in other words: all that the shapes checkpoint ever learns from.
+
+As a command, it writes captions and pictures of them for `coreml-sd evaluate`:
+
+    python tools/draw_shapes.py shapes-drawn --every 3 --pictures 3
+"""
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from judge_shapes import BACKGROUNDS, COLORS, DRAWN_RADIUS, OUTLINES, RGB, SHAPES, SIZES, Caption
+from judge_shapes import BACKGROUNDS, COLORS, DRAWN_RADIUS, OUTLINES, RGB, SHAPES, SIZES, Caption, captions
 
 PICTURE_SIZE = 64  # pixels
 FINE = 4  # drawn this many times larger, then averaged
@@ -87,3 +94,28 @@ def draw_polygon(
     outline = [((x + radius * px) * FINE, (y + radius * py) * FINE) for px, py in OUTLINES[caption.shape]]
     ImageDraw.Draw(canvas).polygon(outline, fill=front)
     return np.asarray(canvas.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX))
+
+
+def write_reference(folder: Path, every: int, pictures: int, seed: int) -> None:
+    """Write captions.txt, one of so many captions on each line, and ``pictures`` PNG files of each to pictures/."""
+    random, chosen = Random(seed), captions()[::every]
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    (folder / "captions.txt").write_text("".join(f"{caption.text}\n" for caption in chosen), encoding="utf-8")
+    for index, caption in enumerate(chosen):
+        for number in range(pictures):
+            Image.fromarray(draw(caption, random)).save(folder / "pictures" / f"{index:03}-{number}.png")
+
+
+def main() -> None:
+    """Read the command line and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--every", type=int, default=1, help="one of so many captions (%(default)s)")
+    parser.add_argument("--pictures", type=int, default=1, help="of each caption (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    options = parser.parse_args()
+    write_reference(options.folder, options.every, options.pictures, options.seed)
+
+
+if __name__ == "__main__":
+    main()
