@@ -1,0 +1,514 @@
+"""`coreml-sd evaluate`: sweeps, scores, distances, what stands in its way; the judge of shapes agrees with CLIP."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import shutil
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_convert.cli import main as command
+from diffusion_runtime.batch.worker import Worker
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.evaluate import distances, inception, measure, networks, pictures, report, sources, sweep
+from diffusion_runtime.evaluate.pictures import Made
+from draw_shapes import draw, write_reference
+from judge_shapes import captions, judge
+
+CLIP = Path(__file__).resolve().parents[1] / "checkpoints" / "shapes-clip"
+_BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+Evaluate = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def clip() -> networks.Clip:
+    return networks.load_clip(str(CLIP))
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Path:
+    """Twelve captions, and two pictures of each."""
+    folder = tmp_path / "drawn"
+    write_reference(folder, every=18, pictures=2, seed=0)
+    return folder
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    """``evaluate(*words)`` runs the command here, its workers too, and gives exit code, output and notes. It draws
+    into ``tmp_path``/out with the small CLIP unless the words say otherwise."""
+
+    class Here:
+        def __init__(self, setups: Any) -> None:
+            self.setups = setups
+
+        def run(self, tasks: Any) -> Any:
+            worker = Worker(self.setups[0])
+            yield from map(worker.make, tasks)
+
+    monkeypatch.setattr("diffusion_runtime.batch.run.LocalWorkers", Here)
+
+    def run(*words: object, **given: object) -> Any:
+        defaults = {"prompts": tmp_path / "drawn/captions.txt", "output": tmp_path / "out", "clip": CLIP}
+        options = {**defaults, "features": "clip", "backend": "torch", "threads": 1, **given}
+        told = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+        monkeypatch.setattr(sys, "argv", ["coreml-sd", "evaluate", *map(str, words), *told])
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        shown = capsys.readouterr()
+        return ended.value.code, shown.out, shown.err
+
+    return run
+
+
+def table(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((folder / report.JSON).read_text())["rows"]
+    return rows
+
+
+def named(toy_folder: Path, *names: str) -> list[str]:
+    return [f"{name}={toy_folder}" for name in names]
+
+
+def test_a_sweep_of_two_models(evaluate: Evaluate, toy_folder: Path, drawn: Path, tmp_path: Path) -> None:
+    code, shown, notes = evaluate(
+        *named(toy_folder, "one", "two"), guidance="7.5,2", steps=2, reference_images=drawn / "pictures"
+    )
+    assert code == 0, notes
+    rows = table(tmp_path / "out")
+    assert [(row["models"], row["guidance_scale"], row["pictures"], row["flagged"]) for row in rows] == [
+        (name, scale, 12, 0) for name in ("one", "two") for scale in (2.0, 7.5)
+    ]
+    assert rows[0] | {"models": "two", "identical": 12} == rows[2], "equal models, prompts and seeds"
+    assert rows[0]["identical"] is None and rows[2]["psnr_db"] is None
+    for row in rows:
+        assert row["frechet_distance"] > row["frechet_floor"] > 0
+        assert row["kid_low"] < row["kid"] < row["kid_high"] and row["kid"] > row["kid_floor"]
+    with (tmp_path / "out" / report.CSV).open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [float(row["clip_score"]) for row in read] == [row["clip_score"] for row in rows]
+    with Image.open(tmp_path / "out" / report.PLOT) as plot:
+        assert plot.format == "PNG" and plot.size == (700, 450)
+    assert "12 pictures in a set, 64 features" in notes and "KID" in notes
+    assert "one" in shown and f"{report.CSV}, {report.JSON}, {report.PLOT}" in shown
+    record = json.loads((tmp_path / "out" / report.JSON).read_text())
+    assert (record["steps"], record["scheduler"], record["reference"]) == (2, "pndm", str(drawn / "pictures"))
+
+
+def test_the_first_models_are_the_reference_where_no_pictures_are_given(
+    evaluate: Evaluate, toy_folder: Path, tmp_path: Path
+) -> None:
+    write_reference(tmp_path / "drawn", every=10, pictures=0, seed=0)
+    assert evaluate(*named(toy_folder, "one", "two"), guidance="2", steps=2)[0] == 0
+    first, second = table(tmp_path / "out")
+    assert first["frechet_distance"] is None and first["clip_score"] == second["clip_score"]
+    assert abs(second["frechet_distance"]) < 1e-4, "their pictures are the same"
+    assert second["frechet_floor"] > 1e-3
+    code, _, said = evaluate(*named(toy_folder, "one"), guidance="2", steps=2)
+    assert (code, "a second MODELS" in said) == (2, True)
+
+
+def test_pictures_are_those_of_batch_and_are_made_once(
+    evaluate: Evaluate, toy_folder: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted sweep goes on where it stopped; the models of other pictures are noticed."""
+    words = (f"toy={toy_folder}",)
+    options = {"guidance": "2,3", "steps": 2, "reference_images": drawn / "pictures"}
+    make, made = Worker.make, list[int]()
+
+    def interrupted(worker: Worker, task: Any, *others: Any) -> Any:
+        if len(made) == 15:
+            raise KeyboardInterrupt
+        made.append(task.number)
+        return make(worker, task, *others)
+
+    monkeypatch.setattr(Worker, "make", interrupted)
+    code, _, said = evaluate(*words, **options)
+    assert code == 130 and "interrupted: 15 pictures were made now" in said
+    assert not (tmp_path / "out" / report.CSV).exists()
+    made[:] = [0] * 20  # it goes on without being stopped at 15
+    assert evaluate(*words, **options)[0] == 0
+    assert len(made) == 20 + 24 - 15
+    plain = tmp_path / "plain"
+    told = ["--backend=torch", "--threads=1", "--steps=2", "--guidance-scale=3", "--scheduler=pndm"]
+    batch = ["coreml-sd", "batch", str(toy_folder), str(drawn / "captions.txt"), "-o", str(plain), *told]
+    monkeypatch.setattr(sys, "argv", batch)
+    with pytest.raises(SystemExit):
+        command.main()
+    assert len(list(plain.glob("*.png"))) == 12
+    for path in plain.glob("*.png"):
+        assert path.read_bytes() == (tmp_path / "out/toy/guidance-3" / path.name).read_bytes()
+    before, count = table(tmp_path / "out"), len(made)
+    assert evaluate(*words, **options)[0] == 0 and len(made) == count and table(tmp_path / "out") == before
+    code, _, said = evaluate(*words, **{**options, "seed": 5})
+    assert code == 2 and "--redo" in said and table(tmp_path / "out") == before
+
+
+def test_flagged_pictures_are_in_no_other_number(clip: networks.Clip, tmp_path: Path) -> None:
+    """A black picture that is flagged changes nothing but its count."""
+    chosen = captions()[::17]
+    what = sweep.Sweep({"a": tmp_path, "b": tmp_path}, tmp_path, [1.0], tmp_path, {}, sweep.Work({}, 1))
+    for name, flagged in (("a", ()), ("b", (0, 3))):
+        folder = what.folder(name, 1.0)
+        folder.mkdir(parents=True)
+        lines = []
+        for index, caption in enumerate(chosen):
+            pixels = draw(caption, random.Random(index)) * (index not in flagged)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+            line = {"row": index, "file": f"{index}.png", "input": {"prompt": caption.text}}
+            lines.append(json.dumps({**line, "flagged": index in flagged}) + "\n")
+        (folder / "results.jsonl").write_text("".join(lines))
+    first, second = measure.Measurement(what, clip, networks.load_features("clip", clip)).rows()
+    assert (second.pictures, second.flagged, second.identical, second.psnr_db) == (13, 2, 11, None)
+    kept = [one for index, one in enumerate(chosen) if index not in (0, 3)]
+    drawn = [Image.fromarray(draw(one, random.Random(chosen.index(one)))) for one in kept]
+    expected = 100 * (clip.see(drawn) * clip.read([one.text for one in kept])).sum(1).clamp(min=0)
+    assert second.clip_score == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert first.clip_score != pytest.approx(second.clip_score, rel=1e-5)
+    assert second.frechet_distance is not None and second.frechet_distance >= 0
+
+
+def test_clip_score_is_transformers(clip: networks.Clip) -> None:
+    """CLIPModel's own logits of texts and pictures, without the scale."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    chosen = captions()[::40]
+    shown = [Image.fromarray(draw(caption, random.Random(1))) for caption in chosen]
+    texts = [caption.text for caption in chosen]
+    network = CLIPModel.from_pretrained(CLIP, dtype=torch.float32)
+    inputs = CLIPProcessor.from_pretrained(CLIP)(text=texts, images=shown, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = network(**inputs).logits_per_image / network.logit_scale.exp()
+    assert torch.allclose(clip.see(shown) @ clip.read(texts).T, logits, atol=1e-5)
+    assert (logits.argmax(1) == torch.arange(len(chosen))).all(), "and each picture's own caption fits best"
+
+
+def test_distances_are_those_of_their_definitions() -> None:
+    """Fréchet by the symmetric form of its square root, KID by the sums of its paper over all pairs."""
+    generator = torch.Generator().manual_seed(0)
+    one, two = (torch.randn((400, 6), generator=generator).double() * scale + 0.3 * scale for scale in (1.0, 1.4))
+    found = distances.distance(one, two)
+    assert found is not None
+    means, covariances = zip(*((x.mean(0).numpy(), np.cov(x.numpy().T)) for x in (one, two)), strict=True)
+    values, vectors = np.linalg.eigh(covariances[0])
+    half = vectors @ np.diag(values**0.5) @ vectors.T  # the root of the product has the trace of this one's
+    root = np.linalg.eigvalsh(half @ covariances[1] @ half) ** 0.5
+    frechet = np.sum((means[0] - means[1]) ** 2) + np.trace(covariances[0] + covariances[1]) - 2 * root.sum()
+    assert found.frechet == pytest.approx(frechet, rel=1e-6)
+
+    def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x @ y.T / 6 + 1) ** 3
+
+    within = sum((kernel(x, x).sum() - kernel(x, x).trace()) / (400 * 399) for x in (one, two))
+    kid = float(within - 2 * kernel(one, two).mean())
+    assert found.kid_low < kid < found.kid_high
+    assert found.kid == pytest.approx(kid, rel=0.1)
+    assert distances.distance(one, two) == found, "the same numbers each time"
+
+
+def test_the_interval_of_kid_is_as_wide_as_new_samples_spread() -> None:
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for _ in range(20):
+        one = torch.randn((80, 4), generator=generator)
+        two = torch.randn((80, 4), generator=generator) + 0.7
+        found.append(distances.distance(one, two))
+    reach = np.mean([(each.kid_high - each.kid_low) / 2 for each in found if each])
+    assert 0.5 < reach / (1.96 * np.std([each.kid for each in found if each], ddof=1)) < 2
+
+
+@pytest.mark.parametrize(("count", "has_distance"), [(9, False), (10, True)])
+def test_too_few_pictures_for_a_distance(count: int, has_distance: bool) -> None:
+    far = distances.distance(torch.randn(50, 4), torch.randn(count, 4))
+    assert (far is not None) is has_distance
+
+
+def test_with_too_few_pictures_the_command_says_so(
+    evaluate: Evaluate, toy_folder: Path, drawn: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("a red circle\na blue square\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / report.PLOT).write_bytes(b"of another run")
+    given = {"prompts": tmp_path / "p.txt", "guidance": "2", "steps": 1, "reference_images": drawn / "pictures"}
+    code, shown, notes = evaluate(toy_folder, **given)
+    assert code == 0 and "2 pictures in a set: too few for a distance, which needs at least 10" in notes
+    (row,) = table(tmp_path / "out")
+    assert row["frechet_distance"] is None and row["kid"] is None and row["clip_score"] >= 0
+    assert report.PLOT not in shown and not (tmp_path / "out" / report.PLOT).exists()
+
+
+def _damaged(folder: Path) -> str:
+    path = folder / "pictures" / "000-0.png"
+    path.write_bytes(path.read_bytes()[:80])
+    return "000-0.png"
+
+
+def _no_pictures(folder: Path) -> str:
+    shutil.rmtree(folder / "pictures")
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "readme.md").write_text("none")
+    return "holds no pictures"
+
+
+@pytest.mark.parametrize("spoil", [_damaged, _no_pictures])
+def test_reference_pictures_are_read_before_any_is_made(
+    evaluate: Evaluate, toy_folder: Path, drawn: Path, tmp_path: Path, spoil: Callable[[Path], str]
+) -> None:
+    said = spoil(drawn)
+    code, _, error = evaluate(toy_folder, reference_images=drawn / "pictures")
+    assert code == 2 and said in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("out/**/*.png"))
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("text\na cat\n", "unknown columns text"),
+        ("seed\n1\n", 'has no column "prompt"'),
+        ("prompt,guidance_scale\na,3\n", "row 1: guidance_scale: the sweep sets it"),
+        ("prompt,steps\na,3\nb,many\n", "row 2: steps: got 'many'"),
+        ("prompt\n", "holds no prompts"),
+    ],
+)
+def test_a_table_that_cannot_be_used(
+    evaluate: Evaluate, toy_folder: Path, drawn: Path, tmp_path: Path, written: str, said: str
+) -> None:
+    (tmp_path / "p.csv").write_text(written)
+    code, _, error = evaluate(toy_folder, prompts=tmp_path / "p.csv", reference_images=drawn / "pictures")
+    assert code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", ["", "1,two", "1,,2", "nan", "-1", "1,1.0", "inf"])
+def test_a_wrong_list_of_guidance_scales(evaluate: Evaluate, toy_folder: Path, drawn: Path, given: str) -> None:
+    code, _, error = evaluate(toy_folder, guidance=given, reference_images=drawn / "pictures")
+    assert code == 2 and f"--guidance {given}" in error and error.count("\n") == 1
+
+
+def test_names_of_models(tmp_path: Path) -> None:
+    assert sweep.name_models(["a/x", "y=a/x"]) == {"x": Path("a/x"), "y": Path("a/x")}
+    for wrong in (["a/x", "b/x"], ["/"], ["a/b=x"], ["..=x"]):
+        with pytest.raises(InputError, match="give NAME="):
+            sweep.name_models(wrong)
+
+
+def test_no_pickle_is_read(evaluate: Evaluate, toy_folder: Path, drawn: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(CLIP, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    for option in ("clip", "features"):
+        code, _, error = evaluate(toy_folder, reference_images=drawn / "pictures", **{option: folder})
+        assert code == 2 and "only pytorch_model.bin, a pickle" in error and error.count("\n") == 1
+    assert not any(wanted.endswith((".bin", ".pt", ".pth", "*")) for wanted in sources._WANTED)
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _lacking(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["visual_projection.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _other_kind(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
+
+
+def _no_tokenizer(folder: Path) -> None:
+    for path in (*folder.glob("*vocab*"), *folder.glob("merges*"), *folder.glob("tokenizer*")):
+        path.unlink()
+
+
+def _small_vocabulary(folder: Path) -> None:
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    for index in range(50):
+        vocabulary[f"added{index}"] = len(vocabulary)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_cut, "cannot be loaded"),
+        (_lacking, "lacks 1 weights, as visual_projection.weight"),
+        (_other_kind, "a model of type 'vit'"),
+        (_no_tokenizer, "holds no tokenizer"),
+        (_small_vocabulary, "more tokens than"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json: missing"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+    ],
+)
+def test_a_clip_that_cannot_be_used(
+    evaluate: Evaluate,
+    toy_folder: Path,
+    drawn: Path,
+    tmp_path: Path,
+    spoil: Callable[[Path], object],
+    said: str,
+) -> None:
+    shutil.copytree(CLIP, tmp_path / "clip")
+    spoil(tmp_path / "clip")
+    code, _, error = evaluate(toy_folder, reference_images=drawn / "pictures", clip=tmp_path / "clip")
+    assert code == 2 and said in error and error.count("\n") == 1, error
+
+
+def test_sources_that_are_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=r"--clip \./nowhere: no such folder"):
+        sources.folder_of("./nowhere", "--clip")
+    with pytest.raises(Exception, match="no such folder, and the Hub cannot be reached"):
+        sources.folder_of("nobody/no-such-model-of-ours", "--clip")
+
+
+def test_features_of_any_network_of_pictures(clip: networks.Clip, tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor, ViTConfig, ViTModel
+
+    shown = [Image.fromarray(draw(caption, random.Random(1))) for caption in captions()[:20]]
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    network = ViTModel(ViTConfig(image_size=32, patch_size=8, **small)).eval()
+    network.save_pretrained(tmp_path)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    with torch.no_grad():
+        expected = network(**processor(shown, return_tensors="pt")).pooler_output
+    found = networks.all_of(networks.load_features(str(tmp_path), clip).see, shown)
+    assert torch.allclose(found, expected, atol=1e-5) and found.shape == (20, 16)
+    same = networks.load_features(str(CLIP), clip)
+    assert torch.equal(same.see(shown), networks.load_features("clip", clip).see(shown))
+
+
+def test_a_full_disk_loses_nothing(
+    evaluate: Evaluate, toy_folder: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"guidance": "2", "steps": 1, "reference_images": drawn / "pictures"}
+    assert evaluate(toy_folder, **given)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        code, _, error = evaluate(toy_folder, **given)
+    assert code == 2 and "the disk is full" in error and error.count("\n") <= 2
+    after = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_a_missing_extra_is_one_line(evaluate: Evaluate, toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "diffusion_runtime.cli.evaluate.find_spec", lambda name: None if name == "torchmetrics" else 1
+    )
+    code, _, error = evaluate(toy_folder)
+    assert code == 2 and error == "error: evaluate needs torchmetrics: run `pip install 'coreml-sd[evaluate]'`\n"
+
+
+def test_paired_psnr(tmp_path: Path) -> None:
+    for name, value in (("a", 100), ("b", 110), ("c", 100)):
+        Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / f"{name}.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "small.png")
+    a, b, c, small = (Made(tmp_path / f"{name}.png", "", False) for name in ("a", "b", "c", "small"))
+    hidden = Made(tmp_path / "b.png", "", True)
+    assert pictures.paired([a, a], [b, c]).psnr_db == pytest.approx(10 * np.log10(255**2 / 50))
+    assert pictures.paired([a, a], [c, hidden]) == pictures.Difference(None, 1)
+    with pytest.raises(InputError, match="8x8 and 4x4"):
+        pictures.paired([a], [small])
+
+
+def test_inception_is_torchvisions() -> None:
+    """A sixteenth as wide, with random weights: the features that torchvision 0.28's Inception3 gave for them."""
+    known = json.loads((Path(__file__).parent / "inception.json").read_text())
+    weights = {}
+    for name, shape in known["shapes"].items():
+        others = {name.replace("conv.weight", f"bn.{part}"): shape[:1] for part in _BATCH_NORM}
+        for each, size in {name: shape, **others}.items():
+            generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
+            if each.endswith(("running_var", "bn.weight")):
+                weights[each] = torch.rand(size, generator=generator) + 0.5
+            else:
+                strength = 0.1 if len(size) == 1 else (2 / np.prod(size[1:])) ** 0.5
+                weights[each] = torch.randn(size, generator=generator) * strength
+    picture = torch.linspace(-1, 1, 3 * 299 * 299).view(1, 3, 299, 299).sin().mul(5).cos()
+    network = inception.Inception(weights, torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+    assert torch.allclose(network.features(picture)[0], torch.tensor(known["features"]), atol=1e-4)
+
+
+def test_inception_of_a_folder_that_timm_published(clip: networks.Clip, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    known = json.loads((Path(__file__).parent / "inception.json").read_text())
+    weights = {
+        name: torch.randn(shape) * (2 / np.prod(shape[1:])) ** 0.5 for name, shape in known["shapes"].items()
+    }
+    for name in known["shapes"]:
+        weights |= {
+            name.replace("conv.weight", f"bn.{part}"): torch.ones(len(weights[name])) for part in _BATCH_NORM
+        }
+    config: dict[str, Any] = {
+        "architecture": "inception_v3",
+        "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "model.safetensors")
+    black, white = (Image.new("RGB", (64, 64), color) for color in ("black", "white"))
+    features = networks.load_features(str(tmp_path), clip)
+    expected = inception.load(tmp_path).features(torch.cat([torch.full((1, 3, 299, 299), x) for x in (-1.0, 1.0)]))
+    assert torch.allclose(features.see([black, white]), expected, rtol=1e-4)
+    del weights["Mixed_7c.branch_pool.conv.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"'Mixed_7c.branch_pool.conv.weight' is missing"):
+        networks.load_features(str(tmp_path), clip)
+    del config["pretrained_cfg"]["std"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="'std' is missing"):
+        networks.load_features(str(tmp_path), clip)
+
+
+def test_clip_score_agrees_in_order_with_the_judge(
+    evaluate: Evaluate, tmp_path: Path, build_once: Callable[..., Path]
+) -> None:
+    """The shapes checkpoint over guidance scales: where more pictures are right, the CLIP score is higher."""
+    from diffusion_convert import ConvertOptions, convert
+
+    shapes = CLIP.parent / "shapes"
+    options = ConvertOptions(attention="original", compiled=False, zip=False, verify=False)
+    models = build_once("shapes-original", lambda to: convert(shapes, to / "models", options)) / "models"
+    write_reference(tmp_path / "drawn", every=18, pictures=2, seed=0)
+    scales = (0.5, 1.5, 5.0)
+    code, _, error = evaluate(
+        models,
+        "--no-safety",
+        guidance=",".join(map(str, scales)),
+        steps=10,
+        reference_images=tmp_path / "drawn" / "pictures",
+    )
+    assert code == 0, error
+    rows = table(tmp_path / "out")
+    chosen, right = captions()[::18], []
+    for scale in scales:
+        files = sorted((tmp_path / "out" / "models" / f"guidance-{scale:g}").glob("*.png"))
+        right.append(sum(judge(Image.open(f)).shows(one) for f, one in zip(files, chosen, strict=True)))
+    assert right == sorted(set(right)), f"the scales should part the shares of right pictures: {right} of 12"
+    scores = [row["clip_score"] for row in rows]
+    assert scores == sorted(set(scores)), "as many places, in the same order"
+    assert rows[-1]["frechet_distance"] < rows[0]["frechet_distance"]
