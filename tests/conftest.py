@@ -28,6 +28,7 @@ def pytest_runtest_setup() -> None:
         _settled_modules[0] = len(sys.modules)
 
 
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 BuildOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
@@ -61,5 +62,28 @@ def tiny_checkpoint(build_once: BuildOnce) -> Callable[[str], Path]:
 
     def folder(family: str) -> Path:
         return build_once(f"checkpoint-{family}", lambda to: tiny_checkpoints.build(family, to / family)) / family
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def converted(build_once: BuildOnce, tiny_checkpoint: Callable[[str], Path]) -> Callable[..., Path]:
+    """``converted("sd1")``: what `convert` writes for a tiny checkpoint, or one of tests/checkpoints, with original
+    attention alone, verified, with placeholders for weights as small as these, as if they had the sizes of real
+    ones. ``compiled=True`` adds compiled models. Shared: copy it to change it, or to convert more to it."""
+    from diffusion_convert import ConvertOptions, convert
+    from diffusion_convert.export import placeholders
+
+    def folder(name: str, compiled: bool = False) -> Path:
+        def write(place: Path) -> None:
+            own = CHECKPOINTS / name
+            if compiled:
+                shutil.copytree(folder(name), place / "models")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(placeholders, "MIN_SIZE", 64)
+                options = ConvertOptions("original", compiled=compiled, zip=False)
+                convert(own if own.is_dir() else tiny_checkpoint(name), place / "models", options)
+
+        return build_once(f"converted-{name}{'-compiled' * compiled}", write) / "models"
 
     return folder

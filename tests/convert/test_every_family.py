@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -37,12 +38,19 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def made(
-    family: str, tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    family: str,
+    converted: Callable[[str], Path],
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Conversion]:
-    """With placeholders for weights as small as these, as if they had the sizes of real ones."""
+    """With placeholders for weights as small as these, as if they had the sizes of real ones. The other attentions
+    are added to the original one's models, which tests of pictures use too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placeholders, "MIN_SIZE", 64)
-        yield convert(tiny_checkpoint(family), tmp_path_factory.mktemp(family) / "models", OPTIONS)
+        output = shutil.copytree(converted(family), tmp_path_factory.mktemp(family) / "models")
+        made = convert(tiny_checkpoint(family), output, OPTIONS)
+        assert not any(note.startswith("replaces") for note in made.notes)
+        yield made
 
 
 def interface(package: Package) -> tuple[Interface, Interface]:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_convert import ConvertOptions, convert
 from diffusion_runtime.backends import TensorSpec, check_arrays
 from diffusion_runtime.bundle.manifest import Component, Latents, Manifest, Source, Tensor
 from diffusion_runtime.models import Models
@@ -21,20 +20,6 @@ from diffusion_runtime.pipeline import Pipeline
 from diffusion_runtime.prompt import tokenizer
 
 Arrays = Mapping[str, torch.Tensor]
-
-
-@pytest.fixture(scope="session")
-def converted(build_once: Callable[..., Path], tiny_checkpoint: Callable[[str], Path]) -> Callable[..., Path]:
-    """``converted("sd1")``: the folder that `convert` writes for a tiny checkpoint, original attention alone."""
-
-    def folder(family: str, compiled: bool = False) -> Path:
-        def write(place: Path) -> None:
-            options = ConvertOptions(attention="original", compiled=compiled, zip=False, verify=False)
-            convert(tiny_checkpoint(family), place / "models", options)
-
-        return build_once(f"converted-{family}{'-compiled' * compiled}", write) / "models"
-
-    return folder
 
 
 @dataclass(frozen=True)
@@ -263,12 +248,6 @@ def toy_folder(build_once: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shapes_folder(build_once: Callable[..., Path]) -> Path:
+def shapes_folder(converted: Callable[[str], Path]) -> Path:
     """The trained checkpoint, converted: packages with original attention. It is shared: do not change it."""
-    shapes = Path(__file__).resolve().parents[1] / "checkpoints" / "shapes"
-
-    def write(place: Path) -> None:
-        options = ConvertOptions(attention="original", compiled=False, zip=False, verify=False)
-        convert(shapes, place / "models", options)
-
-    return build_once("shapes", write) / "models"
+    return converted("shapes")

@@ -21,7 +21,6 @@ PROMPT = "a large (red:1.3) circle, on a white background"
 LONG_PROMPT = "a large red circle, a small (blue:1.2) square, " * 12
 MIN_PSNR_DB = 60.0
 SCHEDULERS = ("pndm", "euler-ancestral", "dpm++ 2m karras", "heun")
-CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 ALL = os.environ.get("SWIFT_PICTURES") == "all"
 
 pytestmark = pytest.mark.slow
@@ -83,19 +82,22 @@ def _drawings() -> list[Any]:
 
 
 @pytest.fixture(scope="session")
-def models(build_once: Callable[..., Path], tiny_checkpoint: Callable[[str], Path]) -> Callable[[Case], Path]:
+def models(
+    build_once: Callable[..., Path], converted: Callable[..., Path], tiny_checkpoint: Callable[[str], Path]
+) -> Callable[[Case], Path]:
     """The converted models of a case."""
 
-    def converted(case: Case) -> Path:
+    def of_case(case: Case) -> Path:
         def write(folder: Path) -> None:
-            own = CHECKPOINTS / case.checkpoint
             options = ConvertOptions(attention=(AttentionKind.ORIGINAL,), zip=False, **case.options)
-            convert(own if own.is_dir() else tiny_checkpoint(case.checkpoint), folder / "models", options)
+            convert(tiny_checkpoint(case.checkpoint), folder / "models", options)
 
+        if not case.options:
+            return converted(case.checkpoint, compiled=True) / "original"
         name = "-".join(["swift", case.checkpoint, *(f"{key}{value}" for key, value in case.options.items())])
         return build_once(name, write) / "models" / "original"
 
-    return converted
+    return of_case
 
 
 @pytest.fixture(scope="session")
