@@ -18,11 +18,14 @@ from types import ModuleType
 from diffusion_runtime.errors import InstallationError
 
 _MESSAGES = "coremltools_messages"
+_STORAGE = "coremltools.libmilstoragepython"
 
 
 def import_coremltools(submodule: str = "") -> ModuleType:
     """coremltools, or ``coremltools.<submodule>``; the first import takes about three seconds."""
     name = f"coremltools.{submodule}" if submodule else "coremltools"
+    if name in sys.modules and _STORAGE in sys.modules:
+        return sys.modules[name]
     logger = logging.getLogger("coremltools")
     before = logger.level
     if "coremltools" not in sys.modules and sys.platform != "darwin":
@@ -31,7 +34,7 @@ def import_coremltools(submodule: str = "") -> ModuleType:
         logger.setLevel(max(before, logging.ERROR))
     try:
         module = importlib.import_module(name)
-        importlib.import_module("coremltools.libmilstoragepython")
+        importlib.import_module(_STORAGE)
     except ImportError as error:
         raise InstallationError(
             f"coremltools cannot be used with Python {platform.python_version()} on {platform.system()} "

@@ -93,6 +93,14 @@ REPLACED = {
     ),
     "cast": ("converters.mil.mil.ops.defs.iOS15.elementwise_unary", "cast", "get_cast_value"),
     "scope": ("converters.mil.frontend.torch.internal_graph", "InternalTorchIRNode", "from_torchscript_node"),
+    "types": ("converters.mil.mil.types", "type_mapping", "get_type_info"),
+    "print": ("converters.mil.mil.block", "Function", "__str__"),
+    "scopes": ("converters.mil.mil.var", "Var", "scopes"),
+    "transposes": (
+        "converters.mil.mil.passes.defs.optimize_repeat_ops",
+        "_TransposeOptimization",
+        "apply_transform",
+    ),
     "nonreplaceable": ("converters.mil.mil.block", "Block", "_propagate_nonreplaceable_vars"),
 }
 
@@ -107,7 +115,10 @@ def test_everything_is_put_back(module: str, owner: str, name: str) -> None:
     assert place.__dict__[name] is before
 
 
-@pytest.mark.parametrize("name", ["_passes", "_overflow", "_underflow", "_small", "_cast", "_placed"])
+@pytest.mark.parametrize(
+    "name",
+    ["_passes", "_overflow", "_underflow", "_small", "_cast", "_placed", "_remembered", "_nothing_to_cancel"],
+)
 def test_every_replacement_is_used(name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """A release of coremltools that calls something else would make the replacement useless, without an error."""
     called: list[str] = []

@@ -9,6 +9,7 @@ pyproject.toml, and a test that each replacement is called.
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,6 +28,17 @@ from diffusion_runtime.coremltools_import import import_coremltools
 Write = Callable[[np.ndarray], int]
 """Stores a constant in the weight file and returns its offset."""
 OnFraction = Callable[[float], None]
+
+ASK_FOR_TYPES = (
+    "input_type",
+    "types.type_dict",
+    "types.type_list",
+    "types.type_mapping",
+    "types.type_state",
+    "types.type_tensor",
+    "types.type_tuple",
+)
+"""The modules of coremltools' MIL that call ``get_type_info`` by a name of their own."""
 
 
 @contextmanager
@@ -64,6 +76,18 @@ def patched_coremltools(
         replace(helper, "_get_offset_by_writing_data", lambda var, _: write(var.val))
         node = import_coremltools("converters.mil.frontend.torch.internal_graph").InternalTorchIRNode
         replace(node, "from_torchscript_node", classmethod(_placed(node.from_torchscript_node.__func__)))
+        # They describe a type anew each time that they ask whether it is a tensor, half a million times.
+        for module in ASK_FOR_TYPES:
+            types = import_coremltools(f"converters.mil.mil.{module}")
+            replace(types, "get_type_info", _remembered(types.get_type_info))
+        # It would print the whole program for a log that nobody reads.
+        replace(block.Function, "__str__", lambda function: function.name)
+        # It would infer all types and values anew where it has found nothing to do.
+        transposes = import_coremltools("converters.mil.mil.passes.defs.optimize_repeat_ops")._TransposeOptimization
+        replace(transposes, "apply_transform", _nothing_to_cancel(transposes.apply_transform))
+        # It would copy lists of names by `copy.deepcopy`.
+        variable = import_coremltools("converters.mil.mil.var").Var
+        replace(variable, "scopes", property(variable.scopes.fget, _set_scopes))
         # It would collect garbage while all of the program is still needed; we do after it.
         replace(import_coremltools("converters._converters_entry"), "gc", SimpleNamespace(collect=lambda: 0))
         logger = logging.getLogger("coremltools")
@@ -146,6 +170,41 @@ def _underflow(original: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any,
             original(self, new_var, var)
 
     return check_underflow_to_zero
+
+
+def _remembered(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``original``, called once for each class: a type of coremltools is a class, and does not change."""
+    known: dict[type, Any] = {}
+
+    def get_type_info(kind: Any) -> Any:
+        if not isinstance(kind, type):
+            return original(kind)
+        if kind not in known:
+            known[kind] = original(kind)
+        return known[kind]
+
+    return get_type_info
+
+
+def _nothing_to_cancel(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Where no transposes cancel each other, all there is to do is to take away what the search has put in."""
+
+    def apply_transform(self: Any) -> None:
+        self._verify_cancellable_transposes()
+        self._verify_cancellable_transposes = lambda: None  # a second time it would decide otherwise
+        if self.transpose_op_to_cancel_ops:
+            original(self)
+        else:
+            self.block.set_outputs([sink.x for sink in self.output_sink_ops])
+            self.block.remove_ops(list(self.output_sink_ops))
+
+    return apply_transform
+
+
+def _set_scopes(variable: Any, scopes: Any) -> None:
+    copied = copy.copy(scopes)
+    copied.update({source: list(names) for source, names in scopes.items()})
+    variable.op.scopes = copied
 
 
 def _small(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
