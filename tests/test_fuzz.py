@@ -25,6 +25,25 @@ def test_damaged_inputs_are_refused_in_one_line_or_read(tmp_path: Path) -> None:
     assert [(result["case"], result["problems"]) for result in results if result["problems"]] == []
 
 
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("seeded")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["a folder", "a link to nowhere", "a pipe", "a device"])
+def test_what_is_no_file_is_refused_or_not_needed(way: str, seeded: Path) -> None:
+    """Of every kind of file that the commands read: nothing is waited for, nothing is read without an end."""
+    results = list(inputs.run(seeded, 0, len(TARGETS), way=way))
+    assert [(result["target"], result["problems"]) for result in results if result["problems"]] == []
+    accepted = {result["target"] for result in results if result["code"] == 0}
+    assert accepted <= NOT_READ, "what is passed over is taken for a file that was never there"
+
+
+NOT_READ = {"safety-config", "depth-config", "toy-package", "compiled", "toy-compiled"}
+"""Targets with files that some commands do not read: a picture processor's settings, a package not needed."""
+
+
 @pytest.mark.slow
 def test_kills_and_races_lose_nothing_and_leave_nothing(tmp_path: Path) -> None:
     """In a process of its own: what is forked must have no other threads."""

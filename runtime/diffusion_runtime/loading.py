@@ -9,10 +9,11 @@ from diffusion_runtime.backends import ComputeUnits, load_backend, resolve
 from diffusion_runtime.bundle import find, manifest
 from diffusion_runtime.bundle.find import Bundle
 from diffusion_runtime.bundle.without_manifest import Assumed
-from diffusion_runtime.errors import InputError
+from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import FAMILIES
 from diffusion_runtime.pipeline import Pipeline
 from diffusion_runtime.prompt import tokenizer as tokenizers
+from diffusion_runtime.real_path import is_there
 from diffusion_runtime.schedulers import canonical
 
 
@@ -66,7 +67,7 @@ def load_pipeline(
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{str(path)!r}: the folder of models cannot be read: {reason}") from error
     find.check_layout(found)
-    if (found.folder / manifest.FILE_NAME).is_file():
+    if is_there(found.folder / manifest.FILE_NAME, PackageError):
         _check_told(found, prediction_type, latent_scale)
     place = Path(tokenizer) if tokenizer is not None else found.tokenizer
     if place is None:

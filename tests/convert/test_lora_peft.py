@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -197,6 +198,14 @@ def setting(**changes: object) -> Callable[[Path], None]:
     return change
 
 
+def in_the_settings_place(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "adapter_config.json").unlink()
+        make(folder / "adapter_config.json")
+
+    return change
+
+
 BROKEN: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "half of a LoRA": ("LoRA", lacking("lora_A"), "whole layer of a LoRA, and lora_down.weight is missing"),
     "another module": ("LoRA", misnaming("attn1.to_q", "attn3.to_q"), "match nothing in this sd1 checkpoint"),
@@ -211,6 +220,13 @@ BROKEN: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "an alpha": ("LoHa", setting(alpha="much"), "adapter settings that cannot be read"),
     "a kind": ("LoRA", setting(peft_type="BOFT"), "adapter of type BOFT, which is not covered"),
     "a start": ("LoRA", setting(init_lora_weights="pissa_niter_4"), "changes the checkpoint's weights as well"),
+    "a folder for settings": ("LoRA", in_the_settings_place(Path.mkdir), "adapter_config.json: is no regular file"),
+    "a pipe for settings": ("LoRA", in_the_settings_place(os.mkfifo), "adapter_config.json: is no regular file"),
+    "a link for settings": (
+        "LoRA",
+        in_the_settings_place(lambda path: path.symlink_to("nowhere")),
+        "adapter_config.json: is no regular file",
+    ),
     "activations": ("LoRA", setting(alora_invocation_tokens=[1]), "made with alora_invocation_tokens"),
 }
 

@@ -31,21 +31,22 @@ MAX_SILENCE_SECONDS = 180.0
 """Of a worker, by the wall clock: longer, and it waits for something that does not come."""
 
 
-def run(root: Path, first: int, last: int, batch: int = BATCH) -> Iterator[dict[str, Any]]:
-    """The outcome of every case, in order. ``root`` holds the seeds, and the folders of cases that failed after."""
+def run(root: Path, first: int, last: int, batch: int = BATCH, way: str | None = None) -> Iterator[dict[str, Any]]:
+    """The outcome of every case, in order. ``root`` holds the seeds, and the folders of cases that failed after.
+    ``way``: what stands in the file's place in all cases, of `worker.INSTEAD`."""
     if not (root / "seeds").is_dir():
         seeds.write(root / "seeds")
     at = first
     while at < last:
         end = min(at + batch, last)
-        for result in _worker(root, at, end):
+        for result in _worker(root, at, end, way):
             yield result
             at = result["case"] + 1
 
 
-def _worker(root: Path, first: int, last: int) -> Iterator[dict[str, Any]]:
+def _worker(root: Path, first: int, last: int, way: str | None) -> Iterator[dict[str, Any]]:
     """Outcomes until the process ends; one that died or fell silent has its last case's outcome made here."""
-    command = [sys.executable, "-m", "fuzz.worker", str(root), str(first), str(last)]
+    command = [sys.executable, "-m", "fuzz.worker", str(root), str(first), str(last), *([way] if way else [])]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
     )

@@ -21,12 +21,13 @@ def convert(source: str, *parts: str, options: Command = UNVERIFIED) -> tuple[Co
 class Target:
     """``seed`` is the folder of `seeds` that a case gets a copy of, ``files`` the patterns of what is damaged in
     it, ``commands`` what one is drawn from: "IN" stands for the copy, "FILE" for the damaged file, "SEEDS" for all
-    seeds. ``writes_inside``: the command may change the copy."""
+    seeds. ``writes_inside``: the command may change the copy. ``takes_pipes``: and waits for what writes to one."""
 
     seed: str
     files: tuple[str, ...]
     commands: tuple[Command, ...]
     writes_inside: bool = False
+    takes_pipes: bool = False
 
 
 LORA = ("convert", "SEEDS/checkpoint/sd1", "-o", "out/models", "--components", "unet", *UNVERIFIED)
@@ -141,6 +142,7 @@ TARGETS: Mapping[str, Target] = {
         "picture",
         ("prompts.txt",),
         (("generate", "IN/models", "--prompts-file", "IN/prompts.txt", *PICTURE, "-o", "out/p.png"),),
+        takes_pipes=True,
     ),
     "samples": Target(
         "recipe",

@@ -1,6 +1,6 @@
 """The process in which damaged files are read: every case in a folder of its own, watched from inside.
 
-    python -m fuzz.worker ROOT FIRST LAST        cases FIRST to LAST; prints a line of JSON before and after each
+    python -m fuzz.worker ROOT FIRST LAST [WAY]  cases FIRST to LAST; prints a line of JSON before and after each
 
 What is watched: the exit code and what is said (a refusal is one line), processor time, memory, what is run, every
 path that is opened for writing, renamed or removed, and what is left in the folders for temporary files.
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -107,9 +107,11 @@ WATCH: Watch | None = None
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Number ``number`` of a run, which is all that it depends on: ``number`` names target, seed and command."""
+    """Number ``number`` of a run, which is all that it depends on: ``number`` names target, seed and command.
+    ``way``: of `INSTEAD`, in place of what the number says."""
 
     number: int
+    way: str | None = None
 
     @property
     def target(self) -> str:
@@ -121,7 +123,7 @@ class Case:
         shutil.copytree(root / "seeds" / target.seed, folder / "in", copy_function=os.link)
         (folder / "out").mkdir()
         victim = self._victim(target, folder / "in", random)
-        _damage(victim, random)
+        _damage(victim, random, self.way, [way for way in INSTEAD if way != "a pipe" or not target.takes_pipes])
         places = {
             "IN": str(folder / "in"),
             "FILE": str(victim),
@@ -141,22 +143,26 @@ def _placed(part: str, places: dict[str, str]) -> str:
     return places.get(head, head) + slash + rest
 
 
-def _damage(victim: Path, random: Random) -> None:
-    """Mostly the contents; now and then the file becomes a folder, a link or nothing at all."""
+INSTEAD: Mapping[str, Callable[[Path], object]] = {
+    "nothing": lambda _: None,
+    "a folder": Path.mkdir,
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "a link outside": lambda path: path.symlink_to("/etc/passwd"),
+    "a pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+"""What may stand in a file's place."""
+
+
+def _damage(victim: Path, random: Random, way: str | None, ways: Sequence[str]) -> None:
+    """Mostly the contents; now and then the file becomes something else, one of ``ways``."""
     data = victim.read_bytes()
     victim.unlink()  # a hard link: the seed stays as it is
-    way = random.random()
-    if way < 0.97:
+    if way is None and random.random() < 0.96:
         victim.write_bytes(damaged(victim.as_posix(), data, random))
-    elif way < 0.975:
-        victim.mkdir()
-    elif way < 0.98:
-        victim.symlink_to(victim.name)
-    elif way < 0.985:
-        victim.symlink_to("/etc/passwd")
-    elif way < 0.99:
-        victim.write_bytes(data)
-        victim.chmod(0)
+    else:
+        INSTEAD[way if way is not None and way in ways else random.choice(ways)](victim)
 
 
 def run_case(case: Case, root: Path) -> dict[str, Any]:
@@ -268,13 +274,13 @@ def warm_up() -> None:
 
 
 def main() -> None:
-    root, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    root, first, last, way = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), (*sys.argv[4:], None)[0]
     warm_up()
     limit_memory()
     print(json.dumps({"ready": True}), flush=True)
     for number in range(first, last):
         print(json.dumps({"begins": number}), flush=True)
-        print(json.dumps(run_case(Case(number), root)), flush=True)
+        print(json.dumps(run_case(Case(number, way), root)), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from diffusion_runtime.bundle import manifest, without_manifest
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes, tokenizer_hashes
 from diffusion_runtime.bundle.manifest import Manifest, Palettization
-from diffusion_runtime.errors import InputError
+from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS, SYSTEMS, compiled_names
 from diffusion_runtime.links import share_tree
 from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
-from diffusion_runtime.real_path import is_inside, real_path
+from diffusion_runtime.real_path import is_inside, is_there, real_path
 from diffusion_runtime.scratch import scratch
 
 Described = tuple[str, str, Manifest]
@@ -109,7 +109,7 @@ def _found(folder: Path) -> Iterator[tuple[Path, str | None, str]]:
 
 
 def _lacks_manifest(place: Path) -> bool:
-    return not (place / manifest.FILE_NAME).is_file() and without_manifest.holds_unet(place)
+    return not is_there(place / manifest.FILE_NAME, PackageError) and without_manifest.holds_unet(place)
 
 
 def _beside(folder: Path, target: Path) -> Path | None:
@@ -137,7 +137,7 @@ def _completed(made: Manifest, place: Path, tokenizer: Path, attention: str, kin
 
 def _copy_tokenizer(tokenizer: Path, place: Path) -> None:
     """Its vocabulary with settings and added tokens, in the form that apps read; what is in ``place`` is kept."""
-    files = {name: tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()}
+    files = {name: tokenizer / name for name in TOKENIZER_FILES if is_there(tokenizer / name, PackageError)}
     with scratch() as written:
         write_vocabulary(files, written)
         for file in sorted(written.iterdir()):

@@ -27,9 +27,10 @@ from diffusion_runtime.bundle.integrity import (
     tokenizer_hashes,
 )
 from diffusion_runtime.bundle.manifest import Manifest
-from diffusion_runtime.errors import InputError
+from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS, compiled_names
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
+from diffusion_runtime.real_path import is_there
 
 Report = Callable[[str], None]
 
@@ -48,7 +49,7 @@ def read_variants(folder: Path) -> dict[str, dict[str, Manifest]]:
         attention: {
             kind: manifest.read(folder / attention / kind)
             for kind in KINDS
-            if (folder / attention / kind / manifest.FILE_NAME).is_file()
+            if is_there(folder / attention / kind / manifest.FILE_NAME, PackageError)
         }
         for attention in ATTENTIONS
     }

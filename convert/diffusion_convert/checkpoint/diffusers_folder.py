@@ -16,6 +16,7 @@ from diffusion_runtime import strict_json
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import COMPONENTS
+from diffusion_runtime.real_path import is_there
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +124,7 @@ def _text_parts(named: Collection[str]) -> tuple[str, ...]:
 
 
 def _tokenizer(folder: Path) -> dict[str, Path]:
-    return {name: path for name in TOKENIZER_FILES if (path := folder / name).is_file()}
+    return {name: path for name in TOKENIZER_FILES if is_there(path := folder / name, CheckpointError)}
 
 
 def part_names(index: Mapping[str, Any]) -> tuple[str, ...]:
@@ -134,6 +135,8 @@ def part_names(index: Mapping[str, Any]) -> tuple[str, ...]:
 def read_license(folder: Path) -> str | None:
     """The license that the model card of a checkpoint names, if there is one."""
     try:
+        if not (folder / CARD).is_file():  # a pipe would be waited for, a device has no end
+            return None
         lines = (folder / CARD).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError
+from diffusion_runtime.real_path import is_there
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,7 @@ def name_of(path: Path) -> str:
 def config_beside(path: Path) -> dict[str, Any]:
     """What config.json beside a UNet's file says, empty where there is none of a UNet. Raises CheckpointError."""
     config = path.parent / "config.json"
-    found = strict_json.read_object(config, CheckpointError) if config.is_file() else {}
+    found = strict_json.read_object(config, CheckpointError) if is_there(config, CheckpointError) else {}
     return found if found.get("_class_name") == CLASS_NAME else {}
 
 

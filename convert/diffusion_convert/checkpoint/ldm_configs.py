@@ -15,6 +15,7 @@ from diffusion_convert.checkpoint import ldm_shapes
 from diffusion_convert.checkpoint.ldm_shapes import FULL_OPEN_CLIP_BLOCKS
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError
+from diffusion_runtime.real_path import is_there
 
 FOLDER = Path(__file__).parent / "configs"
 
@@ -118,7 +119,7 @@ def _heads(channels: int, head_channels: int) -> int:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not is_there(path, CheckpointError):
         return {}
     read = strict_json.read_object(path, CheckpointError)
     if not all(isinstance(section, dict) for section in read.values()):
@@ -128,7 +129,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     """The parts of an LDM configuration that shapes do not show, as diffusers' keys."""
-    if not path.is_file():
+    if not is_there(path, CheckpointError):
         return {}
     import yaml  # type: ignore[import-untyped]
 

@@ -42,6 +42,7 @@ from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError
 from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
+from diffusion_runtime.real_path import is_there
 
 if TYPE_CHECKING:
     import torch
@@ -275,7 +276,7 @@ def _tokenizer(path: Path, name: str, settings: str, vocabulary_size: int) -> di
     """Files by name: those next to the checkpoint or in a folder ``name`` there, else CLIP's vocabulary with the
     family's settings."""
     for folder in (path.parent / name, path.parent):
-        there = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+        there = {name: folder / name for name in TOKENIZER_FILES if is_there(folder / name, CheckpointError)}
         if "tokenizer.json" in there or there.keys() >= set(VOCABULARY_FILES):
             return _files(ldm_configs.FOLDER / "clip" / settings) | there
     if vocabulary_size < CLIP_VOCABULARY_SIZE:

@@ -26,6 +26,7 @@ from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS, AttentionKind
 from diffusion_runtime.links import share_tree
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
+from diffusion_runtime.real_path import is_there
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,8 @@ def read(output: Path) -> Previous:
         folder = output / name
         if folder.is_symlink():
             raise InputError(f"{folder}: is a symbolic link; remove it, or name another folder for the result")
-        kinds = {kind: _manifest(folder / kind) for kind in KINDS if (folder / kind / manifest.FILE_NAME).is_file()}
+        there = [kind for kind in KINDS if is_there(folder / kind / manifest.FILE_NAME, PackageError)]
+        kinds = {kind: _manifest(folder / kind) for kind in there}
         if kinds:
             found[name] = kinds
         elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

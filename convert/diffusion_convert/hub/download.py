@@ -16,6 +16,7 @@ from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import check_files
 from diffusion_runtime.errors import HubError, InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS
+from diffusion_runtime.real_path import is_there
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -133,7 +134,7 @@ def _put_in_place(staging: Path, wanted: Mapping[str, RemoteFile], variant: str,
     if len(wanted) == 1 and next(iter(wanted)).endswith(".zip"):
         remove(staging / "unpacked")
         folder = zips.unpack(staging / next(iter(wanted)), staging / "unpacked")
-    if (folder / manifest.FILE_NAME).is_file():
+    if is_there(folder / manifest.FILE_NAME, PackageError):
         check_files(manifest.read(folder), folder)
     if not move_into_place(folder, target):
         raise _there_already(target)

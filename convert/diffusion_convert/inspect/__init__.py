@@ -17,12 +17,13 @@ from diffusion_convert.inspect.work import Work, floating_point_work
 from diffusion_runtime import zips
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.without_manifest import einsum_shapes
-from diffusion_runtime.errors import InputError
+from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import SYSTEMS, attention_of
 from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import Feature, Function, operations
 from diffusion_runtime.mil.text import OPSETS
+from diffusion_runtime.real_path import is_there
 from diffusion_runtime.scratch import scratch
 
 _MODELS = (".mlpackage", ".mlmodelc", ".mlmodel")
@@ -115,7 +116,7 @@ def _inspect_models(
         prefix = model.relative_to(root).as_posix() + "/"
         own = {key.removeprefix(prefix): size for key, size in sizes.items() if key.startswith(prefix)}
         reports.append(_report(model, model.name, own, with_weights))
-    described = manifest.read(folder) if (folder / manifest.FILE_NAME).is_file() else None
+    described = manifest.read(folder) if is_there(folder / manifest.FILE_NAME, PackageError) else None
     relative = folder.relative_to(root).as_posix()
     return FolderReport(name if relative == "." else f"{name}/{relative}", tuple(reports), described)
 

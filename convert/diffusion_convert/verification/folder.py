@@ -28,6 +28,7 @@ from diffusion_runtime.families import ATTENTIONS, Layout
 from diffusion_runtime.folding import Folding
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.models import chained
+from diffusion_runtime.real_path import is_there
 
 _SLACK_DB = 1.0
 """By how much a figure may be below what its record leads to: other processors round otherwise."""
@@ -57,7 +58,7 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
     made = {folder: _described(folder) for folder in folders}
     for folder, described in made.items():
         check_files(described, folder)
-        _check_source(described, checkpoint, folder, guessed=not (folder / FILE_NAME).is_file())
+        _check_source(described, checkpoint, folder, guessed=not is_there(folder / FILE_NAME, PackageError))
         if described.source.loras != checkpoint.source.loras:
             was, now = (_loras(source.loras) for source in (described.source, checkpoint.source))
             report(f"note: {folder} was made with {was}, and is compared with a checkpoint with {now}")
@@ -86,7 +87,7 @@ def _folders(models: Path) -> list[Path]:
         raise InputError(f"{models}: no such folder of models")
     found = [models / name / kind for name in ATTENTIONS for kind in KINDS]
     there = [folder for folder in found if _holds_models(folder)]
-    if there and not (models / FILE_NAME).is_file():
+    if there and not is_there(models / FILE_NAME, PackageError):
         return there
     inside = [entry for entry in models.iterdir() if entry.is_dir()]
     places = (models, models / "Resources", *(inside if len(inside) == 1 else ()))  # the last: an unpacked zip
@@ -100,11 +101,11 @@ def _folders(models: Path) -> list[Path]:
 
 
 def _holds_models(folder: Path) -> bool:
-    return (folder / FILE_NAME).is_file() or without_manifest.holds_unet(folder)
+    return is_there(folder / FILE_NAME, PackageError) or without_manifest.holds_unet(folder)
 
 
 def _described(folder: Path) -> Manifest:
-    if (folder / FILE_NAME).is_file():
+    if is_there(folder / FILE_NAME, PackageError):
         return manifest.read(folder)
     return add_manifests.describe(folder, without_manifest.Assumed()).manifest
 

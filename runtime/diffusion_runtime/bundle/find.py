@@ -18,6 +18,7 @@ from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS, PROCESSORS, TEXT_ENCODERS, AttentionKind, Layout, preferred
 from diffusion_runtime.models import Load, Models, chained
+from diffusion_runtime.real_path import is_there
 
 KINDS = ("packages", "compiled")
 
@@ -60,14 +61,14 @@ def find(
     found = [
         folder
         for folder in _candidates(path)
-        if (folder / manifest.FILE_NAME).is_file() or without_manifest.holds_unet(folder)
+        if is_there(folder / manifest.FILE_NAME, PackageError) or without_manifest.holds_unet(folder)
     ]
     if not found:
         raise InputError(
             f"{path}: holds no models: expected {manifest.FILE_NAME}, Stable_Diffusion_version_*_unet.mlpackage or "
             "Unet.mlmodelc, there or in original/packages and the like"
         )
-    described = [folder for folder in found if (folder / manifest.FILE_NAME).is_file()]
+    described = [folder for folder in found if is_there(folder / manifest.FILE_NAME, PackageError)]
     chosen = min(described or found, key=lambda folder: _rank(folder, backend, compute_units))
     bundle = _open(chosen, assumed or without_manifest.Assumed())
     if len(found) == 1:
@@ -157,7 +158,7 @@ def _rank(folder: Path, backend: str, units: ComputeUnits | None) -> tuple[int, 
 
 
 def _open(folder: Path, assumed: without_manifest.Assumed) -> Bundle:
-    if not (folder / manifest.FILE_NAME).is_file():
+    if not is_there(folder / manifest.FILE_NAME, PackageError):
         described = without_manifest.describe(folder, assumed)
         return Bundle(folder, described.manifest, described.tokenizer, described.notes)
     read = manifest.read(folder)

@@ -10,6 +10,7 @@ from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.proto import ML_PROGRAM
 from diffusion_runtime.mil.text_parse import parse_text, read_text
 from diffusion_runtime.mil.text_print import OPSETS, Dialect, program_text, write_text
+from diffusion_runtime.real_path import is_there
 
 __all__ = [
     "CONTAINER",
@@ -46,7 +47,7 @@ def read_compiled(path: Path) -> Model:
 def _read_container(path: Path) -> tuple[int, bytes]:
     """Specification version and serialised ModelDescription."""
     try:
-        data = path.read_bytes()
+        data = path.read_bytes() if is_there(path, PackageError) else b""  # opening a pipe would wait
     except OSError as error:
         raise PackageError(f"{path}: cannot be read: {error}") from error
     if len(data) < CONTAINER.size:

@@ -13,6 +13,7 @@ import numpy as np
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.prompt import emphasis
+from diffusion_runtime.real_path import is_there
 
 LENGTH = 77
 VOCABULARY_FILES = ("vocab.json", "merges.txt")
@@ -79,8 +80,8 @@ def load(folder: Path, length: int = LENGTH, pad_token: str | None = None) -> To
 
     ``length``: tokens of the text encoder. ``pad_token`` is used where no file says what pads. Raises InputError
     where files are missing and PackageError where they are damaged."""
-    missing = [name for name in VOCABULARY_FILES if not (folder / name).is_file()]
-    if missing and not (folder / FAST).is_file():
+    missing = [name for name in VOCABULARY_FILES if not is_there(folder / name, PackageError)]
+    if missing and not is_there(folder / FAST, PackageError):
         raise InputError(
             f"{folder}: no {' and no '.join(missing)}: name the tokenizer's folder with --tokenizer "
             "(the checkpoint's `tokenizer` folder has both files)"
@@ -88,7 +89,7 @@ def load(folder: Path, length: int = LENGTH, pad_token: str | None = None) -> To
     _check(folder, () if missing else VOCABULARY_FILES)
     from transformers import CLIPTokenizer
 
-    configured = any((folder / name).is_file() for name in (FAST, *SETTINGS[:2]))
+    configured = any(is_there(folder / name, PackageError) for name in (FAST, *SETTINGS[:2]))
     extra = {"pad_token": pad_token} if pad_token and not configured else {}
     try:
         clip = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **extra)
@@ -102,7 +103,7 @@ def load(folder: Path, length: int = LENGTH, pad_token: str | None = None) -> To
 def _check(folder: Path, slow: Sequence[str]) -> None:
     """Raise PackageError for files that cannot be read or are of another kind. ``slow``: the vocabulary files."""
     for name in (FAST, *SETTINGS):
-        if (folder / name).is_file():
+        if is_there(folder / name, PackageError):
             strict_json.read(folder / name, PackageError, strict_json.MAX_VOCABULARY_BYTES)
     if not slow:
         return

@@ -36,6 +36,7 @@ __all__ = [
     "setups",
 ]
 MIN_KEY = 16  # characters
+_MOST_KEY_BYTES = 1 << 20  # a device has no end
 
 
 class _Server(uvicorn.Server):
@@ -122,7 +123,9 @@ def setups(models: Sequence[str], loading: Mapping[str, Any], threads: int | Non
 def read_keys(path: Path) -> tuple[str, ...]:
     """The keys of a file, one on each line. Raises InputError where there are none, or one is too short."""
     try:
-        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        with path.open("rb") as file:
+            text = file.read(_MOST_KEY_BYTES).decode("utf-8")
+        keys = tuple(line.strip() for line in text.splitlines() if line.strip())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"key file {path}: cannot be read: {reason}") from error

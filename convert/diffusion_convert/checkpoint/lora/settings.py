@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.real_path import is_there
 
 METADATA_KEY = "lora_adapter_metadata"
 """Where diffusers keeps peft's settings in a .safetensors file: ``{"unet.lora_alpha": 8, …}`` as JSON."""
@@ -58,7 +59,8 @@ def beside(path: Path) -> Settings | None:
 def files(path: Path) -> tuple[Path, ...]:
     """An adapter's file, and the settings that belong to it where there are any."""
     config = path.parent / CONFIG_NAME
-    return (path, config) if path.name.startswith("adapter_model") and config.is_file() else (path,)
+    has_settings = path.name.startswith("adapter_model") and is_there(config, CheckpointError)
+    return (path, config) if has_settings else (path,)
 
 
 def in_header(path: Path, header: Mapping[str, Any]) -> dict[str, Settings]:
