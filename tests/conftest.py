@@ -28,6 +28,13 @@ def pytest_runtest_setup() -> None:
         _settled_modules[0] = len(sys.modules)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: a worker that is done takes tests over from another, and the last ones of a run
+    should be small, or it waits for minutes. Whole files, as their fixtures are made once for each."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 BuildOnce = Callable[[str, Callable[[Path], object]], Path]
 
