@@ -1,6 +1,6 @@
 # One word per act. Every target sets up what it needs, so that each works as the first command on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-swift swift test test-fast fuzz check format lint types bench docs lock clean
+.PHONY: help setup demo demo-swift swift page test test-fast fuzz check format lint types bench docs lock clean
 
 # The newest supported Python wins; `make PYTHON=/path/to/python3.12 setup` names one.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -44,6 +44,18 @@ demo-swift: $(READY)  ## the pictures of make demo, drawn by the Swift program
 	@command -v swift >/dev/null || { echo "error: no swift on PATH; install a toolchain of Swift 6 or later" >&2; exit 2; }
 	@$(BIN)/python tests/demo.py --swift
 
+# Gradio needs Pillow 12, the lock has 13: the page's tests have an environment of their own.
+PAGE := .venv-page
+$(PAGE)/.ready: pyproject.toml requirements.lock
+	@$(PYTHON) -m venv $(PAGE)
+	@grep -v '^pillow==' requirements.lock > $(PAGE)/constraints.txt
+	@$(PAGE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PAGE)/constraints.txt \
+		--editable '.[dev,ui]'
+	@touch $@
+
+page: $(PAGE)/.ready  ## tests of the page of serve --ui in a browser (chromium or Chrome on PATH)
+	@OMP_NUM_THREADS=1 $(PAGE)/bin/python -m pytest -q tests/runtime/test_serve_page.py
+
 # Numbers of cases: the same numbers, the same damage and the same moments.
 CASES ?= 2000
 KILLS ?= 300
@@ -79,4 +91,4 @@ lock: $(READY)  ## rewrite requirements.lock from what is installed in .venv
 	@mv requirements.lock.new requirements.lock && touch $(READY)
 
 clean:  ## remove everything that the other words made
-	rm -rf .venv demo site shapes-* bench-out swift_bridge/.build .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .venv-page demo site shapes-* bench-out swift_bridge/.build .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

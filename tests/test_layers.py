@@ -77,8 +77,8 @@ def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
 
 HEAVY = frozenset(
     {
-        *("coremltools", "diffusers", "fastapi", "google", "huggingface_hub", "matplotlib", "rich", "safetensors"),
-        *("pyarrow", "ray", "scipy", "torch", "transformers", "yaml"),
+        *("coremltools", "diffusers", "fastapi", "google", "gradio", "huggingface_hub", "matplotlib", "rich"),
+        *("pyarrow", "ray", "safetensors", "scipy", "torch", "transformers", "yaml"),
     }
 )
 """Libraries that take long to import, or are needed for few inputs: functions may import them."""

@@ -43,7 +43,7 @@ def load(one: ModelSet, memory: int) -> None:
     """As `Engine` leaves a set whose worker has said what it is."""
     child: Any = Silent(*Pipe())
     one.child = child
-    one.about = About(one.setup.name, "sd1", "original", 64, 64, (), True, memory, 0.0)
+    one.about = About(one.setup.name, "sd1", "original", 64, 64, (), (), True, memory, 0.0)
 
 
 def test_models_that_wait_for_room_do_not_wait_for_a_worker_that_has_died() -> None:

@@ -23,6 +23,8 @@ in NAME=FOLDER; the first is used where they name none. The APIs:
 
 * [bold]POST /sdapi/v1/txt2img, img2img, …[/bold]: the web UI's
 
+* [bold]GET /[/bold] with --ui: a page to draw with in a browser
+
 * [bold]GET /docs, /metrics, /health/live, /health/ready[/bold]
 
 Only this machine can reach it. Any other --host needs --api-key-file, and TLS is
@@ -38,6 +40,7 @@ Examples:
         --allow-host pictures.example.org
 """
 NEEDED = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
+FOR_PAGE = "gradio"
 
 
 def serve(
@@ -72,11 +75,14 @@ def serve(
     threads: Annotated[
         int | None, option("torch backend: threads of each set of models. Default: all cores.")
     ] = None,
+    ui: Annotated[bool, option("A page at / to draw with (needs the extra ui).", "--ui")] = False,
     safety: Annotated[bool, typer.Option("--safety/--no-safety", help="Use the safety checker.")] = True,
 ) -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise InstallationError(f"serve needs {', '.join(missing)}: run `pip install 'coreml-sd[serve]'`")
+    if ui and find_spec(FOR_PAGE) is None:
+        raise InstallationError(f"--ui needs {FOR_PAGE}: run `pip install 'coreml-sd[ui]'`")
     from diffusion_runtime.serve import server
 
     loading = {
@@ -97,6 +103,7 @@ def serve(
         any_address=not server.is_loopback(host),
         origins=tuple(cors or ()),
         keys=keys,
+        challenge=server.FOR_BROWSERS if ui else "Bearer",
         most=max_body << 20,
     )
     limits = server.Limits(pictures=max_pictures, steps=max_steps, seconds=deadline)
@@ -113,6 +120,7 @@ def serve(
         rules,
         listening,
         lambda: typer.echo(f"serving {', '.join(service.engine.sets)} at {shown}"),
+        ui,
     ):
         raise typer.Exit(INTERRUPTED)
 

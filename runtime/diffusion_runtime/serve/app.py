@@ -56,8 +56,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build(service: Service, metrics: Metrics, rules: guard.Rules) -> guard.App:
-    """The application, behind its guard. Whoever runs it starts and stops the engine."""
+def build(service: Service, metrics: Metrics, rules: guard.Rules, ui: bool = False) -> guard.App:
+    """The application, behind its guard, and with ``ui`` the page. Whoever runs it starts and stops the engine."""
     app = FastAPI(
         title="coreml-sd",
         version=version("coreml-sd"),
@@ -78,6 +78,10 @@ def build(service: Service, metrics: Metrics, rules: guard.Rules) -> guard.App:
         metrics.requests.labels(getattr(route, "path", "other"), str(answer.status_code)).inc()
         return answer
 
+    if ui:
+        from diffusion_runtime.serve.page.mount import mount
+
+        mount(app, service, rules.most)
     # Before the guard: a browser asks without a key whether it may send one, and reads refusals too.
     return CORSMiddleware(guard.Guard(app, rules), rules.origins, ("GET", "POST"), ("*",))
 

@@ -80,6 +80,7 @@ class Engine:
         self.sets = {setup.name: ModelSet(setup) for setup in setups}
         self.metrics, self.most_waiting, self.budget = metrics, most_waiting, budget
         self.is_closing = False
+        self.on_drain: list[Callable[[], None]] = []
         self._loading = asyncio.Lock()
         self._threads = ThreadPoolExecutor(2 * len(setups) + 2)  # a worker that is listened to has one to itself
         self._tasks: list[asyncio.Task[None]] = []
@@ -138,6 +139,14 @@ class Engine:
         one.wake.set()
         return waiting
 
+    def ahead(self, order: Order) -> int | None:
+        """How many orders come before one that waits; None where it does not wait."""
+        for one in self.sets.values():
+            for place, waiting in enumerate(one.queue):
+                if waiting.order is order:
+                    return place + (one.current is not None)
+        return None
+
     def cancel(self, waiting: Waiting, why: Exception | None = None) -> None:
         """Take an order out of its queue, or stop it within a step."""
         for one in self.sets.values():
@@ -158,6 +167,8 @@ class Engine:
                 one.queue.popleft().fail(Closing("the server is going down"))
             one.wake.set()
         self.metrics.waiting.set(0)
+        for call in self.on_drain:
+            call()
 
     async def stop(self) -> None:
         """End the workers."""

@@ -37,12 +37,14 @@ def is_loopback(host: str) -> bool:
 class Rules:
     """``hosts`` that requests may name (others' pages may have names that lead here) and, where other machines may
     come, any IP address; ``origins`` of web pages that may send them, beside the server's own; ``keys``, one of
-    which is needed where there are any; ``most`` bytes of a body, which comes within ``seconds``."""
+    which is needed where there are any, and the ``challenge`` that asks for it; ``most`` bytes of a body, which
+    comes within ``seconds``."""
 
     hosts: Sequence[str] = LOCAL_NAMES
     any_address: bool = False
     origins: Sequence[str] = ()
     keys: Sequence[str] = ()
+    challenge: str = "Bearer"
     most: int = 32 << 20
     seconds: float = 30.0
 
@@ -64,7 +66,7 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         refusal = self._refusal(scope, headers)
         if refusal is not None:
-            await _answer(scope, send, *refusal)
+            await _answer(scope, send, *refusal, self.rules.challenge)
             return
         if scope["type"] == "websocket":
             await self.app(scope, receive, send)
@@ -165,13 +167,13 @@ def _key(headers: dict[str, str]) -> str:
     return headers.get("api-key", headers.get("x-api-key", ""))
 
 
-async def _answer(scope: Scope, send: Send, status: int, reason: str) -> None:
+async def _answer(scope: Scope, send: Send, status: int, reason: str, challenge: str = "Bearer") -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": reason[:100]})
         return
     body = json.dumps({"error": {"message": reason, "type": "invalid_request_error"}, "detail": reason}).encode()
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
+        headers.append((b"www-authenticate", challenge.encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

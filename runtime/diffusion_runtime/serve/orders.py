@@ -50,7 +50,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a set of models is, as its worker says when it has loaded them. Sizes in pixels, ``memory`` in bytes."""
+    """What a set of models is, as its worker says when it has loaded them. Sizes in pixels, ``memory`` in bytes;
+    ``needs`` and ``uses`` are keys of `tasks.job.GIVEN`: what it has to be given, and what it can be."""
 
     name: str
     family: str
@@ -58,6 +59,7 @@ class About:
     width: int
     height: int
     needs: tuple[str, ...]
+    uses: tuple[str, ...]
     can_start_from_pictures: bool
     memory: int
     seconds: float

@@ -23,6 +23,7 @@ from diffusion_runtime.serve.service import Limits, Service
 from diffusion_runtime.serve.worker import Setup
 
 __all__ = [
+    "FOR_BROWSERS",
     "LOCAL_NAMES",
     "Engine",
     "Limits",
@@ -35,6 +36,8 @@ __all__ = [
     "run",
     "setups",
 ]
+FOR_BROWSERS = 'Basic realm="coreml-sd: any name, and the key as the password"'
+"""A browser then asks for the key."""
 MIN_KEY = 16  # characters
 _MOST_KEY_BYTES = 1 << 20  # a device has no end
 
@@ -48,11 +51,16 @@ class _Server(uvicorn.Server):
 
 
 def run(
-    service: Service, metrics: Metrics, rules: Rules, listening: socket.socket, told: Callable[[], None]
+    service: Service,
+    metrics: Metrics,
+    rules: Rules,
+    listening: socket.socket,
+    told: Callable[[], None],
+    ui: bool = False,
 ) -> bool:
     """Serve until a signal; ``told()`` when the models are there. True where it was Ctrl-C. Raises the
     DiffusionError of models that cannot be loaded."""
-    return asyncio.run(_serve(service.engine, build(service, metrics, rules), listening, told))
+    return asyncio.run(_serve(service.engine, build(service, metrics, rules, ui), listening, told))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -72,7 +80,7 @@ async def _serve(engine: Engine, app: App, listening: socket.socket, told: Calla
         access_log=False,
         server_header=False,
         ws="none",
-        lifespan="off",
+        lifespan="on",
         timeout_keep_alive=30,
     )
     server = _Server(config)

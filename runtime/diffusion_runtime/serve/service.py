@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-
-from starlette.requests import Request
 
 from diffusion_runtime import noise, schedulers
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.png_record import Settings
-from diffusion_runtime.serve.engine import Engine, Waiting
+from diffusion_runtime.serve.engine import Engine, OnProgress, Waiting
 from diffusion_runtime.serve.orders import About, Cancelled, Late, Order, Picture, Refused, Wanted
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -49,6 +47,7 @@ class Service:
         scheduler: str | None = None,
         eta: float = 0.0,
         strength: float | None = None,
+        noise_level: int | None = None,
         image: bytes | None = None,
         mask: bytes | None = None,
         mask_is_alpha: bool = False,
@@ -74,6 +73,7 @@ class Service:
             guidance_scale=guidance_scale,
             eta=eta,
             strength=strength if image is not None else None,
+            noise_level=noise_level,
         )
         return Wanted(settings, image, mask, mask_is_alpha)
 
@@ -92,11 +92,16 @@ class Service:
         return await self.engine.about(model)
 
     async def make(
-        self, request: Request, order: Order, model: str | None = None, follow: bool = False
+        self,
+        is_gone: Callable[[], Awaitable[bool]],
+        order: Order,
+        model: str | None = None,
+        follow: bool = False,
+        on_progress: OnProgress | None = None,
     ) -> tuple[Picture, ...]:
-        """The pictures of an order; cancelled when the client goes away or the deadline passes. With ``follow``, it
-        is one of those that are ``running``. Raises what `Engine.put` raises, Refused, Late, Lost and Cancelled."""
-        waiting = self.engine.put(order, model)
+        """The pictures of an order; cancelled when its client ``is_gone`` or the deadline passes. With ``follow``,
+        it is one of those that are ``running``. Raises what `Engine.put` raises, Refused, Late, Lost, Cancelled."""
+        waiting = self.engine.put(order, model, on_progress)
         if follow:
             self.running[order.id] = waiting
         try:
@@ -105,7 +110,7 @@ class Service:
                     finished, _ = await asyncio.wait({waiting.answer}, timeout=SECONDS_BETWEEN_LOOKS)
                     if finished:
                         return waiting.answer.result()
-                    if await request.is_disconnected():
+                    if await is_gone():
                         raise Cancelled(())
         except TimeoutError:
             late = Late(f"not finished within {self.limits.seconds:g} s")

@@ -102,6 +102,7 @@ class _Worker:
             width=width,
             height=height,
             needs=tasks.starts_from(channels),
+            uses=tasks.uses(channels),
             can_start_from_pictures="vae_encoder" in self.pipeline.models,
             memory=kilobytes if sys.platform == "darwin" else kilobytes << 10,
             seconds=self.seconds,

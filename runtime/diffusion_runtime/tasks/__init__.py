@@ -17,7 +17,7 @@ TASKS: tuple[Task, ...] = (
     upscale.TASK,
 )
 
-__all__ = ["TASKS", "Job", "Prepared", "Request", "Task", "choose", "starts_from"]
+__all__ = ["TASKS", "Job", "Prepared", "Request", "Task", "choose", "starts_from", "uses"]
 
 
 def starts_from(channels: int) -> tuple[str, ...]:
@@ -25,6 +25,12 @@ def starts_from(channels: int) -> tuple[str, ...]:
     where no task is known for it."""
     needs = [task.needs for task in TASKS if task.channels == channels]
     return tuple(name for name in GIVEN if needs and all(name in needed for needed in needs))
+
+
+def uses(channels: int) -> tuple[str, ...]:
+    """What a UNet with so many input channels can be given in addition to a prompt (keys of `GIVEN`)."""
+    able = [task for task in TASKS if task.channels == channels]
+    return tuple(name for name in GIVEN if any(name in task.needs | task.takes for task in able))
 
 
 def choose(channels: int, given: AbstractSet[str]) -> Task:

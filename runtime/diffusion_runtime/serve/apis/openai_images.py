@@ -107,7 +107,7 @@ def routes(service: Service) -> APIRouter:
             service.wanted(prompt, seed=None if seed is None else seed + index, **settings)
             for index in range(count)
         ]
-        pictures = await service.make(request, service.order(wanted), model)
+        pictures = await service.make(request.is_disconnected, service.order(wanted), model)
         shown = f"{about.width}x{about.height}"
         return Images(created=int(time.time()), data=[_datum(picture) for picture in pictures], size=shown)
 

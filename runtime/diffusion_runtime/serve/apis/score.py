@@ -57,7 +57,7 @@ def routes(service: Service) -> APIRouter:
     async def score(request: Request, asked: Score) -> list[Generated]:
         """Make a picture for each row."""
         wanted = _wanted(service, asked.input_data)
-        pictures = await service.make(request, service.order(wanted), asked.model)
+        pictures = await service.make(request.is_disconnected, service.order(wanted), asked.model)
         return [
             Generated(
                 prompt=one.settings.prompt, generated_image=encoded(picture), nsfw_content_detected=picture.flagged

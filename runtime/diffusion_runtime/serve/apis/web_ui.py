@@ -141,7 +141,7 @@ def routes(service: Service) -> APIRouter:
         about = await service.about(model)
         interrupted = False
         try:
-            pictures = await service.make(request, service.order(wanted), model, follow=True)
+            pictures = await service.make(request.is_disconnected, service.order(wanted), model, follow=True)
         except Cancelled as error:  # by /interrupt: what is finished is the answer, as in the web UI
             pictures, interrupted = error.pictures, True
         told = asked.model_dump(exclude={"init_images", "mask"})
