@@ -22,7 +22,7 @@ import numpy as np
 
 from diffusion_convert.palettize.outputs import Samples, seeded_inputs, token_count
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
-from diffusion_convert.palettize.palettize_package import palettize_as, stored_array
+from diffusion_convert.palettize.palettize_package import errors_as, stored_array
 from diffusion_convert.palettize.select import Weight, palettizable
 from diffusion_runtime.mil.package import Package, open_package
 
@@ -76,8 +76,7 @@ def _squared_errors(
     package: Package, options: PalettizeOptions, weights: Mapping[str, Weight], candidates: Sequence[int]
 ) -> dict[str, dict[int, float]]:
     def errors(weight: Weight) -> dict[int, float]:
-        array = stored_array(package, weight.value)
-        return {bits: palettize_as(options, weight, array, bits).squared_error for bits in candidates}
+        return errors_as(options, weight, stored_array(package, weight.value), candidates)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return dict(zip(weights, pool.map(errors, weights.values()), strict=True))

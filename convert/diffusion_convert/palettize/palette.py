@@ -12,7 +12,7 @@ Entries are stored in the weight's own type. They are rounded from the exact opt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,41 +52,64 @@ def palettize(weight: np.ndarray, bits: int, name: str = "weight") -> Palette:
     is taken. Raises InputError, naming the weight, for NaN, for other types than float16 and float32, and where
     infinities leave no entry for the finite values.
     """
+    histogram = _read_histogram(weight, name)
+    lut = _table(histogram, bits, weight.dtype, name)
+    indices = _nearest(weight, lut)
+    return Palette(lut, indices, _noise(weight, histogram, lut, indices))
+
+
+def squared_errors(weight: np.ndarray, widths: Iterable[int], name: str = "weight") -> dict[int, float]:
+    """What `palettize` gives at each of ``widths``. The weight is read once, and one of float16 is not indexed."""
+    histogram = _read_histogram(weight, name)
+    tables = {bits: _table(histogram, bits, weight.dtype, name) for bits in widths}
+    return {bits: _noise(weight, histogram, lut) for bits, lut in tables.items()}
+
+
+def _read_histogram(weight: np.ndarray, name: str) -> _Histogram:
     if weight.dtype not in (np.float16, np.float32) or not weight.size:
         raise InputError(f"{name}: a weight of {weight.size} x {weight.dtype}; expected float16 or float32")
-    histogram = _half_histogram(weight, name) if weight.dtype == np.float16 else _single_histogram(weight, name)
+    return _half_histogram(weight, name) if weight.dtype == np.float16 else _single_histogram(weight, name)
+
+
+def _table(histogram: _Histogram, bits: int, dtype: np.dtype, name: str) -> np.ndarray:
+    """The ``2 ** bits`` entries of the best palette."""
     room = (1 << bits) - len(histogram.infinities)
     if room < 1 and len(histogram.values):
         raise InputError(f"{name}: holds both infinities and finite values, for which {bits} bit has no room")
-    lut = _entries(histogram, room, weight.dtype)
-    lut = np.concatenate([lut, np.repeat(lut[-1:], (1 << bits) - len(lut))])
-    indices = _nearest(weight, lut)
+    lut = _entries(histogram, room, dtype)
+    return np.concatenate([lut, np.repeat(lut[-1:], (1 << bits) - len(lut))])
+
+
+def _noise(weight: np.ndarray, histogram: _Histogram, lut: np.ndarray, indices: np.ndarray | None = None) -> float:
+    """The squared error of all elements. float16's distinct values are all in the histogram."""
     if weight.dtype == np.float16:
-        noise = _squared_error(histogram.values, histogram.counts, lut.astype(np.float64))
-    else:
-        _, noise = energies(weight, lut[indices])
-    return Palette(lut, indices, noise)
+        return _squared_error(histogram.values, histogram.counts, lut.astype(np.float64))
+    return energies(weight, lut[_nearest(weight, lut) if indices is None else indices])[1]
 
 
 def palettize_groups(weight: np.ndarray, bits: int, axis: int, group_size: int, name: str = "weight") -> Palette:
     """One palette for each ``group_size`` channels along ``axis``. Raises InputError as `palettize`, and where the
     number of channels is not a multiple of ``group_size``."""
-    channels = weight.shape[axis]
-    if channels % group_size:
-        raise InputError(f"{name}: {channels} channels are not a multiple of the group size {group_size}")
-    groups = channels // group_size
-    luts = np.empty((groups, 1 << bits), weight.dtype)
+    parts = group_slices(weight.shape, axis, group_size, name)
+    luts = np.empty((len(parts), 1 << bits), weight.dtype)
     indices = np.empty(weight.shape, np.uint8)
     noise = 0.0
-    leading = (slice(None),) * axis
-    for group in range(groups):
-        part = (*leading, slice(group * group_size, (group + 1) * group_size))
+    for group, part in enumerate(parts):
         palette = palettize(np.ascontiguousarray(weight[part]), bits, name)
         luts[group], indices[part] = palette.lut, palette.indices
         noise += palette.squared_error
     shape = [1] * weight.ndim
-    shape[axis] = groups
+    shape[axis] = len(parts)
     return Palette(luts.reshape(*shape, 1 << bits, 1), indices, noise)
+
+
+def group_slices(shape: Sequence[int], axis: int, group_size: int, name: str) -> list[tuple[slice, ...]]:
+    """Where each ``group_size`` channels along ``axis`` lie. Raises InputError where those do not divide them."""
+    channels = shape[axis]
+    if channels % group_size:
+        raise InputError(f"{name}: {channels} channels are not a multiple of the group size {group_size}")
+    leading = (slice(None),) * axis
+    return [(*leading, slice(start, start + group_size)) for start in range(0, channels, group_size)]
 
 
 def decode(lut: np.ndarray, indices: np.ndarray) -> np.ndarray:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from diffusion_convert.palettize.palette import Palette, palettize, palettize_groups, snr_db, stored_energies
+from diffusion_convert.palettize.palette import (
+    Palette,
+    group_slices,
+    palettize,
+    palettize_groups,
+    snr_db,
+    squared_errors,
+    stored_energies,
+)
 from diffusion_convert.palettize.palettize_options import (
     PER_GROUPED_CHANNEL,
     PalettizeOptions,
@@ -138,10 +146,30 @@ def _palette(package: Package, options: PalettizeOptions, weight: Weight, bits: 
 
 def palettize_as(options: PalettizeOptions, weight: Weight, array: np.ndarray, bits: int) -> Palette:
     """``array``, the values of ``weight``, palettized: with one palette where groups do not divide it."""
-    grouped = options.granularity == PER_GROUPED_CHANNEL
-    if grouped and weight.axis is not None and weight.shape[weight.axis] % options.group_size == 0:
-        return palettize_groups(array, bits, weight.axis, options.group_size, weight.name)
+    axis = _group_axis(options, weight)
+    if axis is not None:
+        return palettize_groups(array, bits, axis, options.group_size, weight.name)
     return palettize(array, bits, weight.name)
+
+
+def errors_as(
+    options: PalettizeOptions, weight: Weight, array: np.ndarray, widths: Sequence[int]
+) -> dict[int, float]:
+    """`palettize_as`'s squared error at each of ``widths``, for less than its time."""
+    axis = _group_axis(options, weight)
+    if axis is None:
+        return squared_errors(array, widths, weight.name)
+    parts = [
+        squared_errors(np.ascontiguousarray(array[part]), widths, weight.name)
+        for part in group_slices(array.shape, axis, options.group_size, weight.name)
+    ]
+    return {bits: sum(part[bits] for part in parts) for bits in widths}
+
+
+def _group_axis(options: PalettizeOptions, weight: Weight) -> int | None:
+    """The axis whose channels are grouped; None where all share one palette."""
+    grouped = options.granularity == PER_GROUPED_CHANNEL and weight.axis is not None
+    return weight.axis if grouped and weight.shape[weight.axis or 0] % options.group_size == 0 else None
 
 
 def _as_blocks(palette: Palette) -> np.ndarray:

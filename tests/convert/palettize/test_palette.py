@@ -10,11 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from diffusion_convert.palettize.palette import Palette, decode, energies, palettize, palettize_groups, snr_db
+from diffusion_convert.palettize.palette import (
+    Palette,
+    decode,
+    energies,
+    palettize,
+    palettize_groups,
+    snr_db,
+)
+from diffusion_convert.palettize.palettize_options import PER_GROUPED_CHANNEL, PER_TENSOR, PalettizeOptions
+from diffusion_convert.palettize.palettize_package import errors_as, palettize_as
+from diffusion_convert.palettize.select import Weight
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import PALETTE_BITS
 from diffusion_runtime.mil.packing import pack, packed_size, unpack
+from diffusion_runtime.mil.program import DType, TensorType, Value
 
 finite_halves = arrays.arrays(
     np.float16,
@@ -144,3 +155,14 @@ def test_signal_to_noise() -> None:
     assert (signal, noise) == (25.0, 0.25)
     assert snr_db(signal, noise) == pytest.approx(20.0)
     assert snr_db(25.0, 0.0) == math.inf
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("granularity", [PER_TENSOR, PER_GROUPED_CHANNEL])
+def test_errors_alone_are_those_of_the_palettes(dtype: type, granularity: str) -> None:
+    array: np.ndarray = np.random.default_rng(0).standard_normal((32, 40, 3, 3)).astype(dtype)
+    array[3, 5] = np.inf
+    weight = Weight("weight", Value(TensorType(DType.FLOAT16, array.shape), array), array.shape, 0)
+    options = PalettizeOptions(granularity=granularity, group_size=8)
+    found = errors_as(options, weight, array, PALETTE_BITS[1:])
+    assert found == {bits: palettize_as(options, weight, array, bits).squared_error for bits in PALETTE_BITS[1:]}
