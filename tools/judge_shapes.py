@@ -6,13 +6,20 @@ file, NumPy and Pillow::
     from judge_shapes import captions, judge
 
     wrong = [caption.text for caption in captions() if not judge(draw(caption.text)).shows(caption)]
+
+As a command, it counts the right pictures of folders that `coreml-sd batch` and `coreml-sd evaluate` have made::
+
+    python tools/judge_shapes.py out/*/guidance-*
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from dataclasses import dataclass
 from itertools import product
 from math import cos, pi, sin
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -189,3 +196,24 @@ def _stretched(shape: str, height: int, width: int, fine: int = 8) -> Mask:
     canvas = Image.new("L", (width * fine, height * fine))
     ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in points], fill=255)
     return np.asarray(canvas.resize((width, height), Image.Resampling.BOX)) > 127
+
+
+def count_right(folder: Path) -> tuple[int, int]:
+    """Of a batch of captions in their usual form: how many pictures are right, and of how many."""
+    known = {caption.text: caption for caption in captions()}
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    right = sum(judge(Image.open(folder / line["file"])).shows(known[line["input"]["prompt"]]) for line in lines)
+    return right, len(lines)
+
+
+def main() -> None:
+    """Read the command line and judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    for folder in parser.parse_args().folders:
+        right, count = count_right(folder)
+        print(f"{folder}: {right} of {count} right, {100 * right / count:.1f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -116,7 +116,7 @@ def evaluate(
     with atomic.locked(output):
         _draw(what, redo)
         rows = _measured(measurement)
-        notes = measurement.notes()
+        notes = measurement.notes(rows)
         reference = next(iter(what.models)) if reference_images is None else str(reference_images)
         about = {"prompts": str(prompts), **options, "clip": clip, "features": features, "reference": reference}
         written = report.write(output, rows, {**about, "safety": safety, "notes": notes})

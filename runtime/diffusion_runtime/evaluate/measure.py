@@ -104,16 +104,24 @@ class Measurement:
         seen = all_of(self.clip.see, pictures.load([one.path for one in shown], "picture"))
         return 100 * (seen * torch.stack([texts[one.prompt] for one in shown])).sum(1).clamp(min=0)
 
-    def notes(self) -> list[str]:
-        """What the numbers are not good for; ask when all rows are there."""
+    def notes(self, rows: Sequence[Row]) -> list[str]:
+        """What the numbers of ``rows``, all there are, are not good for."""
         if self.fewest < FEWEST:
             return [f"{self.fewest} pictures in a set: too few for a distance, which needs at least {FEWEST}"]
+        found = []
         if self.fewest <= self.width:
-            return [
+            found.append(
                 f"{self.fewest} pictures in a set, {self.width} features: so few make the Fréchet distance too "
                 "large; it means nothing alone: compare it with the floor and with the other rows, or read KID"
-            ]
-        return []
+            )
+        distances = [(row.frechet_distance, row.frechet_floor) for row in rows]
+        below = sum(far is not None and near is not None and far <= near for far, near in distances)
+        if below:
+            found.append(
+                f"{below} of {len(rows)} Fréchet distances are not above the floor: with so few pictures they "
+                "cannot be told from the reference, nor from each other"
+            )
+        return found
 
 
 def look_at(folder: Path, features: Features) -> Reference:

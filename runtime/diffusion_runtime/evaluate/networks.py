@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -38,11 +38,16 @@ class Clip:
     processor: Any
     tokenizer: Any
 
-    @torch.no_grad()
     def see(self, pictures: Sequence[Image.Image]) -> Tensor:
         """(pictures, width)"""
+        return normalize(self.embed(pictures))
+
+    @torch.no_grad()
+    def embed(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """(pictures, width), as long as they come: what distances of CLIP's features are usually taken of."""
         pixels = self.processor(list(pictures), return_tensors="pt").pixel_values
-        return normalize(self.network.visual_projection(self.network.vision_model(pixels).pooler_output))
+        states = self.network.vision_model(pixels).pooler_output
+        return cast(Tensor, self.network.visual_projection(states))
 
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> Tensor:
@@ -89,11 +94,11 @@ def load_clip(source: str) -> Clip:
 
 
 def load_features(source: str, clip: Clip) -> Features:
-    """``source`` is "clip" for the pictures' vectors of ``clip``, "inception", a Hub id or a folder.
+    """``source`` is "clip" for the pictures' vectors that ``clip`` makes, "inception", a Hub id or a folder.
 
     Raises InputError or HubError for what is no network of pictures in transformers' layout with safetensors."""
     if source == CLIP:
-        return Features(CLIP, clip.see)
+        return Features(CLIP, clip.embed)
     if source == INCEPTION:
         folder = sources.folder_of(inception.REPOSITORY, "--features inception:")
         return Features(INCEPTION, inception.load(folder).see)
@@ -102,7 +107,7 @@ def load_features(source: str, clip: Clip) -> Features:
     if config.get("architecture") == inception.ARCHITECTURE:
         return Features(source, inception.load(folder).see)
     if config.get("model_type") == "clip":
-        return Features(source, load_clip(source).see)
+        return Features(source, load_clip(source).embed)
     return Features(source, _Pooled(source, folder).see)
 
 
