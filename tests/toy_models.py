@@ -28,22 +28,27 @@ SCHEDULER: Mapping[str, Any] = {
 }
 
 
-def write(folder: Path, batch: int = 2) -> Path:
-    """A folder of packages as `convert` writes it: Apple's names, a tokenizer, a manifest."""
+def write(folder: Path, batch: int = 2, has_refiner: bool = False) -> Path:
+    """A folder of packages as `convert` writes it: Apple's names, a tokenizer, a manifest. With a refiner there are
+    two text encoders, as of SDXL, of which the refiner's UNet takes the second one's states."""
     import tiny_checkpoints
 
     folder.mkdir(parents=True)
+    ids = (manifest.Tensor(name="input_ids", dtype="float16", shape=(1, 77)),)  # tells how many encoders there are
     components = {
         name: manifest.Component(
-            files=(_save(folder / f"{APPLE}{name}.mlpackage", program),), inputs=(), outputs=()
+            files=(_save(folder / f"{APPLE}{name}.mlpackage", program),),
+            inputs=ids if has_refiner and name.startswith("text_encoder") else (),
+            outputs=(),
         )
-        for name, program in programs(batch).items()
+        for name, program in programs(batch, has_refiner).items()
     }
+    source = manifest.Source(name="toy", revision="0" * 40)
     tiny_checkpoints.write_tokenizer(folder)
     made = manifest.Manifest(
         name="toy",
         family="sd1",
-        source=manifest.Source(name="toy", revision="0" * 40),
+        source=source,
         kind="packages",
         attention="original",
         height=SIZE,
@@ -54,6 +59,9 @@ def write(folder: Path, batch: int = 2) -> Path:
         prediction_type="epsilon",
         components=components,
         scheduler=dict(SCHEDULER),
+        refiner=manifest.Refiner(source=source, scheduler=dict(SCHEDULER), prediction_type="v_prediction")
+        if has_refiner
+        else None,
     )
     manifest.write(made, folder)
     return folder
@@ -91,7 +99,7 @@ def nan_unet(folder: Path, batch: int = 2) -> None:
     _save(path, specs(unet, (batch, 4, LATENT, LATENT), (batch,), (batch, WIDTH, 1, 77)))
 
 
-def programs(batch: int) -> dict[str, Any]:
+def programs(batch: int, has_refiner: bool = False) -> dict[str, Any]:
     """MIL programs by component name."""
     mb, specs = _builder()
 
@@ -117,9 +125,12 @@ def programs(batch: int) -> dict[str, Any]:
         rest = np.full((1, 5, LATENT, LATENT), -8, np.float16)
         return mb.concat(values=[small, rest], axis=1, name="latent")
 
+    encoders = ["text_encoder", "text_encoder_2"] if has_refiner else ["text_encoder"]
+    unets = {"unet": len(encoders) * WIDTH, **({"refiner": WIDTH} if has_refiner else {})}
+    sample = (batch, 4, LATENT, LATENT)
     return {
-        "text_encoder": specs(text_encoder, (1, 77)),
-        "unet": specs(unet, (batch, 4, LATENT, LATENT), (batch,), (batch, WIDTH, 1, 77)),
+        **{name: specs(text_encoder, (1, 77)) for name in encoders},
+        **{name: specs(unet, sample, (batch,), (batch, width, 1, 77)) for name, width in unets.items()},
         "vae_decoder": specs(vae_decoder, (1, 4, LATENT, LATENT)),
         "vae_encoder": specs(vae_encoder, (1, 3, SIZE, SIZE)),
     }

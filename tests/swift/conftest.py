@@ -20,10 +20,21 @@ Swift = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="session")
 def toy_folder(build_once: Callable[..., Path]) -> Path:
     """Packages that compute next to nothing, with a manifest."""
+    return _toy(build_once, has_refiner=False)
+
+
+@pytest.fixture(scope="session")
+def toy_with_refiner(build_once: Callable[..., Path]) -> Path:
+    """The same with two text encoders and a refiner."""
+    return _toy(build_once, has_refiner=True)
+
+
+def _toy(build_once: Callable[..., Path], has_refiner: bool) -> Path:
     import toy_models
 
     packages = Path("models", "original", "packages")
-    return Path(build_once("toy", lambda to: toy_models.write(to / packages)) / packages)
+    name = "toy-with-refiner" if has_refiner else "toy"
+    return build_once(name, lambda to: toy_models.write(to / packages, has_refiner=has_refiner)) / packages
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,13 @@ with the reason why not."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, get_args
 
+import diffusers
 from pydantic import BaseModel
 from tokenizers import AddedToken
 
@@ -24,7 +26,6 @@ PROGRAM = SOURCES / "coreml-sd-swift"
 
 INTERFACE = "the models' own interface says it"
 MADE = "says how the files were made, for people and for verify, publish and bundle"
-REFINER = "a refiner is opened as a pipeline of its own, from its own folder"
 MANIFEST_NOT_NEEDED = {
     "name": "messages name the source",
     "kind": "what a file is shows by its name",
@@ -39,7 +40,7 @@ MANIFEST_NOT_NEEDED = {
     "tokenizer_sha256": MADE,
     "padding": "for the card: prompts are padded as the tokenizer's files say",
     "folded": "the rest of the manifest describes the models as they are",
-    "refiner": REFINER,
+    "refiner.source": "for the card",
     "components.inputs.dtype": INTERFACE,
     "components.inputs.shapes": "the default shape is used",
     "components.outputs": INTERFACE,
@@ -50,7 +51,6 @@ MANIFEST_NOT_NEEDED = {
     "components.palettization": MADE,
 }
 RECORD_NOT_READ = {"dtype": "Core ML computes in the types of the models; the torch backend alone has a choice"}
-RECORD_NOT_WRITTEN = {**RECORD_NOT_READ, "refiner_start": REFINER}
 FILES_NOT_READ = {"tokenizer.json": "vocab.json and merges.txt are asked for by name where they are missing"}
 TOKEN_NOT_NEEDED = dict.fromkeys(("lstrip", "rstrip"), "white space beside a token is dropped in any case")
 
@@ -58,10 +58,24 @@ SCHEDULERS_NOT_MADE = dict.fromkeys(
     ("ddpm", "dpm2", "dpm2-ancestral", "deis", "tcd"), "refused by name, with those that there are"
 )
 
+FLOW = "of flow matching, whose switch, use_flow_sigmas, is refused"
+THRESHOLD = "of thresholding, which is refused"
+SETTINGS_NOT_READ = {
+    "dynamic_thresholding_ratio": THRESHOLD,
+    "sample_max_value": THRESHOLD,
+    "flow_shift": FLOW,
+    "use_dynamic_shifting": FLOW,
+    "time_shift_type": FLOW,
+    "shift_terminal": "cuts the ends of flow matching, the only one that has it",
+    "solver_p": "a scheduler as an object, which no file can hold",
+}
+"""Settings of diffusers' schedulers that the Swift package neither follows nor refuses."""
+
 OBJECTS = {
     "reader": "",
     "source": "source.",
     "latents": "latents.",
+    "refiner": "refiner.",
     "": "components.",
     "entry": "components.inputs.",
 }
@@ -118,6 +132,20 @@ def test_every_scheduler_is_made_or_refused() -> None:
     assert set(SCHEDULERS) - made == set(SCHEDULERS_NOT_MADE)
 
 
+def test_every_setting_of_a_scheduler_is_read_or_not_needed() -> None:
+    """One that is read is followed, or refused where it asks for what is not made."""
+    sources = [path.read_text(encoding="utf-8") for path in (LIBRARY / "Schedulers").glob("*.swift")]
+    classes = quoted(
+        r'^ +case "(\w+Scheduler)": return try', *(line for text in sources for line in text.splitlines())
+    )
+    assert len(classes) == len(
+        {kind.class_name for name, kind in SCHEDULERS.items() if name not in SCHEDULERS_NOT_MADE}
+    )
+    taken = {name for kind in classes for name in inspect.signature(getattr(diffusers, kind).__init__).parameters}
+    read = quoted(r'"(\w+)"', *sources)
+    assert taken - {"self", "kwargs"} - read == set(SETTINGS_NOT_READ)
+
+
 def test_every_key_of_a_record_is_read_and_written_or_not_needed() -> None:
     record = (LIBRARY / "Record.swift").read_text(encoding="utf-8")
     past, order = ((PROGRAM / name).read_text(encoding="utf-8") for name in ("Past.swift", "Order.swift"))
@@ -131,7 +159,7 @@ def test_every_key_of_a_record_is_read_and_written_or_not_needed() -> None:
     known = {*settings, *png_record.LOADING, "models", *(f"{name}_sha256" for name in png_record.FILES)}
     assert read - known == set(), "Swift reads what Python does not write"
     assert known - read == set(RECORD_NOT_READ)
-    assert known - written == set(RECORD_NOT_WRITTEN)
+    assert known - written == set(RECORD_NOT_READ)
 
 
 def test_every_file_of_a_tokenizer_is_read_or_not_needed() -> None:

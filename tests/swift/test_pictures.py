@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,9 +40,16 @@ class Case:
     def __str__(self) -> str:
         return "-".join([self.checkpoint, *map(str, self.options), *self.given])
 
+    def conversion(self, checkpoint: Callable[[str], Path]) -> ConvertOptions:
+        options = {**self.options}
+        if "refiner" in options:
+            options["refiner"] = checkpoint(options["refiner"])
+        return ConvertOptions(attention=(AttentionKind.ORIGINAL,), zip=False, **options)
+
 
 STRONG: Mapping[str, Any] = {"image": "picture.png", "strength": 0.6}
 MASKED: Mapping[str, Any] = {"image": "picture.png", "mask": "mask.png"}
+BASE_AND_REFINER: Mapping[str, Any] = {"refiner": "sdxl-refiner", "chunk_unet": True}
 CASES = (
     Case("shapes", few=True),
     Case("shapes", STRONG, few=True),
@@ -65,6 +73,8 @@ CASES = (
     Case("sdxl-v-zero-snr"),
     Case("sdxl-inpainting", MASKED),
     Case("sdxl-refiner", {"image": "picture.png"}),
+    Case("sdxl", {"refiner_start": 0.2}, BASE_AND_REFINER, few=True),
+    Case("sdxl", {"refiner_start": 0.5, **STRONG}, {**BASE_AND_REFINER, "batch_size": 1}),
     Case("sdxl-lcm", {"guidance_scale": 6.0}),
 )
 
@@ -89,8 +99,7 @@ def models(
 
     def of_case(case: Case) -> Path:
         def write(folder: Path) -> None:
-            options = ConvertOptions(attention=(AttentionKind.ORIGINAL,), zip=False, **case.options)
-            convert(tiny_checkpoint(case.checkpoint), folder / "models", options)
+            convert(tiny_checkpoint(case.checkpoint), folder / "models", case.conversion(tiny_checkpoint))
 
         if not case.options:
             return converted(case.checkpoint, compiled=True) / "original"
@@ -142,6 +151,26 @@ def test_pictures_are_pythons(
     with Image.open(output) as image:
         assert psnr_db(image, expected) >= MIN_PSNR_DB
     assert images.read_metadata(output)["task"] != "text to image" or not files
+
+
+@pytest.mark.parametrize("kind", ["packages", "compiled"])
+@pytest.mark.filterwarnings("ignore::diffusion_runtime.RuntimeNote")
+def test_a_refiner_of_apples_tools_is_known(
+    kind: str, models: Callable[[Case], Path], swift_program: Swift, tmp_path: Path
+) -> None:
+    """Without a manifest: the same names alone, as Apple's converter leaves them."""
+    case = next(case for case in CASES if case.few and "refiner_start" in case.given)
+    folder, output = tmp_path / "models", tmp_path / "swift.png"
+    ignored = shutil.ignore_patterns("manifest.json", "tokenizer_2")
+    shutil.copytree(models(case) / kind, folder, ignore=ignored)
+    options = ("--steps", "4", "--seed", "5", "--refiner-start", "0.5", "--reduce-memory")
+    done = swift_program("generate", str(folder), "--prompt", PROMPT, *options, "-o", str(output))
+    assert done.returncode == 0, done.stderr
+    pipe = load_pipeline(folder, backend="torch")
+    expected = pipe(PROMPT, num_inference_steps=4, seed=5, refiner_start=0.5).images[0]
+    with Image.open(output) as image:
+        assert psnr_db(image, expected) >= MIN_PSNR_DB
+    assert images.read_metadata(output)["refiner_start"] == 0.5
 
 
 def psnr_db(drawn: Image.Image, expected: Image.Image) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -58,6 +60,39 @@ def test_either_program_repeats_the_others_picture(
     records = [images.read_metadata(path) for path in (drawn_by_python, swift)]
     first, second = ({k: v for k, v in record.items() if k not in told and v is not None} for record in records)
     assert first == second
+
+
+def test_a_picture_of_base_and_refiner_is_repeated(
+    toy_with_refiner: Path, swift_program: Swift, tmp_path: Path
+) -> None:
+    python, swift, alone = (tmp_path / f"{name}.png" for name in ("python", "swift", "alone"))
+    options = ["generate", str(toy_with_refiner), "--prompt", PROMPT, "--seed", "5", "--steps", "4"]
+    ancestral = ["--scheduler", "euler-ancestral"]
+    command = [COMMAND, *options, *ancestral, "--refiner-start", "0.5", "-o", str(python)]
+    subprocess.run(command, check=True, capture_output=True)
+    done = swift_program("generate", "--from", str(python), "-o", str(swift))
+    assert done.returncode == 0, done.stderr
+    first, second = (np.frombuffer(_pixels(path), np.uint8).astype(int) for path in (swift, python))
+    assert np.abs(first - second).max() <= 1  # a prediction of velocity is computed in another order
+    assert images.read_metadata(swift)["refiner_start"] == 0.5
+    assert swift_program(*options, *ancestral, "-o", str(alone)).returncode == 0
+    assert _pixels(alone) != _pixels(swift)
+
+
+def test_the_readmes_quick_start_compiles(swift_program: Swift, tmp_path: Path) -> None:
+    """As it is printed, against the library, as a program whose caller names a folder, a sketch and a file."""
+    assert swift_program("help").returncode == 0
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    (printed,) = re.findall(r"```swift\n(// Package\.swift: .*?)```", readme, re.DOTALL)
+    names = ("folder", "sketch", "file")
+    given = "".join(f'let {name} = URL(fileURLWithPath: "{name}")\n' for name in names)
+    source = tmp_path / "main.swift"
+    modules = PACKAGE / ".build" / "release" / "Modules"
+    checks = ["swiftc", "-typecheck", "-swift-version", "6", "-warnings-as-errors", "-I", str(modules), str(source)]
+    for text, is_right in ((printed, True), (printed.replace("generate(", "paint("), False)):
+        source.write_text(f"import Foundation\n{given}{text}", encoding="utf-8")
+        done = subprocess.run(checks, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) is is_right, done.stderr
 
 
 def test_an_input_that_changed_since_is_refused(
@@ -129,6 +164,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(swift_program: Swift, t
         (*plain, "--scheduler", "magic"),
         (*plain, "--steps", "many"),
         (*plain, "--strength", "2"),
+        (*plain, "--refiner-start", "1"),
         (*plain, "--image", str(tmp_path / "text.png")),
         (*plain, "--image", str(tmp_path / "none.png")),
         ("generate", "--from", str(tmp_path / "text.png")),

@@ -11,10 +11,13 @@ from swift.conftest import PACKAGE
 
 
 @pytest.mark.slow
-def test_the_swift_package_passes_its_tests(toy_folder: Path, swift_environment: dict[str, str]) -> None:
+def test_the_swift_package_passes_its_tests(
+    toy_folder: Path, toy_with_refiner: Path, swift_environment: dict[str, str]
+) -> None:
     command = ["swift", "test", "--no-parallel", "-j", "2", "-Xswiftc", "-warnings-as-errors"]
-    environment = {**swift_environment, "BRIDGE_MODELS": str(toy_folder)}
+    environment = {**swift_environment, "BRIDGE_MODELS": str(toy_folder), "BRIDGE_REFINER": str(toy_with_refiner)}
     done = subprocess.run(command, cwd=PACKAGE, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    failures = [line for line in done.stdout.splitlines() if "issue" in line or "error:" in line]
+    assert done.returncode == 0, "\n".join(failures) + (done.stdout + done.stderr)[-3000:]
     assert "Suite PipelineTests passed" in done.stdout + done.stderr
     assert "Suite StandInTests passed" in done.stdout + done.stderr

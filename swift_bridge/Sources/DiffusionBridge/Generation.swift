@@ -75,17 +75,30 @@ actor Run {
     private let pipeline: Pipeline
     private let request: Request
     private var state: State?
+    /// The refiner's part, until it is begun.
+    private var rest: Stage?
+    private var index = 0
+    private var total = 0
     private var hasBegun = false
     private var isFinished = false
-    private static let used = TextStates.encoders + ["vae_encoder", "depth_estimator", "unet"]
+    private static let used = TextStates.encoders + ["vae_encoder", "depth_estimator", "unet", "refiner"]
 
-    private struct State {
+    /// One pipeline's part of a drawing, prepared: all but its UNet.
+    private struct Stage {
+        let pipeline: Pipeline
         var job: Job
-        let guidance: Guidance
+        let conditions: Guidance.Conditions
+        /// Of the guidance, 1 where there is none.
+        let scale: Double
         var latents: Tensor
         let calls: Range<Int>
         let blend: Blend?
-        var index = 0
+    }
+
+    private struct State {
+        var stage: Stage
+        let guidance: Guidance
+        var place: Int
     }
 
     init(_ pipeline: Pipeline, _ request: Request) {
@@ -109,7 +122,7 @@ actor Run {
             if let begun = self.state { state = begun } else { state = try await begin() }
             let step = try await advance(&state)
             self.state = state
-            if step.isLast { await finish() }
+            if step.isLast { await finish() } else if state.place == state.stage.calls.upperBound { await leave(state) }
             return step
         } catch {
             await finish()
@@ -123,11 +136,44 @@ actor Run {
         await pipeline.models.release(Self.used)
     }
 
+    /// The base's part is over: its UNet is freed, and the refiner goes on with its latents and random numbers.
+    private func leave(_ base: State) async {
+        rest?.latents = base.stage.latents
+        rest?.job.noise = base.stage.job.noise
+        state = nil
+        await pipeline.models.release(base.stage.pipeline.unet)
+    }
+
+    /// The next part's first state. Everything is checked and prepared before the first step.
     private func begin() async throws -> State {
-        var job = try Job(request, pipeline)
+        guard let rest else {
+            let job = try Job(request, pipeline)
+            var refined: Job?
+            if let goesOn = request.refined(Tensor(repeating: 0, shape: job.latentShape)) {
+                refined = try Job(goesOn, try await Pipeline(refinerOf: pipeline))
+            }
+            let stage = try await prepare(job)
+            if let refined { rest = try await prepare(refined) }
+            total = stage.calls.count + (rest?.calls.count ?? 0)
+            return try await begin(stage)
+        }
+        self.rest = nil
+        return try await begin(rest)
+    }
+
+    private func begin(_ stage: Stage) async throws -> State {
+        let unet = try await stage.pipeline.models.model(stage.pipeline.unet)
+        let guidance = try Guidance(
+            unet, pictures: stage.job.request.count, stage.conditions, scale: stage.scale)
+        return State(stage: stage, guidance: guidance, place: stage.calls.lowerBound)
+    }
+
+    private func prepare(_ unprepared: sending Job) async throws -> Stage {
+        var job = unprepared
+        let pipeline = job.pipeline
         let isGuided = pipeline.isGuided(job.request)
         let texts = TextStates(
-            models: pipeline.models, tokenizers: pipeline.tokenizers,
+            models: pipeline.models, names: pipeline.encoders, tokenizers: pipeline.tokenizers,
             vocabularySizes: pipeline.manifest.components.compactMapValues(\.vocabularySize),
             zerosForMissing: pipeline.manifest.zerosForEmptyPrompt, length: pipeline.textLength,
             isStrict: request.longPrompt)
@@ -138,32 +184,30 @@ actor Run {
         var told = try pipeline.told(job.request, encoded.pooled, rows: rows)
         told["encoder_hidden_states"] = encoded.states
         for (name, value) in prepared.labels { told[name] = Tensor(repeating: value, shape: [rows]) }
-        let guidance = try Guidance(
-            try await pipeline.models.model("unet"), pictures: request.count,
-            Guidance.Conditions(rows: told, channels: prepared.channels),
-            scale: isGuided ? job.request.guidanceScale ?? 1 : 1)
-        return State(
-            job: job, guidance: guidance, latents: prepared.latents, calls: prepared.calls, blend: prepared.blend)
+        return Stage(
+            pipeline: pipeline, job: job, conditions: Guidance.Conditions(rows: told, channels: prepared.channels),
+            scale: isGuided ? job.request.guidanceScale ?? 1 : 1, latents: prepared.latents, calls: prepared.calls,
+            blend: prepared.blend)
     }
 
     private func advance(_ state: inout State) async throws -> Step {
-        let place = state.calls.lowerBound + state.index
-        let timestep = state.job.scheduler.timesteps[place]
-        let input = state.job.scheduler.scaled(state.latents)
+        let place = state.place
+        let timestep = state.stage.job.scheduler.timesteps[place]
+        let input = state.stage.job.scheduler.scaled(state.stage.latents)
         let output = try await state.guidance.predict(input, timestep)
-        var noise = state.job.noise
-        state.latents = try state.job.scheduler.step(output, state.latents) { try noise.normal($0.shape) }
-        state.job.noise = noise
-        if let blend = state.blend {
-            let next = state.calls.contains(place + 1) ? place + 1 : nil
-            state.latents = blend.applied(to: state.latents, next: next, state.job.scheduler)
+        var noise = state.stage.job.noise
+        state.stage.latents = try state.stage.job.scheduler.step(output, state.stage.latents) { try noise.normal($0.shape) }
+        state.stage.job.noise = noise
+        if let blend = state.stage.blend {
+            let next = state.stage.calls.contains(place + 1) ? place + 1 : nil
+            state.stage.latents = blend.applied(to: state.stage.latents, next: next, state.stage.job.scheduler)
         }
-        let (table, prediction) = (state.job.scheduler.table, state.job.scheduler.prediction)
+        let (table, prediction) = (state.stage.job.scheduler.table, state.stage.job.scheduler.prediction)
         let step = Step(
-            index: state.index, total: state.calls.count, timestep: timestep, notes: state.job.notes,
-            latents: state.latents,
+            index: index, total: total, timestep: timestep, notes: state.stage.job.notes, latents: state.stage.latents,
             estimate: { estimated(input, output, timestep, table: table, prediction: prediction) }, pipeline: pipeline)
-        state.index += 1
+        state.place += 1
+        index += 1
         return step
     }
 }

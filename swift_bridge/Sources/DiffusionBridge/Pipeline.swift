@@ -39,6 +39,8 @@ public final class Pipeline: Sendable {
     let tokenizers: [Tokenizer]
     let checksSafety: Bool
     let folder: URL
+    /// The component that denoises: "unet", or "refiner" of the pipeline that goes on for a base.
+    let unet: String
     private let unetShapes: [String: [Int]]
 
     /// Open a folder that `coreml-sd convert` or Apple's tools wrote, or a variant in it. Models are loaded when they are
@@ -66,13 +68,33 @@ public final class Pipeline: Sendable {
         }
         self.notes = notes
         tokenizers = try found.tokenizers(manifest)
-        var shapes = manifest.components["unet"]?.inputs ?? []
-        if shapes.isEmpty { shapes = Array(try await models.model("unet").inputs.values) }
+        unet = "unet"
+        unetShapes = try await Self.shapes(unet, manifest, models)
         await models.release(["unet", "vae_decoder"])
-        unetShapes = Dictionary(shapes.map { ($0.name, $0.shape) }) { first, _ in first }
-        for name in ["sample", "encoder_hidden_states"] where unetShapes[name]?.count != 4 {
-            throw DiffusionError.package("\(folder.path): unet: expected an input \(name) of four dimensions")
+    }
+
+    /// The refiner that lies beside a Stable Diffusion XL base, on the same models. Throws where there is none.
+    init(refinerOf base: Pipeline) async throws {
+        guard let manifest = base.manifest.ofRefiner() else {
+            throw DiffusionError.input("refinerStart: these models have no refiner: convert SDXL with --refiner SOURCE")
         }
+        (self.manifest, models, folder, notes) = (manifest, base.models, base.folder, [])
+        checksSafety = base.checksSafety
+        tokenizers = base.tokenizers.suffix(1)
+        unet = "refiner"
+        unetShapes = try await Self.shapes(unet, manifest, models)
+        await models.release(unet)
+    }
+
+    /// Of the inputs of a UNet, as the manifest or the model itself says.
+    private static func shapes(_ unet: String, _ manifest: Manifest, _ models: Models) async throws -> [String: [Int]] {
+        var inputs = manifest.components[unet]?.inputs ?? []
+        if inputs.isEmpty { inputs = Array(try await models.model(unet).inputs.values) }
+        let shapes = Dictionary(inputs.map { ($0.name, $0.shape) }) { first, _ in first }
+        for name in ["sample", "encoder_hidden_states"] where shapes[name]?.count != 4 {
+            throw DiffusionError.package("\(manifest.name): \(unet): expected an input \(name) of four dimensions")
+        }
+        return shapes
     }
 
     /// The width of the pictures in pixels.
@@ -83,6 +105,8 @@ public final class Pipeline: Sendable {
     public var timings: [String: Timing] { get async { await models.timings } }
 
     var sample: [Int] { unetShapes["sample"] ?? [1, 4, 1, 1] }
+    /// The text encoders that there are, in order.
+    var encoders: [String] { TextStates.encoders.filter { manifest.components[$0] != nil } }
     var textLength: Int { unetShapes["encoder_hidden_states"]?.last ?? 0 }
 
     /// Draw pictures, step by step. Nothing is done before the first step is asked for.
@@ -93,8 +117,7 @@ public final class Pipeline: Sendable {
     /// Load every model that a prompt alone needs and run it once, so that the first picture takes no longer than the
     /// next. Of no use with `reduceMemory`.
     public func prewarm() async throws {
-        let encoders = TextStates.encoders.filter(models.has)
-        for name in encoders + ["unet", "vae_decoder"] + (checksSafety ? ["safety_checker"] : []) {
+        for name in encoders + [unet, "vae_decoder"] + (checksSafety ? ["safety_checker"] : []) {
             let model = try await models.model(name)
             _ = try await model.predict(model.inputs.mapValues { Tensor(repeating: 0, shape: $0.shape) })
         }

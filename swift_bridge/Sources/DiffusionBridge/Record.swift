@@ -64,10 +64,6 @@ public struct Record: Sendable {
             default: nil
             }
         guard let seed else { throw damage("seed") }
-        guard self["refiner_start"] == nil else {
-            throw DiffusionError.input(
-                "it was drawn with a refiner (refiner_start), which the Swift program does not do: use `coreml-sd generate`")
-        }
         var request = Request(prompt: prompt, negativePrompt: try value("negative_prompt") { $0.string }, seed: seed)
         request.randomSource = try value("rng") { $0.string.flatMap { RandomSource(rawValue: $0) } } ?? .torch
         request.scheduler = try value("scheduler") { $0.string }.map { try SchedulerKind(named: $0) }
@@ -77,6 +73,7 @@ public struct Record: Sendable {
         request.strength = try value("strength") { $0.number }
         request.noiseLevel = try value("noise_level") { $0.integer }
         request.longPrompt = try value("long_prompt") { $0.bool } ?? false
+        request.refinerStart = try value("refiner_start") { $0.number }
         return request
     }
 
@@ -128,6 +125,7 @@ extension Pipeline {
             ("strength", strength.map(JSON.number) ?? .null),
             ("noise_level", noise.map(JSON.integer) ?? .null),
             ("long_prompt", .bool(request.longPrompt)),
+            ("refiner_start", request.refinerStart.map(JSON.number) ?? .null),
             ("task", .string(purpose.rawValue)),
             ("model", .string(manifest.name)),
             ("revision", manifest.revision.map(JSON.string) ?? .null),

@@ -34,6 +34,9 @@ public struct Request: Sendable {
     public var denoisingStart: Double?
     /// The part of the steps after which another model goes on, from the result's latents.
     public var denoisingEnd: Double?
+    /// The part of the steps after which the refiner goes on that lies beside a Stable Diffusion XL base, as 0.8; what
+    /// `denoisingEnd` and `denoisingStart` do with two pipelines. Nil: no refiner.
+    public var refinerStart: Double?
     /// What Stable Diffusion XL's UNets are told of the picture's size.
     public var sizes = SizeConditioning()
     /// Refuse a prompt that is too long for the models, rather than cut it.
@@ -71,6 +74,9 @@ public struct Request: Sendable {
     }
 
     private func checkNumbers() throws {
+        guard refinerStart == nil || denoisingEnd == nil else {
+            throw DiffusionError.input("refinerStart and denoisingEnd are both given: give one")
+        }
         guard numInferenceSteps > 0 else {
             throw DiffusionError.input("\(numInferenceSteps) steps: expected a whole number, at least 1")
         }
@@ -82,7 +88,8 @@ public struct Request: Sendable {
             throw DiffusionError.input(
                 "strength \(strength): expected a number, more than 0 (no change) and at most 1 (a new picture)")
         }
-        for (name, part) in [("denoisingStart", denoisingStart), ("denoisingEnd", denoisingEnd)] {
+        let parts = [("denoisingStart", denoisingStart), ("denoisingEnd", denoisingEnd), ("refinerStart", refinerStart)]
+        for (name, part) in parts {
             if let part, !(part > 0 && part < 1) {
                 throw DiffusionError.input("\(name) \(part): expected a part of the steps, more than 0 and less than 1")
             }
@@ -90,6 +97,16 @@ public struct Request: Sendable {
     }
 
     var count: Int { prompts.count }
+    /// The part of the steps after which this model's work ends, if not after the last.
+    var end: Double? { refinerStart ?? denoisingEnd }
+    /// What the refiner is asked for that goes on from `latents`; nil without one.
+    func refined(_ latents: Tensor) -> Request? {
+        guard let refinerStart else { return nil }
+        var refined = self
+        (refined.image, refined.mask, refined.strength, refined.refinerStart) = (nil, nil, nil, nil)
+        (refined.latents, refined.denoisingStart) = (latents, refinerStart)
+        return refined
+    }
 
     /// One text per row of the UNet's work: guided, the negative prompt (nil: none is given) and the prompt of each
     /// picture.

@@ -6,8 +6,9 @@ import Foundation
 struct Order {
     static let options: Set<String> = [
         "--prompt", "--prompts-file", "--output", "--negative-prompt", "--steps", "--guidance-scale", "--seed", "--rng",
-        "--scheduler", "--eta", "--count", "--image", "--strength", "--mask", "--depth-image", "--noise-level", "--from",
-        "--compute-units", "--tokenizer", "--prediction-type", "--latent-scale", "--memory-budget",
+        "--scheduler", "--eta", "--count", "--image", "--strength", "--mask", "--depth-image", "--noise-level",
+        "--refiner-start", "--from", "--compute-units", "--tokenizer", "--prediction-type", "--latent-scale",
+        "--memory-budget",
     ]
     static let flags: Set<String> = ["--long-prompt", "--reduce-memory", "--no-safety", "--timings", "--preview", "--prewarm"]
     let models: URL
@@ -146,6 +147,7 @@ struct Order {
         plain.eta = try arguments.number("--eta", "a number") ?? plain.eta
         plain.strength = try arguments.number("--strength", "a number") ?? plain.strength
         plain.noiseLevel = try arguments.number("--noise-level", "a whole number") ?? plain.noiseLevel
+        plain.refinerStart = try arguments.number("--refiner-start", "a number") ?? plain.refinerStart
         if arguments.flags.contains("--long-prompt") { plain.longPrompt = true }
         if let name = arguments.text("--rng") {
             guard let source = RandomSource(rawValue: name) else {

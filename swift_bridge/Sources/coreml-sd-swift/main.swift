@@ -24,6 +24,7 @@ let help = """
       --mask FILE.png          white where --image is painted anew
       --depth-image FILE.png   depth of --image, brighter is nearer
       --noise-level N          upscaling: noise put on --image, 0 to 350 (20)
+      --refiner-start N        SDXL with a refiner: the part of the steps after which it goes on, as 0.8 (never)
       --from FILE.png          repeat a picture of this or the Python program; other options override
       --preview                keep NAME-preview.png up to date while working
       --compute-units NAME     all, cpu-and-gpu, cpu-and-ne or cpu-only (the models')

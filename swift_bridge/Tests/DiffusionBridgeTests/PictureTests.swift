@@ -144,15 +144,16 @@ private struct PictureGolden: Decodable {
     let made = Record([
         ("prompt", .string("日本 \"x\"")), ("negative_prompt", .null), ("seed", .unsigned(UInt64.max)), ("steps", .integer(7)),
         ("guidance_scale", .number(5)), ("eta", .number(0.5)), ("scheduler", .string("dpm++ 2m karras")),
+        ("refiner_start", .number(0.8)),
     ])
     try picture.write(to: file, record: made.adding("models", "a/b").adding("long_prompt", true))
     let read = try Record(contentsOf: file)
     let request = try read.request()
     #expect(request.prompts == ["日本 \"x\""] && request.negativePrompts.isEmpty && request.seeds == [UInt64.max])
     #expect(request.numInferenceSteps == 7 && request.longPrompt && request.guidanceScale == 5 && request.scheduler == .dpmPlusPlus2MKarras)
-    #expect(request.eta == 0.5)
+    #expect(request.eta == 0.5 && request.refinerStart == 0.8)
     #expect(read.text("models") == "a/b" && read.number("latent_scale") == nil)
-    for damage: (String, JSON) in [("steps", .string("many")), ("refiner_start", .number(0.8))] {
+    for damage: (String, JSON) in [("steps", .string("many")), ("refiner_start", .string("late"))] {
         try picture.write(to: file, record: Record([("prompt", .string("x")), damage]))
         #expect(throws: DiffusionError.self) { try Record(contentsOf: file).request() }
     }

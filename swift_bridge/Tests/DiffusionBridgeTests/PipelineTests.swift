@@ -10,6 +10,9 @@ import Testing
 /// Packages that `tests/swift` makes and names in the environment: they compute next to nothing.
 private let folder = ProcessInfo.processInfo.environment["BRIDGE_MODELS"].map { URL(fileURLWithPath: $0) }
 
+/// The same with two text encoders and a refiner.
+private let withRefiner = ProcessInfo.processInfo.environment["BRIDGE_REFINER"].map { URL(fileURLWithPath: $0) }
+
 private func opened(_ change: (inout Pipeline.Configuration) -> Void = { _ in }) async throws -> Pipeline {
     var configuration = Pipeline.Configuration()
     change(&configuration)
@@ -174,6 +177,24 @@ struct PipelineTests {
         #expect(try await pipeline.generate(changed).result.images != pictures[1])
     }
 
+    @Test(arguments: [SchedulerKind.pndm, .dpmPlusPlus2M, .unipc, .lms, .heun])
+    func nothingIsKeptThatTheNextStepDoesNotNeed(scheduler: SchedulerKind) async throws {
+        var asked = request(steps: 40)
+        asked.scheduler = scheduler
+        let run = Run(try await opened(), asked)
+        var kept: [Int] = []
+        while try await run.next() != nil { kept.append(tensors(in: run)) }
+        // Solvers of higher order keep the last few predictions.
+        #expect(kept[8] > 0 && kept[30] == kept[8])
+    }
+
+    /// How many tensors something holds on to.
+    private func tensors(in value: Any, depth: Int = 0) -> Int {
+        if value is Tensor { return 1 }
+        guard depth < 12, !(value is [Float]), !(value is [Double]), !(value is Pipeline) else { return 0 }
+        return Mirror(reflecting: value).children.reduce(0) { $0 + tensors(in: $1.value, depth: depth + 1) }
+    }
+
     @Test func aLoopThatIsLeftFreesWhatItHeld() async throws {
         let pipeline = try await opened { $0.reduceMemory = true }
         for try await step in pipeline.generate(request()) where step.index == 1 { break }
@@ -194,6 +215,52 @@ struct PipelineTests {
         await #expect(throws: DiffusionError.self) { try await pipeline.generate(second).result }
         second.latents = nil
         await #expect(throws: DiffusionError.self) { try await pipeline.generate(second).result }
+    }
+
+    @Test func aRefinerGoesOnWhereItsBaseEndsAndItsUNetAloneIsLoadedThen() async throws {
+        var configuration = Pipeline.Configuration()
+        configuration.reduceMemory = true
+        let pipeline = try await Pipeline(contentsOf: try #require(withRefiner), configuration: configuration)
+        var asked = request()
+        (asked.scheduler, asked.refinerStart) = (.eulerAncestral, 0.5)
+        var last: GenerationResult?
+        var seen: [Int] = []
+        for try await step in pipeline.generate(asked) {
+            seen.append(step.index)
+            #expect(step.total == 4)
+            #expect(await pipeline.models.isLoaded("unet") == (step.index == 0))
+            #expect(await pipeline.models.isLoaded("refiner") == (step.index == 2))
+            if step.isLast { last = try await step.result() }
+        }
+        #expect(seen == [0, 1, 2, 3])
+        asked.scheduler = .ddim
+        var base = asked
+        (base.refinerStart, base.denoisingEnd) = (nil, 0.5)
+        let half = try await pipeline.generate(base).result
+        let refined = try #require(asked.refined(half.latents))
+        let apart = try await Pipeline(refinerOf: pipeline).generate(refined).result
+        let together = try await pipeline.generate(asked).result
+        #expect(together.images == apart.images && together.images != half.images && together.images != last?.images)
+    }
+
+    @Test func aRefinerThatIsNotThereOrHasNothingToDoIsSaid() async throws {
+        var asked = request()
+        asked.refinerStart = 0.8
+        let none = await #expect(throws: DiffusionError.self) { try await opened().generate(asked).result }
+        #expect(none?.message.contains("have no refiner: convert SDXL with --refiner") == true)
+        let pipeline = try await Pipeline(contentsOf: try #require(withRefiner))
+        let wrong: [(String, (inout Request) -> Void)] = [
+            ("more than 0 and less than 1", { $0.refinerStart = 1 }), ("both given", { $0.denoisingEnd = 0.5 }),
+            ("use more steps", { ($0.refinerStart, $0.numInferenceSteps) = (0.999, 2) }),
+            ("a refinerStart, but these models do", { ($0.image, $0.mask) = (.black(64, 64), .black(64, 64)) }),
+        ]
+        for (words, change) in wrong {
+            var request = asked
+            change(&request)
+            let error = await #expect(throws: DiffusionError.self) { try await pipeline.generate(request).result }
+            #expect(error?.message.contains(words) == true)
+        }
+        #expect(await pipeline.timings["unet"]?.calls == 0)
     }
 
     @Test func whatCannotBeDoneIsSaid() async throws {

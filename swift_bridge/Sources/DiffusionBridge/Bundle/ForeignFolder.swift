@@ -4,12 +4,11 @@ import Foundation
 /// made from the models' interfaces; what no interface tells is taken from the family, and said.
 enum ForeignFolder {
     private static let compiled = [
-        "text_encoder": ["TextEncoder"], "text_encoder_2": ["TextEncoder2"], "unet": ["Unet"],
-        "vae_decoder": ["VAEDecoder"], "vae_encoder": ["VAEEncoder"], "safety_checker": ["SafetyChecker"],
-        "depth_estimator": ["DepthEstimator"],
+        "text_encoder": "TextEncoder", "text_encoder_2": "TextEncoder2", "unet": "Unet", "refiner": "UnetRefiner",
+        "vae_decoder": "VAEDecoder", "vae_encoder": "VAEEncoder", "safety_checker": "SafetyChecker",
+        "depth_estimator": "DepthEstimator",
     ]
-    private static let compiledChunks = ["UnetChunk1", "UnetChunk2"]
-    private static let chunks = ["unet_chunk1", "unet_chunk2"]
+    private static let chunked = ["unet", "refiner"]
     private static let prefix = "Stable_Diffusion_version_"
 
     static func holdsUNet(_ folder: URL) -> Bool {
@@ -21,9 +20,10 @@ enum ForeignFolder {
     static func components(_ folder: URL) throws -> [String: Manifest.Component] {
         let entries = ((try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []).sorted()
         var files: [String: [String]] = [:]
-        for (component, names) in [("unet", compiledChunks)] + compiled.sorted(by: { $0.key < $1.key }) {
-            let models = names.map { "\($0).mlmodelc" }
-            if files[component] == nil, models.allSatisfy(entries.contains) { files[component] = models }
+        for (component, name) in compiled {
+            let halves = chunked.contains(component) ? [["\(name)Chunk1", "\(name)Chunk2"]] : []
+            let able = (halves + [[name]]).map { $0.map { "\($0).mlmodelc" } }
+            files[component] = able.first { $0.allSatisfy(entries.contains) }
         }
         if files["unet"] == nil { files = try packages(entries, folder) }
         let units: ComputeUnits = try isSplit(folder, files["unet"] ?? []) ? .cpuAndNeuralEngine : .cpuAndGPU
@@ -39,6 +39,7 @@ enum ForeignFolder {
         for entry in entries where entry.hasPrefix(prefix) && entry.hasSuffix(".mlpackage") {
             let stem = entry.dropFirst(prefix.count).dropLast(".mlpackage".count)
             // The longest suffix counts: text_encoder_2 ends as text_encoder does not.
+            let chunks = chunked.flatMap { ["\($0)_chunk1", "\($0)_chunk2"] }
             let known = (compiled.keys + chunks).filter { stem.hasSuffix("_\($0)") }.max { $0.count < $1.count }
             guard let known else { continue }
             names.insert(String(stem.dropLast(known.count + 1)))
@@ -49,8 +50,10 @@ enum ForeignFolder {
                 "\(folder.path): holds models of several checkpoints (\(names.sorted().joined(separator: ", "))): "
                     + "one folder for each")
         }
-        let halves = chunks.compactMap { files.removeValue(forKey: $0) }
-        if halves.count == 2 { files["unet"] = halves[0] + halves[1] }
+        for component in chunked {
+            let halves = (1...2).compactMap { files.removeValue(forKey: "\(component)_chunk\($0)") }
+            if halves.count == 2 { files[component] = halves[0] + halves[1] }
+        }
         return files
     }
 
@@ -96,6 +99,11 @@ extension ModelFolder {
         return schedule.merging(own) { $1 }
     }
 
+    private func refiner() -> Manifest.Refiner? {
+        guard components["refiner"] != nil else { return nil }
+        return Manifest.Refiner(scheduler: Self.scheduler(Family.named("sdxl-refiner")), prediction: "epsilon")
+    }
+
     /// The manifest of a folder that has none, from the interfaces of its models; and what was assumed.
     func described(_ models: Models, _ configuration: Pipeline.Configuration) async throws -> (Manifest, String) {
         let isEncoded = TextStates.encoders.contains { components[$0] != nil }
@@ -129,7 +137,7 @@ extension ModelFolder {
             attention: components["unet"]?.units == .cpuAndNeuralEngine ? "split_einsum" : "original",
             latents: Manifest.Latents(channels: 4, factor: factor, scale: Float(scale), shift: 0), prediction: prediction,
             components: components, scheduler: Self.scheduler(family), noiseScheduler: family.noiseScheduler,
-            zerosForEmptyPrompt: family.hasAddedConditions && family.textWidth == 2048,
+            zerosForEmptyPrompt: family.hasAddedConditions && family.textWidth == 2048, refiner: refiner(),
             wantsSafetyChecker: family.asksForSafetyChecker)
         let size = "\(sample[3] * factor)x\(sample[2] * factor)"
         let told = configuration.predictionType != nil && configuration.latentScale != nil

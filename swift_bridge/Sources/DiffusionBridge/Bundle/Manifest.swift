@@ -23,14 +23,21 @@ struct Manifest: Sendable {
         let shift: Float
     }
 
+    /// What is told of the component "refiner" beside a Stable Diffusion XL base.
+    struct Refiner: Sendable {
+        let scheduler: [String: JSON]
+        let prediction: String
+        var zerosForEmptyPrompt = false
+    }
+
     let name: String
     var revision: String?
-    let family: String
+    var family: String
     let attention: String
     let latents: Latents
-    let prediction: String
-    let components: [String: Component]
-    let scheduler: [String: JSON]
+    var prediction: String
+    var components: [String: Component]
+    var scheduler: [String: JSON]
     var noiseScheduler: [String: JSON]?
     /// The folder of vocab.json and merges.txt.
     var tokenizer: String?
@@ -38,6 +45,7 @@ struct Manifest: Sendable {
     var secondTokenizer: String?
     /// A negative prompt that is not given has states of zeros.
     var zerosForEmptyPrompt = false
+    var refiner: Refiner?
     let wantsSafetyChecker: Bool
 }
 
@@ -73,7 +81,27 @@ extension Manifest {
         tokenizer = reader.json["tokenizer"].map { $0.string } ?? "."
         secondTokenizer = reader.json["tokenizer_2"]?.string
         zerosForEmptyPrompt = reader.json["force_zeros_for_empty_prompt"]?.bool ?? false
+        if reader.json["refiner"]?.isNull == false {
+            let refiner = try reader.object("refiner")
+            self.refiner = Refiner(
+                scheduler: try refiner.object("scheduler").json.object ?? [:],
+                prediction: try refiner.string("prediction_type"),
+                zerosForEmptyPrompt: refiner.json["force_zeros_for_empty_prompt"]?.bool ?? false)
+        }
         wantsSafetyChecker = reader.json["requires_safety_checker"]?.bool ?? false
+    }
+
+    /// The manifest of the refiner beside a base, as if it was alone there, its UNet the component "refiner" still; nil
+    /// where there is none.
+    func ofRefiner() -> Manifest? {
+        guard let refiner, components.keys.contains("refiner") else { return nil }
+        var own = self
+        own.family = "sdxl-refiner"
+        (own.scheduler, own.prediction) = (refiner.scheduler, refiner.prediction)
+        own.zerosForEmptyPrompt = refiner.zerosForEmptyPrompt
+        own.components = components.filter { !["unet", "text_encoder"].contains($0.key) }
+        own.refiner = nil
+        return own
     }
 
     /// The checkpoint's scheduler with the settings that its family's pipeline in diffusers imposes, in place of what the

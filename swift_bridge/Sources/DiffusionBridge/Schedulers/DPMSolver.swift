@@ -22,6 +22,9 @@ private struct DPMSettings {
     init(_ configuration: SchedulerConfiguration) throws {
         try configuration.refuseUnknownSpacings()
         try configuration.refuse("solver_order", unless: ["1", "2"])
+        // A learned variance would come out of the UNet beside the prediction.
+        let fixed = ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"]
+        try configuration.refuse("variance_type", unless: Set(fixed))
         prediction = try configuration.choice("prediction_type", .epsilon)
         isStochastic = try configuration.choice("algorithm_type", DPMAlgorithm.ordinary) == .stochastic
         isHeun = try configuration.choice("solver_type", DPMType.midpoint) == .heun

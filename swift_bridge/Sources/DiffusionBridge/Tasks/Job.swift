@@ -86,13 +86,13 @@ struct Job {
             first = try scheduler.firstCall(steps: request.numInferenceSteps, strength: strength)
         }
         var last = all.count
-        if let end = request.denoisingEnd {
+        if let end = request.end {
             last = first + all[first...].count { $0 >= (total - end * total).rounded(.toNearestOrEven) }
         }
         guard first < last else {
             throw DiffusionError.input(
-                "no step lies between denoisingStart \(request.denoisingStart ?? 0) and denoisingEnd "
-                    + "\(request.denoisingEnd ?? 1): use more steps")
+                "no step lies between denoisingStart \(request.denoisingStart ?? 0) and "
+                    + "\(request.refinerStart == nil ? "denoisingEnd" : "refinerStart") \(request.end ?? 1): use more steps")
         }
         scheduler.position = first
         return first..<last

@@ -17,6 +17,7 @@ enum Purpose: String, CaseIterable {
         case latents
         case denoisingStart = "a denoisingStart"
         case denoisingEnd = "a denoisingEnd"
+        case refinerStart = "a refinerStart"
     }
 
     var channels: Int {
@@ -38,8 +39,8 @@ enum Purpose: String, CaseIterable {
 
     var takes: Set<Given> {
         switch self {
-        case .textToImage: [.latents, .denoisingStart, .denoisingEnd]
-        case .imageToImage: [.strength, .denoisingStart, .denoisingEnd]
+        case .textToImage: [.latents, .denoisingStart, .denoisingEnd, .refinerStart]
+        case .imageToImage: [.strength, .denoisingStart, .denoisingEnd, .refinerStart]
         case .blending, .inPainting: [.strength]
         case .depthToImage: [.depth, .strength]
         case .upscaling: [.noiseLevel, .latents]
@@ -86,7 +87,7 @@ extension Request {
         let there: [(Purpose.Given, Bool)] = [
             (.image, image != nil), (.mask, mask != nil), (.depth, depth != nil), (.strength, strength != nil),
             (.noiseLevel, noiseLevel != nil), (.latents, latents != nil), (.denoisingStart, denoisingStart != nil),
-            (.denoisingEnd, denoisingEnd != nil),
+            (.denoisingEnd, denoisingEnd != nil), (.refinerStart, refinerStart != nil),
         ]
         return Set(there.filter(\.1).map(\.0))
     }

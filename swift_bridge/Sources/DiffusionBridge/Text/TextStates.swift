@@ -16,7 +16,9 @@ struct TextStates {
     static let encoders = ["text_encoder", "text_encoder_2"]
     private static let outputs = ["last_hidden_state", "hidden_embeds"]
     let models: Models
-    /// One for each of the text encoders that there are, in order.
+    /// The names of the text encoders, in order.
+    let names: [String]
+    /// One for each of them.
     let tokenizers: [Tokenizer]
     /// How many tokens an encoder knows, by its name, as far as that is known.
     let vocabularySizes: [String: Int]
@@ -30,11 +32,10 @@ struct TextStates {
     func encode(_ texts: [String?]) async throws -> EncodedTexts {
         var distinct: [String?] = []
         for text in texts where !distinct.contains(text) { distinct.append(text) }
-        let there = Self.encoders.filter(models.has)
         var columns = [[Float]](repeating: [], count: distinct.count)
         var pooled: [Tensor?] = []
         var notes: [String] = []
-        for (name, tokenizer) in zip(there.isEmpty ? [Self.encoders[0]] : there, tokenizers) {
+        for (name, tokenizer) in zip(names.isEmpty ? [Self.encoders[0]] : names, tokenizers) {
             let pieces = try self.pieces(tokenizer)
             pooled = []
             for (index, text) in distinct.enumerated() {
