@@ -47,7 +47,7 @@ def write(folder: Path, batch: int = 2, has_refiner: bool = False) -> Path:
     tiny_checkpoints.write_tokenizer(folder)
     made = manifest.Manifest(
         name="toy",
-        family="sd1",
+        family="sdxl" if has_refiner else "sd1",  # defaults are those of its refiner
         source=source,
         kind="packages",
         attention="original",

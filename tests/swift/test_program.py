@@ -10,7 +10,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -68,12 +67,11 @@ def test_a_picture_of_base_and_refiner_is_repeated(
     python, swift, alone = (tmp_path / f"{name}.png" for name in ("python", "swift", "alone"))
     options = ["generate", str(toy_with_refiner), "--prompt", PROMPT, "--seed", "5", "--steps", "4"]
     ancestral = ["--scheduler", "euler-ancestral"]
-    command = [COMMAND, *options, *ancestral, "--refiner-start", "0.5", "-o", str(python)]
+    command = [str(COMMAND), *options, *ancestral, "--refiner-start", "0.5", "-o", str(python)]
     subprocess.run(command, check=True, capture_output=True)
     done = swift_program("generate", "--from", str(python), "-o", str(swift))
     assert done.returncode == 0, done.stderr
-    first, second = (np.frombuffer(_pixels(path), np.uint8).astype(int) for path in (swift, python))
-    assert np.abs(first - second).max() <= 1  # a prediction of velocity is computed in another order
+    assert _pixels(swift) == _pixels(python)
     assert images.read_metadata(swift)["refiner_start"] == 0.5
     assert swift_program(*options, *ancestral, "-o", str(alone)).returncode == 0
     assert _pixels(alone) != _pixels(swift)
