@@ -1,7 +1,7 @@
 """`make bench`: every measurement at full size, one after the other, each in a process of its own.
 
     python benchmarks/run.py [NAME ...]      all, or only those named: loop, swift, convert, compile, palettize,
-                                              quality, steps, torch
+                                              quality, steps, torch, serve, batch
 
 Needs about 25 GB of disk (bench-out/, removed by `make clean`) and 16 GB of memory, most of it coremltools'
 and diffusers' own, against which we are measured. Ends with status 1 if a measurement failed.
@@ -10,6 +10,7 @@ and diffusers' own, against which we are measured. Ends with status 1 if a measu
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parent / "bench-out"
 PACKAGE = OUTPUT / "unet.mlpackage"
+LOAD_SECONDS = os.environ.get("LOAD_SECONDS", "600")
 BENCHES: dict[str, tuple[tuple[str, ...], ...]] = {
     "loop": (("bench_loop.py",),),
     "swift": (("bench_loop_swift.py",),),
@@ -30,6 +32,8 @@ BENCHES: dict[str, tuple[tuple[str, ...], ...]] = {
     "quality": (("bench_palettized_quality.py", "--folder", str(OUTPUT / "quality")),),
     "steps": (("bench_few_steps.py", "--folder", str(OUTPUT / "few-steps")),),
     "torch": (("bench_torch.py", str(OUTPUT)),),
+    "serve": (("bench_serve.py", "--folder", str(OUTPUT / "serve"), "--seconds", LOAD_SECONDS),),
+    "batch": (("bench_batch.py", "--folder", str(OUTPUT / "batch")),),
 }
 NEED_PACKAGE = ("compile", "palettize", "torch")
 

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -279,12 +280,18 @@ def _named(order: Order) -> dict[str, Any]:
 def record_of(pipeline: Pipeline) -> dict[str, Any]:
     """What the picture says of the models and the software."""
     described = pipeline.manifest
-    libraries = ("coreml-sd", "torch", "diffusers", "coremltools")
     return {
         "model": described.source.name,
         "revision": described.source.revision,
         "family": described.family,
         "attention": described.attention,
         "safety_checker": pipeline.check_safety and "safety_checker" in pipeline.models,
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in libraries}},
+        "versions": _versions(),
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Kept: to read them takes as long as a short request to `serve`."""
+    libraries = ("coreml-sd", "torch", "diffusers", "coremltools")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in libraries}}

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from diffusion_runtime.backends import resolve
 from diffusion_runtime.bundle.find import find
@@ -40,6 +42,39 @@ FOR_BROWSERS = 'Basic realm="coreml-sd: any name, and the key as the password"'
 """A browser then asks for the key."""
 MIN_KEY = 16  # characters
 _MOST_KEY_BYTES = 1 << 20  # a device has no end
+HEAD_SECONDS = 30.0
+"""In which the head of a request has to come."""
+
+
+class Connection(H11Protocol):
+    """uvicorn's, which waits for the head of a request as long as it takes: slow senders could take every file that
+    the system lets the server open. Bodies are the guard's."""
+
+    timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop()
+
+    def _watch(self) -> None:
+        """One clock from the head's first byte to its last; after an answer, uvicorn's own runs."""
+        if self.conn.their_state is not h11.IDLE:
+            self._stop()
+        elif self.timer is None:
+            self.timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
 
 class _Server(uvicorn.Server):
@@ -76,6 +111,7 @@ def listen(host: str, port: int) -> socket.socket:
 async def _serve(engine: Engine, app: App, listening: socket.socket, told: Callable[[], None]) -> bool:
     config = uvicorn.Config(
         app,
+        http=Connection,
         log_level="warning",
         access_log=False,
         server_header=False,

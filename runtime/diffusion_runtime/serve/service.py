@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
 
 from diffusion_runtime import noise, schedulers
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.png_record import Settings
 from diffusion_runtime.serve.engine import Engine, OnProgress, Waiting
 from diffusion_runtime.serve.orders import About, Cancelled, Late, Order, Picture, Refused, Wanted
-
-SECONDS_BETWEEN_LOOKS = 0.2
-"""Whether the client is still there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,33 +93,42 @@ class Service:
 
     async def make(
         self,
-        is_gone: Callable[[], Awaitable[bool]],
+        leaves: Callable[[], Coroutine[Any, Any, None]],
         order: Order,
         model: str | None = None,
         follow: bool = False,
         on_progress: OnProgress | None = None,
     ) -> tuple[Picture, ...]:
-        """The pictures of an order; cancelled when its client ``is_gone`` or the deadline passes. With ``follow``,
-        it is one of those that are ``running``. Raises what `Engine.put` raises, Refused, Late, Lost, Cancelled."""
+        """The pictures of an order; cancelled when ``leaves()``, its client, ends or the deadline passes. With
+        ``follow``, it is one of those that are ``running``. Raises what `Engine.put` raises, Refused, Late, Lost
+        and Cancelled."""
         waiting = self.engine.put(order, model, on_progress)
+        gone = asyncio.create_task(leaves())
         if follow:
             self.running[order.id] = waiting
         try:
             async with asyncio.timeout(self.limits.seconds):
-                while True:
-                    finished, _ = await asyncio.wait({waiting.answer}, timeout=SECONDS_BETWEEN_LOOKS)
-                    if finished:
-                        return waiting.answer.result()
-                    if await is_gone():
-                        raise Cancelled(())
+                both: tuple[asyncio.Future[Any], ...] = (waiting.answer, gone)
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if waiting.answer.done():
+                return waiting.answer.result()
+            raise Cancelled(())
         except TimeoutError:
             late = Late(f"not finished within {self.limits.seconds:g} s")
             self.engine.cancel(waiting, late)
             raise late from None
         finally:
+            gone.cancel()
             self.running.pop(order.id, None)
             if not waiting.answer.done():
                 self.engine.cancel(waiting)
+
+
+async def disconnect(request: Request) -> None:
+    """Wait until the client of a request, whose body has been read, goes away. Starlette's is_disconnected never
+    sees it behind FastAPI's middleware."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def decoded(text: str, what: str) -> bytes:

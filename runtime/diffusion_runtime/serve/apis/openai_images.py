@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 import time
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_runtime.serve.orders import Picture, Refused
-from diffusion_runtime.serve.service import Service, encoded
+from diffusion_runtime.serve.service import Service, disconnect, encoded
 
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 Steps = Annotated[int, Field(ge=1, description="Denoising steps (not of OpenAI).")]
@@ -107,7 +108,7 @@ def routes(service: Service) -> APIRouter:
             service.wanted(prompt, seed=None if seed is None else seed + index, **settings)
             for index in range(count)
         ]
-        pictures = await service.make(request.is_disconnected, service.order(wanted), model)
+        pictures = await service.make(partial(disconnect, request), service.order(wanted), model)
         shown = f"{about.width}x{about.height}"
         return Images(created=int(time.time()), data=[_datum(picture) for picture in pictures], size=shown)
 

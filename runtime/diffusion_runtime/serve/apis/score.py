@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_runtime.serve.orders import Refused, Wanted
-from diffusion_runtime.serve.service import Service, decoded, encoded
+from diffusion_runtime.serve.service import Service, decoded, disconnect, encoded
 
 COLUMNS = ("prompt", "negative_prompt", "image", "mask_image")
 
@@ -57,7 +58,7 @@ def routes(service: Service) -> APIRouter:
     async def score(request: Request, asked: Score) -> list[Generated]:
         """Make a picture for each row."""
         wanted = _wanted(service, asked.input_data)
-        pictures = await service.make(request.is_disconnected, service.order(wanted), asked.model)
+        pictures = await service.make(partial(disconnect, request), service.order(wanted), asked.model)
         return [
             Generated(
                 prompt=one.settings.prompt, generated_image=encoded(picture), nsfw_content_detected=picture.flagged

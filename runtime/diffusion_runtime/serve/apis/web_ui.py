@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_runtime import noise
 from diffusion_runtime.serve.orders import Cancelled, Picture, Refused, Wanted
-from diffusion_runtime.serve.service import Service, decoded, encoded
+from diffusion_runtime.serve.service import Service, decoded, disconnect, encoded
 
 SAMPLERS: Mapping[str, str] = {
     "DPM++ 2M": "dpm++ 2m",
@@ -141,7 +142,7 @@ def routes(service: Service) -> APIRouter:
         about = await service.about(model)
         interrupted = False
         try:
-            pictures = await service.make(request.is_disconnected, service.order(wanted), model, follow=True)
+            pictures = await service.make(partial(disconnect, request), service.order(wanted), model, follow=True)
         except Cancelled as error:  # by /interrupt: what is finished is the answer, as in the web UI
             pictures, interrupted = error.pictures, True
         told = asked.model_dump(exclude={"init_images", "mask"})

@@ -109,5 +109,5 @@ def _base64(png: bytes) -> str:
     return base64.b64encode(png).decode()
 
 
-async def _never() -> bool:
-    return False  # Gradio ends the listening where the tab is closed
+async def _never() -> None:
+    await asyncio.Event().wait()  # Gradio ends the listening where the tab is closed
