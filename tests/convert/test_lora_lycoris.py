@@ -169,6 +169,25 @@ def test_norms(folder: Path, tmp_path: Path, multiplier: float) -> None:
     assert_fused(folder, Lora(tmp_path / "lora.safetensors", multiplier), wanted)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        (f"{BLOCK}.norm1.w_norms", 32, "match nothing in this sd1 checkpoint: .*w_norms"),
+        (f"{BLOCK}.norm4.w_norm", 32, "match nothing in this sd1 checkpoint: .*norm4"),
+        (f"{BLOCK}.norm1.b_norm", 31, r"31.*32|32.*31"),
+    ],
+)
+def test_norms_that_are_misnamed_or_of_another_size(
+    folder: Path, tmp_path: Path, name: str, size: int, said: str
+) -> None:
+    module, _, key = name.rpartition(".")
+    path = tmp_path / "lora.safetensors"
+    save_file({f"lora_unet_{module.replace('.', '_')}.{key}": torch.ones(size)}, path)
+    with pytest.raises(DiffusionError, match=said) as caught:
+        open_checkpoint(str(folder), loras=[Lora(path)])
+    assert str(caught.value).startswith(f"--lora {path}")
+
+
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 def test_sparse_rest_of_an_extraction(folder: Path, tmp_path: Path) -> None:
     """LyCORIS' extraction of a LoRA from two checkpoints, with the largest of what it leaves."""

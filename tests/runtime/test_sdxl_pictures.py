@@ -214,3 +214,116 @@ def test_schedulers_of_few_steps(scheduler: str, reference: Load, psnr_db: Psnr)
     assert psnr_db(made.numpy(), expected.numpy()) >= PARITY_DB
     plain = ours(**{**asked, "eta": 0.0}, output_type="latent", generator=seeded()).images
     assert torch.equal(plain, made) == (scheduler == "LCMScheduler")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings"),
+    [
+        ("LCMScheduler", {}),
+        ("TCDScheduler", {}),
+        ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),  # Turbo
+        ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),  # Lightning
+        ("EulerDiscreteScheduler", {"timestep_spacing": "trailing", "prediction_type": "sample"}),  # in one step
+        ("DDIMScheduler", {"timestep_spacing": "trailing"}),  # Hyper
+    ],
+)
+def test_models_of_few_steps(
+    scheduler: str, settings: dict[str, Any], reference: Load, converted: Callable[..., Path], psnr_db: Psnr
+) -> None:
+    """As their cards say: with LCM's and TCD's schedulers, and with trailing timesteps."""
+    import diffusers
+
+    config = {**reference("sdxl").diffusers.scheduler.config, **settings}
+    pipe = theirs(reference("sdxl"), "StableDiffusionXLPipeline")
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(config)
+    ours = with_scheduler(load_pipeline(converted("sdxl"), "torch"), {**config, "_class_name": scheduler})
+    for given in ({"num_inference_steps": 1, "guidance_scale": 0.0}, {"num_inference_steps": 4}):
+        asked: dict[str, Any] = {"prompt": "a cat", "guidance_scale": 1.5, "eta": 0.3, **given}
+        expected = pipe(**asked, generator=seeded()).images[0]
+        made = ours(**asked, generator=seeded()).images[0]
+        assert psnr_db(np.asarray(made), np.asarray(expected)) >= PARITY_DB
+
+
+def with_scheduler(pipeline: Pipeline, config: dict[str, Any]) -> Pipeline:
+    """As if the checkpoint had been converted with this scheduler."""
+    told = {"scheduler": config, "prediction_type": config["prediction_type"]}
+    made = pipeline.manifest.model_copy(update=told)
+    return Pipeline(made, pipeline.models, pipeline.tokenizer, tokenizer_2=pipeline.tokenizer_2)
+
+
+@pytest.mark.parametrize("maker", ["NoobAI", "Pony"])
+def test_a_single_file_draws_as_its_users_have_diffusers_draw(
+    maker: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, psnr_db: Psnr
+) -> None:
+    """NoobAI's marks say what its users set in diffusers. Pony's ask for clip skip 2, in a yaml here, which is what
+    SDXL takes anyway."""
+    import diffusers
+
+    path = compvis_layout.write(tiny_checkpoint("sdxl"), tmp_path / "model.safetensors")
+    if maker == "NoobAI":
+        save_file({**load_file(path), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, path)
+    else:
+        path.with_suffix(".yaml").write_text(CLIP_SKIP_2)
+    options = ConvertOptions("original", compiled=False, zip=False, verify=False, height=SIDE, width=SIDE)
+    convert(path, tmp_path / "models", options)
+    load: Any = diffusers.StableDiffusionXLPipeline
+    pipe = load.from_single_file(
+        str(path), config=str(tiny_checkpoint("sdxl")), local_files_only=True, torch_dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    if maker == "NoobAI":
+        pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(
+            pipe.scheduler.config,
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+        )
+    asked: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 8}
+    ours = load_pipeline(tmp_path / "models", "torch")(**asked, generator=seeded()).images[0]
+    expected = pipe(**asked, height=SIDE, width=SIDE, generator=seeded()).images[0]
+    assert psnr_db(np.asarray(ours), np.asarray(expected)) >= PARITY_DB
+
+
+CLIP_SKIP_2 = """
+model:
+  params:
+    scale_factor: 0.13025
+    network_config: {params: {model_channels: 32, channel_mult: [1, 2, 2], num_head_channels: 16}}
+    conditioner_config:
+      params:
+        emb_models:
+          - {input_key: txt, params: {layer: hidden, layer_idx: -2}}
+          - {input_key: txt, params: {layer: penultimate, always_return_pooled: true}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "class_name", "given"),
+    [
+        ("sdxl", "StableDiffusionXLPipeline", {}),
+        # Its first step is the picture itself: guidance would show what 6 bits lose.
+        ("sdxl-v-zero-snr", "StableDiffusionXLPipeline", {"guidance_scale": 1.0}),
+        ("sdxl-inpainting", "StableDiffusionXLInpaintPipeline", {"image": PICTURE, "mask_image": MASK}),
+        ("sdxl-refiner", "StableDiffusionXLImg2ImgPipeline", {"image": PICTURE, "strength": 0.5}),
+        ("sdxl-small", "StableDiffusionXLPipeline", {}),
+        ("sd1-lcm", "LatentConsistencyModelPipeline", {"num_inference_steps": 4}),
+        ("sd1-tiny", "StableDiffusionPipeline", {}),
+    ],
+)
+def test_at_6_bits_the_picture_is_diffusers(
+    family: str,
+    class_name: str,
+    given: dict[str, Any],
+    reference: Load,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    psnr_db: Psnr,
+) -> None:
+    """Compiled models of 6 bits."""
+    options = ConvertOptions("original", nbits=6, zip=False, verify=False)
+    convert(tiny_checkpoint(family), tmp_path / "models", options)
+    asked: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 8, **given}
+    expected = theirs(reference(family), class_name)(**asked, generator=seeded()).images[0]
+    ours = load_pipeline(tmp_path / "models" / "original" / "compiled", "torch")
+    made = ours(**asked, generator=seeded()).images[0]
+    assert psnr_db(np.asarray(made), np.asarray(expected)) >= PARITY_DB
