@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,12 @@ def test_what_cannot_be_inspected_is_named(tmp_path: Path) -> None:
         inspect(tmp_path / "README.md")
     with pytest.raises(InputError, match="holds no models"):
         inspect(tmp_path)
+    for name, said in (("notes.txt", "holds no models"), ("A.mlmodelc/model.mil", "A.mlmodelc/")):
+        with zipfile.ZipFile(tmp_path / "damaged.zip", "w") as archive:
+            archive.writestr(f"damaged/{name}", "program(1.0) {")
+        with pytest.raises((InputError, PackageError), match=said) as caught:
+            inspect(tmp_path / "damaged.zip")
+        assert str(caught.value).startswith(f"{tmp_path / 'damaged.zip'}"), "not where it was unpacked to"
     (tmp_path / "page.zip").write_text("<html>")
     with pytest.raises(PackageError, match="no zip but a page"):
         inspect(tmp_path / "page.zip")

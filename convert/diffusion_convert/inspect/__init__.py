@@ -17,7 +17,7 @@ from diffusion_convert.inspect.work import Work, floating_point_work
 from diffusion_runtime import zips
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.without_manifest import einsum_shapes
-from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.errors import DiffusionError, InputError, PackageError
 from diffusion_runtime.families import SYSTEMS, attention_of
 from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import open_package
@@ -127,7 +127,10 @@ def _inspect_zip(path: Path) -> tuple[FolderReport, ...]:
         zips.unpack(path, target, wanted=lambda name: "/weights/" not in f"/{name}")
         with zipfile.ZipFile(path) as archive:
             sizes = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
-        return _inspect_folder(target, path.name, sizes, with_weights=False)
+        try:
+            return _inspect_folder(target, path.name, sizes, with_weights=False)
+        except DiffusionError as error:  # of a folder that is gone with this block
+            raise type(error)(str(error).replace(str(target), str(path))) from error
 
 
 def _models_below(path: Path) -> Iterator[Path]:
