@@ -49,6 +49,12 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_models.write(tmp_path_factory.mktemp("toys") / "original" / "packages")
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a conversion that is stopped again and again, and goes on."""
+    return tmp_path_factory.mktemp("stopped") / "models"
+
+
 @pytest.fixture
 def commands(
     toys: Path, tiny_unet: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
@@ -128,6 +134,7 @@ def test_whatever_libraries_make_of_it(
     library: str,
     commands: dict[str, list[object]],
     toys: Path,
+    stopped: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -136,7 +143,7 @@ def test_whatever_libraries_make_of_it(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat")
     commands |= {"bench": [toys, "--backend", "torch"], "batch": [toys, prompts, "-o", tmp_path / "out"]}
-    quick = ["--no-verify", "--no-compiled", "--attention", "original"] if name == "convert" else []
+    quick = ["-o", stopped, "--no-verify", "--no-compiled", "--attention", "original"] if name == "convert" else []
     place, last = WORK[name]
     work = pkgutil.resolve_name(place)
 
