@@ -30,22 +30,23 @@ class Sizes:
 
     limit: int
     kept: int = field(default=0, init=False)
+    _known: dict[Any, tuple[int, Sequence[Tensor] | None]] = field(default_factory=dict, init=False)
+    """A program has a few hundred different operations of thousands, as far as shapes go."""
 
     def results(self, op: Op, arguments: Mapping[str, Any], declared: Sequence[Tensor]) -> Sequence[Tensor]:
         """What ``op`` makes of meta tensors, as meta tensors. What is ``declared`` where that cannot be told:
         because it depends on values, or because operands do not fit, which running it says.
 
         Raises UnsupportedError where it would allocate more than the program may."""
-        watch = _Allocations()
         try:
-            with torch.no_grad(), torch.device("meta"), watch:
-                found = None if op.name in _UNKNOWN else op.function(**arguments)
-        except (RuntimeError, ValueError, IndexError, TypeError, OverflowError):
-            found = None
-        self.check(watch.largest)
-        if found is None:
-            return declared
-        return found if op.several else (found,)
+            key = (op.name, _layout(arguments))
+            if key not in self._known:
+                self._known[key] = _made(op, arguments)
+            largest, found = self._known[key]
+        except TypeError:  # an argument that is no key
+            largest, found = _made(op, arguments)
+        self.check(largest)
+        return declared if found is None else found
 
     def keep(self, results: Iterable[Tensor]) -> None:
         """Count values that are computed now and stay. Raises UnsupportedError where it gets too much."""
@@ -59,6 +60,31 @@ class Sizes:
                 f"{what}gives {count / 1e9:.1f} GB, expected at most {self.limit / 1e9:.1f} GB for a model of this "
                 "size"
             )
+
+
+def _made(op: Op, arguments: Mapping[str, Any]) -> tuple[int, Sequence[Tensor] | None]:
+    """The most bytes that ``op`` allocates at once, and what it makes of meta tensors; None where that cannot be
+    told."""
+    watch = _Allocations()
+    try:
+        with torch.no_grad(), torch.device("meta"), watch:
+            found = None if op.name in _UNKNOWN else op.function(**arguments)
+    except (RuntimeError, ValueError, IndexError, TypeError, OverflowError):
+        found = None
+    return watch.largest, found if found is None or op.several else (found,)
+
+
+def _layout(value: Any) -> Any:
+    """What meta tensors differ by, and all else that an operation is given, as a key. Raises TypeError where it is
+    none."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.stride(), value.storage_offset(), nbytes(value)
+    if isinstance(value, Mapping):
+        return tuple((name, _layout(item)) for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_layout(item) for item in value)
+    hash(value)
+    return type(value), value
 
 
 class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
