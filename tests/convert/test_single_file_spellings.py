@@ -164,6 +164,16 @@ def test_averaged_weights_alone_are_used_and_said(family: str, write: Callable[.
     assert_computes(checkpoint, from_folder(folder))
 
 
+def test_a_controlnet_in_the_file_is_left_out_and_said(
+    write: Callable[..., Path], tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """As the authors' own files have it: a whole checkpoint and its ControlNet."""
+    path = write("sd1", lambda t: {**t, "control_model.input_blocks.0.0.weight": torch.ones(8, 4, 3, 3)})
+    checkpoint = open_single_file(path)
+    assert any("ControlNet" in note and "left out" in note for note in checkpoint.notes)
+    assert_computes(checkpoint, pipeline(path, tiny_checkpoint("sd1")))
+
+
 def test_averaged_weights_beside_others_are_left_out(
     write: Callable[..., Path], tiny_checkpoint: Callable[[str], Path]
 ) -> None:

@@ -26,7 +26,7 @@ from diffusion_convert.checkpoint import (
     tensor_file,
     torch_networks,
 )
-from diffusion_convert.checkpoint.diffusers_folder import SCHEDULERS
+from diffusion_convert.checkpoint.diffusers_folder import LEFT_OUT, SCHEDULERS
 from diffusion_convert.checkpoint.ldm_layout import (
     NETWORKS,
     OTHER_LAYOUTS,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     import torch
 
 CLIP_VOCABULARY_SIZE = 49408
+_CONTROL = "control_model."
 GIVEN_BY = {"vae": "--vae or --base", "text encoder": "--base"}
 """What a file may lack, and the option that gives it."""
 
@@ -177,6 +178,8 @@ def _notes(
     found = []
     if only_averaged(file.tensors):
         found.append(f"{path.name} has only the weights that training averaged (model_ema): those are used")
+    if any(name.startswith(_CONTROL) for name in file.tensors):
+        found.append(f"{path.name} has {LEFT_OUT['controlnet']} ({_CONTROL}): left out")
     layer, kind = (
         given.get(ldm_configs.TEXT_LAYER, {}),
         next((kind for kind in ldm_family.TEXT_KINDS if kind in parts), None),
