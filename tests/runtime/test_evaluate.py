@@ -6,7 +6,10 @@ import csv
 import json
 import random
 import shutil
+import signal
+import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +157,33 @@ def test_pictures_are_those_of_batch_and_are_made_once(
     assert evaluate(*words, **options)[0] == 0 and len(made) == count and table(tmp_path / "out") == before
     code, _, said = evaluate(*words, **{**options, "seed": 5})
     assert code == 2 and "--redo" in said and table(tmp_path / "out") == before
+
+
+def test_killed_it_goes_on_with_its_own_worker(
+    evaluate: Evaluate, toy_folder: Path, drawn: Path, tmp_path: Path
+) -> None:
+    """The command as a process, with a worker's: SIGKILL in the middle changes nothing in the end."""
+    given = {"guidance": "2", "steps": 2, "reference_images": drawn / "pictures"}
+    assert evaluate(f"toy={toy_folder}", **given)[0] == 0
+    words = ["--prompts", drawn / "captions.txt", "--reference-images", drawn / "pictures", "--guidance=2"]
+    words += ["--steps=2", "--clip", CLIP, "--features=clip", "--backend=torch", "--threads=1"]
+    program = [sys.executable, "-c", "from diffusion_convert.cli.main import main; main()", "evaluate"]
+    arguments = [*program, f"toy={toy_folder}", *map(str, words), "-o", str(tmp_path / "killed")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while process.poll() is None and len(list(tmp_path.glob("killed/toy/*/*.png"))) < 5:
+            time.sleep(0.02)
+        process.kill()
+        said = process.communicate()[0]
+    assert process.returncode == -signal.SIGKILL, said
+    assert not (tmp_path / "killed" / report.CSV).exists()
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    undisturbed, killed = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.png") if path.name != report.PLOT}
+        for folder in (tmp_path / "out", tmp_path / "killed")
+    )
+    assert len(killed) == 12 and killed == undisturbed
+    assert table(tmp_path / "killed") == table(tmp_path / "out")
 
 
 def test_flagged_pictures_are_in_no_other_number(clip: networks.Clip, tmp_path: Path) -> None:
