@@ -21,32 +21,33 @@ NEEDED = ("matplotlib", "torchmetrics")
 HELP = """
 Measure models over guidance scales, as the model cards do.
 
-Every MODELS draws the same prompts with the same seeds at each scale of --guidance,
-as batch does. Give --reference-images, pictures of what the prompts say, or a second
-MODELS: the first is the reference then. For each MODELS and scale there are
+Every MODELS draws the same prompts with the same seeds at each scale of
+--guidance, as batch does. Give --reference-images, pictures of what the
+prompts say, or a second MODELS: the first is the reference then. For each
+MODELS and scale there are
 
 * the CLIP score: how well pictures fit their prompts (up to 100)
 
-* the Fréchet distance (FID, with --features inception) and KID with its 95 %
-interval: how far the pictures are from the reference; and the floors, what the
-reference's halves are from each other
+* the Fréchet distance and KID with its 95 % interval, from the reference,
+and their floors: what the reference's halves are from each other
 
 * PSNR and the number of equal pictures, compared with the first MODELS
 
 * flagged pictures, which are in no other number
 
-in table.csv and table.json, and distance against CLIP score in plot.png. A distance
-needs thousands of pictures; with few, compare it with its floor, and read KID.
+in table.csv and table.json, and distance against CLIP score in plot.png.
+A distance needs thousands of pictures; with few, compare it with its floor.
 
 Examples:
 
-    coreml-sd evaluate models --prompts captions.csv --reference-images photos -o out
+    coreml-sd evaluate models --prompts captions.csv -o out \\
+        --reference-images photos
 
     coreml-sd evaluate fp16=a 6-bit=b 4-bit=c --prompts captions.txt -o out \\
         --guidance 3,7.5 --steps 25
 
-    coreml-sd evaluate models --prompts p.txt --reference-images photos -o out \\
-        --clip ./clip-vit-base-patch32 --features clip
+    coreml-sd evaluate models --prompts p.txt -o out \\
+        --reference-images photos --clip ./clip-base --features clip
 
 Run the same command again after an interruption: it goes on where it stopped.
 """
