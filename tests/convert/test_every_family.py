@@ -17,7 +17,7 @@ from diffusion_convert.conversion.convert import Conversion
 from diffusion_convert.export import placeholders
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.bundle.manifest import Component
-from diffusion_runtime.families import AttentionKind
+from diffusion_runtime.families import FAMILIES, AttentionKind
 from diffusion_runtime.mil.ops import OPS, extras
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import operations
@@ -31,7 +31,11 @@ Interface = Mapping[str, tuple[str, tuple[int, ...]]]
 HALF, FULL = "Float16", "Float32"
 
 
-@pytest.fixture(scope="module", params=tiny_checkpoints.FAMILIES)
+KINDS = (*tiny_checkpoints.FAMILIES, "sd1-lcm", "sdxl-lcm", "sd1-small")
+"""Every family, UNets that take the guidance scale, and one of fewer layers."""
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -62,22 +66,25 @@ def interface(package: Package) -> tuple[Interface, Interface]:
 
 
 def expected_interfaces(family: str) -> Mapping[str, tuple[Interface, Interface]]:
-    """model-contracts.md for a tiny checkpoint, batch 2."""
+    """model-contracts.md for a tiny checkpoint, batch 2; 1 where the guidance scale is an input."""
     recipe = tiny_checkpoints.RECIPES[family]
     unet, vae, text = recipe.unet, recipe.vae, recipe.text
     size = unet["sample_size"]
     picture, channels = size * latent_factor(vae), unet["in_channels"]
+    batch = 1 if unet.get("time_cond_proj_dim") else 2
     states, of_vae = ("hidden_embeds", FULL) if recipe.text_2 else ("last_hidden_state", HALF)
     sample: dict[str, tuple[str, tuple[int, ...]]] = {
-        "sample": (HALF, (2, channels, size, size)),
-        "timestep": (HALF, (2,)),
-        "encoder_hidden_states": (HALF, (2, unet["cross_attention_dim"], 1, 77)),
+        "sample": (HALF, (batch, channels, size, size)),
+        "timestep": (HALF, (batch,)),
+        "encoder_hidden_states": (HALF, (batch, unet["cross_attention_dim"], 1, 77)),
     }
     if family == "x4-upscaler":
-        sample["class_labels"] = (HALF, (2,))
+        sample["class_labels"] = (HALF, (batch,))
+    if batch == 1:
+        sample["timestep_cond"] = (HALF, (batch, unet["time_cond_proj_dim"]))
     if recipe.text_2:
-        sample["time_ids"] = (HALF, (2, 5 if family == "sdxl-refiner" else 6))
-        sample["text_embeds"] = (HALF, (2, recipe.text_2["projection_dim"]))
+        sample["time_ids"] = (HALF, (batch, 5 if family == "sdxl-refiner" else 6))
+        sample["text_embeds"] = (HALF, (batch, recipe.text_2["projection_dim"]))
     encoders = {
         name: (
             {"input_ids": (FULL, (1, 77))},
@@ -91,7 +98,7 @@ def expected_interfaces(family: str) -> Mapping[str, tuple[Interface, Interface]
     }
     found: dict[str, tuple[Interface, Interface]] = {
         **encoders,
-        "unet": (sample, {"noise_pred": (FULL, (2, 4, size, size))}),
+        "unet": (sample, {"noise_pred": (FULL, (batch, 4, size, size))}),
         "vae_decoder": (
             {"z": (of_vae, (1, 4, size, size))},
             {"image": (FULL, (1, 3, picture, picture))},
@@ -126,7 +133,7 @@ def components(made: Conversion) -> dict[tuple[str, str], Component]:
 
 
 def test_every_component_is_at_parity(made: Conversion, family: str) -> None:
-    assert made.family == family.removesuffix("-odd")
+    assert made.family == (family if family in FAMILIES else family.partition("-")[0])
     assert made.variants.keys() == {kind.value for kind in AttentionKind}
     owners = table()
     for (variant, name), component in components(made).items():
@@ -199,7 +206,7 @@ def test_components_without_a_choice_are_stored_once(made: Conversion) -> None:
 def test_manifest_tells_what_no_interface_tells(made: Conversion, family: str) -> None:
     recipe = tiny_checkpoints.RECIPES[family]
     manifest = made.variants["original"]
-    assert manifest.scheduler == settled(recipe.scheduler, imposed_on(family))
+    assert manifest.scheduler == settled(recipe.scheduler, imposed_on(made.family))
     assert manifest.prediction_type == recipe.scheduler["prediction_type"]
     assert manifest.noise_scheduler == recipe.low_res_scheduler
     assert manifest.latents.factor == latent_factor(recipe.vae)
