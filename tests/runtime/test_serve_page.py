@@ -250,23 +250,18 @@ def test_a_picture_is_painted_in_where_the_mask_is(open_tab: OpenTab, pipeline: 
     assert picture.tobytes() == made(pipeline, image=Image.open(start), mask_image=mask)
 
 
-def steps_done(served: Served) -> float:
-    found = re.search(r"^coreml_sd_step_seconds_count\S* (\S+)", served.client.get("/metrics").text, re.MULTILINE)
-    return float(found[1]) if found else 0.0
-
-
 def stops(served: Served, before: float) -> bool:
     """Whether no more steps are done, and not all of ``LONG`` were."""
     for _ in range(50):
-        last = steps_done(served)
+        last = served.metric("step_seconds_count")
         time.sleep(0.4)
-        if steps_done(served) == last:
+        if served.metric("step_seconds_count") == last:
             return last - before < LONG
     return False
 
 
 def test_cancel_stops_within_a_step(open_tab: OpenTab, served: Served, pipeline: Pipeline) -> None:
-    page, before = open_tab(), steps_done(served)
+    page, before = open_tab(), served.metric("step_seconds_count")
     ask(page, steps=LONG)
     wait_for(page, "Step")
     page.get_by_role("button", name="Cancel").click()
@@ -277,7 +272,7 @@ def test_cancel_stops_within_a_step(open_tab: OpenTab, served: Served, pipeline:
 
 
 def test_a_tab_that_is_closed_cancels_its_picture(open_tab: OpenTab, served: Served) -> None:
-    page, before = open_tab(), steps_done(served)
+    page, before = open_tab(), served.metric("step_seconds_count")
     ask(page, steps=LONG)
     wait_for(page, "Step")
     page.close()

@@ -96,7 +96,7 @@ def _controls(gr: Any, service: Service, most: int) -> _Controls:
             steps = gr.Slider(1, most_steps, min(STEPS, most_steps), step=1, label="Steps")
             with gr.Row():
                 guidance = gr.Textbox(label="Guidance", placeholder="the models' own", min_width=130)
-                seed = gr.Textbox(label="Seed", placeholder="a new one each time", min_width=130)
+                seed = gr.Textbox(label="Seed", placeholder="new each time", min_width=130)
             scheduler = gr.Dropdown([OWN_SCHEDULER, *SCHEDULERS], value=OWN_SCHEDULER, label="Scheduler")
         with gr.Column(min_width=300):
             made = _part(gr, "made")
@@ -146,7 +146,8 @@ class _Page:
         described = [of.size, of.start, of.noise_level]
         page.load(describe, of.model, described, **quiet)
         of.model.change(describe, of.model, described, **quiet)
-        of.start.given(given, [of.model, of.strength], of.strength, **quiet)
+        # "multiple": the mask may be painted before the picture's strength is there.
+        of.start.given(given, [of.model, of.strength], of.strength, trigger_mode="multiple", **quiet)
         of.made.reuse(reuse, None, of.seed, **quiet)
 
     async def draw(self, tab: str, model: str, *asked: Any) -> AsyncIterator[dict[str, Any]]:
