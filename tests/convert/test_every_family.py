@@ -31,8 +31,8 @@ Interface = Mapping[str, tuple[str, tuple[int, ...]]]
 HALF, FULL = "Float16", "Float32"
 
 
-KINDS = (*tiny_checkpoints.FAMILIES, "sd1-lcm", "sdxl-lcm", "sd1-small")
-"""Every family, UNets that take the guidance scale, and one of fewer layers."""
+KINDS = (*tiny_checkpoints.FAMILIES, "sd1-lcm", "sdxl-lcm", "sd1-small", "sd1-tiny", "sdxl-small")
+"""Every family, UNets that take the guidance scale, and those of fewer layers."""
 
 
 @pytest.fixture(scope="module", params=KINDS)
