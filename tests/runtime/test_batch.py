@@ -26,7 +26,7 @@ from diffusion_runtime import images
 from diffusion_runtime.batch import rows
 from diffusion_runtime.batch.places import Folder, Storage, open_place
 from diffusion_runtime.batch.run import Batch, LocalWorkers, RayWorkers, connect, identity, prepare, setups
-from diffusion_runtime.batch.tasks import Answer
+from diffusion_runtime.batch.tasks import Answer, tasks_of
 from diffusion_runtime.batch.worker import Setup, Worker
 from diffusion_runtime.errors import DiffusionError, InputError, StorageError
 from diffusion_runtime.loading import load_pipeline
@@ -516,3 +516,12 @@ def test_rows_are_read_by_their_names() -> None:
     } <= rows.COLUMNS.keys()
     with pytest.raises(DiffusionError):
         rows.read(Path("nowhere.csv"))
+
+
+def test_a_key_is_the_same_in_later_versions() -> None:
+    """An option that is new to a version, as it is by default, changes no key: begun batches go on."""
+    row = rows.Row(1, {}, {"prompt": "a cat", "seed": 1, "steps": 20})
+    (task,), _ = tasks_of([row], {}, 1, "models")
+    assert task.key == "31f99f22ae82698c4e8645c755a9de5a"
+    (other,), _ = tasks_of([rows.Row(1, {}, {**row.options, "eta": 0.5})], {}, 1, "models")
+    assert other.key != task.key

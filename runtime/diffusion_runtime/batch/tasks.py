@@ -168,6 +168,9 @@ def _key(settings: Settings, count: int, models: str) -> str:
         path = getattr(settings, name)
         if path is not None and not Path(path).is_file():
             raise InputError(f"{name} {path}: no such file")
-    content = {**asdict(settings), **dict.fromkeys(FILES), **png_record.hashes(settings)}  # wherever the files lie
+    # Defaults are left out: an option that is new to a later version changes no key of an earlier one's batch.
+    usual = asdict(Settings(prompt=""))
+    told = {name: value for name, value in asdict(settings).items() if name not in FILES and value != usual[name]}
+    content = {**told, **png_record.hashes(settings)}  # wherever the files lie
     text = json.dumps({**content, "count": count, "models": models}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
