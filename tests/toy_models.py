@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ import numpy as np
 
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.coremltools_import import import_coremltools
+from diffusion_runtime.mil import description
+from diffusion_runtime.mil.package import open_package, specification_path
+from diffusion_runtime.mil.program import FunctionInterface, Metadata
+from diffusion_runtime.mil.proto import write_model
 
 WIDTH, LATENT, SIZE = 8, 8, 64
 APPLE = "Stable_Diffusion_version_toy_"
@@ -97,6 +102,19 @@ def nan_unet(folder: Path, batch: int = 2) -> None:
     path = folder / f"{APPLE}unet.mlpackage"
     shutil.rmtree(path)
     _save(path, specs(unet, (batch, 4, LATENT, LATENT), (batch,), (batch, WIDTH, 1, 77)))
+
+
+def described(path: Path) -> Path:
+    """A package whose author wrote something into it and which takes x of two shapes, the tanh of which is y."""
+    mb, specs = _builder()
+    _save(path, specs(lambda x: mb.tanh(x=x, name="y"), (1, 2)))
+    package = open_package(path)
+    (x,), outputs = package.model.interface.inputs, package.model.interface.outputs
+    interface = FunctionInterface("main", (replace(x, enumerated_shapes=((1, 2), (3, 2))),), outputs)
+    about = Metadata("Two shapes", "1.2", "Å. Author", "MIT", {"coreml_sd.key": "value"})
+    text = description.serialize((interface,), about)
+    write_model(replace(package.model, description=text), specification_path(path))
+    return path
 
 
 def programs(batch: int, has_refiner: bool = False) -> dict[str, Any]:

@@ -4,13 +4,17 @@ A message is one line of JSON, then the bytes of the arrays that it lists, littl
 without gaps between them. Every request gets one answer, in order:
 
     {"do": "load", "path": "…/Unet.mlmodelc"}
-    {"model": 1, "inputs": [{"name": "sample", "dtype": "float16", "shape": [2, 4, 64, 64]}, …], "outputs": […]}
+    {"model": 1, "inputs": [{"name": "sample", "dtype": "float16", "shape": [2, 4, 64, 64]}, …], "outputs": […],
+     "metadata": {"description": "…", "version": "…", "author": "…", "license": "…", "user_defined": {"key": "…"}}}
 
     {"do": "predict", "model": 1, "arrays": [{"name": "sample", "dtype": "float16", "shape": [2, 4, 8, 8]}]} + bytes
     {"arrays": [{"name": "noise_pred", "dtype": "float32", "shape": [2, 4, 64, 64]}]} + bytes
 
     {"do": "release", "model": 1}
     {}
+
+An input that takes several shapes lists all of them in "shapes"; "shape" is the default. Texts of the metadata that
+the model's author left out are "".
 
 What cannot be done is answered by {"error": "one line"}, and the next request is read. A line that is no request
 ends the program with exit code 2, since nobody knows what bytes follow it. It ends with 0 when its input does.
@@ -21,7 +25,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,7 +58,7 @@ class Models:
         number = next(self.numbers)
         self.loaded[number] = model
         described = {"inputs": _described(model.inputs), "outputs": _described(model.outputs)}
-        return {"model": number, **described}, {}
+        return {"model": number, **described, "metadata": asdict(model.metadata)}, {}
 
     def predict(self, request: Mapping[str, Any], arrays: Arrays) -> Answer:
         results = self._model(request)(**arrays)
@@ -139,4 +143,8 @@ def _write(answer: dict[str, Any], arrays: Arrays, answers: BinaryIO) -> None:
 
 
 def _described(specs: Mapping[str, TensorSpec]) -> list[dict[str, Any]]:
-    return [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in specs.values()]
+    return [
+        {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+        | ({"shapes": [list(shape) for shape in spec.shapes]} if spec.shapes else {})
+        for spec in specs.values()
+    ]

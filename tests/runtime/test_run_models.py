@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import toy_models
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.run_models import serve
@@ -48,6 +49,30 @@ def test_a_model_is_loaded_run_and_released(toy_folder: Path) -> None:
     np.testing.assert_array_equal(results["image"], model(**{spec.name: given})["image"])
     assert released == {}
     assert "no such model" in gone["error"]
+
+
+def test_what_the_author_wrote_and_all_shapes_are_answered(tmp_path: Path) -> None:
+    package = toy_models.described(tmp_path / "described.mlpackage")
+    given = np.linspace(-1, 1, 6, dtype=np.float16).reshape(3, 2)
+    entry = {"name": "x", "dtype": "float16", "shape": [3, 2]}
+    predict = _line(do="predict", model=1, arrays=[entry]) + given.tobytes()
+    (loaded, _), (_, results) = _asked(_line(do="load", path=str(package)), predict)
+    assert loaded["metadata"] == {
+        "description": "Two shapes",
+        "version": "1.2",
+        "author": "Å. Author",
+        "license": "MIT",
+        "user_defined": {"coreml_sd.key": "value"},
+    }
+    assert loaded["inputs"] == [{**entry, "shape": [1, 2], "shapes": [[1, 2], [3, 2]]}]
+    np.testing.assert_allclose(results["y"], np.tanh(given.astype(np.float32)), atol=1e-3)
+
+
+def test_what_the_author_left_out_is_empty(toy_folder: Path) -> None:
+    ((loaded, _),) = _asked(_line(do="load", path=str(next(toy_folder.glob("*_vae_decoder.mlpackage")))))
+    about = loaded["metadata"]
+    assert [about.pop(name) for name in ("description", "version", "author", "license")] == [""] * 4
+    assert list(about) == ["user_defined"] and "com.github.apple.coremltools.version" in about["user_defined"]
 
 
 def test_what_cannot_be_done_is_answered_and_the_next_request_is_read(tmp_path: Path, toy_folder: Path) -> None:

@@ -7,15 +7,21 @@ from pathlib import Path
 
 import pytest
 
+import toy_models
 from swift.conftest import PACKAGE
 
 
 @pytest.mark.slow
 def test_the_swift_package_passes_its_tests(
-    toy_folder: Path, toy_with_refiner: Path, swift_environment: dict[str, str]
+    toy_folder: Path, toy_with_refiner: Path, swift_environment: dict[str, str], tmp_path: Path
 ) -> None:
     command = ["swift", "test", "--no-parallel", "-j", "2", "-Xswiftc", "-warnings-as-errors"]
-    environment = {**swift_environment, "BRIDGE_MODELS": str(toy_folder), "BRIDGE_REFINER": str(toy_with_refiner)}
+    environment = {
+        **swift_environment,
+        "BRIDGE_MODELS": str(toy_folder),
+        "BRIDGE_REFINER": str(toy_with_refiner),
+        "BRIDGE_DESCRIBED": str(toy_models.described(tmp_path / "described.mlpackage")),
+    }
     done = subprocess.run(command, cwd=PACKAGE, env=environment, capture_output=True, text=True, check=False)
     failures = [line for line in done.stdout.splitlines() if "issue" in line or "error:" in line]
     assert done.returncode == 0, "\n".join(failures) + (done.stdout + done.stderr)[-3000:]

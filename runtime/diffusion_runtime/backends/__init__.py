@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.mil.program import Metadata
 
 
 class ComputeUnits(enum.Enum):
@@ -55,8 +56,15 @@ class Model(Protocol):
         """Run once. Raises InputError for a missing, unknown or mis-shaped array, naming expected and got."""
 
 
+class LoadedModel(Model, Protocol):
+    """A model of one file, which says what its author wrote into it."""
+
+    @property
+    def metadata(self) -> Metadata: ...
+
+
 class Backend(Protocol):
-    def load(self, path: Path, compute_units: ComputeUnits) -> Model:
+    def load(self, path: Path, compute_units: ComputeUnits) -> LoadedModel:
         """Load an .mlpackage or .mlmodelc. Raises PackageError (damaged) or UnsupportedError (ops named)."""
 
 

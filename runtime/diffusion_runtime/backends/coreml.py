@@ -24,6 +24,7 @@ from diffusion_runtime.backends.interface import specs
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import DiffusionError, InstallationError, PackageError
 from diffusion_runtime.mil.package import open_package
+from diffusion_runtime.mil.program import Metadata
 
 CACHE_VARIABLE = "COREML_SD_CACHE"
 UNIT_NAMES: Mapping[ComputeUnits, str] = {
@@ -59,14 +60,16 @@ class CoreMLBackend:
         is damaged or Core ML refuses it."""
         if platform.system() != "Darwin":
             raise InstallationError("the coreml backend needs macOS; use `--backend torch` on this machine")
-        interface = open_package(path).model.interface
+        described = open_package(path).model
+        interface = described.interface
         coremltools = import_coremltools()
         units = coremltools.ComputeUnit[UNIT_NAMES[compute_units]]
         try:
             model = self._open(coremltools, path, units)
         except Exception as error:  # coremltools raises bare Exception and whatever Core ML reports
             raise PackageError(f"{path}: Core ML cannot load it: {_first_line(error)}") from error
-        return CoreMLModel(path, specs(interface.inputs, path), specs(interface.outputs, path), model)
+        inputs, outputs = specs(interface.inputs, path), specs(interface.outputs, path)
+        return CoreMLModel(path, inputs, outputs, described.metadata, model)
 
     def _open(self, coremltools: Any, path: Path, units: Any) -> Any:
         if path.suffix == ".mlmodelc":
@@ -105,6 +108,7 @@ class CoreMLModel:
     path: Path
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
+    metadata: Metadata
     model: Any
 
     def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from diffusion_runtime.mil.lower import REFUSALS, lower, refusal
 from diffusion_runtime.mil.memory_format import CHANNELS_LAST_DEVICES
 from diffusion_runtime.mil.observe import explain, intermediates, observe
 from diffusion_runtime.mil.package import Package, open_package
-from diffusion_runtime.mil.program import FunctionInterface
+from diffusion_runtime.mil.program import FunctionInterface, Metadata
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -61,6 +61,7 @@ class TorchBackend:
             path=path,
             inputs=specs(interface.inputs, path),
             outputs=specs(interface.outputs, path),
+            metadata=package.model.metadata,
             module=module,
             device=self.device,
             order=_order(package, interface, module),
@@ -74,6 +75,7 @@ class TorchModel:
     path: Path
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
+    metadata: Metadata
     module: fx.GraphModule
     device: str
     order: Sequence[tuple[str, torch.dtype]]

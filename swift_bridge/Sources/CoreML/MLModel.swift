@@ -25,7 +25,8 @@ public final class MLModel {
         }
         self.number = number
         modelDescription = MLModelDescription(
-            inputs: try Self.features(answer["inputs"], path), outputs: try Self.features(answer["outputs"], path))
+            inputs: try Self.features(answer["inputs"], path), outputs: try Self.features(answer["outputs"], path),
+            metadata: try Self.metadata(answer["metadata"], path))
     }
 
     deinit {
@@ -62,8 +63,10 @@ public final class MLModel {
             guard let constraint = described[name]?.multiArrayConstraint,
                 let array = input.featureValue(for: name)?.multiArrayValue
             else { continue }
-            if array.shape != constraint.shape {
-                wrong.append("\(name) has shape \(array.shape), expected \(constraint.shape)")
+            let allowed = constraint.shapeConstraint
+            if !allowed.allows(array.shape) {
+                let expected = allowed.enumeratedShapes.map { "\($0)" }.joined(separator: " or ")
+                wrong.append("\(name) has shape \(array.shape), expected \(expected)")
             }
             arrays.append((name, array, constraint.dataType))
         }
@@ -118,8 +121,27 @@ public final class MLModel {
             guard let name = entry["name"] as? String, let shape = entry["shape"] as? [Int],
                 let type = (entry["dtype"] as? String).flatMap(MLMultiArrayDataType.init(numpyName:))
             else { throw MLModelError(.io, "\(path): an input or output has no multi-array type: \(entry)") }
+            let shapes = entry["shapes"] as? [[Int]] ?? []
             return MLFeatureDescription(
-                name: name, constraint: MLMultiArrayConstraint(shape: shape.map { NSNumber(value: $0) }, dataType: type))
+                name: name,
+                constraint: MLMultiArrayConstraint(
+                    shape: shape.map { NSNumber(value: $0) }, dataType: type,
+                    shapes: shapes.map { $0.map { NSNumber(value: $0) } }))
         }
+    }
+
+    private static func metadata(_ answer: Any?, _ path: String) throws -> [MLModelMetadataKey: Any] {
+        let names: [MLModelMetadataKey: String] = [
+            .description: "description", .versionString: "version", .author: "author", .license: "license",
+        ]
+        guard let given = answer as? [String: Any], let others = given["user_defined"] as? [String: String] else {
+            throw MLModelError(.io, "\(path): the child process gave no metadata: its coreml-sd is of another version")
+        }
+        return try names.mapValues { name -> Any in
+            guard let text = given[name] as? String else {
+                throw MLModelError(.io, "\(path): the child process gave no \(name) in the metadata")
+            }
+            return text
+        }.merging([.creatorDefinedKey: others]) { $1 }
     }
 }

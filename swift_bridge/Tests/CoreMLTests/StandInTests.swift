@@ -5,6 +5,8 @@ import Testing
 /// Packages that `tests/swift` makes and names in the environment: they compute next to nothing.
 private let folder = ProcessInfo.processInfo.environment["BRIDGE_MODELS"].map { URL(fileURLWithPath: $0) }
 
+private let described = ProcessInfo.processInfo.environment["BRIDGE_DESCRIBED"].map { URL(fileURLWithPath: $0) }
+
 private func unet() async throws -> MLModel {
     let url = try #require(folder).appendingPathComponent("Stable_Diffusion_version_toy_unet.mlpackage")
     return try MLModel(contentsOf: try await MLModel.compileModel(at: url))
@@ -36,6 +38,64 @@ struct StandInTests {
         let sample = try #require(description.inputDescriptionsByName["sample"]?.multiArrayConstraint)
         #expect(sample.shape == [2, 4, 8, 8] && sample.dataType == .float16)
         #expect(description.outputDescriptionsByName["noise_pred"]?.multiArrayConstraint?.dataType == .float16)
+    }
+
+    @Test func aFixedShapeIsTheOnlyOneEnumerated() async throws {
+        let description = try await unet().modelDescription
+        let fixed = try #require(description.inputDescriptionsByName["sample"]?.multiArrayConstraint?.shapeConstraint)
+        #expect(fixed.type == .enumerated && fixed.enumeratedShapes == [[2, 4, 8, 8]])
+        #expect(fixed.sizeRangeForDimension.map(\.rangeValue) == [2, 4, 8, 8].map { NSRange(location: $0, length: 1) })
+    }
+
+    @Test func everyEnumeratedShapeIsTakenAndNoOther() async throws {
+        let model = try MLModel(contentsOf: try await MLModel.compileModel(at: try #require(described)))
+        let constraint = try #require(model.modelDescription.inputDescriptionsByName["x"]?.multiArrayConstraint)
+        let shapes = constraint.shapeConstraint
+        #expect(constraint.shape == [1, 2] && shapes.type == .enumerated && shapes.enumeratedShapes == [[1, 2], [3, 2]])
+        #expect(shapes.sizeRangeForDimension.map(\.rangeValue) == [NSRange(1...3), NSRange(2...2)])
+        func output(_ shape: [NSNumber]) throws -> MLMultiArray? {
+            let array = try MLMultiArray(shape: shape, dataType: .float16)
+            for index in 0..<array.count { array[index] = 1 }
+            let provider = try MLDictionaryFeatureProvider(dictionary: ["x": array])
+            return try predicted(model, provider).featureValue(for: "y")?.multiArrayValue
+        }
+        for shape in shapes.enumeratedShapes {
+            let array = try #require(try output(shape))
+            #expect(array.shape == shape && (0..<array.count).allSatisfy { abs(array[$0].doubleValue - tanh(1)) < 1e-3 })
+        }
+        // Within the range of every dimension, but not among the shapes.
+        let error = #expect(throws: MLModelError.self) { try output([2, 2]) }
+        #expect(error?.description.contains("x has shape [2, 2], expected [1, 2] or [3, 2]") == true)
+    }
+
+    @Test func theMetadataAreTheAuthors() async throws {
+        let model = try MLModel(contentsOf: try await MLModel.compileModel(at: try #require(described)))
+        let metadata = model.modelDescription.metadata
+        let texts: [MLModelMetadataKey: String] = [
+            .description: "Two shapes", .versionString: "1.2", .author: "Å. Author", .license: "MIT",
+        ]
+        for (key, text) in texts { #expect(metadata[key] as? String == text) }
+        #expect(metadata[.creatorDefinedKey] as? [String: String] == ["coreml_sd.key": "value"])
+        let none = try await unet().modelDescription.metadata
+        for key in texts.keys { #expect(none[key] as? String == "") }
+        #expect((none[.creatorDefinedKey] as? [String: String])?["com.github.apple.coremltools.version"] != nil)
+    }
+
+    @Test func hintsAreCoreMLsAndChangeNoResult() async throws {
+        let configuration = MLModelConfiguration()
+        #expect(configuration.optimizationHints == MLOptimizationHints())
+        #expect(configuration.optimizationHints.reshapeFrequency == .frequent)
+        #expect(configuration.optimizationHints.specializationStrategy == .default)
+        configuration.optimizationHints.reshapeFrequency = .infrequent
+        configuration.optimizationHints.specializationStrategy = .fastPrediction
+        let compiled = try await MLModel.compileModel(at: try #require(described))
+        let provider = try MLDictionaryFeatureProvider(
+            dictionary: ["x": MLMultiArray(MLShapedArray<Float>(scalars: [0.5, -2], shape: [1, 2]))])
+        let results = try [MLModelConfiguration(), configuration].map { given in
+            let output = try predicted(MLModel(contentsOf: compiled, configuration: given), provider)
+            return MLShapedArray<Float>(converting: try #require(output.featureValue(for: "y")?.multiArrayValue)).scalars
+        }
+        #expect(results[0] == results[1])
     }
 
     @Test func whatDoesNotFitIsRefusedInOneError() async throws {
