@@ -28,7 +28,7 @@ from diffusion_runtime.mil.program import operations
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-OF_THE_RUNNER = ("swift", "xcodebuild")
+OF_THE_RUNNER = ("sudo", "swift", "xcodebuild")
 THEIR_VERSIONS = {"coremlc-component-MIL": "3600.1.1", "coremlc-version": "3600.2.2"}
 
 

@@ -32,7 +32,7 @@ CHECKS = [
     negative_data_rejection,
     unsupported_method,
 ]
-EXAMPLES = 25
+EXAMPLES = 12
 TAKING = (
     ("POST", "/score"),
     ("POST", "/v1/images/generations"),

@@ -35,10 +35,12 @@ def check() -> None:
 
 @contextmanager
 def seen() -> Iterator[None]:
-    """In this context, whatever error follows Ctrl-C is KeyboardInterrupt."""
+    """In this context, whatever error follows Ctrl-C is KeyboardInterrupt. After it, it has been heeded."""
     try:
         yield
     except Exception as error:
         if not _arrived:
             raise
         raise KeyboardInterrupt from error
+    finally:
+        _arrived.clear()

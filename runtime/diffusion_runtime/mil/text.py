@@ -47,7 +47,9 @@ def read_compiled(path: Path) -> Model:
 def _read_container(path: Path) -> tuple[int, bytes]:
     """Specification version and serialised ModelDescription."""
     try:
-        data = path.read_bytes() if is_there(path, PackageError) else b""  # opening a pipe would wait
+        if not is_there(path, PackageError):  # opening a pipe would wait
+            raise PackageError(f"{path}: cannot be read: no such file")
+        data = path.read_bytes()
     except OSError as error:
         raise PackageError(f"{path}: cannot be read: {error}") from error
     if len(data) < CONTAINER.size:
