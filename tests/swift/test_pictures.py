@@ -74,7 +74,7 @@ CASES = (
     Case("sdxl-inpainting", MASKED),
     Case("sdxl-refiner", {"image": "picture.png"}),
     Case("sdxl", {"refiner_start": 0.2}, BASE_AND_REFINER, few=True),
-    Case("sdxl", {"refiner_start": 0.5, **STRONG}, {**BASE_AND_REFINER, "batch_size": 1}),
+    Case("sdxl", {"refiner_start": 0.8, **STRONG}, {**BASE_AND_REFINER, "batch_size": 1}),
     Case("sdxl-lcm", {"guidance_scale": 6.0}),
 )
 
