@@ -18,8 +18,8 @@ from typing import Any
 
 from diffusion_runtime.batch.places import Folder
 from diffusion_runtime.batch.run import Batch, LocalWorkers, RayWorkers, connect, prepare, setups
+from shapes_models import packages
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a large red circle on a white background"
 
 
@@ -59,15 +59,6 @@ def measure(models: Path, folder: Path, rows: int, steps: int, workers: int, ray
         drawing=sum(inside) / (wall * workers),
         own_ms=1000 * (own[last] - own[first]) / count,
     )
-
-
-def packages(folder: Path) -> Path:
-    """The shapes checkpoint, converted once."""
-    from diffusion_convert import ConvertOptions, convert
-
-    options = ConvertOptions(attention="original", compiled=False, zip=False, verify=False)
-    convert(ROOT / "tests" / "checkpoints" / "shapes", folder, options)
-    return folder
 
 
 def main() -> None:

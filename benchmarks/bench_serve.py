@@ -32,6 +32,7 @@ import httpx2 as httpx  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from serving import Served, decoded, serving  # noqa: E402
+from shapes_models import packages  # noqa: E402
 
 if TYPE_CHECKING:
     from diffusion_runtime.pipeline import Pipeline
@@ -178,15 +179,6 @@ def overhead(one: Served, pipeline: Pipeline, keys: Sequence[Key], rounds: int) 
         best_ms=1000 * (min(requests) - min(bares)),
         processor_ms=1000 * (whole - own) / rounds,
     )
-
-
-def packages(folder: Path) -> Path:
-    """The shapes checkpoint, converted once."""
-    from diffusion_convert import ConvertOptions, convert
-
-    options = ConvertOptions(attention="original", compiled=False, zip=False, verify=False)
-    convert(ROOT / "tests" / "checkpoints" / "shapes", folder, options)
-    return folder
 
 
 def main() -> None:

@@ -246,7 +246,9 @@ def set_steps(scheduler: Any, steps: int) -> None:
         said = f"scheduler {name_of(scheduler)} with {steps} steps: {reason(error)}"
         raise InputError(f"{said}; {ANOTHER}") from error
     # All but the last one, where there is no step any more: some solvers repeat their last noise level there.
-    stands_still = "solver_order" in scheduler.config and bool((scheduler.sigmas[:-1].diff() == 0).any())
+    # A configuration may keep another class's solver_order.
+    solves = "solver_order" in scheduler.config and hasattr(scheduler, "sigmas")
+    stands_still = solves and bool((scheduler.sigmas[:-1].diff() == 0).any())
     # Timesteps are places in the schedule, but those of consistency models, which have none: they come of sigmas.
     beyond = hasattr(scheduler, "alphas_cumprod") and float(scheduler.timesteps.max()) > most - 1
     if stands_still or beyond:

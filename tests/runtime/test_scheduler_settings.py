@@ -413,3 +413,11 @@ def test_a_variance_that_no_unet_here_predicts_ends_in_one_line(reference: Load)
     )
     with pytest.raises(InputError, match=r"^scheduler ddpm: [^\n]*$"):
         pipeline("a cat", num_inference_steps=2, seed=3)
+
+
+def test_settings_that_another_class_left_are_passed_over() -> None:
+    """A solver's order in PNDM's configuration was an AttributeError when the steps were set."""
+    scheduler = schedulers.build({"_class_name": "PNDMScheduler", "solver_order": 2, "final_sigmas_type": "zero"})
+    schedulers.set_steps(scheduler, 7)
+    assert "solver_order" in scheduler.config
+    assert len(scheduler.timesteps) >= 7

@@ -110,9 +110,8 @@ def _within(found: object) -> object:
         return found["state_dict"]
     if _holds_tensors(found):
         return found
-    inside = {
-        id(value): value for value in found.values() if isinstance(value, dict)
-    }  # each is looked through once
+    # Each is looked through once: a pickle may hold one dict a million times.
+    inside = {id(value): value for value in found.values() if isinstance(value, dict)}
     holding = [value for value in inside.values() if _holds_tensors(value)]
     return holding[0] if len(holding) == 1 else found
 

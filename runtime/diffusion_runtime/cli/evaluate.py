@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusion_runtime import atomic
+from diffusion_runtime.cli import interruption
 from diffusion_runtime.cli.console import INTERRUPTED, error_console, option, progress_bar, say
 from diffusion_runtime.errors import InputError, InstallationError
 
@@ -134,7 +136,7 @@ def _draw(what: Sweep, redo: bool) -> None:
     console, made = error_console(), 0
     sets = [(name, scale) for name in what.models for scale in what.scales]
     try:
-        with progress_bar(console) as progress:
+        with interruption.seen(), progress_bar(console) as progress:
             for index, (name, scale) in enumerate(sets, 1):
                 with what.holding(name, scale):
                     batch = what.batch(name, scale, redo)
@@ -144,13 +146,14 @@ def _draw(what: Sweep, redo: bool) -> None:
                         console.print(f"{text}: {total} pictures", highlight=False, soft_wrap=True)
                     shown = progress.add_task(text, total=total)
                     for answer in batch.run():
+                        interruption.check()
                         made += answer.task.count
                         progress.advance(shown, answer.task.count)
                     progress.remove_task(shown)
                 check_done(batch, what.prompts)
     except KeyboardInterrupt:
         say(console, f"interrupted: {made} pictures were made now; the same command goes on with the rest")
-        raise typer.Exit(INTERRUPTED) from None
+        sys.exit(INTERRUPTED)
 
 
 def _measured(measurement: Measurement) -> list[Any]:

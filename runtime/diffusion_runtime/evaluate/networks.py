@@ -25,7 +25,6 @@ Item = TypeVar("Item")
 
 BATCH = 16
 CLIP, INCEPTION = "clip", "inception"
-DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 _COMPUTED = "position_ids"
 """What checkpoints of old versions hold and those of new ones lack: it follows from the configuration."""
 

@@ -66,14 +66,14 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         refusal = self._refusal(scope, headers)
         if refusal is not None:
-            await _answer(scope, send, *refusal, self.rules.challenge)
+            await answer(scope, send, *refusal, self.rules.challenge)
             return
         if scope["type"] == "websocket":
             await self.app(scope, receive, send)
             return
         body = await self._body(headers, receive)
         if isinstance(body, tuple):
-            await _answer(scope, send, *body)
+            await answer(scope, send, *body)
             return
         await self.app(scope, _replay(body, receive), send)
 
@@ -167,7 +167,8 @@ def _key(headers: dict[str, str]) -> str:
     return headers.get("api-key", headers.get("x-api-key", ""))
 
 
-async def _answer(scope: Scope, send: Send, status: int, reason: str, challenge: str = "Bearer") -> None:
+async def answer(scope: Scope, send: Send, status: int, reason: str, challenge: str = "Bearer") -> None:
+    """Refuse a request with ``reason``, in the shape that OpenAI's and FastAPI's clients read."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": reason[:100]})
         return

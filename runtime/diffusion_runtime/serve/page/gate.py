@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
 
-from diffusion_runtime.serve.guard import App, Message, Receive, Scope, Send
+from diffusion_runtime.serve.guard import App, Message, Receive, Scope, Send, answer
 
 PAGES = ("", "/", "/theme.css")
 FOLDERS = ("/assets/", "/static/", "/gradio_api/heartbeat/")
@@ -43,12 +42,12 @@ class Gate:
             await self.app(scope, receive, send)
             return
         if not _is_open(scope):
-            await _refuse(send, 404, "Not Found")
+            await answer(scope, send, 404, "Not Found")
             return
         if scope["method"] == "POST":
             body = await _read(receive)
             if not _is_plain(body):
-                await _refuse(send, 400, "expected plain values, no files and no addresses")
+                await answer(scope, send, 400, "expected plain values, no files and no addresses")
                 return
             receive = _again(body, receive)
         await self.app(scope, receive, _Page(send) if _path(scope) in ("", "/") else _with_headers(send))
@@ -133,10 +132,3 @@ class _Page:
         self.start["headers"] = [*kept, (b"content-length", str(len(body)).encode()), *HEADERS]
         await self.send(self.start)
         await self.send({"type": "http.response.body", "body": body})
-
-
-async def _refuse(send: Send, status: int, reason: str) -> None:
-    body = json.dumps({"error": {"message": reason, "type": "invalid_request_error"}, "detail": reason}).encode()
-    headers: list[tuple[bytes, Any]] = [(b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
