@@ -567,8 +567,13 @@ def _write_diffusers(folder: Path, class_name: str, config: Mapping[str, Any]) -
     import diffusers
 
     model = getattr(diffusers, class_name).from_config(dict(config))
+    write_network(folder, config, model.state_dict())
+
+
+def write_network(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """A network of diffusers as its ``save_pretrained`` writes it, in float16, with its vectors moved."""
     _write_json(folder / "config.json", config)
-    _write_weights(folder / "diffusion_pytorch_model.safetensors", model.state_dict())
+    _write_weights(folder / "diffusion_pytorch_model.safetensors", tensors)
 
 
 def _write_text_encoder(folder: Path, class_name: str, config: Mapping[str, Any]) -> None:

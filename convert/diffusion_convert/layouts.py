@@ -19,7 +19,7 @@ from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Shape
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.families import AttentionKind, Layout
+from diffusion_runtime.families import AttentionKind, Layout, package_name
 from diffusion_runtime.folding import Folding
 
 
@@ -146,7 +146,7 @@ def _apple_name(
     shape: Shape,  # noqa: ARG001
     options: ConvertOptions,  # noqa: ARG001
 ) -> str:
-    return f"Stable_Diffusion_version_{checkpoint.name.replace('/', '_')}_{component.name}"
+    return package_name(checkpoint.name, component.name)
 
 
 # --- ComfyUI-CoreMLSuite 2.x's, which is that of the package coreml-diffusion

@@ -82,6 +82,8 @@ class ConvertOptions:
     exclude each other; ``nbits_for`` goes before them. ``context_length``: text tokens that the UNet takes,
     None: as many as the text encoder; two or three times as many are for long prompts, which are encoded in
     pieces. ``fold`` and ``no_fold``: which foldings (`diffusion_runtime.folding`) to do other than by default.
+    ``controlnets``: folders, files or Hub ids of ControlNets for it, in place of their text too; with
+    ``only_controlled`` there is no UNet but the one that they steer.
     ``layout``: whose interface the models get (`layouts`). Texts as the command line takes them ("float32",
     "unet,vae_decoder", "style.safetensors:0.8") become
     what the fields are declared as, and one value stands for a tuple of one. Raises InputError for a value that
@@ -110,6 +112,8 @@ class ConvertOptions:
     variant: str | None = None
     base: str | None = None
     refiner: str | None = None
+    controlnets: tuple[str, ...] = ()
+    only_controlled: bool = False
     layout: Layout = Layout.APPLE
     precision: Precision = Precision.AUTO
     compiled: bool = True
@@ -142,6 +146,8 @@ class ConvertOptions:
             variant: str | None = ...,
             base: str | None = ...,
             refiner: str | os.PathLike[str] | None = ...,
+            controlnets: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = ...,
+            only_controlled: bool = ...,
             layout: Layout | str = ...,
             precision: Precision | str = ...,
             compiled: bool = ...,
@@ -170,6 +176,8 @@ class ConvertOptions:
             raise InputError("--height and --width belong together: give both or neither")
         if len(set(self.attention)) != len(self.attention):
             raise InputError("an attention kind is given twice")
+        if self.only_controlled and not self.controlnets:
+            raise InputError("--only-controlled: there is no UNet to steer without --controlnet: give one")
         if both := set(self.fold) & set(self.no_fold):
             name = both.pop().value
             raise InputError(f"--fold {name} and --no-fold {name} exclude each other: give one")
@@ -189,7 +197,7 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
             _typed(name, getattr(options, name), (int,), "a whole number")
     if options.target_bits is not None:
         _typed("target_bits", options.target_bits, (int, float), "a number")
-    for name in ("chunk_unet", "lora_partial", "compiled", "zip", "verify"):
+    for name in ("chunk_unet", "only_controlled", "lora_partial", "compiled", "zip", "verify"):
         _typed(name, getattr(options, name), (bool,), "True or False")
     for name in ("target", "revision", "family", "variant"):
         if name == "target" or getattr(options, name) is not None:
@@ -211,6 +219,11 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
             for value in _several("components", options.components)
         ),
         "loras": tuple(_lora(value) for value in _several("loras", options.loras)),
+        "controlnets": tuple(
+            source
+            for value in _several("controlnets", options.controlnets)
+            for source in _sources("controlnet", value)
+        ),
         "recipe": _path("recipe", options.recipe),
         **{name: _source(name, getattr(options, name)) for name in ("vae", "base", "refiner")},
     }
@@ -225,6 +238,12 @@ def _path(name: str, value: Any) -> Path | None:
 
 def _source(name: str, value: Any) -> str | None:
     return None if value is None else os.fspath(_typed(name, value, (str, os.PathLike), "a path or Hub id"))
+
+
+def _sources(name: str, value: Any) -> tuple[str, ...]:
+    """``A,B`` -> ``("A", "B")``; a path with a comma in it is taken as it is where it exists."""
+    text = str(_source(name, value))
+    return (text,) if isinstance(value, os.PathLike) or Path(text).exists() else parse_list([text])
 
 
 def check_path(option: str, path: str | os.PathLike[str] | None) -> None:

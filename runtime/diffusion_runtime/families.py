@@ -7,6 +7,7 @@ the entry's docstring names.
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -240,17 +241,24 @@ def family_of(in_channels: int, context: int, latent_size: int, added_conditions
 
 @dataclass(frozen=True, slots=True)
 class ComponentNames:
-    """``compiled``: what apps look for. ``subfolder``: the network's folder in a checkpoint of diffusers."""
+    """``compiled``: what apps look for. ``subfolder``: the network's folder in a checkpoint of diffusers.
+    ``package``: how Apple's converter calls its package after the checkpoint's name (None: as the component).
+    ``several``: there is one for each network of a kind, which has a name of its own after this prefix: that of
+    its component, of its package, and of its network in the checkpoint; ``compiled`` is then their folder."""
 
     compiled: str
     subfolder: str
+    package: str | None = None
+    several: str | None = None
 
 
 COMPONENTS: Mapping[str, ComponentNames] = {
     "text_encoder": ComponentNames("TextEncoder", "text_encoder"),
     "text_encoder_2": ComponentNames("TextEncoder2", "text_encoder_2"),
     "unet": ComponentNames("Unet", "unet"),
+    "control_unet": ComponentNames("ControlledUnet", "unet", package="control-unet"),
     "refiner": ComponentNames("UnetRefiner", "refiner"),
+    "controlnet": ComponentNames("controlnet", "controlnet", several="ControlNet_"),
     "vae_decoder": ComponentNames("VAEDecoder", "vae"),
     "vae_encoder": ComponentNames("VAEEncoder", "vae"),
     "safety_checker": ComponentNames("SafetyChecker", "safety_checker"),
@@ -258,12 +266,53 @@ COMPONENTS: Mapping[str, ComponentNames] = {
 }
 """The components, in the order in which they are converted. To add one: an entry here, and a file of its name in
 `diffusion_convert/components/`."""
+UNETS = ("unet", "control_unet")
+"""The components that a checkpoint's own UNet becomes: alone, and with the inputs that ControlNets feed."""
+CHUNKED = (*UNETS, "refiner")
+"""The components that can be cut in two."""
+
+
+def kind_of(component: str) -> str:
+    """The entry of `COMPONENTS` that a component is of: "controlnet" of "ControlNet_canny"; else its own name."""
+    prefixes = ((kind, names.several) for kind, names in COMPONENTS.items() if names.several)
+    return next((kind for kind, prefix in prefixes if component.startswith(prefix)), component)
+
+
+def own_name(component: str) -> str:
+    """What one of several is called among them: "canny" of "ControlNet_canny"."""
+    return component.removeprefix(COMPONENTS[kind_of(component)].several or "")
+
+
+def several(kind: str, components: Iterable[str]) -> dict[str, str]:
+    """Those of ``components`` that are of a kind of which there are several, by their own names."""
+    return {own_name(name): name for name in components if name != kind and kind_of(name) == kind}
+
+
+def subfolder_of(component: str) -> str:
+    """Where a component's network lies in a checkpoint: in a folder of its kind, or one of several by its name."""
+    kind = kind_of(component)
+    return component if COMPONENTS[kind].several else COMPONENTS[kind].subfolder
+
+
+def package_name(checkpoint: str, component: str) -> str:
+    """What Apple's converter calls a component's package, without its suffix. ``checkpoint``: its name."""
+    names = COMPONENTS[kind_of(component)]
+    if names.several:
+        return component
+    return f"Stable_Diffusion_version_{checkpoint.replace('/', '_')}_{names.package or component}"
 
 
 def compiled_names(component: str, count: int = 1) -> tuple[str, ...]:
-    """The names of a component's compiled models: Unet, or of several that run one after the other UnetChunk1, …"""
-    whole = COMPONENTS[component].compiled
+    """The names of a component's compiled models: Unet, or of several that run one after the other UnetChunk1, …;
+    of a ControlNet controlnet/Canny."""
+    names = COMPONENTS[kind_of(component)]
+    whole = f"{names.compiled}/{_title(own_name(component))}" if names.several else names.compiled
     return (whole,) if count == 1 else tuple(f"{whole}Chunk{number}" for number in range(1, count + 1))
+
+
+def _title(name: str) -> str:
+    """``lllyasviel_sd-controlnet-canny`` -> ``LllyasvielSdControlnetCanny``, as Apple's converter does."""
+    return "".join(word.title() for word in re.split("[_-]", name))
 
 
 class Layout(enum.Enum):

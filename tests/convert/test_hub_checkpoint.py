@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 from diffusion_convert.checkpoint.open import is_repository_id, open_checkpoint
-from diffusion_convert.checkpoint.repository import checkpoint_files, fetch_vae, vae_files
+from diffusion_convert.checkpoint.repository import checkpoint_files, fetch_network, network_files
 from diffusion_convert.hub import client
 from diffusion_runtime.errors import CheckpointError, HubError, InputError
 from hub_server import Hub, serving
@@ -93,7 +93,7 @@ def test_no_checkpoint_in_the_repository(hub: Hub) -> None:
 
 def test_a_vae_alone(hub: Hub) -> None:
     hub.files = {name.removeprefix("vae/"): data for name, data in hub.files.items() if name.startswith("vae/")}
-    folder = fetch_vae(REPO)
+    folder = fetch_network(REPO, "vae")
     assert {path.name for path in folder.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
 
 
@@ -119,7 +119,7 @@ def test_which_weights_are_fetched(there: list[str], wanted: list[str] | None) -
     names = frozenset(["model_index.json", "unet/config.json", "safety_checker/config.json"])
     found = checkpoint_files(names | {f"unet/{name}" for name in there}, read_json)
     assert set(found) == {"model_index.json", "unet/config.json", *(f"unet/{name}" for name in expected)}
-    alone = vae_files(frozenset(["config.json", *there]), read_json)
+    alone = network_files(frozenset(["config.json", *there]), read_json, "vae")
     assert set(alone) == {"config.json", *expected}
 
 

@@ -95,7 +95,7 @@ def compile_variant(
             files = []
             for file, target in zip(component.files, compiled_names(name, len(component.files)), strict=True):
                 result = compile_package(packages / file, unfinished, target, compiler, share_weights=True)
-                files.append(result.path.name)
+                files.append(result.path.relative_to(unfinished).as_posix())
                 if result.inferred:
                     report(f"{result.path.name}: operation versions inferred for {', '.join(result.inferred)}")
             components[name] = component.model_copy(

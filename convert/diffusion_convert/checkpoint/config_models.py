@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -38,14 +38,12 @@ class _Open(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
 
-class UNet(_Open):
-    """diffusers' UNet2DConditionModel."""
+class _Attending(_Open):
+    """What diffusers' UNets and ControlNets have in common."""
 
     in_channels: Channels = 4
-    out_channels: Channels = 4
     block_out_channels: Widths = (320, 640, 1280, 1280)
     down_block_types: Names | None = None
-    up_block_types: Names | None = None
     layers_per_block: Count | tuple[Count, ...] = 2
     cross_attention_dim: Width | Widths = 1280
     attention_head_dim: Width | Widths | None = 8
@@ -54,11 +52,27 @@ class UNet(_Open):
     norm_eps: Positive = 1e-5
     downsample_padding: Annotated[int, Field(strict=True, ge=0, le=16)] = 1
     act_fn: Text = "silu"
-    sample_size: Pixels | tuple[Pixels, Pixels] | None = None
     num_class_embeds: Words | None = None
     class_embed_type: Text | None = None
     encoder_hid_dim: Width | None = None
     use_linear_projection: Flag | None = False
+
+
+class UNet(_Attending):
+    """diffusers' UNet2DConditionModel."""
+
+    out_channels: Channels = 4
+    up_block_types: Names | None = None
+    sample_size: Pixels | tuple[Pixels, Pixels] | None = None
+
+
+class ControlNet(_Attending):
+    """diffusers' ControlNetModel."""
+
+    conditioning_channels: Channels = 3
+    conditioning_embedding_out_channels: Widths | None = (16, 32, 96, 256)
+    controlnet_conditioning_channel_order: Literal["rgb", "bgr"] = "rgb"
+    global_pool_conditions: Flag = False
 
 
 class Vae(_Open):
@@ -136,6 +150,7 @@ class Depth(_Open):
 
 MODELS: Mapping[str, type[_Open]] = {
     "UNet2DConditionModel": UNet,
+    "ControlNetModel": ControlNet,
     "AutoencoderKL": Vae,
     "CLIPTextModel": ClipText,
     "CLIPTextModelWithProjection": ClipText,
@@ -159,7 +174,7 @@ def checked(class_name: str, config: Mapping[str, Any], where: str) -> dict[str,
     model = strict_json.as_model(MODELS[class_name], dict(config), where, f"a {class_name}", CheckpointError)
     filled = {name: getattr(model, name) for name in FILLED if name in type(model).model_fields}
     settled = {**filled, **config}
-    return _one_context(settled, where) if isinstance(model, UNet) else settled
+    return _one_context(settled, where) if isinstance(model, _Attending) else settled
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 CARD = "README.md"
-NETWORKS = tuple(dict.fromkeys(names.subfolder for names in COMPONENTS.values()))
+NETWORKS = tuple(dict.fromkeys(names.subfolder for names in COMPONENTS.values() if names.several is None))
 SCHEDULERS = ("scheduler", "low_res_scheduler")
 REQUIRED = ("unet", "vae", "scheduler")
 TOKENIZERS = ("tokenizer", "tokenizer_2")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_runtime.bundle.manifest import Folded, Source
+from diffusion_runtime.bundle.manifest import ControlNet, Folded, Source
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,7 @@ class Checkpoint:
     tokenizer_config.json, … to where they are, ``tokenizer_2`` those of a second text encoder. ``family`` is a name
     in `families.FAMILIES`. ``refiner``: that of an SDXL base, whose UNet is ``models["refiner"]``, too. ``notes``
     are sentences for the user: what the source does not say and was assumed.
+    ``controlnets``: what is told of each, by its own name; its network is ``models["ControlNet_" + name]``.
     ``folded`` is what its networks are converted with (`folding.fold`); as opened, nothing. ``padding``: see
     `Manifest.padding`; as opened, None.
     """
@@ -53,3 +54,4 @@ class Checkpoint:
     folded: Folded = field(default_factory=Folded)
     padding: Mapping[str, int] | None = None
     refiner: Checkpoint | None = None
+    controlnets: Mapping[str, ControlNet] = field(default_factory=dict)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from diffusion_convert.checkpoint import diffusers_folder, diffusers_unet, lora, repository, single_file, unet_alone
+from diffusion_convert.checkpoint.controlnet import KIND, with_controlnets
 from diffusion_convert.checkpoint.family import refuse_other_uses
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.refiner import FAMILY, with_refiner
@@ -26,6 +28,7 @@ def open_checkpoint(
     variant: str | None = None,
     base: str | None = None,
     refiner: str | None = None,
+    controlnets: Sequence[str] = (),
     vae: str | None = None,
     loras: Sequence[Lora] = (),
     lora_partial: bool = False,
@@ -34,11 +37,18 @@ def open_checkpoint(
     file, or the id of a repository on the Hugging Face Hub, with another VAE and LoRAs put in.
     ``variant``: of a folder's weights, as in diffusers; with a single file, of those of ``base``. ``base``: another
     checkpoint, which gives what a single file, or a UNet's folder or repository, lacks. ``refiner``: of an SDXL
-    base, taken along. ``lora_partial``: what of a LoRA has no place in the checkpoint is left out, and is no error.
+    base, taken along. ``controlnets``: folders or ids of ControlNets for its UNet. ``lora_partial``: what of a LoRA
+    has no place in the checkpoint is left out, and is no error.
 
     No weight is read. Raises CheckpointError or InputError, in one line, for what cannot be used.
     """
-    for option, given in (("", source), ("--vae ", vae), ("--base ", base), ("--refiner ", refiner)):
+    named = (
+        ("--vae ", vae),
+        ("--base ", base),
+        ("--refiner ", refiner),
+        *(("--controlnet ", one) for one in controlnets),
+    )
+    for option, given in (("", source), *named):
         check_path(option, given)
     path = Path(source).expanduser()
     if revision is not None and path.exists():
@@ -60,13 +70,23 @@ def open_checkpoint(
         raise CheckpointError(f"{source}: no such file or folder")
     if vae is not None:
         with _given_as("--vae"):
-            checkpoint = with_vae(checkpoint, vae, repository.fetch_vae if is_repository_id(vae) else None)
+            fetch = partial(repository.fetch_network, part="vae")
+            checkpoint = with_vae(checkpoint, vae, fetch if is_repository_id(vae) else None)
     _check_fits(checkpoint)
     refuse_other_uses(checkpoint)
     if refiner is not None:
         checkpoint = with_refiner(checkpoint, refiner, _open_refiner(refiner, checkpoint))
+    if controlnets:
+        with _given_as("--controlnet"):
+            checkpoint = with_controlnets(checkpoint, controlnets, _fetch_controlnet)
     with _given_as("--lora"):
         return lora.fuse(checkpoint, loras, lora_partial) if loras else checkpoint
+
+
+def _fetch_controlnet(source: str) -> Path:
+    if not is_repository_id(source):
+        raise CheckpointError(f"{source}: no such file or folder")
+    return repository.fetch_network(source, KIND)
 
 
 def _open_base(base: str, variant: str | None = None) -> Checkpoint:

@@ -49,9 +49,10 @@ def fetch_unet(repo_id: str, revision: str | None = None, variant: str | None = 
     return _fetch(repo_id, revision, partial(unet_files, variant=variant))
 
 
-def fetch_vae(repo_id: str) -> Path:
-    """The folder of a VAE: of a repository that holds nothing else, or of a checkpoint's."""
-    return _fetch(repo_id, None, vae_files)
+def fetch_network(repo_id: str, part: str) -> Path:
+    """The folder of a network ("vae", "controlnet"): of a repository that holds nothing else, or of a checkpoint's,
+    in whose folder ``part`` it lies."""
+    return _fetch(repo_id, None, partial(network_files, part=part))
 
 
 MAIN_REVISION = "main"
@@ -88,15 +89,13 @@ def unet_files(names: frozenset[str], read_json: ReadJson, variant: str | None =
     return tuple(sorted({"config.json", *({CARD} & names), *_weights("", set(names), read_json, variant)}))
 
 
-def vae_files(names: frozenset[str], read_json: ReadJson) -> tuple[str, ...]:
-    """The files of a VAE, in the folder ``vae`` or at the top."""
-    part = "vae/" if "vae/config.json" in names else ""
-    inside = _inside(names, "vae") if part else set(names)
+def network_files(names: frozenset[str], read_json: ReadJson, part: str) -> tuple[str, ...]:
+    """The files of a network, in the folder ``part`` or at the top, and the card."""
+    inside, prefix = (_inside(names, part), f"{part}/") if f"{part}/config.json" in names else (set(names), "")
     if "config.json" not in inside:
         return ()
-    return tuple(
-        sorted(f"{part}{name}" for name in {"config.json", *_weights(part.rstrip("/"), inside, read_json)})
-    )
+    needed = {f"{prefix}{name}" for name in {"config.json", *_weights(prefix.rstrip("/"), inside, read_json)}}
+    return tuple(sorted({*needed, *({CARD} & names)}))
 
 
 def _inside(names: frozenset[str], part: str) -> set[str]:

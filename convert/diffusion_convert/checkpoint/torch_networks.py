@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CLASSES: Mapping[str, str] = {
     "UNet2DConditionModel": "diffusers",
+    "ControlNetModel": "diffusers",
     "AutoencoderKL": "diffusers",
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",

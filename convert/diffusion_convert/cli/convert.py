@@ -145,6 +145,13 @@ def convert(
         str | None,
         _option("SDXL refiner (folder, file or Hub id): a second UNet, for the last steps."),
     ] = None,
+    controlnet: Annotated[
+        list[str] | None,
+        _option("ControlNets (folder, file or Hub id), and a UNet that they steer; A,B or given several times."),
+    ] = None,
+    only_controlled: Annotated[
+        bool, _option("No UNet but the one that ControlNets steer.", "--only-controlled")
+    ] = False,
     layout: Annotated[
         str, _option("Whose interface: apple, or comfyui (ComfyUI-CoreMLSuite 2.x). Default: apple.")
     ] = "apple",
@@ -184,6 +191,8 @@ def convert(
         variant=variant,
         base=base,
         refiner=refiner,
+        controlnets=tuple(controlnet or ()),
+        only_controlled=only_controlled,
         layout=parse_choice(Layout, "layout", layout),
         precision=parse_choice(Precision, "precision", precision),
         compiled=compile_,

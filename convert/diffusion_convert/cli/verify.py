@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffusion_convert.options import parse_lora
+from diffusion_convert.options import parse_list, parse_lora
 
 if TYPE_CHECKING:
     from diffusion_convert.options import Lora
@@ -23,6 +23,9 @@ def verify(
     variant: Annotated[str | None, typer.Option(help="The variant of its weights that was converted.")] = None,
     base: Annotated[str | None, typer.Option(help="The checkpoint that gave what a single file lacks.")] = None,
     refiner: Annotated[str | None, typer.Option(help="The SDXL refiner that was put in at conversion.")] = None,
+    controlnet: Annotated[
+        list[str] | None, typer.Option(help="ControlNets that were named at conversion; A,B or several times.")
+    ] = None,
     vae: Annotated[str | None, typer.Option(help="The VAE that was put in at conversion.")] = None,
     lora: Annotated[
         list[str] | None,
@@ -44,6 +47,7 @@ def verify(
         variant=variant,
         base=base,
         refiner=refiner,
+        controlnets=parse_list(controlnet or ()),
         vae=vae,
         loras=loras,
         lora_partial=lora_partial,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffusion_convert.verification.bounds import MIN_PSNR_DB
-from diffusion_runtime.families import COMPONENTS
+from diffusion_runtime.families import kind_of, subfolder_of
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,8 @@ class Component:
     compute units; else on ``default_units``.
     ``palettized``: `--nbits`, `--target-bits` and `--recipe` are about it; ``min_palettized_psnr_db`` is the bound
     by bit width, against the float16 package.
+    ``is_in``: whether a checkpoint that has its network has the component. ``build_of``: where there are several
+    of the kind, gives the build of the one of that name, which takes the place of ``build``.
     """
 
     name: str
@@ -89,11 +91,19 @@ class Component:
     default_units: str = "cpu-and-gpu"
     palettized: bool = False
     min_palettized_psnr_db: Mapping[int, float] = field(default_factory=lambda: MIN_PSNR_DB)
+    is_in: Callable[[Checkpoint], bool] = lambda _: True
+    build_of: Callable[[str], Build] | None = None
 
     @property
     def subfolder(self) -> str:
         """Where its network lies in a checkpoint in diffusers' layout."""
-        return COMPONENTS[self.name].subfolder
+        return subfolder_of(self.name)
+
+    def named(self, name: str) -> Component:
+        """The one of several that is called so; the component itself where that is its name."""
+        if name == self.name or self.build_of is None:
+            return self
+        return replace(self, name=name, build=self.build_of(name))
 
     def compute_units(self, attention: AttentionKind) -> str:
         """What its models of that attention kind run on, unless the user says otherwise."""
@@ -101,9 +111,10 @@ class Component:
 
     def bits(self, options: ConvertOptions) -> int | None:
         """Bits of all weights that ``options`` ask for, None for 16-bit weights and where it is `mixed`."""
-        return options.nbits_for.get(self.name, options.nbits if self.palettized else None)
+        own = options.nbits_for.get(self.name, options.nbits_for.get(kind_of(self.name)))
+        return own if own is not None else options.nbits if self.palettized else None
 
     def mixed(self, options: ConvertOptions) -> bool:
         """Whether ``options`` give each weight bits of its own."""
         asked = options.target_bits is not None or options.recipe is not None
-        return asked and self.palettized and self.name not in options.nbits_for
+        return asked and self.palettized and not {self.name, kind_of(self.name)} & options.nbits_for.keys()

@@ -8,6 +8,7 @@ from pathlib import Path
 from diffusion_convert.bundle.model_card import CARD_NAME, write_model_card
 from diffusion_convert.bundle.variants import compile_variant, share_identical, zip_variants
 from diffusion_convert.checkpoint import folding
+from diffusion_convert.checkpoint.controlnet import controlnets
 from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import write_vocabulary
@@ -120,6 +121,9 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
         "noise_scheduler": _optional(checkpoint.schedulers.get("low_res_scheduler")),
         "force_zeros_for_empty_prompt": _forces_zeros(checkpoint),
         "refiner": None if checkpoint.refiner is None else _refiner(checkpoint.refiner),
+        "controlnets": {
+            name: told for name, told in checkpoint.controlnets.items() if name in controlnets(entries)
+        },
         "requires_safety_checker": bool(checkpoint.pipeline_config.get("requires_safety_checker", False)),
         "folded": checkpoint.folded.model_dump(),
         "tools": {**tool_versions(), "conversion": plan.fingerprint},

@@ -101,6 +101,7 @@ def _plan(source: str, options: ConvertOptions, previous: Previous, progress: Pr
         variant=options.variant,
         base=options.base,
         refiner=options.refiner,
+        controlnets=options.controlnets,
         vae=options.vae,
         loras=options.loras,
         lora_partial=options.lora_partial,

@@ -32,7 +32,7 @@ from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes
 from diffusion_runtime.errors import InputError, PackageError, VerificationError
-from diffusion_runtime.families import TEXT_ENCODERS
+from diffusion_runtime.families import CHUNKED, TEXT_ENCODERS
 from diffusion_runtime.mil.package import open_package
 
 RECORD = "record.json"
@@ -295,7 +295,7 @@ def check_recipe(plan: Plan, records: Mapping[str, Record]) -> tuple[str, ...]:
 
 def _cut(job: Job, record: Record) -> Record:
     """Two packages in place of a UNet, checked to compute the same one after the other."""
-    if not (job.plan.options.chunk_unet and job.part.component.name in ("unet", "refiner")):
+    if not (job.plan.options.chunk_unet and job.part.component.name in CHUNKED):
         return record
     job.report("cut", 0.0)
     started = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from importlib.metadata import version
@@ -22,7 +22,7 @@ from diffusion_convert.components.component import Component, Shape
 from diffusion_convert.options import ConvertOptions, Precision
 from diffusion_convert.palettize.recipe import Recipe, load_recipe
 from diffusion_runtime.errors import CheckpointError, InputError
-from diffusion_runtime.families import FAMILIES, TARGETS, AttentionKind, compiles
+from diffusion_runtime.families import COMPONENTS, FAMILIES, TARGETS, UNETS, AttentionKind, compiles, kind_of
 from diffusion_runtime.folding import Folding
 from diffusion_runtime.real_path import real_path
 
@@ -134,20 +134,23 @@ def tool_versions() -> dict[str, str]:
 def _components(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Component, ...]:
     table = {
         name: layouts.laid_out(component, options.layout)
-        for name, component in components.table().items()
+        for name, component in components.table(checkpoint.models).items()
         if layouts.has(options.layout, name)
     }
-    there = {name: component for name, component in table.items() if component.subfolder in checkpoint.models}
-    unknown = [name for name in options.components if name not in table]
-    if unknown:
-        raise InputError(f"unknown component {unknown[0]!r}: expected one of {', '.join(table)}")
-    missing = [name for name in options.components if name not in there]
-    if missing:
+    left_out = {"unet"} if options.only_controlled else set()
+    there = {
+        name: table[name] for name in components.of_checkpoint(checkpoint) if name in table and name not in left_out
+    }
+    known, asked = _kinds(table), options.components
+    if unknown := [name for name in asked if name not in {*known, *COMPONENTS}]:
+        raise InputError(f"unknown component {unknown[0]!r}: expected one of {', '.join(known)}")
+    if missing := [name for name in asked if name not in _kinds(there)]:
         raise InputError(f"{checkpoint.name} has no {missing[0]}; it has {', '.join(there)}")
-    chosen = {name: there[name] for name in there if not options.components or name in options.components}
-    for option, names in (("--nbits-for", options.nbits_for), ("--chunk-unet", ["unet"] * options.chunk_unet)):
-        if idle := [name for name in names if name not in chosen]:
-            raise InputError(f"{option}: {idle[0]} is not converted; what is: {', '.join(chosen)}")
+    chosen = {name: there[name] for name in there if not asked or {name, kind_of(name)} & set(asked)}
+    if idle := [name for name in options.nbits_for if name not in _kinds(chosen)]:
+        raise InputError(f"--nbits-for: {idle[0]} is not converted; what is: {', '.join(chosen)}")
+    if options.chunk_unet and not set(UNETS) & chosen.keys():
+        raise InputError(f"--chunk-unet: unet is not converted; what is: {', '.join(chosen)}")
     for option, value in (("--target-bits", options.target_bits), ("--recipe", options.recipe)):
         if value is not None and not any(component.mixed(options) for component in chosen.values()):
             can = ", ".join(name for name, component in table.items() if component.palettized)
@@ -155,11 +158,17 @@ def _components(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Compon
                 f"{option} {value}: nothing that is converted follows it; {can} can, without --nbits-for"
             )
     if options.nbits is not None and not any(
-        component.palettized and name not in options.nbits_for for name, component in chosen.items()
+        component.palettized and not {name, kind_of(name)} & options.nbits_for.keys()
+        for name, component in chosen.items()
     ):
         can = ", ".join(name for name, component in table.items() if component.palettized)
         raise InputError(f"--nbits {options.nbits}: nothing that is converted follows it; {can} can")
     return tuple(chosen.values())
+
+
+def _kinds(names: Iterable[str]) -> tuple[str, ...]:
+    """What options call these components: by their names, and several of a kind together by the kind."""
+    return tuple(dict.fromkeys(one for name in names for one in (kind_of(name), name)))
 
 
 def _not_compiled(target: str) -> str:
@@ -236,6 +245,7 @@ def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> str:
         "family": checkpoint.family,
         "refiner": None if checkpoint.refiner is None else _told_of_refiner(checkpoint.refiner),
         "configs": {name: dict(model.config) for name, model in checkpoint.models.items()},
+        "controlnets": {name: told.model_dump() for name, told in checkpoint.controlnets.items()},
         "schedulers": {name: dict(config) for name, config in checkpoint.schedulers.items()},
         "pipeline": dict(checkpoint.pipeline_config),
         "files": sorted(map(_stamp, files)),

@@ -12,7 +12,8 @@ import numpy as np
 from diffusion_convert.bundle import add_manifests
 from diffusion_convert.checkpoint.folding import fold
 from diffusion_convert.checkpoint.model import Checkpoint
-from diffusion_convert.components import table
+from diffusion_convert.components import component as component_of
+from diffusion_convert.components import of_checkpoint
 from diffusion_convert.components.component import Shape
 from diffusion_convert.inspect import palettized_weights
 from diffusion_convert.layouts import laid_out
@@ -71,7 +72,7 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
             key = name, shape, described.layout, names
             if key not in references:
                 report(f"running the source's own {name}")
-                own = laid_out(table()[name], described.layout)
+                own = laid_out(component_of(name), described.layout)
                 references[key] = compare.reference(own, folded, shape, lambda _: None)
             shown = folder.relative_to(models).as_posix() if folder != models else folder.name
             report(f"running {shown}: {name}")
@@ -111,10 +112,8 @@ def _described(folder: Path) -> Manifest:
 
 
 def _check_source(described: Manifest, checkpoint: Checkpoint, folder: Path, guessed: bool) -> None:
-    known = table()
-    missing = [
-        name for name in described.components if name not in known or known[name].subfolder not in checkpoint.models
-    ]
+    known = of_checkpoint(checkpoint)
+    missing = [name for name in described.components if name not in known]
     if missing or (described.family != checkpoint.family and not guessed):
         what = f"has no {', '.join(missing)}" if missing else f"is of family {checkpoint.family}"
         raise InputError(
@@ -135,7 +134,7 @@ def _bound(name: str, component: manifest.Component, bits: Iterable[int]) -> flo
     ``bits`` are the widths of the palettized weights that its files hold. A palettized component's record, which is
     against its 16-bit form, can only raise the bound: to the record and the 16-bit form's own noise together.
     """
-    owner, palettized, found = table()[name], component.palettization, tuple(bits)
+    owner, palettized, found = component_of(name), component.palettization, tuple(bits)
     if palettized is None or not found:
         return owner.min_psnr_db
     bound = bound_db(max(palettized.nbits, min(found)), owner.min_palettized_psnr_db)

@@ -24,7 +24,7 @@ from pydantic import (
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import PackageError
-from diffusion_runtime.families import Layout
+from diffusion_runtime.families import UNETS, Layout
 from diffusion_runtime.folding import Folding
 
 FORMAT_VERSION = 1
@@ -213,6 +213,14 @@ class Refiner(_Frozen):
     force_zeros_for_empty_prompt: bool = False
 
 
+class ControlNet(_Frozen):
+    """What a manifest says of a ControlNet. ``global_pool_conditions``: what it gives is for the text's half of the
+    guidance alone, as diffusers uses it; the unconditional half gets zeros."""
+
+    source: Source
+    global_pool_conditions: bool = False
+
+
 class Manifest(_Frozen):
     """Everything that a runtime must know and cannot read from the models' interfaces."""
 
@@ -246,13 +254,21 @@ class Manifest(_Frozen):
     )
     force_zeros_for_empty_prompt: bool = False
     refiner: Refiner | None = Field(default=None, description="of the component `refiner`, if there is one")
+    controlnets: dict[str, ControlNet] = Field(
+        default={}, description="by their own names; the component is called `ControlNet_` and that"
+    )
     requires_safety_checker: bool = False
     folded: Folded = Folded()
     tools: dict[str, str] = {}
 
+    @property
+    def unet(self) -> Component | None:
+        """The checkpoint's own UNet: the plain one, or where that is all there is, the one for ControlNets."""
+        return next((self.components[name] for name in UNETS if name in self.components), None)
+
     def text_tokens(self) -> int | None:
         """How many text tokens the UNet takes; None where there is none."""
-        unet = self.components.get("unet")
+        unet = self.unet
         states = (
             next((one.shape for one in unet.inputs if one.name == "encoder_hidden_states"), None) if unet else None
         )

@@ -1,0 +1,157 @@
+"""ControlNets beside a checkpoint: networks of their own, each under the name by which users and apps choose it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusion_convert.checkpoint import diffusers_folder, diffusers_unet, torch_networks
+from diffusion_convert.checkpoint.family import latent_factor, refuse_other_kinds
+from diffusion_convert.checkpoint.model import Checkpoint, Submodel
+from diffusion_runtime.bundle.manifest import ControlNet, Source
+from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.families import COMPONENTS, compiled_names, several
+from diffusion_runtime.real_path import real_path
+
+KIND = "controlnet"
+PREFIX = COMPONENTS[KIND].several or ""
+CLASS_NAME = "ControlNetModel"
+CHANNELS = 3
+"""Of the picture that steers: what every client hands over."""
+_FOREIGN = re.compile(r"[^A-Za-z0-9._-]+")
+"""What is no part of a name: names are those of files, and come before "=" on the command line."""
+_SHAPES: Mapping[str, Any] = {"block_out_channels": None, "layers_per_block": 2, "cross_attention_dim": None}
+"""What must be as in the UNet, for the residuals and states to fit, with diffusers' defaults."""
+_ADDED: Mapping[str, Any] = {"addition_embed_type": None, "projection_class_embeddings_input_dim": None}
+
+Fetch = Callable[[str], Path]
+"""Makes a folder of a Hub id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """One ControlNet: its name, its network, where it is from."""
+
+    name: str
+    network: Submodel
+    source: Source
+
+
+def controlnets(networks: Iterable[str]) -> dict[str, str]:
+    """The ControlNets among the names of a checkpoint's networks, by their own names."""
+    return several(KIND, networks)
+
+
+def with_controlnets(checkpoint: Checkpoint, sources: Sequence[str], fetch: Fetch) -> Checkpoint:
+    """The checkpoint with the ControlNets of ``sources`` in addition: folders, or Hub ids, of which ``fetch`` makes
+    folders. No weight is read.
+
+    Raises InputError for one that does not fit the checkpoint's UNet and for two of one name, CheckpointError for
+    what is damaged or no ControlNet; both name the source.
+    """
+    _check_steerable(checkpoint, sources)
+    opened = [_open(source, fetch) for source in sources]
+    _check_names(sources, [one.name for one in opened])
+    for source, one in zip(sources, opened, strict=True):
+        _check_fits(source, one.network.config, checkpoint)
+        torch_networks.check(one.network, one.network.tensors(), f"{source}: {KIND}")
+    return replace(
+        checkpoint,
+        models={**checkpoint.models, **{PREFIX + one.name: one.network for one in opened}},
+        controlnets={one.name: _described(one) for one in opened},
+    )
+
+
+def _described(one: Opened) -> ControlNet:
+    pools = bool(one.network.config.get("global_pool_conditions", False))
+    return ControlNet(source=one.source, global_pool_conditions=pools)
+
+
+def _open(source: str, fetch: Fetch) -> Opened:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        folder, name = _inner(path), diffusers_unet.name_of(real_path(path))
+        origin = Source(name=name, license=diffusers_folder.read_license(path))
+    else:
+        fetched = fetch(source)
+        folder, name = _inner(fetched), source
+        origin = Source(name=source, revision=fetched.name, license=diffusers_folder.read_license(fetched))
+    return Opened(_name(name), _from_folder(folder), origin)
+
+
+def _inner(folder: Path) -> Path:
+    """Where the network lies: in its own folder, or in that of a pipeline which was saved with it."""
+    inner = folder / KIND
+    return inner if not (folder / "config.json").is_file() and (inner / "config.json").is_file() else folder
+
+
+def _from_folder(folder: Path) -> Submodel:
+    found = diffusers_folder.read_json(folder / "config.json").get("_class_name")
+    if found != CLASS_NAME:
+        raise CheckpointError(
+            f"{folder}: no ControlNet: its config.json is of class {found}: expected {CLASS_NAME}"
+        )
+    return diffusers_folder.read_submodel(folder, CLASS_NAME)
+
+
+def _name(text: str) -> str:
+    """``lllyasviel/sd-controlnet-canny`` -> ``lllyasviel_sd-controlnet-canny``, as Apple's converter does."""
+    return _FOREIGN.sub("-", text.replace("/", "_")).strip("-.") or KIND
+
+
+def _check_names(sources: Sequence[str], names: Sequence[str]) -> None:
+    """Raises InputError for two that apps could not tell apart. Disks of Macs take upper and lower case for one."""
+    seen: dict[str, str] = {}
+    for source, name in zip(sources, names, strict=True):
+        (compiled,) = compiled_names(PREFIX + name)
+        other = seen.setdefault(compiled.casefold(), source)
+        if other is not source:
+            raise InputError(
+                f"--controlnet {source}: is called {name!r}, and {other} would have the same file name, "
+                f"{compiled}.mlmodelc: rename one of their folders or files"
+            )
+
+
+def _check_steerable(checkpoint: Checkpoint, sources: Sequence[str]) -> None:
+    """Raises InputError for a UNet that no ControlNet of diffusers is used with."""
+    latents = int(checkpoint.models["vae"].config["latent_channels"])
+    channels = int(checkpoint.models["unet"].config["in_channels"])
+    if channels not in (latents, 2 * latents + 1):
+        raise InputError(
+            f"--controlnet {sources[0]}: {checkpoint.name} is of family {checkpoint.family}, whose UNet takes "
+            f"{channels} channels: ControlNets are for those that take latents alone, or with a mask to paint in"
+        )
+
+
+def _check_fits(source: str, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Raises InputError for a ControlNet that was made for another UNet, with all that differs."""
+    refuse_other_kinds(config, source)
+    unet, vae = checkpoint.models["unet"].config, checkpoint.models["vae"].config
+    wrong = [*_differing(config, unet)]
+    for key, expected in (("in_channels", int(vae["latent_channels"])), ("conditioning_channels", CHANNELS)):
+        if (found := int(config.get(key, expected))) != expected:
+            wrong.append(f"{key} {found}, expected {expected}")
+    shrinks = 2 ** (len(config.get("conditioning_embedding_out_channels", (16, 32, 96, 256))) - 1)
+    if shrinks != latent_factor(vae):
+        wrong.append(f"makes pictures {shrinks} times smaller, expected {latent_factor(vae)}")
+    if wrong:
+        raise InputError(
+            f"--controlnet {source}: is for another kind of model than {checkpoint.name} ({checkpoint.family}): "
+            + "; ".join(wrong)
+        )
+
+
+def _differing(config: Mapping[str, Any], unet: Mapping[str, Any]) -> Iterator[str]:
+    for key, default in {**_SHAPES, **_ADDED}.items():
+        found, expected = (_plain(one.get(key, default), len(unet["block_out_channels"])) for one in (config, unet))
+        if found != expected:
+            yield f"{key} {found}, expected {expected}"
+
+
+def _plain(value: Any, blocks: int) -> Any:
+    """One number for all blocks where it is the same for each; lists and tuples alike."""
+    values = list(value) if isinstance(value, list | tuple) else [value] * blocks
+    return values[0] if all(one == values[0] for one in values) else values
