@@ -395,6 +395,9 @@ RECIPES: Mapping[str, Recipe] = {
     "sd1-inpainting": Recipe(
         "StableDiffusionInpaintPipeline", unet={**SD1_UNET, "in_channels": 9}, safety_checker=True
     ),
+    "sd1-pix2pix": Recipe(
+        "StableDiffusionInstructPix2PixPipeline", unet={**SD1_UNET, "in_channels": 8}, safety_checker=True
+    ),
     "sd2-base": Recipe(unet=SD2_UNET, **_V2),  # type: ignore[arg-type]
     "sd2-v": Recipe(
         unet={**SD2_UNET, "sample_size": 12, "upcast_attention": True},
@@ -427,6 +430,9 @@ RECIPES: Mapping[str, Recipe] = {
     "sdxl-v-zero-snr": Recipe(**{**_XL, "scheduler": EULER_V_ZERO_SNR}),
     "sdxl-inpainting": Recipe(
         **{**_XL, "pipeline": "StableDiffusionXLInpaintPipeline", "unet": {**SDXL_UNET, "in_channels": 9}}
+    ),
+    "sdxl-pix2pix": Recipe(
+        **{**_XL, "pipeline": "StableDiffusionXLInstructPix2PixPipeline", "unet": {**SDXL_UNET, "in_channels": 8}}
     ),
     "sdxl-refiner": Recipe(
         **{

@@ -77,8 +77,9 @@ class ConvertOptions:
 
     ``attention`` empty: what the family is converted with (`Family.attention`). ``components`` empty: all that
     there are. ``height`` and ``width`` in pixels, None: the checkpoint's own sample size. ``batch_size`` of the
-    UNet, None: 2, both halves of the guidance, or 1 where it takes the guidance scale as an input. ``nbits``,
-    ``target_bits`` (an average: each weight gets bits of its own) and ``recipe`` (a file of bits by weight)
+    UNet, None: 2, both halves of the guidance (3 where a picture guides, too), or 1 where it takes the guidance
+    scale as an input. ``nbits``, ``target_bits`` (an average: each weight gets bits of its own) and ``recipe``
+    (a file of bits by weight)
     exclude each other; ``nbits_for`` goes before them. ``context_length``: text tokens that the UNet takes,
     None: as many as the text encoder; two or three times as many are for long prompts, which are encoded in
     pieces. ``fold`` and ``no_fold``: which foldings (`diffusion_runtime.folding`) to do other than by default.
@@ -170,8 +171,11 @@ class ConvertOptions:
         low, high = min(PALETTE_BITS), max(PALETTE_BITS)
         if self.target_bits is not None and not low <= self.target_bits <= high:
             raise InputError(f"--target-bits {self.target_bits:g}: expected {low} to {high}")
-        if self.batch_size not in (None, 1, 2):
-            raise InputError(f"batch size {self.batch_size}: expected 2 (both halves of the guidance at once) or 1")
+        if self.batch_size not in (None, 1, 2, 3):
+            raise InputError(
+                f"batch size {self.batch_size}: expected 2 (both halves of the guidance at once) or 1; 3 where a "
+                "picture guides, too"
+            )
         if (self.height is None) != (self.width is None):
             raise InputError("--height and --width belong together: give both or neither")
         if len(set(self.attention)) != len(self.attention):

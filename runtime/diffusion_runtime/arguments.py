@@ -50,6 +50,7 @@ class Arguments(Others, total=False):
     width: int | None
     num_inference_steps: int
     guidance_scale: float | None
+    image_guidance_scale: float | None
     strength: float | None
     noise_level: int | None
     num_images_per_prompt: int

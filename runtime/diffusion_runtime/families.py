@@ -122,6 +122,7 @@ class Family:
     ``encoders``: which of `TEXT_ENCODERS` it has.
     ``added_conditions``: the UNet takes time_ids and text_embeds, as SDXL's does.
     ``guidance_scale``, ``strength``, ``inpainting_…``: what diffusers' pipelines take where none is given.
+    ``image_guidance_scale``: the same of a second guidance, by a picture that the UNet sees; None: it has none.
     ``attention``: what is converted where no kind is asked for.
     """
 
@@ -143,12 +144,18 @@ class Family:
     strength: float = 0.8
     inpainting_guidance_scale: float = 7.5
     inpainting_strength: float = 1.0
+    image_guidance_scale: float | None = None
     attention: tuple[AttentionKind, ...] = (AttentionKind.ORIGINAL, AttentionKind.SPLIT_EINSUM_V2)
 
     @property
     def pad_token(self) -> str | None:
         """What prompts are padded with where no tokenizer_config.json says so; None is the tokenizer's own."""
         return "!" if self.text_encoder.startswith("open_clip") else None
+
+    @property
+    def guided_rows(self) -> int:
+        """How many rows of the UNet's work a guided picture has (`guidance`)."""
+        return 2 if self.image_guidance_scale is None else 3
 
 
 _SDXL = Family(
@@ -177,6 +184,14 @@ FAMILIES: Mapping[str, Family] = {
             safety_checker=True,
             scheduler_settings=INPAINTING_SETTINGS,
         ),
+        Family(
+            name="sd1-pix2pix",
+            title="InstructPix2Pix",
+            in_channels=8,
+            safety_checker=True,
+            scheduler_settings={},
+            image_guidance_scale=1.5,
+        ),
         Family("sd2-base", "Stable Diffusion 2 base", 4, "open_clip"),
         Family("sd2-v", "Stable Diffusion 2 768-v", 4, "open_clip", ("v_prediction",), size=768),
         Family(
@@ -201,6 +216,13 @@ FAMILIES: Mapping[str, Family] = {
         ),
         _SDXL,
         replace(_SDXL, name="sdxl-inpainting", title="Stable Diffusion XL in-painting", in_channels=9),
+        replace(
+            _SDXL,
+            name="sdxl-pix2pix",
+            title="Stable Diffusion XL InstructPix2Pix",
+            in_channels=8,
+            image_guidance_scale=1.5,
+        ),
         replace(
             _SDXL,
             name="sdxl-refiner",

@@ -226,6 +226,7 @@ def _request(planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) ->
         else tuple(item.settings.negative_prompt or "" for item in planned),
         steps=one.steps,
         guidance_scale=one.guidance_scale,
+        image_guidance_scale=one.image_guidance_scale,
         eta=one.eta,
         image=inputs.get("image"),
         mask=inputs.get("mask"),
@@ -253,9 +254,13 @@ def _written(
 
 
 def filled_in(run: Run) -> dict[str, Any]:
-    """The guidance scale that was used; strength and noise level, where the task has them."""
+    """The guidance scale that was used; strength, noise level and that of the image, where the task has them."""
     request = run.job.request
-    used = {"strength": request.change, "noise_level": request.noise}
+    used = {
+        "strength": request.change,
+        "noise_level": request.noise,
+        "image_guidance_scale": request.image_guidance_scale,
+    }
     taken = {name: value if name in run.task.takes else None for name, value in used.items()}
     return {"guidance_scale": request.scale, **taken}
 

@@ -1,6 +1,8 @@
 """Classifier-free guidance (Ho and Salimans, 2022, equation 6) through a UNet of any fixed batch size.
 
-A row is one picture with one text. Guided, a picture has two rows, the unconditional text first; else one. Rows are
+A row is one picture with one text. Guided, a picture has two rows, the unconditional text first; else one. Where
+what the UNet sees guides as well (Brooks et al., InstructPix2Pix, 2023, equation 3), there are three, in diffusers'
+order: prompt and picture, unconditional text and picture, that text and zeros in the place of the picture. Rows are
 filled into calls of the UNet's batch size in this order, the last call with repetitions. So a UNet of batch 2 makes
 one call per guided picture and one per two pictures without guidance; a UNet of batch 1 makes two, and one.
 """
@@ -35,9 +37,10 @@ class Conditions:
     channels: torch.Tensor | None = None
 
 
-def is_guided(guidance_scale: float) -> bool:
-    """Guidance is on above 1: at 1 the guided prediction is the text's own."""
-    return guidance_scale > 1
+def is_guided(guidance_scale: float, image_guidance_scale: float | None = None) -> bool:
+    """Guidance is on above 1: at 1 the guided prediction is the text's own. By a picture: as diffusers, only where
+    that counts at least as it is."""
+    return guidance_scale > 1 and (image_guidance_scale is None or image_guidance_scale >= 1)
 
 
 def guidance_embedding(scales: torch.Tensor, width: int) -> torch.Tensor:
@@ -51,12 +54,20 @@ def guidance_embedding(scales: torch.Tensor, width: int) -> torch.Tensor:
     return torch.nn.functional.pad(embedding, (0, width % 2))
 
 
-def predictor(unet: Model, pictures: int, conditions: Conditions, guidance_scale: float) -> Predict:
-    """The UNet as a function of latents and timestep, guidance applied. Buffers are made here, once: a call copies
-    the latents into them and nothing else. Raises InputError for inputs that nothing here can fill."""
-    guided = is_guided(guidance_scale)
-    rows = pictures * (2 if guided else 1)
-    calls = _calls(unet, rows, 2 if guided else 1, conditions)
+def predictor(
+    unet: Model,
+    pictures: int,
+    conditions: Conditions,
+    guidance_scale: float,
+    image_guidance_scale: float | None = None,
+) -> Predict:
+    """The UNet as a function of latents and timestep, guidance applied; ``image_guidance_scale``: by the picture
+    that it sees, too. Buffers are made here, once: a call copies the latents into them and nothing else. Raises
+    InputError for inputs that nothing here can fill."""
+    guided = is_guided(guidance_scale, image_guidance_scale)
+    each = 1 if not guided else 2 if image_guidance_scale is None else 3
+    rows = pictures * each
+    calls = _calls(unet, rows, each, conditions)
 
     def predict(latents: torch.Tensor, timestep: float) -> torch.Tensor:
         outputs = [call.run(latents, timestep) for call in calls]
@@ -68,6 +79,9 @@ def predictor(unet: Model, pictures: int, conditions: Conditions, guidance_scale
             raise not_finite("unet") if all(call.sample.isfinite().all() for call in calls) else unfit_latents()
         if not guided:
             return together
+        if image_guidance_scale is not None:
+            text, image, nothing = together[0::3], together[1::3], together[2::3]
+            return nothing + guidance_scale * (text - image) + image_guidance_scale * (image - nothing)
         unconditional, text = together[0::2], together[1::2]
         # u + scale (t - u) without an intermediate array.
         return torch.lerp(unconditional, text, guidance_scale)
@@ -120,6 +134,8 @@ def _call(unet: Model, rows: Sequence[int], rows_per_picture: int, conditions: C
         taken -= conditions.channels.shape[1]
         several = len(conditions.channels) > 1
         sample[:, taken:] = conditions.channels[pictures] if several else conditions.channels
+        if rows_per_picture == 3:  # the last row of each sees no picture
+            sample[[row % 3 == 2 for row in rows], taken:] = 0.0
     return _Call(unet, arrays, sample[:, :taken], arrays["timestep"], _span(pictures))
 
 

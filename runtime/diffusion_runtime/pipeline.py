@@ -141,6 +141,7 @@ class Pipeline:
         width: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
         strength: float | None = None,
         noise_level: int | None = None,
         num_images_per_prompt: int = 1,
@@ -172,6 +173,7 @@ class Pipeline:
             num_inference_steps: denoising steps, 1 to the scheduler's number of training steps.
             guidance_scale: how closely to follow the prompt; 1 or less: no guidance. None: 7.5; 5 for SDXL, 7.5
                 with its mask; 8.5 for latent consistency models, which take it as an input.
+            image_guidance_scale: how closely to follow ``image``, for models that edit it; None: 1.5.
             strength: how much of ``image`` may change, above 0 to 1; None: 0.8, and 1 with a mask; 0.3 and 0.9999
                 for SDXL.
             noise_level: upscaling: the noise that is put on ``image``, 0 to 350; None: 20.
@@ -216,6 +218,7 @@ class Pipeline:
             width=width,
             steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
             eta=eta,
             image=None if isinstance(image, torch.Tensor) else image,
             mask=mask_image,
@@ -287,13 +290,17 @@ class Pipeline:
         return replace(
             request,
             guidance_scale=scale if request.guidance_scale is None else request.guidance_scale,
+            image_guidance_scale=family.image_guidance_scale
+            if request.image_guidance_scale is None
+            else request.image_guidance_scale,
             strength=strength if request.strength is None and request.image is not None else request.strength,
         )
 
     def is_guided(self, request: Request) -> bool:
-        """Whether each picture needs two rows of the UNet's work. A UNet that takes the scale as an input needs
+        """Whether each picture needs several rows of the UNet's work. A UNet that takes the scale as an input needs
         one."""
-        return guidance.is_guided(self.settled(request).scale) and not self._takes_guidance
+        asked = self.settled(request)
+        return guidance.is_guided(asked.scale, asked.image_guidance_scale) and not self._takes_guidance
 
     @property
     def _takes_guidance(self) -> bool:
@@ -309,8 +316,10 @@ class Pipeline:
             told["text_embeds"] = pooled
         if "time_ids" in shapes:
             ids, negative = request.sizes.time_ids(job.size, shapes["time_ids"][-1])
-            pair = [negative, ids] if self.is_guided(request) else [ids]
-            told["time_ids"] = torch.stack(pair * request.pictures)
+            each = [negative, ids] if self.is_guided(request) else [ids]
+            if len(each) == 2 and request.image_guidance_scale is not None:
+                each = [ids, ids, ids]  # diffusers' class for it has no sizes of a negative prompt
+            told["time_ids"] = torch.stack(each * request.pictures)
         if self._takes_guidance:
             scales = torch.full((rows,), request.scale)
             told[guidance.EMBEDDED] = guidance.guidance_embedding(scales, shapes[guidance.EMBEDDED][-1])
@@ -331,7 +340,8 @@ class Pipeline:
         job, request = run.job, run.job.request
         unet = self.models["unet"]
         scale = request.scale if self.is_guided(request) else 1.0
-        predict = guidance.predictor(unet, request.pictures, run.conditions, scale)
+        by_image = request.image_guidance_scale
+        predict = guidance.predictor(unet, request.pictures, run.conditions, scale, by_image)
         try:
             yield from denoising.denoise(predict, job.scheduler, run.start, job.noise, request.eta)
         finally:

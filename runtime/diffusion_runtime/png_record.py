@@ -38,6 +38,7 @@ class Settings:
     scheduler: str | None = None
     steps: int = 50
     guidance_scale: float | None = None
+    image_guidance_scale: float | None = None
     eta: float = 0.0
     image: str | None = None
     mask: str | None = None

@@ -120,6 +120,8 @@ CARDS = {
     "depth": (made("sd2-depth"), set()),
     "x4": (made("x4-upscaler", latents={"channels": 4, "factor": 4, "scale": 0.08333}), set()),
     "sdxl": (made("sdxl"), {SWIFT, MOCHI, HUGGING_FACE, PYTHON, COMFY_1}),
+    "sd1 pix2pix": (made("sd1-pix2pix"), set()),
+    "sdxl pix2pix": (made("sdxl-pix2pix"), set()),
     "sdxl in-painting": (made("sdxl-inpainting"), set()),
     "sdxl with EDM's noise levels": (made("sdxl", scheduler={"_class_name": "EDMEulerScheduler"}), set()),
     "sdxl, EDM's, v": (

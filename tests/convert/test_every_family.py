@@ -66,12 +66,12 @@ def interface(package: Package) -> tuple[Interface, Interface]:
 
 
 def expected_interfaces(family: str) -> Mapping[str, tuple[Interface, Interface]]:
-    """model-contracts.md for a tiny checkpoint, batch 2; 1 where the guidance scale is an input."""
+    """model-contracts.md for a tiny checkpoint, batch 2; 3 where a picture guides, 1 where a scale is an input."""
     recipe = tiny_checkpoints.RECIPES[family]
     unet, vae, text = recipe.unet, recipe.vae, recipe.text
     size = unet["sample_size"]
     picture, channels = size * latent_factor(vae), unet["in_channels"]
-    batch = 1 if unet.get("time_cond_proj_dim") else 2
+    batch = 1 if unet.get("time_cond_proj_dim") else 3 if family.endswith("pix2pix") else 2
     states, of_vae = ("hidden_embeds", FULL) if recipe.text_2 else ("last_hidden_state", HALF)
     sample: dict[str, tuple[str, tuple[int, ...]]] = {
         "sample": (HALF, (batch, channels, size, size)),

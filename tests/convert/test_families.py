@@ -29,7 +29,7 @@ def test_every_family_has_a_tiny_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("unet", "expected"),
     [
-        ({"in_channels": 8}, "8 input channels"),
+        ({"in_channels": 6}, "6 input channels"),
         ({"in_channels": 4, "num_class_embeds": 1000}, "class embeddings"),
         ({"in_channels": 4, "class_embed_type": "projection"}, "class embeddings"),
     ],

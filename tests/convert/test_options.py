@@ -33,7 +33,7 @@ Source = Callable[[str], Path]
         ({"nbits": 3, "target": "macOS14"}, "nbits 3: needs --target macOS15"),
         ({"nbits_for": {"unet": 3}, "target": "iOS16"}, "unet 3: needs --target macOS15"),
         ({"nbits": 5}, "nbits 5: expected one of " + ", ".join(map(str, PALETTE_BITS))),
-        ({"batch_size": 3}, "batch size 3: expected 2"),
+        ({"batch_size": 4}, "batch size 4: expected 2"),
         ({"height": 512}, "--height and --width belong together"),
         ({"attention": (AttentionKind.ORIGINAL,) * 2}, "given twice"),
         ({"attention": "fast"}, "unknown attention 'fast': expected one of original, split_einsum"),

@@ -26,7 +26,9 @@ PROGRAM = SOURCES / "coreml-sd-swift"
 
 INTERFACE = "the models' own interface says it"
 MADE = "says how the files were made, for people and for verify, publish and bundle"
+EDITS = "of InstructPix2Pix, whose UNets of 8 channels are refused"
 MANIFEST_NOT_NEEDED = {
+    "scales_image_latents": EDITS,
     "name": "messages name the source",
     "kind": "what a file is shows by its name",
     "height": INTERFACE,
@@ -51,7 +53,10 @@ MANIFEST_NOT_NEEDED = {
     "components.psnr_db": MADE,
     "components.palettization": MADE,
 }
-RECORD_NOT_READ = {"dtype": "Core ML computes in the types of the models; the torch backend alone has a choice"}
+RECORD_NOT_READ = {
+    "dtype": "Core ML computes in the types of the models; the torch backend alone has a choice",
+    "image_guidance_scale": EDITS,
+}
 FILES_NOT_READ = {"tokenizer.json": "vocab.json and merges.txt are asked for by name where they are missing"}
 TOKEN_NOT_NEEDED = dict.fromkeys(("lstrip", "rstrip"), "white space beside a token is dropped in any case")
 

@@ -24,6 +24,7 @@ class Needs(enum.Enum):
     IN_PAINTING = "the UNet takes a mask and a masked picture: 9 channels"
     DEPTH = "the UNet takes a depth map: 5 channels"
     UPSCALING = "the UNet takes a small picture and how much noise it was given: 7 channels"
+    EDITING = "the UNet takes the latents of a picture, and a picture and a prompt guide it: 8 channels, three rows"
     OTHER_INPUTS = "the UNet takes inputs of its own"
     GUIDANCE_INPUT = "the guidance scale is an input of the UNet"
     LATENT_SCALE = "latents have another scale"
@@ -68,6 +69,7 @@ _FIXED_BY_APPLE: Mapping[Needs, str] = {
     Needs.IN_PAINTING: _NO_PICTURES_IN,
     Needs.DEPTH: _NO_PICTURES_IN,
     Needs.UPSCALING: _NO_PICTURES_IN,
+    Needs.EDITING: _NO_PICTURES_IN,
     Needs.OTHER_INPUTS: _NO_PICTURES_IN,
     Needs.GUIDANCE_INPUT: "does not give the UNet the guidance scale",
     Needs.LATENT_SCALE: f"has the scale of latents fixed at {LATENT_SCALE} (Stable Diffusion XL: 0.13025)",
@@ -196,7 +198,7 @@ class Place:
         return text.format(**{name: getattr(self, name) for name in self.__slots__})
 
 
-_BY_CHANNELS: Mapping[int, Needs] = {9: Needs.IN_PAINTING, 5: Needs.DEPTH, 7: Needs.UPSCALING}
+_BY_CHANNELS: Mapping[int, Needs] = {9: Needs.IN_PAINTING, 5: Needs.DEPTH, 7: Needs.UPSCALING, 8: Needs.EDITING}
 _PLAIN_CHANNELS = 4
 _AESTHETIC_TIME_IDS = 5
 
@@ -296,6 +298,7 @@ TASKS: tuple[Task, ...] = (
     Task("in-painting models", frozenset({Needs.IN_PAINTING})),
     Task("depth", frozenset({Needs.DEPTH})),
     Task("x4 upscaler", frozenset({Needs.UPSCALING})),
+    Task("InstructPix2Pix", frozenset({Needs.EDITING})),
 )
 
 

@@ -101,7 +101,10 @@ def convert(
     height: Annotated[int | None, _option("Height of the picture in pixels. Default: the checkpoint's.")] = None,
     width: Annotated[int | None, _option("Width of the picture in pixels. Default: the checkpoint's.")] = None,
     batch_size: Annotated[
-        int | None, _option("Of the UNet: 2 for guidance in one call, or 1. Default: 2; 1 for LCM UNets.")
+        int | None,
+        _option(
+            "Of the UNet: 2 (InstructPix2Pix: 3) for guidance in one call, or 1. Default: that; 1 for LCM UNets."
+        ),
     ] = None,
     context_length: Annotated[
         int | None,

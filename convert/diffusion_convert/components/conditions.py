@@ -124,8 +124,9 @@ def _added_ports(asked: Asked) -> tuple[Port, ...]:
 def _draw_added(ports: tuple[Port, ...], drawing: Drawing) -> Mapping[str, np.ndarray]:
     """Sizes of several hundred pixels, crops of none or some, and where they belong, aesthetic scores."""
     rows, columns = ports[0].shape
-    ids = np.array([[1024, 1024, 0, 0, 1024, 1024], [768, 1152, 0, 64, 896, 1088]], np.float64)
-    found = ids[drawing.rng.permutation(2)][:rows, :columns]
+    sizes = ((1024, 1024, 0, 0, 1024, 1024), (768, 1152, 0, 64, 896, 1088), (1216, 832, 32, 0, 1216, 832))
+    ids = np.array(sizes, np.float64)
+    found = ids[drawing.rng.permutation(max(rows, 2))][:rows, :columns]
     if columns == AESTHETIC_TIME_IDS:
         found[:, -1] = drawing.rng.uniform(2, 7, len(found))
     return {"time_ids": found, "text_embeds": drawing.pooled}

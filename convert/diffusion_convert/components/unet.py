@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffusion_convert.checkpoint import folding, torch_networks
-from diffusion_convert.checkpoint.family import latent_factor, text_length
+from diffusion_convert.checkpoint.family import latent_factor, latent_scale, text_length
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.components.conditions import (
@@ -136,6 +136,9 @@ def draw_inputs(
     latent_channels = int(checkpoint.models["vae"].config["latent_channels"])
     if sample[1] == latent_channels + 1 + latent_channels:
         latents[:, latent_channels] = rng.random(sample[2:]) < 0.5  # the mask
+    elif sample[1] == 2 * latent_channels:  # a picture's latents, not scaled; none in the last row of three
+        latents[:, latent_channels:] /= latent_scale(checkpoint.models["vae"].config)
+        latents[2::3, latent_channels:] = 0
     elif sample[1] != latent_channels:
         latents[:, latent_channels:] = np.clip(latents[:, latent_channels:], -1, 1)  # a depth, a small picture
     steps = [TIMESTEPS[(seed * batch + row) % len(TIMESTEPS)] for row in range(batch)]

@@ -120,6 +120,7 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
         "scheduler": {**scheduler, "prediction_type": prediction} if "prediction_type" in scheduler else scheduler,
         "noise_scheduler": _optional(checkpoint.schedulers.get("low_res_scheduler")),
         "force_zeros_for_empty_prompt": _forces_zeros(checkpoint),
+        "scales_image_latents": bool(checkpoint.pipeline_config.get("is_cosxl_edit", False)),
         "refiner": None if checkpoint.refiner is None else _refiner(checkpoint.refiner),
         "controlnets": {
             name: told for name, told in checkpoint.controlnets.items() if name in controlnets(entries)

@@ -198,9 +198,13 @@ def _shape(checkpoint: Checkpoint, options: ConvertOptions) -> Shape:
 
 
 def settled_batch_size(checkpoint: Checkpoint, options: ConvertOptions) -> int:
-    """What is asked for; else one row for each half of the guidance, or one where the UNet takes the scale."""
+    """What is asked for; else one row for each part of the guidance, or one where the UNet takes the scale. Raises
+    InputError for rows that could never be filled."""
+    rows = FAMILIES[checkpoint.family].guided_rows
+    if (options.batch_size or 1) > rows:
+        raise InputError(f"--batch-size {options.batch_size}: guidance takes {rows} rows of {checkpoint.family}")
     takes_scale = checkpoint.models["unet"].config.get("time_cond_proj_dim") is not None
-    return options.batch_size or (1 if takes_scale else 2)
+    return options.batch_size or (1 if takes_scale else rows)
 
 
 def _size_note(checkpoint: Checkpoint, shape: Shape) -> tuple[str, ...]:

@@ -253,6 +253,9 @@ class Manifest(_Frozen):
         "not <|endoftext|>; null where that is not known",
     )
     force_zeros_for_empty_prompt: bool = False
+    scales_image_latents: bool = Field(
+        default=False, description="the latents of the picture that the UNet sees are scaled, as CosXL edit's"
+    )
     refiner: Refiner | None = Field(default=None, description="of the component `refiner`, if there is one")
     controlnets: dict[str, ControlNet] = Field(
         default={}, description="by their own names; the component is called `ControlNet_` and that"

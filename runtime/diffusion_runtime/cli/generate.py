@@ -46,6 +46,9 @@ checkpoints see the surroundings, any other blends.
 * [bold]depth to image[/bold]: --image, whose depth is kept; it is estimated, or given
 by --depth-image. Models of a depth checkpoint.
 
+* [bold]editing[/bold]: --image, and a prompt that says what to change. Models of an
+InstructPix2Pix checkpoint; --image-guidance-scale says how closely to follow the image.
+
 * [bold]upscaling[/bold]: --image, a quarter of the result's size, and --noise-level.
 Models of the x4 upscaler.
 
@@ -80,6 +83,9 @@ def generate(
     guidance_scale: Annotated[
         float | None,
         option("How closely to follow the prompt; 1 or less: off. Default: the models' (7.5; 5 for SDXL)."),
+    ] = None,
+    image_guidance_scale: Annotated[
+        float | None, option("InstructPix2Pix: how closely to follow --image. Default: 1.5.")
     ] = None,
     eta: Annotated[
         float | None, option("Fresh noise in each step of ddim, 0 to 1; tcd's gamma. Others take none. Default: 0.")
@@ -140,6 +146,7 @@ def generate(
         "scheduler": scheduler,
         "steps": steps,
         "guidance_scale": guidance_scale,
+        "image_guidance_scale": image_guidance_scale,
         "eta": eta,
         "image": _text(image),
         "mask": _text(mask),

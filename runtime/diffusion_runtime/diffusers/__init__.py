@@ -47,6 +47,7 @@ PIPELINES = {
     (4, "inpainting"): diffusers.StableDiffusionInpaintPipeline,
     (5, "image-to-image"): diffusers.StableDiffusionDepth2ImgPipeline,
     (7, "upscaling"): diffusers.StableDiffusionUpscalePipeline,
+    (8, "editing"): diffusers.StableDiffusionInstructPix2PixPipeline,
     (9, "inpainting"): diffusers.StableDiffusionInpaintPipeline,
 }
 """By the UNet's input channels and the task. The first of a number of channels is what is loaded unless asked."""
@@ -54,6 +55,7 @@ XL_PIPELINES = {
     (4, "text-to-image"): diffusers.StableDiffusionXLPipeline,
     (4, "image-to-image"): diffusers.StableDiffusionXLImg2ImgPipeline,
     (4, "inpainting"): diffusers.StableDiffusionXLInpaintPipeline,
+    (8, "editing"): diffusers.StableDiffusionXLInstructPix2PixPipeline,
     (9, "inpainting"): diffusers.StableDiffusionXLInpaintPipeline,
 }
 """The same of UNets that take time_ids and text_embeds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.tasks import depth_to_image, image_to_image, inpaint, text_to_image, upscale
+from diffusion_runtime.tasks import depth_to_image, edit, image_to_image, inpaint, text_to_image, upscale
 from diffusion_runtime.tasks.job import GIVEN, Job, Prepared, Request, Task
 
 TASKS: tuple[Task, ...] = (
@@ -15,6 +15,7 @@ TASKS: tuple[Task, ...] = (
     inpaint.SEEING,
     depth_to_image.TASK,
     upscale.TASK,
+    edit.TASK,
 )
 
 __all__ = ["TASKS", "Job", "Prepared", "Request", "Task", "choose", "starts_from", "uses"]

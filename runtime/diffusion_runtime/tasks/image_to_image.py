@@ -13,16 +13,21 @@ from diffusion_runtime.tasks.job import Job, Prepared, Task
 def encode(job: Job, image: torch.Tensor) -> torch.Tensor:
     """Latents of a picture (1, 3, height, width) in -1..1, drawn from the encoder's distribution: one for all
     pictures (1, channels, height, width), or one each where each has its own noise."""
-    encoder = job.models["vae_encoder"]
-    (name, spec), *_ = encoder.inputs.items()
-    values = encoder.one("latent", **{name: image.numpy().astype(spec.dtype)})
-    moments = torch.from_numpy(values).float()
-    mean, log_variance = moments.chunk(2, dim=1)
+    mean, log_variance = moments(job, image)
     deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
     count = job.request.pictures if job.noise.per_picture else 1
     sample = mean + deviation * job.noise.normal((count, *mean.shape[1:]))
     latents = job.manifest.latents
     return (sample - latents.shift) * latents.scale
+
+
+def moments(job: Job, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance (1, channels, height, width) of a picture's latents, not scaled."""
+    encoder = job.models["vae_encoder"]
+    (name, spec), *_ = encoder.inputs.items()
+    values = encoder.one("latent", **{name: image.numpy().astype(spec.dtype)})
+    mean, log_variance = torch.from_numpy(values).float().chunk(2, dim=1)
+    return mean, log_variance
 
 
 def check(job: Job) -> None:

@@ -25,6 +25,7 @@ GIVEN: Mapping[str, str] = {
     "depth": "a depth",
     "strength": "a strength",
     "noise_level": "a noise level",
+    "image_guidance_scale": "an image guidance scale",
     "latents": "latents",
     "denoising_start": "a denoising_start",
     "denoising_end": "a denoising_end",
@@ -51,8 +52,8 @@ class Request:
     ``image`` and ``mask`` are PIL pictures, ``depth`` a picture or (height, width) float32 depths, nearer larger;
     ``strength`` None is 0.8, and 1 with a mask; ``noise_level`` None is 20; ``latents`` are start values drawn by
     the caller, or, with ``denoising_start``, what another model left at its ``denoising_end`` (parts of the steps).
-    ``refiner_start`` is the part of the steps after which a refiner goes on. ``guidance_scale`` None is the models'
-    own default; ``sizes`` are what SDXL's UNets are told.
+    ``refiner_start`` is the part of the steps after which a refiner goes on. ``guidance_scale`` and
+    ``image_guidance_scale`` None are the models' own defaults; ``sizes`` are what SDXL's UNets are told.
     Raises InputError for what no models could do."""
 
     prompts: tuple[str, ...]
@@ -61,6 +62,7 @@ class Request:
     width: int | None = None
     steps: int = 50
     guidance_scale: float | None = None
+    image_guidance_scale: float | None = None
     eta: float = 0.0
     image: Image.Image | None = None
     mask: Image.Image | None = None
@@ -92,9 +94,12 @@ class Request:
     def _check_numbers(self) -> None:
         if not is_whole(self.steps) or self.steps < 1:
             raise InputError(f"{self.steps!r} steps: expected a whole number, at least 1")
-        scale = self.guidance_scale
-        if scale is not None and (not is_number(scale) or abs(scale) > MAX_GUIDANCE):
-            raise InputError(f"guidance scale {self.guidance_scale!r}: expected a number, usually 1 to 15")
+        for what, scale, usual in (
+            ("guidance scale", self.guidance_scale, "1 to 15"),
+            ("image guidance scale", self.image_guidance_scale, "1 to 2.5"),
+        ):
+            if scale is not None and (not is_number(scale) or abs(scale) > MAX_GUIDANCE):
+                raise InputError(f"{what} {scale!r}: expected a number, usually {usual}")
         if not is_number(self.eta) or not 0 <= self.eta <= 1:
             raise InputError(f"eta {self.eta!r}: expected a number, 0 to 1")
         if self.strength is not None and (not is_number(self.strength) or not 0 < self.strength <= 1):
@@ -150,11 +155,14 @@ class Request:
 
     def texts(self, guided: bool) -> list[str | None]:
         """One text per row of the UNet's work: guided, the negative prompt (None: there is none) and the prompt of
-        each picture."""
+        each picture; where a picture guides, too, the prompt and twice the negative one."""
         if not guided:
             return list(self.prompts)
         negatives: tuple[str | None, ...] = self.negative_prompts or (None,) * len(self.prompts)
-        return [text for pair in zip(negatives, self.prompts, strict=True) for text in pair]
+        pairs = zip(negatives, self.prompts, strict=True)
+        if self.image_guidance_scale is None:
+            return [text for pair in pairs for text in pair]
+        return [text for negative, prompt in pairs for text in (prompt, negative, negative)]
 
 
 @dataclass(frozen=True, slots=True)

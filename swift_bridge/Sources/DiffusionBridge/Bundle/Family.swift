@@ -38,6 +38,7 @@ struct Family: Sendable {
         Family(name: "sd1", asksForSafetyChecker: true),
         Family(
             name: "sd1-inpainting", channels: 9, asksForSafetyChecker: true, schedulerSettings: inPaintingSettings),
+        Family(name: "sd1-pix2pix", channels: 8, asksForSafetyChecker: true, schedulerSettings: [:]),
         Family(name: "sd2-base", textWidth: 1024),
         Family(name: "sd2-v", textWidth: 1024, predictionType: "v_prediction", size: 768),
         Family(name: "sd2-inpainting", channels: 9, textWidth: 1024, schedulerSettings: inPaintingSettings),
@@ -47,6 +48,7 @@ struct Family: Sendable {
             latentScale: 0.08333, noiseScheduler: lowResolutionScheduler, schedulerSettings: [:]),
         xl("sdxl", channels: 4, textWidth: 2048),
         xl("sdxl-inpainting", channels: 9, textWidth: 2048),
+        xl("sdxl-pix2pix", channels: 8, textWidth: 2048),
         xl("sdxl-refiner", channels: 4, textWidth: 1280),
     ]
 
