@@ -148,7 +148,7 @@ def test_variants(tiny_checkpoint: Callable[[str], Path], tmp_path: Path, varian
             {"_class_name": "UNet3DConditionModel"},
             "is of class UNet3DConditionModel: expected UNet2DConditionModel",
         ),
-        ({"in_channels": 8}, "8 input channels"),
+        ({"in_channels": 6}, "6 input channels"),
         ({"encoder_hid_dim": 64}, "encoder_hid_dim 64"),
         ({"cross_attention_dim": 40}, "the text encoder gives states of 32 channels, but the UNet takes 40"),
     ],

@@ -107,8 +107,8 @@ def test_what_the_unet_sees_is_scaled_as_in_diffusers(
     if change == "single file":
         source = compvis_layout.write(folder, tmp_path / "pix2pix.safetensors")
     # A file does not tell for which size it is.
-    size = {"height": 64, "width": 64} if change == "single file" else {}
-    options = ConvertOptions("original", verify=False, compiled=False, zip=False, **size)
+    size = 64 if change == "single file" else None
+    options = ConvertOptions("original", verify=False, compiled=False, zip=False, height=size, width=size)
     made = convert(source, tmp_path / "models", options)
     assert made.family == family
     theirs = diffusers.DiffusionPipeline.from_pretrained(str(folder), local_files_only=True).to(torch.float32)

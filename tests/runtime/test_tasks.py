@@ -169,7 +169,7 @@ def test_the_task_follows_from_models_and_what_is_given(channels: int, given: se
         (4, {"image", "latents"}, "given an image and latents, but these models do"),
         (7, {"image", "strength"}, "given an image and a strength, but these models do upscaling"),
         (7, set(), "upscaling: --image"),
-        (8, {"image"}, "the UNet takes 8 channels, and no task is known for that"),
+        (6, {"image"}, "the UNet takes 6 channels, and no task is known for that"),
     ],
 )
 def test_what_does_not_fit_is_said(channels: int, given: set[str], message: str) -> None:
