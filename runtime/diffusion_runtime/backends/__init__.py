@@ -64,8 +64,9 @@ class LoadedModel(Model, Protocol):
 
 
 class Backend(Protocol):
-    def load(self, path: Path, compute_units: ComputeUnits) -> LoadedModel:
-        """Load an .mlpackage or .mlmodelc. Raises PackageError (damaged) or UnsupportedError (ops named)."""
+    def load(self, path: Path, compute_units: ComputeUnits, function: str | None = None) -> LoadedModel:
+        """Load an .mlpackage or .mlmodelc; of several functions the one of that name (None: the default one).
+        Raises InputError (no such function), PackageError (damaged) or UnsupportedError (ops named)."""
 
 
 BACKENDS = {

@@ -55,35 +55,35 @@ class CoreMLBackend:
 
     cache: Path = field(default_factory=default_cache)
 
-    def load(self, path: Path, compute_units: ComputeUnits) -> CoreMLModel:
-        """Load an .mlpackage or .mlmodelc. Raises InstallationError on other systems, PackageError where the model
-        is damaged or Core ML refuses it."""
+    def load(self, path: Path, compute_units: ComputeUnits, function: str | None = None) -> CoreMLModel:
+        """Load an .mlpackage or .mlmodelc. Raises InstallationError on other systems, InputError where there is no
+        such function, PackageError where the model is damaged or Core ML refuses it."""
         if platform.system() != "Darwin":
             raise InstallationError("the coreml backend needs macOS; use `--backend torch` on this machine")
-        described = open_package(path).model
+        described = open_package(path).of(function).model
         interface = described.interface
         coremltools = import_coremltools()
         units = coremltools.ComputeUnit[UNIT_NAMES[compute_units]]
         try:
-            model = self._open(coremltools, path, units)
+            model = self._open(coremltools, path, {"compute_units": units, "function_name": function})
         except Exception as error:  # coremltools raises bare Exception and whatever Core ML reports
             raise PackageError(f"{path}: Core ML cannot load it: {_first_line(error)}") from error
         inputs, outputs = specs(interface.inputs, path), specs(interface.outputs, path)
         return CoreMLModel(path, inputs, outputs, described.metadata, model)
 
-    def _open(self, coremltools: Any, path: Path, units: Any) -> Any:
+    def _open(self, coremltools: Any, path: Path, options: Mapping[str, Any]) -> Any:
         if path.suffix == ".mlmodelc":
-            return coremltools.models.CompiledMLModel(str(path), compute_units=units)
+            return coremltools.models.CompiledMLModel(str(path), **options)
         target = self.cache / f"{content_key(path)}.mlmodelc"
         if target.is_dir():
             try:
-                return coremltools.models.CompiledMLModel(str(target), compute_units=units)
+                return coremltools.models.CompiledMLModel(str(target), **options)
             except Exception:  # of another system's version, or damaged: compile it anew; that says what is wrong
                 self._remove(target)
         compiled = self._compiled(coremltools, path, target)
         if compiled is None:
-            return coremltools.models.MLModel(str(path), compute_units=units)
-        return coremltools.models.CompiledMLModel(str(compiled), compute_units=units)
+            return coremltools.models.MLModel(str(path), **options)
+        return coremltools.models.CompiledMLModel(str(compiled), **options)
 
     def _compiled(self, coremltools: Any, path: Path, target: Path) -> Path | None:
         """The package compiled into the cache; None where nothing can be written there."""

@@ -38,15 +38,24 @@ class TorchBackend:
     stream_weights: bool = False
     fuse: bool = True
 
-    def load(self, path: Path, compute_units: ComputeUnits = ComputeUnits.ALL) -> TorchModel:  # noqa: ARG002
-        """Load an .mlpackage, .mlmodel or .mlmodelc; ``compute_units`` mean nothing here.
+    def load(
+        self,
+        path: Path,
+        compute_units: ComputeUnits = ComputeUnits.ALL,  # noqa: ARG002
+        function: str | None = None,
+    ) -> TorchModel:
+        """Load an .mlpackage, .mlmodel or .mlmodelc; ``compute_units`` mean nothing here. ``function``: which of
+        several; None: the default one.
 
-        Raises InputError (no such file or device), PackageError (damaged) or UnsupportedError (not covered).
+        Raises InputError (no such file, function or device), PackageError (damaged) or UnsupportedError (not
+        covered).
         """
         if self.dtype not in DTYPES:
             raise InputError(f"unknown dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
         _check_device(self.device)
         package = open_package(path)
+        if function is not None:
+            package = package.of(function)
         interface = package.model.interface
         module = lower(
             package,

@@ -113,7 +113,9 @@ def undefined(function: Function) -> list[str]:
 
 def _undeclared(interface: FunctionInterface, model: Model) -> Iterator[str]:
     functions = model.program.functions
-    function = functions.get(interface.name) or (model.function if len(functions) == 1 else None)
+    function = functions.get(interface.name) or (
+        model.function if len(functions) == 1 and not model.default_function else None
+    )
     if function is None:
         yield f"function {interface.name} is described, the program has {', '.join(functions)}"
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy as np
 
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_folder
-from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.errors import InputError, PackageError, UnsupportedError
 from diffusion_runtime.mil import proto, text
+from diffusion_runtime.mil.functions import one_function
 from diffusion_runtime.mil.model import Model, check_model
 from diffusion_runtime.mil.program import Blob, TensorType, Value
 from diffusion_runtime.mil.weights import WeightFile
@@ -53,6 +54,13 @@ class Package:
         if isinstance(value.type, TensorType) and isinstance(value.data, Blob):
             shape = self._shape(value.type)
             self.weight_file(value.data).packed(value.data.offset, value.type.dtype, shape)
+
+    def of(self, function: str | None) -> Package:
+        """The same package with one function alone (None: the default one). Raises as `one_function` does."""
+        try:
+            return replace(self, model=one_function(self.model, function))
+        except (InputError, UnsupportedError) as error:
+            raise type(error)(f"{self.path}: {error}") from error
 
     def stored_bytes(self) -> int:
         """The size of the weight files that were opened so far."""

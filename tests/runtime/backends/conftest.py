@@ -35,6 +35,7 @@ class StandIn:
     fails: str = ""
     compiled: list[str] = field(default_factory=list)
     opened: list[tuple[str, str, str]] = field(default_factory=list)
+    functions: list[str | None] = field(default_factory=list)
     predictions: list[dict[str, np.ndarray]] = field(default_factory=list)
 
     def module(self) -> Any:
@@ -42,9 +43,11 @@ class StandIn:
         stand_in = self
 
         class _Model:
-            def _open(self, kind: str, path: str, units: ComputeUnit) -> None:
+            def _open(self, kind: str, path: str, units: ComputeUnit, function: str | None) -> None:
                 assert isinstance(path, str) and isinstance(units, ComputeUnit)
+                assert function is None or isinstance(function, str)
                 stand_in.raise_if("load")
+                stand_in.functions.append(function)
                 stand_in.opened.append((kind, path, units.name))
 
             def predict(self, data: dict[str, np.ndarray], state: Any = None) -> dict[str, np.ndarray]:
@@ -64,7 +67,7 @@ class StandIn:
                 function_name: Any = None,
                 optimization_hints: Any = None,
             ) -> None:
-                self._open("package", model, compute_units)
+                self._open("package", model, compute_units, function_name)
 
         class CompiledMLModel(_Model):
             def __init__(
@@ -76,7 +79,7 @@ class StandIn:
                 asset: Any = None,
             ) -> None:
                 assert Path(path).is_dir()
-                self._open("compiled", path, compute_units)
+                self._open("compiled", path, compute_units, function_name)
 
         def compile_model(model: str, destination_path: str | None = None) -> str:
             stand_in.raise_if("compile")
