@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from diffusion_runtime.mil import fused
-from diffusion_runtime.mil.fuse_attention import fuse_attention
+from diffusion_runtime.mil.fuse_attention import fuse_attention, fuse_plain_attention
 from diffusion_runtime.mil.lower import forget_source_with
 from diffusion_runtime.mil.match import (
     drop_unused,
@@ -183,5 +183,8 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 DIFFERENTIABLE: tuple[Pass, ...] = (fuse_norms, fuse_silu, fuse_attention)
 """Passes after which gradients can be taken: nothing writes into what a backward pass needs."""
+
+WATCHABLE: tuple[Pass, ...] = (fuse_plain_attention, use_channels_last)
+"""Passes after which every value can still be watched, or is known by a bound (`observe.SCORES`)."""
 
 PASSES: tuple[Pass, ...] = (*DIFFERENTIABLE, use_channels_last, reuse_memory)

@@ -27,11 +27,17 @@ class Product:
     out: str
 
 
-def fuse_attention(module: fx.GraphModule) -> None:
-    """Every attention that follows the pattern becomes one ``attend`` node."""
+PEAK = "peak"
+"""In the metadata of an ``attend`` node: by how much its scores, with whatever factors on the way, may exceed the
+product of its operands."""
+
+
+def fuse_attention(module: fx.GraphModule, masked: bool = True) -> None:
+    """Every attention that follows the pattern becomes one ``attend`` node; where not ``masked``, only those whose
+    scores nothing is added to."""
     for node in list(module.graph.nodes):
         if operation(node) == "softmax":
-            _fuse_softmax(module, node)
+            _fuse_softmax(module, node, masked)
     drop_unused(module)
     while any(_merge(module, node) for node in list(module.graph.nodes) if operation(node) == "concat"):
         drop_unused(module)
@@ -40,13 +46,18 @@ def fuse_attention(module: fx.GraphModule) -> None:
             _fold_operands(module, node)
 
 
-def _fuse_softmax(module: fx.GraphModule, softmax: fx.Node) -> None:
+def fuse_plain_attention(module: fx.GraphModule) -> None:
+    """`fuse_attention` of those without a mask, whose scores are known by the norms of queries and keys."""
+    fuse_attention(module, masked=False)
+
+
+def _fuse_softmax(module: fx.GraphModule, softmax: fx.Node, masked: bool) -> None:
     users = list(softmax.users)
     weighted = _product(users[0]) if len(users) == 1 else None
     scores, mask, scale = _scores(module, operand(softmax, "x"))
     similarity = _product(scores)
     shape = shape_of(softmax)
-    if weighted is None or similarity is None or shape is None:
+    if weighted is None or similarity is None or shape is None or (mask is not None and not masked):
         return
     k = similarity.out[int(operand(softmax, "axis", -1))]
     sides = [similarity.first, similarity.second]
@@ -70,7 +81,7 @@ def _fuse_softmax(module: fx.GraphModule, softmax: fx.Node) -> None:
     labels = f"{query_letters},{key_letters},{value_letters}->{out}".translate(table)
     mask_node = _mask(module, softmax, mask, similarity.out.translate(table))
     arguments = {"query": query, "key": key, "value": value, "labels": labels, "scale": scale, "mask": mask_node}
-    put(module, users[0], fused.attend, arguments, "attend")
+    put(module, users[0], fused.attend, arguments, "attend").meta[PEAK] = max(1.0, abs(scale))
 
 
 def _scores(module: fx.GraphModule, node: Any) -> tuple[Any, Any, float]:
@@ -222,7 +233,7 @@ def _merge(module: fx.GraphModule, concat: fx.Node) -> bool:
         merged["heads"] = len(parts)
     else:
         return False
-    put(module, concat, fused.attend, merged, "attend")
+    put(module, concat, fused.attend, merged, "attend").meta[PEAK] = max(part.meta[PEAK] for part in parts)
     return True
 
 
@@ -309,6 +320,7 @@ def _fold_operands(module: fx.GraphModule, node: fx.Node) -> None:
             inner, factor = _unscaled(module, x) if name != "value" else (x, 1.0)
             if inner is not x and shape_of(inner) == shape_of(x):
                 arguments[name], arguments["scale"], changed = inner, arguments["scale"] * factor, True
+                node.meta[PEAK] *= max(1.0, abs(factor))
             elif operation(x) == "transpose":
                 perm = [int(axis) % len(labels[name]) for axis in operand(x, "perm")]
                 word = [""] * len(perm)

@@ -51,6 +51,13 @@ def attend(
     return mixed.reshape(*batch, *mixed.shape[-2:]).permute(out_order)
 
 
+def by_head(query: Tensor, key: Tensor, labels: str, heads: int) -> tuple[Tensor, Tensor]:
+    """Queries and keys of `attend` as (*batch, length, channels), heads among the batch."""
+    query_order, key_order, *_ = _orders(labels)
+    q, k = query.permute(query_order), key.permute(key_order)
+    return (_by_head(q, heads), _by_head(k, heads)) if heads > 1 else (q, k)
+
+
 def conv2d(
     x: Tensor,
     weight: Tensor,

@@ -12,14 +12,19 @@ from torch import Tensor, fx
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError
 from diffusion_runtime.mil.by_rows import Rows, defer, large_scores, product, scores_in_parts
 from diffusion_runtime.mil.constants import torch_dtype
+from diffusion_runtime.mil.fuse_attention import PEAK
+from diffusion_runtime.mil.fused import by_head
 from diffusion_runtime.mil.lower import REFUSALS, check_value, refusal
 from diffusion_runtime.mil.match import operation
 
 Observe = Callable[[str, str, Tensor], None]
 """Called with the MIL name of each computed value, the op that computed it, and the value. The scores of a large
-attention (`by_rows.HELD_ELEMENTS`) come in parts, one call for each. An attention that is one op shows, before its
-value, its scores without their scale, in parts as well, under the name with `SCORES` after it."""
+attention (`by_rows.HELD_ELEMENTS`) come in parts, one call for each. An attention that is one op, or has become one
+(`fuse.WATCHABLE`), shows, before its value, its scores without their scale under the name with `SCORES` after it:
+what they cannot exceed where that is below `FAR`, else the scores, in parts as well."""
 SCORES = ".scores"
+FAR = 2.0**14
+"""A quarter of what float16 can hold: scores that are smaller need not be known."""
 
 
 def observe(
@@ -63,6 +68,11 @@ def _ignore(*_: object) -> None:
     pass
 
 
+def _longest(rows: Tensor) -> float:
+    """The largest Euclidean norm of a row; nan where an element is."""
+    return float(torch.linalg.vector_norm(rows, dim=-1).max()) if rows.numel() else 0.0
+
+
 class _Watched(fx.Interpreter):
     """Checks each value against its declared type, and says which op an error comes from."""
 
@@ -89,10 +99,17 @@ class _Watched(fx.Interpreter):
         return value
 
     def _show_scores(self, n: fx.Node) -> None:
-        if operation(n) == "scaled_dot_product_attention":
-            _, arguments = self.fetch_args_kwargs_from_env(n)
-            for part in scores_in_parts(arguments["query"], arguments["key"]):
-                self._watch(n.meta["mil"] + SCORES, n.meta["op"], part)
+        if operation(n) not in ("scaled_dot_product_attention", "attend"):
+            return
+        _, arguments = self.fetch_args_kwargs_from_env(n)
+        query, key, peak = arguments["query"], arguments["key"], float(n.meta.get(PEAK, 1.0))
+        if operation(n) == "attend":
+            query, key = by_head(query, key, arguments["labels"], arguments.get("heads", 1))
+        # By Cauchy and Schwarz no score is larger; nor is an operand with a factor on its way to the product.
+        most = peak * max(1.0, _longest(query)) * max(1.0, _longest(key))
+        parts = [query.new_tensor(most)] if most < FAR else scores_in_parts(query * peak, key)
+        for part in parts:
+            self._watch(n.meta["mil"] + SCORES, n.meta["op"], part)
 
     def _value(self, n: fx.Node) -> Any:
         if n.op == "call_function" and self._in_parts:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import fx
 
-from diffusion_runtime.mil.fuse import fuse
+from diffusion_runtime.mil.fuse import WATCHABLE, fuse
 from diffusion_runtime.mil.lower import lower
+from diffusion_runtime.mil.observe import FAR, SCORES, observe
 from diffusion_runtime.mil.package import open_package
 
 Body = Callable[..., Any]
@@ -338,3 +339,48 @@ def test_swallowed_constants_are_freed(save_program: Callable[..., Path]) -> Non
 
     module = fuse(lower(open_package(save_program(body, x=(2, 8, 5, 3)))))
     assert sorted(tuple(buffer.shape) for buffer in module.buffers()) == [(8,), (8,)]
+
+
+def watched(module: fx.GraphModule, inputs: list[torch.Tensor]) -> list[tuple[str, str, torch.Tensor]]:
+    found: list[tuple[str, str, torch.Tensor]] = []
+    observe(module, inputs, lambda name, op, value: found.append((name, op, value)))
+    return found
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("factor", [0.3, 3.0])
+def test_scores_that_are_swallowed_are_shown_by_a_bound_and_in_parts_where_they_may_be_large(
+    split: bool, factor: float, save_program: Callable[..., Path]
+) -> None:
+    """The factor lies before the product or after it; where it is above 1, so must be what is shown."""
+
+    def body(mb: Any, q: Any, k: Any, v: Any) -> Any:
+        if split:
+            return split_attention(chunks=(4, 4, 2))(mb, q, mb.mul(x=k, y=np.float32(factor)), v)
+        scores = mb.mul(x=mb.matmul(x=q, y=k, transpose_y=True, name="product"), y=np.float32(factor))
+        return mb.matmul(x=mb.softmax(x=scores, axis=-1), y=v)
+
+    shapes = SPLIT if split else {"q": (2, 3, 10, 4), "k": (2, 3, 7, 4), "v": (2, 3, 7, 4)}
+    package = open_package(save_program(body, **shapes))
+    whole, pieces = lower(package), fuse(lower(package), WATCHABLE)
+    assert ops(pieces)["attend"] == 1
+    for size, count in ((1, 1), (300, 2)):
+        inputs = [
+            torch.randn(shape, generator=torch.Generator().manual_seed(1)) * size for shape in shapes.values()
+        ]
+        scores = [
+            float(value.abs().max())
+            for _, op, value in watched(whole, inputs)
+            if op in ("matmul", "einsum", "mul", "softmax")
+        ]
+        shown = [value for name, _, value in watched(pieces, inputs) if SCORES in name]
+        largest = max(float(value.abs().max()) for value in shown)
+        assert largest >= max(scores) * (1 - 1e-6)
+        assert (shown[0].numel() == 1) == (count == 1)  # a bound; what is shown of large ones are the scores
+        assert largest < FAR if count == 1 else largest > FAR
+
+
+def test_a_mask_is_watched(save_program: Callable[..., Path]) -> None:
+    shapes = {**SPLIT, "m": (1, 7, 1, 10)}
+    module = fuse(lower(open_package(save_program(split_attention(masked=True), **shapes))), WATCHABLE)
+    assert ops(module)["attend"] == 0
