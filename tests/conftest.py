@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import inspect
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import pytest
 # The Hub's tests talk to a server of their own, which huggingface_hub refuses where it is told to stay offline.
 os.environ.pop("HF_HUB_OFFLINE", None)
 
+TESTS = Path(__file__).resolve().parent
+CHECKPOINTS = TESTS / "checkpoints"
 _MODULES_OF_A_LIBRARY = 50
 _settled_modules = [0]
 
@@ -28,24 +31,66 @@ def pytest_runtest_setup() -> None:
         _settled_modules[0] = len(sys.modules)
 
 
+LONGEST = (
+    "swift/test_pictures.py",  # first of all, as others wait until it has built the Swift package
+    "test_fuzz.py",
+    "convert/test_every_family.py",
+    "runtime/test_batch.py",
+    "test_readme.py",
+    "convert/test_attention_weights.py",
+    "runtime/test_sdxl_pictures.py",
+    "runtime/test_diffusers_pipelines.py",
+    "runtime/test_few_steps.py",
+)
+"""The files that take longest, in the order in which they are begun."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: a worker that is done takes tests over from another, and the last ones of a run
-    should be small, or it waits for minutes. Whole files, as their fixtures are made once for each."""
+    """Longest files first, then those with slow tests: `make test` gives whole files to whoever is free, as their
+    fixtures are made once for each, and the last ones should be small, or a worker waits for minutes."""
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (places.get(item.path, len(places)), item.path not in slow))
 
 
-CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 BuildOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def build_once(tmp_path_factory: pytest.TempPathFactory) -> BuildOnce:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes of a run."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "built-once"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _networks_are_converted_once(shared: Path) -> Iterator[None]:
+    """What coremltools makes of a network is kept for the run (`remembered`)."""
+    if "diffusion_convert.export.export" not in sys.modules:  # nothing is converted, and torch takes a second
+        yield
+        return
+    import remembered
+
+    folder = shared / "remembered"
+    folder.mkdir(exist_ok=True)
+    with remembered.conversions(folder):
+        yield
+
+
+@pytest.fixture
+def coremltools_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports call coremltools, whether or not that network has been converted before: for tests of that call."""
+    from diffusion_convert.export import export
+
+    monkeypatch.setattr(export, "_convert", inspect.unwrap(export._convert))
+
+
+@pytest.fixture(scope="session")
+def build_once(shared: Path) -> BuildOnce:
     """``build_once(name, write)``: a folder that ``write(folder)`` makes, once for all processes of a run: what one
     is making, the others wait for. It is shared: do not change it."""
-    own = tmp_path_factory.getbasetemp()
-    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "built-once"
-    shared.mkdir(exist_ok=True)
 
     def built(name: str, write: Callable[[Path], object]) -> Path:
         folder, unfinished = shared / name, shared / f".{name}"

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,13 +152,7 @@ def _convert(
     ct = import_coremltools()
     teach_coremltools()
 
-    def write(array: np.ndarray) -> int:
-        found = placeholders.take(array)
-        offset = writer.add(_stored(array, found), DTYPES[array.dtype])
-        if found is not None:
-            let_go(found[1])
-        return offset
-
+    write = partial(write_constant, placeholders, writer)
     with torch_networks.silent(), patched_coremltools(placeholders, write, clock.progress):
         converted = ct.convert(
             traced,
@@ -171,6 +166,15 @@ def _convert(
         )
     model = proto.model_from_bytes(converted.get_spec().SerializeToString())
     return model, _modules(converted._mil_program)
+
+
+def write_constant(placeholders: Placeholders, writer: WeightWriter, array: np.ndarray) -> int:
+    """Store ``array``, or the weight that it stands for, and let go of that; its offset in the weight file."""
+    found = placeholders.take(array)
+    offset = writer.add(_stored(array, found), DTYPES[array.dtype])
+    if found is not None:
+        let_go(found[1])
+    return offset
 
 
 def _shape(ct: Any, port: Port) -> Any:

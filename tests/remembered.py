@@ -1,0 +1,106 @@
+"""What ``ct.convert`` makes of a network, kept for the length of a run: it takes most of the time of a conversion,
+and most conversions of the tests are of a network that another test has converted.
+
+Weights are no part of it, but for what the network is traced with: coremltools sees placeholders. They are written
+anew each time, from the checkpoint at hand. Nothing else of an export is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from diffusion_convert.components.component import Graph
+from diffusion_convert.export import export
+from diffusion_convert.export.placeholders import Placeholders, thin
+from diffusion_runtime.mil.model import Model
+from diffusion_runtime.mil.weights import WeightWriter
+
+Convert = Callable[..., tuple[Model, dict[str, str]]]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """``constants``: what was written to the weight file, in order, without repetitions, and its shape.
+    ``exceeding``: the placeholders whose weights were asked whether they exceed float16, and the answers, which
+    decide what stays in float32."""
+
+    model: Model
+    modules: dict[str, str]
+    constants: list[tuple[np.ndarray, tuple[int, ...]]]
+    exceeding: dict[int, bool]
+
+
+@contextmanager
+def conversions(folder: Path) -> Iterator[None]:
+    """In this context, exports look in ``folder`` before they call coremltools."""
+    with mock.patch.object(export, "_convert", _remembering(export._convert, folder)):
+        yield
+
+
+def _remembering(convert: Convert, folder: Path) -> Convert:
+    @wraps(convert)
+    def remembering(
+        graph: Graph,
+        traced: torch.jit.ScriptModule,
+        options: export.ExportOptions,
+        placeholders: Placeholders,
+        writer: WeightWriter,
+        clock: Any,
+    ) -> tuple[Model, dict[str, str]]:
+        path = folder / key(graph, traced, options)
+        kept: Kept | None = pickle.loads(path.read_bytes()) if path.is_file() else None  # noqa: S301 (our own)
+        if kept and all(placeholders.exceeds_float16(index) == is_so for index, is_so in kept.exceeding.items()):
+            for array, shape in kept.constants:
+                export.write_constant(placeholders, writer, np.broadcast_to(array, shape))
+            return kept.model, kept.modules
+        constants: list[tuple[np.ndarray, tuple[int, ...]]] = []
+
+        def write(placeholders: Placeholders, writer: WeightWriter, array: np.ndarray) -> int:
+            constants.append((np.array(thin(array)), array.shape))
+            return written(placeholders, writer, array)
+
+        written = export.write_constant
+        with mock.patch.object(export, "write_constant", write):
+            model, modules = convert(graph, traced, options, placeholders, writer, clock)
+        kept = Kept(model, modules, constants, dict(placeholders._exceeding))
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_bytes(pickle.dumps(kept))
+        unfinished.replace(path)
+        return model, modules
+
+    return remembering
+
+
+def key(graph: Graph, traced: torch.jit.ScriptModule, options: export.ExportOptions) -> str:
+    """Of everything that ``ct.convert`` is given: operations with their modules, constants, placeholders and other
+    parameters, interface, precision and target. Not the attention kind: it is in the operations."""
+    operations: Any = traced.inlined_graph
+    # torch numbers classes that are traced more than once in a process.
+    told = hashlib.sha256(re.sub(r"___torch_mangle_\d+\.", "", str(operations)).encode())
+    for node in operations.findAllNodes("prim::Constant"):
+        if node.hasAttribute("value") and node.kindOf("value") == "t":
+            _tell(told, node.t("value"))
+    for name, value in sorted(traced.state_dict().items()):
+        told.update(name.encode())
+        _tell(told, value)
+    chosen = (options.target, options.precision, sorted(options.float32_ops), sorted(options.float32_modules))
+    told.update(repr((graph.inputs, graph.outputs, graph.exact, *chosen)).encode())
+    return told.hexdigest()
+
+
+def _tell(told: Any, value: torch.Tensor) -> None:
+    array = value.detach().numpy()
+    told.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(thin(array)).tobytes())
