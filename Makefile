@@ -11,6 +11,7 @@ READY := .venv/.ready
 PYTEST := $(BIN)/python -m pytest
 # Two workers with one thread each beat one worker with two threads: most tests are small.
 WORKERS ?= 2
+TOGETHER := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 help:  ## what each word does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,10 +32,10 @@ demo: $(READY)  ## convert the small checkpoint of this repository and draw four
 	@$(BIN)/python tests/demo.py
 
 test: $(READY)  ## all tests that this machine can run
-	@OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist worksteal -q
+	@OMP_NUM_THREADS=1 $(PYTEST) $(TOGETHER) -q
 
 test-fast: $(READY)  ## the same without the slow ones
-	@OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist worksteal -q -m 'not slow'
+	@OMP_NUM_THREADS=1 $(PYTEST) $(TOGETHER) -q -m 'not slow'
 
 swift: $(READY)  ## build the Swift package, run its tests, compare its pictures with Python's
 	@command -v swift >/dev/null || { echo "error: no swift on PATH; install a toolchain of Swift 6 or later" >&2; exit 2; }
@@ -67,7 +68,8 @@ fuzz: $(READY)  ## damaged inputs, kills and races: half an hour (make fuzz CASE
 
 # Two minutes of load are for make test: CI has half an hour for everything, the installation included.
 check: export LOAD_SECONDS ?= 20
-check: format-check lint types test  ## format, lint, types (mypy --strict), tests: what CI runs
+check: format-check lint  ## format, lint, types (mypy --strict), tests: what CI runs
+	@$(MAKE) --no-print-directory --jobs 2 types test
 
 format: $(READY)  ## rewrite the source in the project's format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
