@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import compvis_layout
 import tiny_checkpoints
 from tiny_checkpoints import SD1_UNET, SD2_UNET, SDXL_UNET
 
@@ -62,6 +64,26 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "sdxl": _config(
         SDXL_UNET, _OF_SDXL, conditioning_channels=3, global_pool_conditions=False, _diffusers_version="0.20.0.dev0"
     ),
+    "sdxl-small": _config(
+        SDXL_UNET,
+        _OF_SDXL,
+        conditioning_channels=3,
+        down_block_types=["DownBlock2D"] * 3,
+        mid_block_type="UNetMidBlock2D",
+        transformer_layers_per_block=[0, 0, 0],
+    ),
+    "sdxl-union": _config(
+        SDXL_UNET,
+        _OF_SDXL,
+        _class_name="ControlNetUnionModel",
+        conditioning_channels=3,
+        global_pool_conditions=False,
+        num_control_type=6,
+        num_trans_channel=32,
+        num_trans_head=8,
+        num_trans_layer=1,
+        num_proj_channel=32,
+    ),
 }
 """By the kind of checkpoint that they are for."""
 
@@ -83,3 +105,25 @@ def build(kind: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
         }
         tiny_checkpoints.write_network(folder, config, tensors)
     return folder
+
+
+def to_compvis(folder: Path) -> dict[str, torch.Tensor]:
+    """A ControlNet's tensors by the names of the first files (lllyasviel's), without their ``control_model.``."""
+    config = compvis_layout.read_config(folder, ".")
+    renamed = compvis_layout.unet_tensors(
+        compvis_layout.read_weights(folder, "."), {**config, "up_block_types": []}
+    )
+    return {_compvis_name(name): value for name, value in renamed.items()}
+
+
+def _compvis_name(name: str) -> str:
+    hint = "controlnet_cond_embedding"
+    for pattern, replacement in (
+        (rf"{hint}\.conv_in\.", "input_hint_block.0."),
+        (rf"{hint}\.conv_out\.", "input_hint_block.14."),
+        (rf"{hint}\.blocks\.(\d)\.", lambda found: f"input_hint_block.{2 * int(found[1]) + 2}."),
+        (r"controlnet_down_blocks\.(\d+)\.", r"zero_convs.\1.0."),
+        (r"controlnet_mid_block\.", "middle_block_out.0."),
+    ):
+        name = re.sub(pattern, replacement, name)
+    return name

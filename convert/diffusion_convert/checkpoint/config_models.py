@@ -70,9 +70,19 @@ class ControlNet(_Attending):
     """diffusers' ControlNetModel."""
 
     conditioning_channels: Channels = 3
-    conditioning_embedding_out_channels: Widths | None = (16, 32, 96, 256)
+    conditioning_embedding_out_channels: Widths = (16, 32, 96, 256)
     controlnet_conditioning_channel_order: Literal["rgb", "bgr"] = "rgb"
     global_pool_conditions: Flag = False
+
+
+class ControlNetUnion(ControlNet):
+    """diffusers' ControlNetUnionModel."""
+
+    num_control_type: Count = 6
+    num_trans_channel: Width = 320
+    num_trans_head: Width = 8
+    num_trans_layer: Count = 1
+    num_proj_channel: Width = 320
 
 
 class Vae(_Open):
@@ -151,6 +161,7 @@ class Depth(_Open):
 MODELS: Mapping[str, type[_Open]] = {
     "UNet2DConditionModel": UNet,
     "ControlNetModel": ControlNet,
+    "ControlNetUnionModel": ControlNetUnion,
     "AutoencoderKL": Vae,
     "CLIPTextModel": ClipText,
     "CLIPTextModelWithProjection": ClipText,

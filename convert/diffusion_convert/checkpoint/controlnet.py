@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusion_convert.checkpoint import diffusers_folder, diffusers_unet, torch_networks
+from diffusion_convert.checkpoint import controlnet_file, diffusers_folder, diffusers_unet, torch_networks
+from diffusion_convert.checkpoint.controlnet_file import CLASS_NAME, KIND, TASKS, UNION
 from diffusion_convert.checkpoint.family import latent_factor, refuse_other_kinds
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
+from diffusion_runtime.bundle.integrity import sha256
 from diffusion_runtime.bundle.manifest import ControlNet, Source
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import COMPONENTS, compiled_names, several
 from diffusion_runtime.real_path import real_path
 
-KIND = "controlnet"
 PREFIX = COMPONENTS[KIND].several or ""
-CLASS_NAME = "ControlNetModel"
 CHANNELS = 3
 """Of the picture that steers: what every client hands over."""
 _FOREIGN = re.compile(r"[^A-Za-z0-9._-]+")
@@ -27,17 +27,23 @@ _SHAPES: Mapping[str, Any] = {"block_out_channels": None, "layers_per_block": 2,
 """What must be as in the UNet, for the residuals and states to fit, with diffusers' defaults."""
 _ADDED: Mapping[str, Any] = {"addition_embed_type": None, "projection_class_embeddings_input_dim": None}
 
+UNION_TYPES = ("openpose", "depth", "scribble", "canny", "normal", "segment", "tile", "inpaint")
+"""What the published unions (xinsir's; the last two of "promax" alone) call their kinds of pictures, by number."""
+
 Fetch = Callable[[str], Path]
 """Makes a folder of a Hub id."""
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """One ControlNet: its name, its network, where it is from."""
+    """One ControlNet: its name, its network, where it is from; of a union, the number of the kind of pictures.
+    ``notes`` are sentences for the user."""
 
     name: str
     network: Submodel
     source: Source
+    control_type: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def controlnets(networks: Iterable[str]) -> dict[str, str]:
@@ -46,14 +52,14 @@ def controlnets(networks: Iterable[str]) -> dict[str, str]:
 
 
 def with_controlnets(checkpoint: Checkpoint, sources: Sequence[str], fetch: Fetch) -> Checkpoint:
-    """The checkpoint with the ControlNets of ``sources`` in addition: folders, or Hub ids, of which ``fetch`` makes
-    folders. No weight is read.
+    """The checkpoint with the ControlNets of ``sources`` in addition: folders, files, or Hub ids, of which
+    ``fetch`` makes folders; of a union with the kind of pictures after a colon (`UNION_TYPES`). No weight is read.
 
     Raises InputError for one that does not fit the checkpoint's UNet and for two of one name, CheckpointError for
     what is damaged or no ControlNet; both name the source.
     """
     _check_steerable(checkpoint, sources)
-    opened = [_open(source, fetch) for source in sources]
+    opened = [_open(source, fetch, checkpoint.models["unet"].config) for source in sources]
     _check_names(sources, [one.name for one in opened])
     for source, one in zip(sources, opened, strict=True):
         _check_fits(source, one.network.config, checkpoint)
@@ -62,24 +68,63 @@ def with_controlnets(checkpoint: Checkpoint, sources: Sequence[str], fetch: Fetc
         checkpoint,
         models={**checkpoint.models, **{PREFIX + one.name: one.network for one in opened}},
         controlnets={one.name: _described(one) for one in opened},
+        notes=(*checkpoint.notes, *(note for one in opened for note in one.notes)),
     )
 
 
 def _described(one: Opened) -> ControlNet:
     pools = bool(one.network.config.get("global_pool_conditions", False))
-    return ControlNet(source=one.source, global_pool_conditions=pools)
+    return ControlNet(source=one.source, global_pool_conditions=pools, control_type=one.control_type)
 
 
-def _open(source: str, fetch: Fetch) -> Opened:
-    path = Path(source).expanduser()
+def _open(source: str, fetch: Fetch, unet: Mapping[str, Any]) -> Opened:
+    place, kind = _apart(source)
+    path, notes = Path(place).expanduser(), tuple[str, ...]()
+    # A file in the Hub's cache is a link to one that is called by its hash.
+    name = (
+        place
+        if not path.exists()
+        else diffusers_unet.name_of(real_path(path) if path.is_dir() else path.absolute())
+    )
     if path.is_dir():
-        folder, name = _inner(path), diffusers_unet.name_of(real_path(path))
+        network = _from_folder(_inner(path))
         origin = Source(name=name, license=diffusers_folder.read_license(path))
+    elif path.is_file():
+        network = controlnet_file.read(path, unet)
+        origin = Source(name=path.name, sha256=sha256(path))
+        if controlnet_file.is_guess(path, network.config):
+            notes = (f"{path.name} is taken for a ControlNet that gives means over the picture, by its name",)
     else:
-        fetched = fetch(source)
-        folder, name = _inner(fetched), source
-        origin = Source(name=source, revision=fetched.name, license=diffusers_folder.read_license(fetched))
-    return Opened(_name(name), _from_folder(folder), origin)
+        fetched = fetch(place)
+        network = _from_folder(_inner(fetched))
+        origin = Source(name=place, revision=fetched.name, license=diffusers_folder.read_license(fetched))
+    control_type = _control_type(source, kind, network)
+    return Opened(_name(f"{name}-{kind}" if kind else name), network, origin, control_type, notes)
+
+
+def _apart(source: str) -> tuple[str, str]:
+    """``PATH:canny`` -> ``("PATH", "canny")``; a path with a colon in it is taken as it is where it exists."""
+    place, _, kind = source.rpartition(":")
+    known = place and (kind.isdecimal() or kind in UNION_TYPES) and not Path(source).expanduser().exists()
+    return (place, kind) if known else (source, "")
+
+
+def _control_type(source: str, kind: str, network: Submodel) -> int | None:
+    """The number of a union's kind of pictures. Raises InputError where it is not told, or there is none such."""
+    if network.class_name != UNION:
+        if kind:
+            raise InputError(f"--controlnet {source}: takes one kind of pictures: leave out :{kind}")
+        return None
+    count = int(network.config.get("num_control_type", 6))
+    names = [UNION_TYPES[number] if number < len(UNION_TYPES) else str(number) for number in range(count)]
+    number = names.index(kind) if kind in names else int(kind) if kind.isdecimal() else count
+    if number >= count:
+        told = ", ".join(f"{name} ({number})" for number, name in enumerate(names))
+        raise InputError(
+            f"--controlnet {source}: is a union for several kinds of pictures: choose one, as in "
+            f"{_apart(source)[0]}:{names[-1]}; there are {told}"
+        )
+    return number
 
 
 def _inner(folder: Path) -> Path:
@@ -90,11 +135,15 @@ def _inner(folder: Path) -> Path:
 
 def _from_folder(folder: Path) -> Submodel:
     found = diffusers_folder.read_json(folder / "config.json").get("_class_name")
-    if found != CLASS_NAME:
+    if found not in (CLASS_NAME, UNION):
         raise CheckpointError(
-            f"{folder}: no ControlNet: its config.json is of class {found}: expected {CLASS_NAME}"
+            f"{folder}: no ControlNet: its config.json is of class {found}: expected {CLASS_NAME} or {UNION}"
         )
-    return diffusers_folder.read_submodel(folder, CLASS_NAME)
+    network = diffusers_folder.read_submodel(folder, CLASS_NAME)
+    # Some unions are published as of the other class; diffusers asks its user for the right one.
+    if found == CLASS_NAME and TASKS not in network.tensors():
+        return network
+    return diffusers_folder.read_submodel(folder, UNION)
 
 
 def _name(text: str) -> str:

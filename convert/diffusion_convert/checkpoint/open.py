@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from diffusion_convert.checkpoint import diffusers_folder, diffusers_unet, lora, repository, single_file, unet_alone
-from diffusion_convert.checkpoint.controlnet import KIND, with_controlnets
+from diffusion_convert.checkpoint.controlnet import with_controlnets
+from diffusion_convert.checkpoint.controlnet_file import KIND
 from diffusion_convert.checkpoint.family import refuse_other_uses
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.refiner import FAMILY, with_refiner

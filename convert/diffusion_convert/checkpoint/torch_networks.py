@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CLASSES: Mapping[str, str] = {
     "UNet2DConditionModel": "diffusers",
     "ControlNetModel": "diffusers",
+    "ControlNetUnionModel": "diffusers",
     "AutoencoderKL": "diffusers",
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",

@@ -27,7 +27,8 @@ from diffusion_convert.components.conditions import (
     taken,
 )
 from diffusion_convert.networks import put_attention
-from diffusion_runtime.families import AttentionKind
+from diffusion_convert.networks.control_union import in_float32, put_sequence_attention
+from diffusion_runtime.families import AttentionKind, own_name
 
 PICTURE = "controlnet_cond"
 
@@ -38,13 +39,22 @@ class ControlNet(nn.Module):
     as what the UNet adds it to."""
 
     def __init__(
-        self, network: Any, channels_first: bool, conditions: Sequence[Taken], shapes: Sequence[Sequence[int]]
+        self,
+        network: Any,
+        channels_first: bool,
+        conditions: Sequence[Taken],
+        shapes: Sequence[Sequence[int]],
+        control_type: int | None = None,
     ) -> None:
         super().__init__()
         self.controlnet = network
         self.channels_first = channels_first
         self.conditions = tuple(conditions)
         self.shapes = tuple(tuple(shape) for shape in shapes)
+        self.control_type = control_type
+        if control_type is not None:
+            kinds = torch.eye(network.config.num_control_type)[control_type].repeat(shapes[0][0], 1)
+            self.register_buffer("control_types", kinds, persistent=False)
         # diffusers flips the channels, which Core ML has an operation for that the Neural Engine lacks.
         self.reverses = channels_first and network.config.controlnet_conditioning_channel_order == "bgr"
         if self.reverses:
@@ -64,12 +74,22 @@ class ControlNet(nn.Module):
             sample,
             timestep,
             unet.as_network_takes(encoder_hidden_states, self.channels_first),
-            picture,
+            **self._picture(picture),
             **arguments(self.controlnet, self.conditions, conditions),
             return_dict=False,
         )
         pairs = zip((*down, middle), self.shapes, strict=True)
         return tuple(one if tuple(one.shape) == shape else one.expand(shape) for one, shape in pairs)
+
+    def _picture(self, picture: torch.Tensor) -> dict[str, Any]:
+        """The picture as diffusers' network takes it: a union's with a 1 for its kind."""
+        if self.control_type is None:
+            return {"controlnet_cond": picture}
+        return {
+            "controlnet_cond": [picture],
+            "control_type": self.control_types,
+            "control_type_idx": [self.control_type],
+        }
 
 
 def build_of(name: str) -> Build:
@@ -79,7 +99,10 @@ def build_of(name: str) -> Build:
         network = torch_networks.build(checkpoint, name)
         if attention is not None:
             put_attention(network, attention)
-        config = checkpoint.models[name].config
+            put_sequence_attention(network)
+        else:
+            in_float32(network)
+        config, told = checkpoint.models[name].config, checkpoint.controlnets[own_name(name)]
         trio = unet.interface(checkpoint, shape, config)
         conditions = taken(CONDITIONS, Asked(checkpoint, config, trio[0].shape))
         factor = latent_factor(checkpoint.models["vae"].config)
@@ -94,7 +117,7 @@ def build_of(name: str) -> Build:
             description="The picture that steers, from 0 to 1",
         )
         return Graph(
-            module=ControlNet(network, attention is not None, conditions, shapes),
+            module=ControlNet(network, attention is not None, conditions, shapes, told.control_type),
             inputs=(*trio, *(port for one in conditions for port in one.ports), picture),
             # Apple's Swift client adds up those of several ControlNets through pointers to Float32.
             outputs=tuple(

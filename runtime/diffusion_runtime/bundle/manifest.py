@@ -215,10 +215,12 @@ class Refiner(_Frozen):
 
 class ControlNet(_Frozen):
     """What a manifest says of a ControlNet. ``global_pool_conditions``: what it gives is for the text's half of the
-    guidance alone, as diffusers uses it; the unconditional half gets zeros."""
+    guidance alone, as diffusers uses it; the unconditional half gets zeros. ``control_type``: of a union, the
+    number of the kind of pictures that it was converted for."""
 
     source: Source
     global_pool_conditions: bool = False
+    control_type: int | None = Field(default=None, ge=0)
 
 
 class Manifest(_Frozen):
