@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from diffusion_convert.options import ConvertOptions, Lora, Precision
+from diffusion_convert.options import ConvertOptions, Embedding, Lora, Precision
 from diffusion_runtime.errors import (
     CheckpointError,
     DiffusionError,
@@ -34,6 +34,7 @@ __all__ = [
     "Conversion",
     "ConvertOptions",
     "DiffusionError",
+    "Embedding",
     "Event",
     "HubError",
     "InputError",

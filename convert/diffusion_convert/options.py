@@ -67,6 +67,26 @@ class Lora:
         object.__setattr__(self, "parts", tuple(parts.items()))
 
 
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A file of textual inversion (or a folder with learned_embeds.safetensors) and what prompts call it. ``token``
+    None: as the file calls it, else the file's name. A path's text is taken for the path."""
+
+    path: Path
+    token: str | None = None
+
+    if TYPE_CHECKING:  # what is taken for the fields' types
+
+        def __init__(self, path: str | os.PathLike[str], token: str | None = None) -> None: ...
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(_typed("embedding", self.path, (str, os.PathLike), "a path")))
+        check_path("--embedding ", self.path)
+        if self.token is not None and not _typed("embedding token", self.token, (str,), "a text").strip():
+            raise InputError(f"--embedding {self.path}: the token after the colon is empty")
+
+
+EmbeddingLike = Embedding | str | os.PathLike[str]
 LoraLike = Lora | str | os.PathLike[str]
 """A LoRA, its path, or a text as the command line takes it."""
 
@@ -108,6 +128,7 @@ class ConvertOptions:
     no_fold: tuple[Folding, ...] = ()
     loras: tuple[Lora, ...] = ()
     lora_partial: bool = False
+    embeddings: tuple[Embedding, ...] = ()
     revision: str | None = None
     family: str | None = None
     variant: str | None = None
@@ -142,6 +163,7 @@ class ConvertOptions:
             no_fold: Folding | str | Iterable[Folding | str] = ...,
             loras: LoraLike | Iterable[LoraLike] = ...,
             lora_partial: bool = ...,
+            embeddings: EmbeddingLike | Iterable[EmbeddingLike] = ...,
             revision: str | None = ...,
             family: str | None = ...,
             variant: str | None = ...,
@@ -223,6 +245,7 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
             for value in _several("components", options.components)
         ),
         "loras": tuple(_lora(value) for value in _several("loras", options.loras)),
+        "embeddings": tuple(_embedding(value) for value in _several("embeddings", options.embeddings)),
         "controlnets": tuple(
             source
             for value in _several("controlnets", options.controlnets)
@@ -269,7 +292,7 @@ def _typed(name: str, value: Any, types: tuple[type, ...], expected: str) -> Any
 
 def _several(name: str, value: Any) -> tuple[Any, ...]:
     """``value`` as a tuple: one text, path, kind or LoRA stands for a tuple of one."""
-    if isinstance(value, (str, os.PathLike, enum.Enum, Lora)):
+    if isinstance(value, (str, os.PathLike, enum.Enum, Lora, Embedding)):
         return (value,)
     return tuple(_typed(name, value, (Iterable,), "one value or several"))
 
@@ -282,6 +305,18 @@ def _lora(value: Any) -> Lora:
     if isinstance(value, Lora):
         return value
     return parse_lora(value) if isinstance(value, str) else Lora(value)
+
+
+def _embedding(value: Any) -> Embedding:
+    if isinstance(value, Embedding):
+        return value
+    return parse_embedding(value) if isinstance(value, str) else Embedding(value)
+
+
+def parse_embedding(text: str) -> Embedding:
+    """``FILE`` or ``FILE:TOKEN``; a path with a colon in it is taken as it is where it exists."""
+    path, colon, token = text.rpartition(":")
+    return Embedding(path, token) if colon and not Path(text).exists() else Embedding(text)
 
 
 def parse_choice(kind: type[E], name: str, text: str) -> E:

@@ -87,6 +87,7 @@ def test_manifests_of_the_time_before_the_new_name_are_read(tmp_path: Path) -> N
         "name": "org/tiny",
         "license": "mit",
         "loras": [],
+        "embeddings": [],
     }
 
 

@@ -39,6 +39,7 @@ MANIFEST_NOT_NEEDED = {
     "source.license": MADE,
     "source.sha256": MADE,
     "source.loras": MADE,
+    "source.embeddings": MADE,
     "tokenizer_sha256": MADE,
     "padding": "for the card: prompts are padded as the tokenizer's files say",
     "folded": "the rest of the manifest describes the models as they are",

@@ -146,9 +146,10 @@ def _hub_license(made: Manifest) -> str:
 
 def _origin(made: Manifest) -> str:
     refiner = f", with {_named(made.refiner.source)} for the last steps" if made.refiner is not None else ""
+    added = _loras(made.source) + _embeddings(made.source)
     text = (
         f"Stable Diffusion models ({made.family}) for pictures of {made.width}x{made.height} pixels, converted "
-        f"from {_named(made.source)}{_loras(made.source)}{refiner} for {made.target} and later"
+        f"from {_named(made.source)}{added}{refiner} for {made.target} and later"
     )
     if "coremltools" not in made.tools:
         return f"{text} by another tool."
@@ -179,6 +180,14 @@ def _loras(source: Source) -> str:
         left_out = f", without {len(lora.left_out)} tensors that have no place in it" if lora.left_out else ""
         told.append(f"`{lora}`{left_out}")
     return f" with the LoRA{'s' * (len(told) > 1)} {'; '.join(told)} fused in" if told else ""
+
+
+def _embeddings(source: Source) -> str:
+    """The tokens of textual inversions, for prompts."""
+    told = [
+        f"`{one.token}` ({one.vectors} vector{'s' * (one.vectors > 1)}, `{one.name}`)" for one in source.embeddings
+    ]
+    return f" with the textual inversion{'s' * (len(told) > 1)} {'; '.join(told)}" if told else ""
 
 
 def _variant_table(variants: Mapping[str, Manifest], zips: Mapping[str, int]) -> Iterator[str]:

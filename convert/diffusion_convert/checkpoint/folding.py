@@ -109,7 +109,7 @@ def _ends(checkpoint: Checkpoint, encoder: str) -> tuple[int, int]:
     """The numbers of <|endoftext|> and of the padding, as the runtime reads them."""
     files, default = _tokenizer(checkpoint, encoder)
     with scratch() as folder:
-        write_vocabulary(files, folder)
+        write_vocabulary(files, folder, checkpoint.added_tokens)
         try:
             clip = tokenizers.load(folder, pad_token=default).clip
         except DiffusionError as error:

@@ -39,7 +39,8 @@ class Checkpoint:
     are sentences for the user: what the source does not say and was assumed.
     ``controlnets``: what is told of each, by its own name; its network is ``models["ControlNet_" + name]``.
     ``folded`` is what its networks are converted with (`folding.fold`); as opened, nothing. ``padding``: see
-    `Manifest.padding`; as opened, None.
+    `Manifest.padding`; as opened, None. ``added_tokens``: what textual inversions add to each tokenizer, in the
+    order of their numbers.
     """
 
     name: str
@@ -54,4 +55,5 @@ class Checkpoint:
     folded: Folded = field(default_factory=Folded)
     padding: Mapping[str, int] | None = None
     refiner: Checkpoint | None = None
+    added_tokens: tuple[str, ...] = ()
     controlnets: Mapping[str, ControlNet] = field(default_factory=dict)

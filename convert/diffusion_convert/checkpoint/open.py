@@ -10,11 +10,12 @@ from pathlib import Path
 from diffusion_convert.checkpoint import diffusers_folder, diffusers_unet, lora, repository, single_file, unet_alone
 from diffusion_convert.checkpoint.controlnet import with_controlnets
 from diffusion_convert.checkpoint.controlnet_file import KIND
+from diffusion_convert.checkpoint.embeddings import with_embeddings
 from diffusion_convert.checkpoint.family import refuse_other_uses
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.refiner import FAMILY, with_refiner
 from diffusion_convert.checkpoint.vae import with_vae
-from diffusion_convert.options import Lora, check_path
+from diffusion_convert.options import Embedding, Lora, check_path
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, DiffusionError, InputError
 from diffusion_runtime.families import TEXT_ENCODERS
@@ -33,13 +34,14 @@ def open_checkpoint(
     vae: str | None = None,
     loras: Sequence[Lora] = (),
     lora_partial: bool = False,
+    embeddings: Sequence[Embedding] = (),
 ) -> Checkpoint:
     """The checkpoint that ``source`` names: a folder in diffusers' layout, a single .safetensors, .ckpt or .gguf
     file, or the id of a repository on the Hugging Face Hub, with another VAE and LoRAs put in.
     ``variant``: of a folder's weights, as in diffusers; with a single file, of those of ``base``. ``base``: another
     checkpoint, which gives what a single file, or a UNet's folder or repository, lacks. ``refiner``: of an SDXL
     base, taken along. ``controlnets``: folders or ids of ControlNets for its UNet. ``lora_partial``: what of a LoRA
-    has no place in the checkpoint is left out, and is no error.
+    has no place in the checkpoint is left out, and is no error. ``embeddings``: textual inversions.
 
     No weight is read. Raises CheckpointError or InputError, in one line, for what cannot be used.
     """
@@ -81,7 +83,9 @@ def open_checkpoint(
         with _given_as("--controlnet"):
             checkpoint = with_controlnets(checkpoint, controlnets, _fetch_controlnet)
     with _given_as("--lora"):
-        return lora.fuse(checkpoint, loras, lora_partial) if loras else checkpoint
+        checkpoint = lora.fuse(checkpoint, loras, lora_partial) if loras else checkpoint
+    with _given_as("--embedding"):
+        return with_embeddings(checkpoint, embeddings) if embeddings else checkpoint
 
 
 def _fetch_controlnet(source: str) -> Path:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusion_runtime import strict_json
-from diffusion_runtime.errors import CheckpointError
+from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 from diffusion_runtime.scratch import scratch
 
@@ -48,25 +48,43 @@ def unknown_tokens(files: Mapping[str, Path], size: int) -> tuple[str, ...]:
     return tuple(sorted(beyond, key=lambda token: (beyond[token], token)))
 
 
-def write_vocabulary(files: Mapping[str, Path], target: Path) -> None:
+def numbers_of(files: Mapping[str, Path], added: Sequence[str]) -> tuple[int, ...]:
+    """The numbers that a tokenizer gives to tokens that are added to it one after another, as diffusers adds those
+    of a textual inversion. Raises InputError for a token that it has already."""
+    clip = _load(files)
+    known = clip.get_vocab()
+    if known_already := [token for token in added if token in known]:
+        raise InputError(
+            f"--embedding: the tokenizer has a token {known_already[0]!r} already: name another, "
+            "--embedding FILE:TOKEN"
+        )
+    for token in added:
+        clip.add_tokens(token)
+    return tuple(clip.convert_tokens_to_ids(list(added)))
+
+
+def write_vocabulary(files: Mapping[str, Path], target: Path, added: Sequence[str] = ()) -> None:
     """Write a tokenizer to the folder ``target`` as vocab.json, merges.txt and what goes with them.
 
     ``files`` maps a tokenizer's file names to where they are. Without tokenizer.json they are copied as they are.
     With it, transformers reads them first: tokenizer.json wins over vocab.json, and tokens added to a vocabulary
     may stand in it alone. What is written then says the same as what transformers has read: added tokens stand in
-    added_tokens.json and, with how they match, in tokenizer_config.json. Raises CheckpointError for files that are
+    added_tokens.json and, with how they match, in tokenizer_config.json. So it is with tokens that are ``added``.
+    Raises CheckpointError for files that are
     missing, damaged or of another kind of tokenizer.
     """
     check_vocabulary(files)
     for name in TOKENIZER_FILES:
         if name in files and name != FAST:
             shutil.copyfile(files[name], target / name)
-    if FAST in files:
-        _write_read(files, target)
+    if FAST in files or added:
+        _write_read(files, target, added)
 
 
-def _write_read(files: Mapping[str, Path], target: Path) -> None:
+def _write_read(files: Mapping[str, Path], target: Path, more: Sequence[str]) -> None:
     clip = _load(files)
+    for token in more:
+        clip.add_tokens(token)
     model = json.loads(clip.backend_tokenizer.to_str())["model"]
     added = dict(sorted(clip.added_tokens_decoder.items()))
     special = {name: str(getattr(clip, name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}

@@ -19,6 +19,7 @@ from diffusion_convert.options import (
     ConvertOptions,
     Precision,
     parse_choice,
+    parse_embedding,
     parse_list,
     parse_lora,
     parse_nbits,
@@ -138,6 +139,13 @@ def convert(
     lora_partial: Annotated[
         bool, _option("Leave out what of a LoRA has no place in the checkpoint.", "--lora-partial")
     ] = False,
+    embedding: Annotated[
+        list[str] | None,
+        _option(
+            "Textual inversion to put in: FILE or FILE:TOKEN, as prompts call it (default: the name in the file, "
+            "else the file's); may be given several times."
+        ),
+    ] = None,
     revision: Annotated[str | None, _option("Branch, tag or commit of a Hub repository.")] = None,
     family: Annotated[str | None, _option("sd1, sd2-base, …; an unknown one lists all. Default: detected.")] = None,
     variant: Annotated[
@@ -189,6 +197,7 @@ def convert(
         no_fold=tuple(parse_choice(Folding, "no-fold", name) for name in no_fold or ()),
         loras=tuple(parse_lora(text) for text in lora or ()),
         lora_partial=lora_partial,
+        embeddings=tuple(parse_embedding(text) for text in embedding or ()),
         revision=revision,
         family=family,
         variant=variant,

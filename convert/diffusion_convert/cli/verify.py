@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from diffusion_convert.options import parse_list, parse_lora
-
-if TYPE_CHECKING:
-    from diffusion_convert.options import Lora
+from diffusion_convert.options import parse_embedding, parse_list, parse_lora
 
 
 def verify(
@@ -34,12 +32,17 @@ def verify(
     lora_partial: Annotated[
         bool, typer.Option("--lora-partial", help="LoRAs were fused with --lora-partial.")
     ] = False,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option(help="A textual inversion that was put in, FILE or FILE:TOKEN; may be given several times."),
+    ] = None,
 ) -> None:
     """Compare every component, packages and compiled, with the source's own networks. Exit code 1: one differs."""
     from diffusion_convert.checkpoint.open import open_checkpoint
     from diffusion_convert.verification.folder import verify_models
 
     loras = tuple(parse_lora(text) for text in lora or ())
+    embeddings = tuple(parse_embedding(text) for text in embedding or ())
     checkpoint = open_checkpoint(
         against,
         revision=revision,
@@ -51,6 +54,7 @@ def verify(
         vae=vae,
         loras=loras,
         lora_partial=lora_partial,
+        embeddings=embeddings,
     )
     rows = [("models", "component", "worst output", "PSNR", "at least", "")]
     for comparison in verify_models(models, checkpoint, lambda text: typer.echo(text, err=True)):
@@ -63,12 +67,13 @@ def verify(
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     failed = [f"{folder} {component}" for folder, component, *_, verdict in rows if verdict == "FAILED"]
     if failed:
-        typer.echo(f"error: {models}: differs from {against}: {', '.join(failed)}; {_advice(vae, loras)}", err=True)
+        advice = _advice({"--vae": vae, "--lora": loras, "--embedding": embeddings})
+        typer.echo(f"error: {models}: differs from {against}: {', '.join(failed)}; {advice}", err=True)
         raise typer.Exit(1)
 
 
-def _advice(vae: str | None, loras: tuple[Lora, ...]) -> str:
-    missing = [option for option, given in (("--vae", vae), ("--lora", loras)) if not given]
+def _advice(options: Mapping[str, object]) -> str:
+    missing = [option for option, given in options.items() if not given]
     given = f" (was it converted with {' or '.join(missing)}? then name it here too)" if missing else ""
     return f"convert it again{given}"
 

@@ -80,10 +80,11 @@ def _packages(
         entries[part.component.name] = component.model_copy(update={"compute_units": parts})
         for name in component.files:
             share_tree(place.part(part.name) / name, folder / name)
-    write_vocabulary(plan.checkpoint.tokenizer, folder)
+    added = plan.checkpoint.added_tokens
+    write_vocabulary(plan.checkpoint.tokenizer, folder, added)
     if plan.checkpoint.tokenizer_2:
         (folder / SECOND_TOKENIZER).mkdir()
-        write_vocabulary(plan.checkpoint.tokenizer_2, folder / SECOND_TOKENIZER)
+        write_vocabulary(plan.checkpoint.tokenizer_2, folder / SECOND_TOKENIZER, added)
     made = describe(plan, kind, entries)
     told = tokenizer_hashes(folder, (made.tokenizer, made.tokenizer_2), known)
     made = made.model_copy(update={"tokenizer_sha256": told})

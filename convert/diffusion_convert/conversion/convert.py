@@ -105,6 +105,7 @@ def _plan(source: str, options: ConvertOptions, previous: Previous, progress: Pr
         vae=options.vae,
         loras=options.loras,
         lora_partial=options.lora_partial,
+        embeddings=options.embeddings,
     )
     options = replace(
         options,

@@ -23,7 +23,7 @@ from diffusion_convert.verification.compare import Expected
 from diffusion_runtime.bundle import manifest, without_manifest
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import check_files
-from diffusion_runtime.bundle.manifest import FILE_NAME, FusedLora, Manifest
+from diffusion_runtime.bundle.manifest import FILE_NAME, AddedEmbedding, FusedLora, Manifest
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS, Layout
 from diffusion_runtime.folding import Folding
@@ -62,6 +62,9 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
         _check_source(described, checkpoint, folder, guessed=not is_there(folder / FILE_NAME, PackageError))
         if described.source.loras != checkpoint.source.loras:
             was, now = (_loras(source.loras) for source in (described.source, checkpoint.source))
+            report(f"note: {folder} was made with {was}, and is compared with a checkpoint with {now}")
+        if described.source.embeddings != checkpoint.source.embeddings:
+            was, now = (_embeddings(source.embeddings) for source in (described.source, checkpoint.source))
             report(f"note: {folder} was made with {was}, and is compared with a checkpoint with {now}")
     references: dict[tuple[str, Shape, Layout, tuple[Folding, ...]], Expected] = {}
     for folder, described in made.items():
@@ -126,6 +129,10 @@ def _loras(loras: Iterable[FusedLora]) -> str:
     """As options, as far as the record tells."""
     told = [f"--lora {lora}{' --lora-partial' * bool(lora.left_out)}" for lora in loras]
     return " ".join(told) or "no LoRA"
+
+
+def _embeddings(added: Iterable[AddedEmbedding]) -> str:
+    return " ".join(f"--embedding {one}" for one in added) or "no textual inversion"
 
 
 def _bound(name: str, component: manifest.Component, bits: Iterable[int]) -> float:

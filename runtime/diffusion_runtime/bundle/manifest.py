@@ -134,6 +134,19 @@ class FusedLora(_Frozen):
         return ",".join([f"{self.name}:{self.weight:g}", *(f"{part}={w:g}" for part, w in self.parts.items())])
 
 
+class AddedEmbedding(_Frozen):
+    """A textual inversion that was put into the text encoders: prompts name it by ``token``, which stands for so
+    many ``vectors``."""
+
+    name: str
+    token: str
+    vectors: int = Field(ge=1)
+
+    def __str__(self) -> str:
+        """As the command line takes it: ``style.pt:<style>``."""
+        return f"{self.name}:{self.token}"
+
+
 class Source(_Frozen):
     """Where the weights came from. ``revision`` is a commit hash for a Hub repository, else None."""
 
@@ -142,6 +155,7 @@ class Source(_Frozen):
     license: str | None = Field(default=None, validation_alias=AliasChoices("license", "licence"))  # as it was once
     sha256: str | None = None
     loras: tuple[FusedLora, ...] = ()
+    embeddings: tuple[AddedEmbedding, ...] = ()
 
 
 class Latents(_Frozen):

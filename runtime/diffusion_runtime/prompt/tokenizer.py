@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
@@ -18,6 +19,9 @@ from diffusion_runtime.real_path import is_there
 LENGTH = 77
 VOCABULARY_FILES = ("vocab.json", "merges.txt")
 FAST = "tokenizer.json"
+_EMBEDDING = re.compile(r"(?<!\\)<[A-Za-z][^<>\s]*>")
+_ESCAPED = re.compile(r"\\<(?=[A-Za-z])")
+_SHOWN = 8
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -46,7 +50,7 @@ class Tokenizer:
         ids: list[int] = []
         weights: list[float] = []
         for fragment in emphasis.parse(prompt):
-            text = self._all_vectors(fragment.text)
+            text = _ESCAPED.sub("<", self._all_vectors(self._checked(fragment.text)))
             part = self.clip(text, add_special_tokens=False, verbose=False)["input_ids"]
             ids += part
             weights += [fragment.weight] * len(part)
@@ -58,6 +62,22 @@ class Tokenizer:
             part_weights = weights[start : start + room]
             row[1 : 1 + len(part_weights)] = part_weights
         return Tokens(np.array(rows, np.int64), counts, lost)
+
+    def _checked(self, text: str) -> str:
+        """``text``. Raises InputError for what is written as the name of a textual inversion, as in "a photo of
+        <sks>", and is none of these models': its letters would be drawn as words, and nobody would know why."""
+        added = self.clip.added_tokens_encoder
+        for name in _EMBEDDING.findall(text):
+            if not added.keys() & set(self.clip.tokenize(name)):
+                special = set(self.clip.all_special_tokens)
+                known = sorted(token for token in added if token not in special)
+                shown = f"known are {', '.join(known[:_SHOWN])}" if known else "they know none"
+                how = "--lora FILE" if name[1:6].lower() == "lora:" else f"--embedding FILE:{name}"
+                raise InputError(
+                    f"the prompt names {name}, an embedding that these models do not know ({shown}): convert with "
+                    f"{how}, or write \\{name} for the text itself"
+                )
+        return text
 
     def _all_vectors(self, text: str) -> str:
         """A textual inversion of several vectors is the tokens ``<name>``, ``<name>_1``, …: the prompt names the
