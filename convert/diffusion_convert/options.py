@@ -136,6 +136,8 @@ class ConvertOptions:
     refiner: str | None = None
     controlnets: tuple[str, ...] = ()
     only_controlled: bool = False
+    ip_adapters: tuple[str, ...] = ()
+    image_encoder: str | None = None
     layout: Layout = Layout.APPLE
     precision: Precision = Precision.AUTO
     compiled: bool = True
@@ -171,6 +173,8 @@ class ConvertOptions:
             refiner: str | os.PathLike[str] | None = ...,
             controlnets: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = ...,
             only_controlled: bool = ...,
+            ip_adapters: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = ...,
+            image_encoder: str | os.PathLike[str] | None = ...,
             layout: Layout | str = ...,
             precision: Precision | str = ...,
             compiled: bool = ...,
@@ -252,7 +256,10 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
             for source in _sources("controlnet", value)
         ),
         "recipe": _path("recipe", options.recipe),
-        **{name: _source(name, getattr(options, name)) for name in ("vae", "base", "refiner")},
+        "ip_adapters": parse_list(
+            _source("ip_adapters", value) or "" for value in _several("ip_adapters", options.ip_adapters)
+        ),
+        **{name: _source(name, getattr(options, name)) for name in ("vae", "base", "refiner", "image_encoder")},
     }
 
 

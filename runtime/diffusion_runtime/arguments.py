@@ -15,6 +15,7 @@ from diffusion_runtime.added_conditions import Size
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.noise import Noise, fresh_seed, from_generators, from_seeds
+from diffusion_runtime.picture_prompts import Pictures
 
 Texts = str | Sequence[str]
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -63,6 +64,9 @@ class Arguments(Others, total=False):
     denoising_start: float | None
     denoising_end: float | None
     refiner_start: float | None
+    ip_adapter_image: Pictures | None
+    ip_adapter_image_embeds: Sequence[torch.Tensor | None] | None
+    ip_adapter_scale: float | Sequence[float] | None
     on_step: Callable[[Step], None] | None
     callback_on_step_end: callbacks.AtStepEnd | None
     callback_on_step_end_tensor_inputs: Sequence[str]

@@ -22,8 +22,6 @@ class Neutral(TypedDict, total=False):
     sigmas: None
     prompt_embeds: None
     negative_prompt_embeds: None
-    ip_adapter_image: None
-    ip_adapter_image_embeds: None
     masked_image_latents: None
     padding_mask_crop: None
     cross_attention_kwargs: None

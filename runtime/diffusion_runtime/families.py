@@ -285,6 +285,8 @@ COMPONENTS: Mapping[str, ComponentNames] = {
     "vae_encoder": ComponentNames("VAEEncoder", "vae"),
     "safety_checker": ComponentNames("SafetyChecker", "safety_checker"),
     "depth_estimator": ComponentNames("DepthEstimator", "depth_estimator"),
+    "image_encoder": ComponentNames("ImageEncoder", "image_encoder"),
+    "image_projection": ComponentNames("ImageProjection", "image_projection"),
 }
 """The components, in the order in which they are converted. To add one: an entry here, and a file of its name in
 `diffusion_convert/components/`."""

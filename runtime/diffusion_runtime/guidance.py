@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -31,10 +31,12 @@ class Conditions:
     """What the UNet is given besides latents and timestep.
 
     ``rows``: input name -> one value per row, (rows, …). ``channels``: what is concatenated to the latents,
-    (pictures or 1, channels, height, width), or None."""
+    (pictures or 1, channels, height, width), or None. ``whole``: input name -> all that it is given, in every
+    call."""
 
     rows: Mapping[str, torch.Tensor]
     channels: torch.Tensor | None = None
+    whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def is_guided(guidance_scale: float, image_guidance_scale: float | None = None) -> bool:
@@ -128,6 +130,8 @@ def _call(unet: Model, rows: Sequence[int], rows_per_picture: int, conditions: C
         if chosen.shape != specs[name].shape:
             raise InputError(f"unet: {name} has shape {chosen.shape}, expected {specs[name].shape}")
         arrays[name][...] = chosen
+    for name, values in conditions.whole.items():
+        arrays[name][...] = values.numpy()
     sample = torch.from_numpy(arrays["sample"])
     taken = sample.shape[1]
     if conditions.channels is not None:
@@ -148,7 +152,7 @@ def _span(pictures: Sequence[int]) -> slice | torch.Tensor:
 
 
 def _check_inputs(unet: Model, conditions: Conditions) -> None:
-    filled = {"sample", "timestep", *conditions.rows}
+    filled = {"sample", "timestep", *conditions.rows, *conditions.whole}
     unknown = [name for name in unet.inputs if name not in filled]
     missing = [name for name in filled if name not in unet.inputs]
     if unknown or missing:

@@ -19,7 +19,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusion_runtime import callbacks, denoising, guidance, images, schedulers, stages, tasks
+from diffusion_runtime import (
+    callbacks,
+    denoising,
+    guidance,
+    images,
+    picture_prompts,
+    schedulers,
+    stages,
+    tasks,
+    unet_inputs,
+)
 from diffusion_runtime.added_conditions import SizeConditioning
 from diffusion_runtime.arguments import (
     Arguments,
@@ -154,6 +164,9 @@ class Pipeline:
         denoising_start: float | None = None,
         denoising_end: float | None = None,
         refiner_start: float | None = None,
+        ip_adapter_image: picture_prompts.Pictures | None = None,
+        ip_adapter_image_embeds: Sequence[torch.Tensor | None] | None = None,
+        ip_adapter_scale: float | Sequence[float] | None = None,
         output_type: str = "pil",
         on_step: Callable[[Step], None] | None = None,
         callback_on_step_end: callbacks.AtStepEnd | None = None,
@@ -188,6 +201,11 @@ class Pipeline:
             denoising_end: the part of the steps after which another model goes on; ask for "latent" output.
             refiner_start: the part of the steps after which the refiner goes on that was converted with the base,
                 as 0.8: what ``denoising_end`` and ``denoising_start`` do with two pipelines. None: no refiner.
+            ip_adapter_image: to draw after, through IP-Adapters (`convert --ip-adapter`): a picture, or one for
+                each adapter in their order, None for one that is not used.
+            ip_adapter_image_embeds: in its place, what diffusers' `prepare_ip_adapter_image_embeds` gives.
+            ip_adapter_scale: how much of it, for all adapters or for each, as diffusers' `set_ip_adapter_scale`
+                has it. None: 1.
             output_type: "pil", "np", "pt" or "latent", see `Result`.
             on_step: called after each step; raise in it to cancel.
             callback_on_step_end: diffusers' callback: it may give other latents, or set ``_interrupt``.
@@ -230,6 +248,9 @@ class Pipeline:
             denoising_start=denoising_start,
             denoising_end=denoising_end,
             refiner_start=refiner_start,
+            picture_prompts=picture_prompts.of_arguments(
+                ip_adapter_image, ip_adapter_image_embeds, ip_adapter_scale
+            ),
             sizes=sizes,
         )
         run = self.prepare(request, noise_of(generator, seed, rng))
@@ -261,6 +282,7 @@ class Pipeline:
         height, width = unet["sample"][2:]
         job = tasks.Job(request, self.manifest, self.models, (height, width), scheduler, noise)
         task.check(job)
+        picture_prompts.check(self.manifest, self.models, request.picture_prompts, self.is_guided(request))
         refiner = None if refined is None else self._refiners(refined, job)
         tokenizers = (self.tokenizer, *([self.tokenizer_2] if self.tokenizer_2 else []))
         texts = TextStates(self.models, tokenizers, self.manifest, unet[STATES][-1], request.long_prompt)
@@ -269,8 +291,10 @@ class Pipeline:
         prepared = task.prepare(job)
         rows = len(encoded.states)
         labels = {name: torch.full((rows,), value) for name, value in prepared.labels.items()}
-        told = {STATES: encoded.states, **labels, **self._told(job, encoded.pooled, rows)}
-        return Run(job, task, prepared.start, guidance.Conditions(told, prepared.channels), refiner)
+        told = {STATES: encoded.states, **labels}
+        told |= unet_inputs.of_rows(job, unet, encoded.pooled, self.is_guided(request))
+        conditions = guidance.Conditions(told, prepared.channels, unet_inputs.whole(job, unet))
+        return Run(job, task, prepared.start, conditions, refiner)
 
     def _refiners(self, request: Request, job: tasks.Job) -> Run:
         """The refiner's run, with zeros in place of the latents that the base has not made yet."""
@@ -305,25 +329,6 @@ class Pipeline:
     @property
     def _takes_guidance(self) -> bool:
         return guidance.EMBEDDED in self._unet_shapes()
-
-    def _told(self, job: tasks.Job, pooled: torch.Tensor | None, rows: int) -> dict[str, torch.Tensor]:
-        """What the UNet takes beside states: SDXL's sizes and pooled text, the guidance scale."""
-        shapes, request = self._unet_shapes(), job.request
-        told: dict[str, torch.Tensor] = {}
-        if "text_embeds" in shapes:
-            if pooled is None:
-                raise InputError("unet: takes text_embeds, but the last text encoder gives no pooled_outputs")
-            told["text_embeds"] = pooled
-        if "time_ids" in shapes:
-            ids, negative = request.sizes.time_ids(job.size, shapes["time_ids"][-1])
-            each = [negative, ids] if self.is_guided(request) else [ids]
-            if len(each) == 2 and request.image_guidance_scale is not None:
-                each = [ids, ids, ids]  # diffusers' class for it has no sizes of a negative prompt
-            told["time_ids"] = torch.stack(each * request.pictures)
-        if self._takes_guidance:
-            scales = torch.full((rows,), request.scale)
-            told[guidance.EMBEDDED] = guidance.guidance_embedding(scales, shapes[guidance.EMBEDDED][-1])
-        return told
 
     def denoise(self, run: Run) -> Generator[Step, torch.Tensor | None, None]:
         """Yield after every step of a prepared run; a run can be used once. Latents that are sent back replace the

@@ -149,7 +149,7 @@ def _origin(made: Manifest) -> str:
     added = _loras(made.source) + _embeddings(made.source)
     text = (
         f"Stable Diffusion models ({made.family}) for pictures of {made.width}x{made.height} pixels, converted "
-        f"from {_named(made.source)}{added}{refiner} for {made.target} and later"
+        f"from {_named(made.source)}{added}{refiner}{_ip_adapters(made)} for {made.target} and later"
     )
     if "coremltools" not in made.tools:
         return f"{text} by another tool."
@@ -190,6 +190,13 @@ def _embeddings(source: Source) -> str:
     return f" with the textual inversion{'s' * (len(told) > 1)} {'; '.join(told)}" if told else ""
 
 
+def _ip_adapters(made: Manifest) -> str:
+    names = " and ".join(f"`{one.name}`" for one in made.ip_adapters)
+    return (
+        f", with the IP-Adapter{'s' * (len(made.ip_adapters) > 1)} {names}, which apps do not use" if names else ""
+    )
+
+
 def _variant_table(variants: Mapping[str, Manifest], zips: Mapping[str, int]) -> Iterator[str]:
     yield "| variant | runs on | for | models | zip for apps |"
     yield "|---|---|---|---|---|"
@@ -220,13 +227,14 @@ def _long_prompts(made: Manifest) -> str:
 def _running(variants: Mapping[str, Manifest], made: Manifest, kinds: Collection[str]) -> str:
     attention = next(iter(variants))
     units = AttentionKind(attention).about.compute_units
+    pictures = "".join(f" --ip-adapter-image {one.name}=picture.png:0.6" for one in made.ip_adapters)
     ours = f"""**Python** (any machine; on a Mac with Core ML): download and generate.
 
 ```
 pip install coreml-sd
 coreml-sd download {REPOSITORY} --variant {attention} -o models
 coreml-sd generate models --prompt "a photograph of an astronaut riding a horse" \\
-    --compute-units {units}{" --refiner-start 0.8" if made.refiner is not None else ""} -o astronaut.png
+    --compute-units {units}{" --refiner-start 0.8" if made.refiner is not None else ""}{pictures} -o astronaut.png
 ```
 
 """

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 CARD = "README.md"
-NETWORKS = tuple(dict.fromkeys(names.subfolder for names in COMPONENTS.values() if names.several is None))
+APART = ("image_encoder", "image_projection")
+"""Networks that options of convert add: a pipeline saved with an IP-Adapter has the first, but not the rest."""
+NETWORKS = tuple(
+    dict.fromkeys(
+        names.subfolder for names in COMPONENTS.values() if names.several is None and names.subfolder not in APART
+    )
+)
 SCHEDULERS = ("scheduler", "low_res_scheduler")
 REQUIRED = ("unet", "vae", "scheduler")
 TOKENIZERS = ("tokenizer", "tokenizer_2")

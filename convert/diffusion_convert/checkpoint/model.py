@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_runtime.bundle.manifest import ControlNet, Folded, Source
+from diffusion_runtime.bundle.manifest import ControlNet, Folded, IpAdapter, Source
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ class Checkpoint:
     ``controlnets``: what is told of each, by its own name; its network is ``models["ControlNet_" + name]``.
     ``folded`` is what its networks are converted with (`folding.fold`); as opened, nothing. ``padding``: see
     `Manifest.padding`; as opened, None. ``added_tokens``: what textual inversions add to each tokenizer, in the
-    order of their numbers.
+    order of their numbers. ``ip_adapters``: those in its networks, in order.
     """
 
     name: str
@@ -57,3 +57,4 @@ class Checkpoint:
     refiner: Checkpoint | None = None
     added_tokens: tuple[str, ...] = ()
     controlnets: Mapping[str, ControlNet] = field(default_factory=dict)
+    ip_adapters: tuple[IpAdapter, ...] = ()

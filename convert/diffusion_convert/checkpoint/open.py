@@ -12,6 +12,7 @@ from diffusion_convert.checkpoint.controlnet import with_controlnets
 from diffusion_convert.checkpoint.controlnet_file import KIND
 from diffusion_convert.checkpoint.embeddings import with_embeddings
 from diffusion_convert.checkpoint.family import refuse_other_uses
+from diffusion_convert.checkpoint.ip_adapter import ENCODER, with_ip_adapters
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.refiner import FAMILY, with_refiner
 from diffusion_convert.checkpoint.vae import with_vae
@@ -35,6 +36,8 @@ def open_checkpoint(
     loras: Sequence[Lora] = (),
     lora_partial: bool = False,
     embeddings: Sequence[Embedding] = (),
+    ip_adapters: Sequence[str] = (),
+    image_encoder: str | None = None,
 ) -> Checkpoint:
     """The checkpoint that ``source`` names: a folder in diffusers' layout, a single .safetensors, .ckpt or .gguf
     file, or the id of a repository on the Hugging Face Hub, with another VAE and LoRAs put in.
@@ -42,6 +45,8 @@ def open_checkpoint(
     checkpoint, which gives what a single file, or a UNet's folder or repository, lacks. ``refiner``: of an SDXL
     base, taken along. ``controlnets``: folders or ids of ControlNets for its UNet. ``lora_partial``: what of a LoRA
     has no place in the checkpoint is left out, and is no error. ``embeddings``: textual inversions.
+    ``ip_adapters``: files, or OWNER/NAME/FILE on the Hub; ``image_encoder``: theirs, None: the folder of that name
+    beside the first.
 
     No weight is read. Raises CheckpointError or InputError, in one line, for what cannot be used.
     """
@@ -85,7 +90,33 @@ def open_checkpoint(
     with _given_as("--lora"):
         checkpoint = lora.fuse(checkpoint, loras, lora_partial) if loras else checkpoint
     with _given_as("--embedding"):
-        return with_embeddings(checkpoint, embeddings) if embeddings else checkpoint
+        checkpoint = with_embeddings(checkpoint, embeddings) if embeddings else checkpoint
+    return _with_ip_adapters(checkpoint, ip_adapters, image_encoder)
+
+
+def _with_ip_adapters(checkpoint: Checkpoint, sources: Sequence[str], image_encoder: str | None) -> Checkpoint:
+    """A file on the Hub is fetched with the image encoder beside it, which only the first is asked for."""
+    if not sources:
+        if image_encoder is not None:
+            raise InputError(f"--image-encoder {image_encoder}: is for --ip-adapter, which is not given")
+        return checkpoint
+    folder = None
+    if image_encoder is not None:
+        local = Path(image_encoder).expanduser()
+        folder = local if local.exists() else repository.fetch_folder(image_encoder)
+    with _given_as("--ip-adapter"):
+        files = [
+            (source, _adapter_file(source, beside=folder is None and not index))
+            for index, source in enumerate(sources)
+        ]
+        return with_ip_adapters(checkpoint, files, folder)
+
+
+def _adapter_file(source: str, beside: bool) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise InputError(f"{source}: is a folder: name the adapter's file in it, as ip-adapter_sd15.safetensors")
+    return path if path.exists() else repository.fetch_file(source, ENCODER if beside else None)
 
 
 def _fetch_controlnet(source: str) -> Path:

@@ -55,6 +55,55 @@ def fetch_network(repo_id: str, part: str) -> Path:
     return _fetch(repo_id, None, partial(network_files, part=part))
 
 
+def fetch_file(place: str, folder: str | None = None) -> Path:
+    """A file on the Hub, named as OWNER/NAME/PATH, with the ``folder`` of a network beside it.
+    Raises CheckpointError where there is none of that name."""
+    repo_id, path = _apart(place)
+    beside = "" if folder is None else f"{path.rpartition('/')[0]}/{folder}".lstrip("/")
+
+    def needed(names: frozenset[str], read_json: ReadJson) -> tuple[str, ...]:
+        if path not in names:
+            raise CheckpointError(f"{repo_id}: has no file {path}; it has {', '.join(sorted(names)[:5])}, …")
+        return (path, *(_network_files(names, read_json, beside) if beside else ()))
+
+    return _found(_fetch(repo_id, None, needed) / path, place)
+
+
+def fetch_folder(place: str) -> Path:
+    """The folder of a network on the Hub, named as OWNER/NAME/PATH."""
+    repo_id, path = _apart(place)
+
+    def needed(names: frozenset[str], read_json: ReadJson) -> tuple[str, ...]:
+        files = _network_files(names, read_json, path)
+        if not files:
+            raise CheckpointError(f"{repo_id}: has no folder {path} with a config.json")
+        return files
+
+    return _found(_fetch(repo_id, None, needed) / path, place)
+
+
+def _apart(place: str) -> tuple[str, str]:
+    """The repository, and what is named of it."""
+    owner, _, rest = place.partition("/")
+    name, _, path = rest.partition("/")
+    if not path or place.startswith(("/", ".", "~")) or ".." in place.split("/"):
+        raise CheckpointError(f"{place}: no such file, and no OWNER/NAME/PATH of the Hugging Face Hub")
+    return f"{owner}/{name}", path.rstrip("/")
+
+
+def _found(path: Path, place: str) -> Path:
+    if not path.exists():
+        raise CheckpointError(f"{place}: is not in the cache of the Hugging Face Hub, which cannot be reached")
+    return path
+
+
+def _network_files(names: frozenset[str], read_json: ReadJson, folder: str) -> tuple[str, ...]:
+    inside = _inside(names, folder)
+    if "config.json" not in inside:
+        return ()
+    return tuple(sorted(f"{folder}/{name}" for name in {"config.json", *_weights(folder, inside, read_json)}))
+
+
 MAIN_REVISION = "main"
 """What the Hub calls the branch that is meant where none is named."""
 ReadJson = Callable[[str], Mapping[str, Any]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,14 @@ CLASSES: Mapping[str, str] = {
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",
     "DPTForDepthEstimation": "transformers",
+    "CLIPVisionModelWithProjection": "transformers",
+    "Projections": "diffusion_convert.checkpoint.ip_projections",
     "StableDiffusionSafetyChecker": "diffusers.pipelines.stable_diffusion.safety_checker",
 }
 """Class named in model_index.json -> where it is imported from. Nothing else is ever imported for a checkpoint."""
+
+PICTURE_TOKENS = "ip_adapter_tokens"
+"""A key of a UNet's configuration that no published one has: how many tokens each of its IP-Adapters makes."""
 
 RENAMED = (
     (r"^text_model\.", ""),  # transformers 5 dropped the level of the model inside of the model
@@ -99,10 +104,12 @@ def empty(submodel: Submodel, where: str) -> torch.nn.Module:
         raise CheckpointError(f"{where}: unknown class {submodel.class_name!r}; known are {', '.join(CLASSES)}")
     kind: Any = getattr(importlib.import_module(CLASSES[submodel.class_name]), submodel.class_name)
     config = dict(submodel.config)
+    tokens = config.pop(PICTURE_TOKENS, ())
     try:
         with silent(), torch.device("meta"):
             if hasattr(kind, "from_config"):
                 network: torch.nn.Module = kind.from_config(config)
+                _attend_to_pictures(network, tokens)
             else:
                 network = kind(kind.config_class(**{k: v for k, v in config.items() if k != "architectures"}))
     except Exception as error:  # whatever a library's class says of a configuration that it does not understand
@@ -111,6 +118,23 @@ def empty(submodel: Submodel, where: str) -> torch.nn.Module:
             f"{where}: config.json does not describe a {submodel.class_name}: {reason}"
         ) from error
     return network
+
+
+def _attend_to_pictures(network: Any, tokens: Sequence[int]) -> None:
+    """Give a UNet the attention processors that diffusers' `load_ip_adapter` gives it."""
+    if not tokens:
+        return
+    import torch
+    from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+
+    # Its projections run once for a picture, as models of their own; what they give goes on as it is.
+    network.encoder_hid_proj = torch.nn.Identity()
+    network.config.encoder_hid_dim_type = "ip_image_proj"
+    width = network.config.cross_attention_dim
+    for name in network.attn_processors:
+        if not name.endswith("attn1.processor"):
+            attention = network.get_submodule(name.removesuffix(".processor"))
+            attention.set_processor(IPAdapterAttnProcessor2_0(attention.to_k.out_features, width, tuple(tokens)))
 
 
 def _fitting(tensors: Mapping[str, torch.Tensor], network: torch.nn.Module, where: str) -> dict[str, torch.Tensor]:

@@ -49,6 +49,8 @@ _MAX_DIMENSIONS = 8
 _MAX_ELEMENTS = 2**48
 _MAX_WRAPPERS = 4
 """How many dicts may lie around the weights. (A dict may also contain itself.)"""
+IP_ADAPTER = ("image_proj", "ip_adapter")
+"""The dicts that an IP-Adapter's file consists of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def load(path: Path) -> Pickled:
     inner = outer
     for _ in range(_MAX_WRAPPERS):
         inner = _within(inner)
-    views = dict(_named(inner, _View))
+    views = dict(_named(_flat(inner), _View))
     if not views:
         raise CheckpointError(f"{path}: holds no named tensors; expected the state dict of a model")
     return Pickled(_map_views(path, views, members), dict(_named(outer, (int, float, str))))
@@ -114,6 +116,13 @@ def _within(found: object) -> object:
     inside = {id(value): value for value in found.values() if isinstance(value, dict)}
     holding = [value for value in inside.values() if _holds_tensors(value)]
     return holding[0] if len(holding) == 1 else found
+
+
+def _flat(found: object) -> object:
+    """An IP-Adapter's file is two dicts in one; its .safetensors form has their names before those in them."""
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), dict) for name in IP_ADAPTER):
+        return found
+    return {f"{part}.{name}": value for part in IP_ADAPTER for name, value in found[part].items()}
 
 
 def _holds_tensors(found: dict[object, object]) -> bool:

@@ -163,6 +163,17 @@ def convert(
     only_controlled: Annotated[
         bool, _option("No UNet but the one that ControlNets steer.", "--only-controlled")
     ] = False,
+    ip_adapter: Annotated[
+        list[str] | None,
+        _option(
+            "IP-Adapter, to draw after a picture: a file, or OWNER/NAME/FILE on the Hub; several with commas, or "
+            "the option several times."
+        ),
+    ] = None,
+    image_encoder: Annotated[
+        str | None,
+        _option("The IP-Adapters' image encoder (folder, or on the Hub). Default: image_encoder beside the file."),
+    ] = None,
     layout: Annotated[
         str, _option("Whose interface: apple, or comfyui (ComfyUI-CoreMLSuite 2.x). Default: apple.")
     ] = "apple",
@@ -205,6 +216,8 @@ def convert(
         refiner=refiner,
         controlnets=tuple(controlnet or ()),
         only_controlled=only_controlled,
+        ip_adapters=parse_list(ip_adapter or ()),
+        image_encoder=image_encoder,
         layout=parse_choice(Layout, "layout", layout),
         precision=parse_choice(Precision, "precision", precision),
         compiled=compile_,

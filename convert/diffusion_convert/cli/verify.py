@@ -36,6 +36,10 @@ def verify(
         list[str] | None,
         typer.Option(help="A textual inversion that was put in, FILE or FILE:TOKEN; may be given several times."),
     ] = None,
+    ip_adapter: Annotated[
+        list[str] | None, typer.Option(help="The IP-Adapters that were put in at conversion, in their order.")
+    ] = None,
+    image_encoder: Annotated[str | None, typer.Option(help="Their image encoder, as at conversion.")] = None,
 ) -> None:
     """Compare every component, packages and compiled, with the source's own networks. Exit code 1: one differs."""
     from diffusion_convert.checkpoint.open import open_checkpoint
@@ -55,6 +59,8 @@ def verify(
         loras=loras,
         lora_partial=lora_partial,
         embeddings=embeddings,
+        ip_adapters=parse_list(ip_adapter or ()),
+        image_encoder=image_encoder,
     )
     rows = [("models", "component", "worst output", "PSNR", "at least", "")]
     for comparison in verify_models(models, checkpoint, lambda text: typer.echo(text, err=True)):

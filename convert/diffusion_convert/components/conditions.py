@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.checkpoint.torch_networks import PICTURE_TOKENS
 from diffusion_convert.components.component import Port
 from diffusion_runtime.guidance import guidance_embedding
 
@@ -184,6 +185,40 @@ def _draw_residuals(ports: tuple[Port, ...], drawing: Drawing) -> Mapping[str, n
     return {port.name: drawing.rng.standard_normal(port.shape) for port in ports}
 
 
+# --- pictures that are prompts: the tokens of each IP-Adapter, and how much each counts
+
+
+IMAGE_TOKENS, IP_ADAPTER_SCALE = "image_tokens_", "ip_adapter_scale"
+
+
+def _picture_ports(asked: Asked) -> tuple[Port, ...]:
+    tokens, width = asked.config.get(PICTURE_TOKENS, ()), int(asked.config["cross_attention_dim"])
+    ports = [
+        Port(f"{IMAGE_TOKENS}{index}", (asked.sample[0], width, 1, count), description="Of the image_projection")
+        for index, count in enumerate(tokens)
+    ]
+    told = "How much each IP-Adapter counts; 0: not at all"
+    return (*ports, Port(IP_ADAPTER_SCALE, (len(tokens),), description=told)) if tokens else ()
+
+
+def _picture_arguments(network: nn.Module, given: Tensors) -> Mapping[str, Any]:
+    """What the cross-attentions of this network take: ours are told the scales with the tokens, diffusers' have
+    them as an attribute."""
+    *tokens, scales = given.values()
+    theirs = [one for one in getattr(network, "attn_processors", {}).values() if hasattr(one, "to_k_ip")]
+    for processor in theirs:
+        processor.scale = scales.tolist()
+    ours = (tuple(tokens), torch.split(scales.reshape(-1, 1, 1, 1), 1))
+    return {"added_cond_kwargs": {"image_embeds": [one.transpose(1, 3) for one in tokens] if theirs else ours}}
+
+
+def _draw_pictures(ports: tuple[Port, ...], drawing: Drawing) -> Mapping[str, np.ndarray]:
+    """Tokens, which come out of a norm, and scales."""
+    *tokens, scales = ports
+    drawn = {port.name: drawing.rng.standard_normal(port.shape) for port in tokens}
+    return {**drawn, scales.name: drawing.rng.uniform(0.3, 1, scales.shape)}
+
+
 CONDITIONS: tuple[Condition, ...] = (
     Condition(
         _label_ports,
@@ -192,6 +227,7 @@ CONDITIONS: tuple[Condition, ...] = (
     ),
     Condition(_added_ports, lambda _, given: {"added_cond_kwargs": dict(given)}, _draw_added),
     Condition(_guidance_ports, lambda _, given: dict(given), _draw_guidance),
+    Condition(_picture_ports, _picture_arguments, _draw_pictures),
 )
 """What a configuration asks for, in the order of the inputs."""
 RESIDUALS = Condition(_residual_ports, _residual_arguments, _draw_residuals)

@@ -106,6 +106,8 @@ def _plan(source: str, options: ConvertOptions, previous: Previous, progress: Pr
         loras=options.loras,
         lora_partial=options.lora_partial,
         embeddings=options.embeddings,
+        ip_adapters=options.ip_adapters,
+        image_encoder=options.image_encoder,
     )
     options = replace(
         options,

@@ -41,6 +41,7 @@ def _folder_lines(report: FolderReport) -> Iterator[str]:
             "and later"
         )
         yield from (f"  folded    {line}" for line in made.folded.lines())
+        yield from (f"  adapter   {one.name}: an IP-Adapter, {one.source}" for one in made.ip_adapters)
     elif len(report.models) > 1:
         yield f"{report.name}:"
     for index, model in enumerate(report.models):

@@ -15,6 +15,7 @@ from diffusion_convert.networks.channel_norm import teach_coremltools
 from diffusion_convert.networks.clip import TextEncoder
 from diffusion_convert.networks.clip_safety import SafetyChecker
 from diffusion_convert.networks.depth import DepthEstimator
+from diffusion_convert.networks.picture_prompts import ImageEncoder, projection
 from diffusion_convert.networks.pointwise import pointwise
 from diffusion_convert.networks.transformer import SpatialAttention, SpatialTransformer
 from diffusion_runtime.errors import UnsupportedError
@@ -22,9 +23,12 @@ from diffusion_runtime.families import AttentionKind
 
 __all__ = [
     "DepthEstimator",
+    "ImageEncoder",
     "SafetyChecker",
     "TextEncoder",
     "depth_estimator",
+    "image_encoder",
+    "picture_projection",
     "pointwise",
     "put_attention",
     "safety_checker",
@@ -68,6 +72,16 @@ def safety_checker(model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINA
 def depth_estimator(model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL) -> DepthEstimator:
     """transformers' DPTForDepthEstimation as `depth.DepthEstimator`; takes ``model`` over."""
     return DepthEstimator(model, ATTENTION[kind]).eval()
+
+
+def image_encoder(model: nn.Module, kind: AttentionKind, gives: tuple[str, ...]) -> ImageEncoder:
+    """transformers' CLIPVisionModelWithProjection as `picture_prompts.ImageEncoder`, on the same parameters."""
+    return ImageEncoder(model, ATTENTION[kind], gives).eval()
+
+
+def picture_projection(module: nn.Module, kind: AttentionKind | None) -> nn.Module:
+    """An IP-Adapter's projection of diffusers' giving (1, width, 1, tokens); None: computed as diffusers does."""
+    return projection(module, None if kind is None else ATTENTION[kind]).eval()
 
 
 def _replace(module: nn.Module, kind: AttentionKind, path: str) -> None:

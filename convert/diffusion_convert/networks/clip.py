@@ -164,10 +164,14 @@ class VisionEncoder(nn.Module):
         self.post_layernorm = ChannelNorm(model.post_layernorm)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.both(pixel_values)[1]
+
+    def both(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states of all patches before the last layer, (1, width, 1, 1 + patches), and the pooled output."""
         x = self.embeddings(pixel_values).transpose(1, 2).unsqueeze(2)
-        x = self.encoder(self.pre_layrnorm(x))
-        pooled: torch.Tensor = self.post_layernorm(x[:, :, :, :1]).flatten(1)
-        return pooled
+        before, last = self.encoder.both(self.pre_layrnorm(x), None)
+        pooled: torch.Tensor = self.post_layernorm(last[:, :, :, :1]).flatten(1)
+        return before, pooled
 
 
 class VisionEmbeddings(nn.Module):

@@ -19,6 +19,10 @@ from diffusion_runtime.errors import UnsupportedError
 
 # What these compute is softmax(scale · query keyᵀ) value. Diffusers' other processors compute something else.
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
+# Of IP-Adapters: to the same queries, keys and values of pictures beside those of the text.
+PICTURE_PROCESSORS = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor")
+# What cross-attentions attend to: a text's states; or those, each IP-Adapter's tokens of its picture and its scale.
+Context = torch.Tensor | tuple[torch.Tensor, tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]
 
 
 class Attention(nn.Module):
@@ -27,13 +31,15 @@ class Attention(nn.Module):
     ``upcast_attention`` needs nothing here: it says that float16 overflows, which the export finds and cures.
     """
 
+    processors: tuple[str, ...] = PLAIN_PROCESSORS
+
     def __init__(self, attention: Any, attend: Attend) -> None:
         super().__init__()
         refuse(
             attention,
             ("spatial_norm", "norm_cross", "norm_q", "norm_k", "added_kv_proj_dim", "add_k_proj", "is_causal"),
         )
-        if type(attention.processor).__name__ not in PLAIN_PROCESSORS:
+        if type(attention.processor).__name__ not in self.processors:
             raise UnsupportedError(f"attention processor {type(attention.processor).__name__} is not supported")
         if attention.inner_kv_dim != attention.inner_dim:
             raise UnsupportedError("kv_heads: fewer heads for keys than for queries are not supported")
@@ -50,6 +56,33 @@ class Attention(nn.Module):
         mixed = self.attend(self.to_q(x), self.to_k(source), self.to_v(source), self.heads, self.scale)
         out: torch.Tensor = self.to_out[0](mixed)
         return out
+
+
+class PictureAttention(Attention):
+    """Cross-attention of a UNet with IP-Adapters (Ye et al. 2023): what each picture gives is added, at its scale,
+    to what the text gives, before the last projection. All share the query."""
+
+    processors = PICTURE_PROCESSORS
+
+    def __init__(self, attention: Any, attend: Attend) -> None:
+        super().__init__(attention, attend)
+        self.to_k_ip = nn.ModuleList(pointwise(layer) for layer in attention.processor.to_k_ip)
+        self.to_v_ip = nn.ModuleList(pointwise(layer) for layer in attention.processor.to_v_ip)
+
+    def forward(self, x: torch.Tensor, context: Any = None) -> torch.Tensor:
+        text, (pictures, scales) = context
+        query = self.to_q(x)
+        mixed = self.attend(query, self.to_k(text), self.to_v(text), self.heads, self.scale)
+        for tokens, scale, to_k, to_v in zip(pictures, scales, self.to_k_ip, self.to_v_ip, strict=True):
+            mixed = mixed + self.attend(query, to_k(tokens), to_v(tokens), self.heads, self.scale) * scale
+        out: torch.Tensor = self.to_out[0](mixed)
+        return out
+
+
+def cross_attention(attention: Any, attend: Attend) -> Attention:
+    """The second attention of a transformer block, to a text and, with IP-Adapters, to pictures."""
+    sees = type(attention.processor).__name__ in PICTURE_PROCESSORS
+    return (PictureAttention if sees else Attention)(attention, attend)
 
 
 class SpatialAttention(nn.Module):
@@ -142,11 +175,11 @@ class TransformerBlock(nn.Module):
         self.norm1 = ChannelNorm(block.norm1)
         self.attn1 = Attention(block.attn1, attend)
         self.norm2 = None if block.attn2 is None else ChannelNorm(block.norm2)
-        self.attn2 = None if block.attn2 is None else Attention(block.attn2, attend)
+        self.attn2 = None if block.attn2 is None else cross_attention(block.attn2, attend)
         self.norm3 = ChannelNorm(block.norm3)
         self.ff = FeedForward(block.ff)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: Context | None) -> torch.Tensor:
         x = self.attn1(self.norm1(x), context if self.only_cross_attention else None) + x
         if self.attn2 is not None and self.norm2 is not None:
             x = self.attn2(self.norm2(x), context) + x
@@ -171,7 +204,7 @@ class SpatialTransformer(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_hidden_states: Context | None = None,
         attention_mask: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         **_: Any,  # diffusers' blocks pass timestep, class_labels and the like, for norms that are refused

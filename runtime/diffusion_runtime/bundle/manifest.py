@@ -158,6 +158,14 @@ class Source(_Frozen):
     embeddings: tuple[AddedEmbedding, ...] = ()
 
 
+class IpAdapter(_Frozen):
+    """An IP-Adapter in the models: what users call it, and where it came from. The UNet takes its tokens as
+    ``image_tokens_N``, N its place among them."""
+
+    name: str
+    source: str
+
+
 class Latents(_Frozen):
     """Images are ``factor`` times larger than latents, which are multiplied by ``scale`` (after subtracting
     ``shift``) on the way into the UNet, and divided on the way out."""
@@ -276,6 +284,7 @@ class Manifest(_Frozen):
     controlnets: dict[str, ControlNet] = Field(
         default={}, description="by their own names; the component is called `ControlNet_` and that"
     )
+    ip_adapters: tuple[IpAdapter, ...] = ()
     requires_safety_checker: bool = False
     folded: Folded = Folded()
     tools: dict[str, str] = {}

@@ -16,6 +16,7 @@ from diffusion_runtime.errors import InputError
 from diffusion_runtime.models import Models
 from diffusion_runtime.noise import Noise
 from diffusion_runtime.numbers import is_number, is_whole
+from diffusion_runtime.picture_prompts import PicturePrompt
 
 MAX_GUIDANCE = 1000.0  # beyond it nothing is left of a picture, and float32 ends
 DEFAULT_GUIDANCE, DEFAULT_STRENGTH, DEFAULT_NOISE_LEVEL = 7.5, 0.8, 20
@@ -53,7 +54,8 @@ class Request:
     ``strength`` None is 0.8, and 1 with a mask; ``noise_level`` None is 20; ``latents`` are start values drawn by
     the caller, or, with ``denoising_start``, what another model left at its ``denoising_end`` (parts of the steps).
     ``refiner_start`` is the part of the steps after which a refiner goes on. ``guidance_scale`` and
-    ``image_guidance_scale`` None are the models' own defaults; ``sizes`` are what SDXL's UNets are told.
+    ``image_guidance_scale`` None are the models' own defaults; ``sizes`` are what SDXL's UNets are told;
+    ``picture_prompts`` are for IP-Adapters.
     Raises InputError for what no models could do."""
 
     prompts: tuple[str, ...]
@@ -74,6 +76,7 @@ class Request:
     denoising_start: float | None = None
     denoising_end: float | None = None
     refiner_start: float | None = None
+    picture_prompts: tuple[PicturePrompt, ...] = ()
     sizes: SizeConditioning = field(default_factory=SizeConditioning)
 
     def __post_init__(self) -> None:
@@ -163,6 +166,12 @@ class Request:
         if self.image_guidance_scale is None:
             return [text for pair in pairs for text in pair]
         return [text for negative, prompt in pairs for text in (prompt, negative, negative)]
+
+    def blind(self, guided: bool) -> list[bool]:
+        """Of each row of `texts`, whether it is of the unconditional half, which is told nothing of a picture."""
+        if not guided:
+            return [False] * self.pictures
+        return ([True, False] if self.image_guidance_scale is None else [False, True, True]) * self.pictures
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,45 @@
+"""What a UNet is given of a request beside latents, timestep and states, as far as it takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from diffusion_runtime import guidance, picture_prompts
+from diffusion_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusion_runtime.tasks import Job
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def of_rows(job: Job, unet: Shapes, pooled: torch.Tensor | None, guided: bool) -> dict[str, torch.Tensor]:
+    """In each row: SDXL's sizes and pooled text, the guidance scale, IP-Adapters' tokens of pictures. ``unet``: the
+    shapes of its inputs."""
+    request = job.request
+    told: dict[str, torch.Tensor] = {}
+    if "text_embeds" in unet:
+        if pooled is None:
+            raise InputError("unet: takes text_embeds, but the last text encoder gives no pooled_outputs")
+        told["text_embeds"] = pooled
+    if "time_ids" in unet:
+        ids, negative = request.sizes.time_ids(job.size, unet["time_ids"][-1])
+        each = [negative, ids] if guided else [ids]
+        if guided and request.image_guidance_scale is not None:
+            each = [ids, ids, ids]  # diffusers' class for it has no sizes of a negative prompt
+        told["time_ids"] = torch.stack(each * request.pictures)
+    blind = request.blind(guided)
+    if guidance.EMBEDDED in unet:
+        scales = torch.full((len(blind),), request.scale)
+        told[guidance.EMBEDDED] = guidance.guidance_embedding(scales, unet[guidance.EMBEDDED][-1])
+    return told | picture_prompts.told(job.manifest, job.models, request.picture_prompts, unet, blind)
+
+
+def whole(job: Job, unet: Shapes) -> dict[str, torch.Tensor]:
+    """In every row at once: how much each IP-Adapter counts."""
+    if picture_prompts.SCALE not in unet:
+        return {}
+    return {picture_prompts.SCALE: picture_prompts.scales(job.manifest, job.request.picture_prompts)}
