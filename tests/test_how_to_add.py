@@ -25,8 +25,8 @@ PACKAGES = (ROOT / "convert" / "diffusion_convert", ROOT / "runtime" / "diffusio
 KIND, FAMILY, COMPONENT, COMPILED, TASK = (
     "split_query",
     "sketch",
-    "text_encoder_3",
-    "TextEncoder3",
+    "text_encoder_4",
+    "TextEncoder4",
     "sketch to image",
 )
 CHANNELS = 6
@@ -61,8 +61,8 @@ from diffusion_convert.components.text_encoder import Reference, prompt_ids
 from diffusion_convert.networks import text_encoder
 
 def build(checkpoint, attention, shape):
-    model = torch_networks.build(checkpoint, "text_encoder_3")
-    config = checkpoint.models["text_encoder_3"].config
+    model = torch_networks.build(checkpoint, "text_encoder_4")
+    config = checkpoint.models["text_encoder_4"].config
     width = config["hidden_size"]
     return Graph(
         module=Reference(model, False) if attention is None else text_encoder(model, attention),
@@ -74,7 +74,7 @@ def build(checkpoint, attention, shape):
         sample=lambda seed: {"input_ids": prompt_ids(config, seed).astype(np.float32)},
     )
 
-TEXT_ENCODER_3 = Component("text_encoder_3", build, min_psnr_db=60.0)
+TEXT_ENCODER_4 = Component("text_encoder_4", build, min_psnr_db=60.0)
 """
 TASK_FILE = """
 from diffusion_runtime import images

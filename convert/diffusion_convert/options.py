@@ -105,6 +105,7 @@ class ConvertOptions:
     pieces. ``fold`` and ``no_fold``: which foldings (`diffusion_runtime.folding`) to do other than by default.
     ``controlnets``: folders, files or Hub ids of ControlNets for it, in place of their text too; with
     ``only_controlled`` there is no UNet but the one that they steer.
+    ``no_t5``: leave the largest text encoder of Stable Diffusion 3 out.
     ``layout``: whose interface the models get (`layouts`). Texts as the command line takes them ("float32",
     "unet,vae_decoder", "style.safetensors:0.8") become
     what the fields are declared as, and one value stands for a tuple of one. Raises InputError for a value that
@@ -138,6 +139,7 @@ class ConvertOptions:
     only_controlled: bool = False
     ip_adapters: tuple[str, ...] = ()
     image_encoder: str | None = None
+    no_t5: bool = False
     layout: Layout = Layout.APPLE
     precision: Precision = Precision.AUTO
     compiled: bool = True
@@ -175,6 +177,7 @@ class ConvertOptions:
             only_controlled: bool = ...,
             ip_adapters: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = ...,
             image_encoder: str | os.PathLike[str] | None = ...,
+            no_t5: bool = ...,
             layout: Layout | str = ...,
             precision: Precision | str = ...,
             compiled: bool = ...,
@@ -227,7 +230,7 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
             _typed(name, getattr(options, name), (int,), "a whole number")
     if options.target_bits is not None:
         _typed("target_bits", options.target_bits, (int, float), "a number")
-    for name in ("chunk_unet", "only_controlled", "lora_partial", "compiled", "zip", "verify"):
+    for name in ("chunk_unet", "only_controlled", "lora_partial", "no_t5", "compiled", "zip", "verify"):
         _typed(name, getattr(options, name), (bool,), "True or False")
     for name in ("target", "revision", "family", "variant"):
         if name == "target" or getattr(options, name) is not None:

@@ -11,7 +11,7 @@ import torch
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.guidance import Predict
 from diffusion_runtime.noise import Noise
-from diffusion_runtime.schedulers import ANOTHER, REFUSALS, denoised, name_of, reason, step_arguments
+from diffusion_runtime.schedulers import ANOTHER, REFUSALS, denoised, name_of, reason, scaled_input, step_arguments
 
 AfterStep = Callable[[int, torch.Tensor], torch.Tensor]
 """(index, latents) -> latents that the next step starts from."""
@@ -59,7 +59,7 @@ def denoise(
         # Once: every conversion of a tensor to a number costs, and schedulers compare timesteps as tensors.
         number = timestep.item()
         with torch.no_grad():
-            model_input = scheduler.scale_model_input(latents, timestep)
+            model_input = scaled_input(scheduler, latents, timestep)
             prediction = predict(model_input, number)
             try:
                 if draws:

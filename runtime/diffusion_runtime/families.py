@@ -89,7 +89,9 @@ def attention_of(einsums: Iterable[tuple[int | None, ...]]) -> AttentionKind:
 
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-"""Text encoders by component, in the order in which their states are set side by side."""
+"""CLIP's text encoders by component, in the order in which their states are set side by side."""
+T5 = "text_encoder_t5"
+"""The text encoder whose states follow theirs, where there is one."""
 LATENT_SCALE = 0.18215
 """What latents are multiplied by where nothing says otherwise: the default of diffusers' AutoencoderKL."""
 _LOW_RES_SCHEDULER: Mapping[str, Any] = {
@@ -105,6 +107,34 @@ PLAIN_SETTINGS: Mapping[str, Any] = {"steps_offset": 1, "clip_sample": False}
 """`Family.scheduler_settings` of StableDiffusionPipeline and StableDiffusionImg2ImgPipeline."""
 INPAINTING_SETTINGS: Mapping[str, Any] = {"steps_offset": 1, "skip_prk_steps": True}
 """Those of StableDiffusionInpaintPipeline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Denoiser:
+    """The network that predicts what is taken away in a step.
+
+    ``component``: its name in `COMPONENTS`. ``names``: what its inputs are called where a UNet of Apple's contract
+    has other names for them (the UNet's name -> its own). ``patch_size``: of the squares that it cuts latents into.
+    ``attention``: the kinds that it can be converted with."""
+
+    component: str = "unet"
+    names: Mapping[str, str] = field(default_factory=dict)
+    patch_size: int = 1
+    attention: tuple[AttentionKind, ...] = tuple(AttentionKind)
+
+
+UNET = Denoiser()
+MMDIT = Denoiser(
+    "transformer",
+    {
+        "sample": "latent_image_embeddings",
+        "encoder_hidden_states": "token_level_text_embeddings",
+        "text_embeds": "pooled_text_embeddings",
+    },
+    patch_size=2,
+    attention=(AttentionKind.ORIGINAL,),
+)
+"""Stable Diffusion 3's transformer, as Apple's StableDiffusion3Pipeline feeds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +154,9 @@ class Family:
     ``guidance_scale``, ``strength``, ``inpainting_…``: what diffusers' pipelines take where none is given.
     ``image_guidance_scale``: the same of a second guidance, by a picture that the UNet sees; None: it has none.
     ``attention``: what is converted where no kind is asked for.
+    ``denoiser``: what predicts. ``latent_shift``: see `Latents.shift`.
+    ``joint_text``: the states of all CLIP encoders side by side, filled with zeros to the width of T5's, are
+    followed by T5's; the pooled states of all CLIP encoders are given, each projected.
     """
 
     name: str
@@ -146,6 +179,9 @@ class Family:
     inpainting_strength: float = 1.0
     image_guidance_scale: float | None = None
     attention: tuple[AttentionKind, ...] = (AttentionKind.ORIGINAL, AttentionKind.SPLIT_EINSUM_V2)
+    denoiser: Denoiser = UNET
+    latent_shift: float = 0.0
+    joint_text: bool = False
 
     @property
     def pad_token(self) -> str | None:
@@ -231,6 +267,23 @@ FAMILIES: Mapping[str, Family] = {
             prediction_types=("epsilon",),
             encoders=TEXT_ENCODERS[1:],
         ),
+        Family(
+            name="sd3",
+            title="Stable Diffusion 3",
+            in_channels=16,
+            text_encoder="clip_and_t5",
+            prediction_types=("flow_prediction",),
+            latent_scale=1.5305,
+            latent_shift=0.0609,
+            size=1024,
+            scheduler_settings={},
+            encoders=TEXT_ENCODERS,
+            guidance_scale=7.0,
+            strength=0.6,
+            attention=MMDIT.attention,
+            denoiser=MMDIT,
+            joint_text=True,
+        ),
     )
 }
 """The families by name. To add one: an entry here; for single files, its configurations in
@@ -252,7 +305,7 @@ def family_of(in_channels: int, context: int, latent_size: int, added_conditions
     alike = [
         family
         for family in FAMILIES.values()
-        if (family.in_channels, family.added_conditions) == (in_channels, added_conditions)
+        if (family.denoiser, family.in_channels, family.added_conditions) == (UNET, in_channels, added_conditions)
     ]
     alike = [family for family in alike if family.text_encoder == encoder] or alike
     if not alike:
@@ -277,6 +330,8 @@ class ComponentNames:
 COMPONENTS: Mapping[str, ComponentNames] = {
     "text_encoder": ComponentNames("TextEncoder", "text_encoder"),
     "text_encoder_2": ComponentNames("TextEncoder2", "text_encoder_2"),
+    T5: ComponentNames("TextEncoderT5", "text_encoder_3"),
+    "transformer": ComponentNames("MultiModalDiffusionTransformer", "transformer"),
     "unet": ComponentNames("Unet", "unet"),
     "control_unet": ComponentNames("ControlledUnet", "unet", package="control-unet"),
     "refiner": ComponentNames("UnetRefiner", "refiner"),

@@ -10,7 +10,7 @@ from diffusion_runtime.bundle import find, manifest
 from diffusion_runtime.bundle.find import Bundle
 from diffusion_runtime.bundle.without_manifest import Assumed
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.families import FAMILIES
+from diffusion_runtime.families import FAMILIES, T5
 from diffusion_runtime.pipeline import Pipeline
 from diffusion_runtime.prompt import tokenizer as tokenizers
 from diffusion_runtime.real_path import is_there
@@ -93,7 +93,17 @@ def load_pipeline(
     if second:
         named = found.manifest.tokenizer_2
         clip_2 = tokenizers.load(found.folder / named if named else place, second[0], "!")
-    return Pipeline(found.manifest, models, clip, chosen, check_safety, tuple(notes), clip_2)
+    t5 = _t5(found)
+    described = manifest.as_unet(found.manifest)
+    return Pipeline(described, models, clip, chosen, check_safety, tuple(notes), clip_2, t5)
+
+
+def _t5(found: Bundle) -> tokenizers.Tokenizer | None:
+    """The tokenizer of the text encoder that follows CLIP's, where there is one."""
+    encoder, place = found.manifest.components.get(T5), found.manifest.tokenizer_3
+    if encoder is None or place is None:
+        return None
+    return tokenizers.load_t5(found.folder / place, encoder.inputs[0].shape[-1])
 
 
 def _check_told(found: Bundle, prediction_type: str | None, latent_scale: float | None) -> None:

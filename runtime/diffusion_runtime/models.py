@@ -175,6 +175,33 @@ class Chain:
         return results
 
 
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """A model whose inputs are called otherwise: ``names`` maps what they are called here to its own."""
+
+    model: Model
+    names: Mapping[str, str]
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        known = {own: name for name, own in self.names.items()}
+        return {
+            known.get(name, name): replace(spec, name=known.get(name, name))
+            for name, spec in self.model.inputs.items()
+        }
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        return self.model.outputs
+
+    def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        return self.model(**{self.names.get(name, name): array for name, array in arrays.items()})
+
+
+def renamed(load: Load, names: Mapping[str, str]) -> Load:
+    return lambda: Renamed(load(), names)
+
+
 def chained(loads: Sequence[Load]) -> Load:
     """One load for a component of several models."""
     return loads[0] if len(loads) == 1 else lambda: Chain(tuple(load() for load in loads))

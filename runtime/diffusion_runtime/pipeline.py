@@ -46,7 +46,7 @@ from diffusion_runtime.arguments import (
 from diffusion_runtime.bundle.manifest import Manifest, of_refiner
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS
+from diffusion_runtime.families import FAMILIES, T5, TEXT_ENCODERS, Family
 from diffusion_runtime.models import Models, unfit_latents
 from diffusion_runtime.noise import Noise
 from diffusion_runtime.prompt.text_states import TextStates
@@ -78,6 +78,7 @@ class Pipeline:
     check_safety: bool = True
     notes: tuple[str, ...] = ()
     tokenizer_2: Tokenizer | None = None
+    tokenizer_3: Tokenizer | None = None
     _scheduler: tuple[str | None, Any] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -93,7 +94,7 @@ class Pipeline:
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
-        schedulers.check(scheduler)
+        schedulers.check(scheduler, self.manifest.scheduler)
         self._scheduler = self.scheduler_name, scheduler
 
     @property
@@ -120,7 +121,7 @@ class Pipeline:
     def prewarm(self) -> None:
         """Load every model that a prompt alone needs and run it once, so that the first picture takes no longer
         than the next. Loads what `reduce_memory` would free, so it is of no use with that."""
-        needed = [*(name for name in TEXT_ENCODERS if name in self.models), "unet", "vae_decoder"]
+        needed = [*(name for name in (*TEXT_ENCODERS, T5) if name in self.models), "unet", "vae_decoder"]
         checks = ["safety_checker"] if self.check_safety and "safety_checker" in self.models else []
         self.models.prewarm(needed + checks)
 
@@ -274,18 +275,23 @@ class Pipeline:
         Raises InputError for what these models cannot do, before any of them runs."""
         unet = self._unet_shapes()
         request, refined = stages.apart(request)
-        task = tasks.choose(unet["sample"][1], request.given)
+        task = tasks.choose(tasks.kind(unet["sample"][1], self.manifest.latents.channels), request.given)
         request = self.settled(request)
         self._check_size(request)
         scheduler = schedulers.own(self.scheduler, task.scheduler_settings)
-        schedulers.set_steps(scheduler, int(request.steps))  # diffusers' loops want Python's own
         height, width = unet["sample"][2:]
+        patches = (height // self._family.denoiser.patch_size) * (width // self._family.denoiser.patch_size)
+        schedulers.set_steps(scheduler, int(request.steps), patches)  # diffusers' loops want Python's own
         job = tasks.Job(request, self.manifest, self.models, (height, width), scheduler, noise)
         task.check(job)
         picture_prompts.check(self.manifest, self.models, request.picture_prompts, self.is_guided(request))
         refiner = None if refined is None else self._refiners(refined, job)
         tokenizers = (self.tokenizer, *([self.tokenizer_2] if self.tokenizer_2 else []))
-        texts = TextStates(self.models, tokenizers, self.manifest, unet[STATES][-1], request.long_prompt)
+        texts = TextStates(
+            *(self.models, tokenizers, self.manifest, unet[STATES][-1], unet[STATES][1]),
+            t5=self.tokenizer_3,
+            long_prompt=request.long_prompt,
+        )
         encoded = texts.encode(request.texts(self.is_guided(request)))
         job.notes.extend(encoded.notes)
         prepared = task.prepare(job)
@@ -305,7 +311,7 @@ class Pipeline:
 
     def settled(self, request: Request) -> Request:
         """The request with the defaults of diffusers' pipeline for these models filled in."""
-        family = FAMILIES.get(self.manifest.family) or next(iter(FAMILIES.values()))
+        family = self._family
         scale, strength = family.guidance_scale, family.strength
         if request.mask is not None:
             scale, strength = family.inpainting_guidance_scale, family.inpainting_strength
@@ -319,6 +325,10 @@ class Pipeline:
             else request.image_guidance_scale,
             strength=strength if request.strength is None and request.image is not None else request.strength,
         )
+
+    @property
+    def _family(self) -> Family:
+        return FAMILIES.get(self.manifest.family) or next(iter(FAMILIES.values()))
 
     def is_guided(self, request: Request) -> bool:
         """Whether each picture needs several rows of the UNet's work. A UNet that takes the scale as an input needs

@@ -30,12 +30,16 @@ LEAST_SIGNAL = 1e-3
 scheduler multiplies what float16 has lost by sqrt(1 / alpha); at 0, of a zero terminal SNR, noise predictions tell
 nothing of the picture."""
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+FLOW_MATCH = "FlowMatch"
+"""How diffusers' classes for flow matching alone begin: Stable Diffusion 3's."""
 EDM = "EDM"
 """How diffusers' classes for the noise levels of Karras et al. (2022) begin: Playground v2.5's."""
 
 
 _NEEDED = ("config", "order", "init_noise_sigma", "set_timesteps", "scale_model_input", "step")
 """What diffusers' Stable Diffusion pipelines use of a scheduler."""
+_NEEDED_FOR_FLOW = ("config", "order", "set_timesteps", "scale_noise", "step")
+"""What StableDiffusion3Pipeline and its kin use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +133,9 @@ def build(config: Mapping[str, Any], name: str | None = None, imposed: Mapping[s
         raise InputError(f"the models ask for an unknown scheduler class {class_name!r}: choose one of {known()}")
     kind = getattr(diffusers, class_name)
     _check_noise_levels(config, class_name)
-    kinds = {kind, *(getattr(diffusers, preset.class_name) for preset in SCHEDULERS.values())}
+    # Of the presets none is for flow matching, so its classes would have no use for what they know.
+    others = () if class_name.startswith(FLOW_MATCH) else SCHEDULERS.values()
+    kinds = {kind, *(getattr(diffusers, preset.class_name) for preset in others)}
     understood = frozenset[str]().union(*map(_arguments, kinds))
     wanted = {**settled(config, imposed), **settings}
     try:
@@ -162,6 +168,12 @@ def has_usual_noise(config: Mapping[str, Any]) -> bool:
     return not (is_flow or _is_continuous(config) or str(config.get("_class_name")).startswith(EDM))
 
 
+def is_flow_match(config: Mapping[str, Any]) -> bool:
+    """Whether this is one of diffusers' classes for flow matching alone, as Stable Diffusion 3's: they take latents
+    as they are, at the level of noise, and mix noise in by `scale_noise`."""
+    return str(config.get("_class_name")).startswith(FLOW_MATCH)
+
+
 def _is_continuous(config: Mapping[str, Any]) -> bool:
     """As EulerDiscreteScheduler reads it: with other predictions timesteps stay those of the training."""
     return config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
@@ -172,6 +184,7 @@ def _check_noise_levels(config: Mapping[str, Any], class_name: str) -> None:
     own = str(config.get("_class_name"))
     if own == class_name or (own.startswith(EDM) and class_name.startswith(EDM)):
         return
+    _check_flow(class_name, config)
     if own.startswith(EDM) or _is_continuous(config):
         raise InputError(
             f"these models were trained with EDM's noise levels, which {class_name} does not have: leave the "
@@ -181,7 +194,7 @@ def _check_noise_levels(config: Mapping[str, Any], class_name: str) -> None:
 
 def _steps(scheduler: Any) -> bool:
     """Whether a step takes a prediction, a timestep and a sample, and needs nothing else."""
-    if not all(hasattr(scheduler, name) for name in _NEEDED):
+    if not all(hasattr(scheduler, name) for name in _needed(scheduler)):
         return False
     parameters = list(inspect.signature(scheduler.step).parameters.values())
     return "num_train_timesteps" in scheduler.config and not any(
@@ -189,14 +202,55 @@ def _steps(scheduler: Any) -> bool:
     )
 
 
-def check(scheduler: object) -> None:
-    """Raise InputError for anything but a scheduler of diffusers that this loop can run."""
-    lacking = [name for name in _NEEDED if not hasattr(scheduler, name)]
+def _needed(scheduler: object) -> tuple[str, ...]:
+    return _NEEDED_FOR_FLOW if matches_flow(scheduler) else _NEEDED
+
+
+def matches_flow(scheduler: object) -> bool:
+    """`is_flow_match` of a scheduler."""
+    return type(scheduler).__name__.startswith(FLOW_MATCH)
+
+
+def scaled_input(scheduler: Any, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """What the network is given of the latents: of flow matching, all of them as they are."""
+    scaled: torch.Tensor = latents if matches_flow(scheduler) else scheduler.scale_model_input(latents, timestep)
+    return scaled
+
+
+def first_level(scheduler: Any) -> float:
+    """What noise of unit variance is multiplied by before the first step."""
+    return 1.0 if matches_flow(scheduler) else float(scheduler.init_noise_sigma)
+
+
+def noised(scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """Clean latents at the noise levels of ``timesteps``, one of each picture."""
+    mixed: torch.Tensor = (
+        scheduler.scale_noise(clean, timesteps, noise)
+        if matches_flow(scheduler)
+        else scheduler.add_noise(clean, noise, timesteps)
+    )
+    return mixed
+
+
+def check(scheduler: object, config: Mapping[str, Any] = EMPTY) -> None:
+    """Raise InputError for anything but a scheduler of diffusers that this loop can run with models whose own
+    scheduler has ``config``."""
+    lacking = [name for name in _needed(scheduler) if not hasattr(scheduler, name)]
     if lacking or isinstance(scheduler, type):
         raise InputError(
             f"scheduler is a {getattr(scheduler, '__name__', type(scheduler).__name__)}: expected a scheduler of "
             "diffusers, as X.from_config(pipeline.scheduler.config) makes it"
             + (f" (it has no {', '.join(lacking)})" if lacking else "")
+        )
+    _check_flow(type(scheduler).__name__, config)
+
+
+def _check_flow(class_name: str, config: Mapping[str, Any]) -> None:
+    """Raise InputError for a scheduler of flow matching for models that were not trained so, and the other way."""
+    if class_name.startswith(FLOW_MATCH) != is_flow_match(config):
+        raise InputError(
+            f"{class_name} does not fit models of {config.get('_class_name')}: those that were trained by flow "
+            "matching need a scheduler for it, and no others do: leave the scheduler out"
         )
 
 
@@ -231,8 +285,10 @@ def recorded(scheduler: Any) -> str | None:
     return name if name in SCHEDULERS else None
 
 
-def set_steps(scheduler: Any, steps: int) -> None:
-    """Prepare for ``steps`` steps. Raises InputError where the scheduler cannot take so many."""
+def set_steps(scheduler: Any, steps: int, patches: int = 0) -> None:
+    """Prepare for ``steps`` steps. ``patches``: how many the network cuts the latents into, by which the noise
+    levels of some schedulers of flow matching are shifted. Raises InputError where the scheduler cannot take so
+    many."""
     most = scheduler.config.num_train_timesteps
     if not isinstance(most, int):
         raise InputError(
@@ -241,7 +297,7 @@ def set_steps(scheduler: Any, steps: int) -> None:
     if not isinstance(steps, int) or not 1 <= steps <= most:
         raise InputError(f"{steps} steps: expected 1 to {most}")
     try:
-        scheduler.set_timesteps(steps, device="cpu")
+        scheduler.set_timesteps(steps, device="cpu", **_shift(scheduler, patches))
     except REFUSALS as error:
         said = f"scheduler {name_of(scheduler)} with {steps} steps: {reason(error)}"
         raise InputError(f"{said}; {ANOTHER}") from error
@@ -255,6 +311,19 @@ def set_steps(scheduler: Any, steps: int) -> None:
         raise InputError(f"scheduler {name_of(scheduler)} cannot take as many as {steps} steps: use fewer")
 
 
+def _shift(scheduler: Any, patches: int) -> dict[str, float]:
+    """diffusers' ``mu``: a line through two numbers of patches and their shifts, as StableDiffusion3Pipeline draws
+    it."""
+    config = scheduler.config
+    if not (matches_flow(scheduler) and config.get("use_dynamic_shifting")):
+        return {}
+    # The pipeline's defaults, not the scheduler's: where a configuration leaves them out, the pipeline's count.
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.16)
+    slope = (most - least) / (high - low)
+    return {"mu": patches * slope + least - slope * low}
+
+
 def reason(error: Exception) -> str:
     """What an error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -264,8 +333,10 @@ def last_part(scheduler: Any, steps: int, strength: float) -> torch.Tensor:
     """The timesteps that remain when a picture is changed by ``strength`` in (0, 1] instead of made anew."""
     if not (math.isfinite(strength) and 0 < strength <= 1):
         raise InputError(f"strength {strength}: expected more than 0 (no change) and at most 1 (a new picture)")
-    # As diffusers' get_timesteps: int() cuts, and schedulers of order 2 list each step twice.
-    skipped = max(steps - min(int(steps * strength), steps), 0) * scheduler.order
+    # As diffusers' get_timesteps: int() cuts (Stable Diffusion 3's later than the others' does), and schedulers of
+    # order 2 list each step twice.
+    done = min(steps * strength, steps) if matches_flow(scheduler) else min(int(steps * strength), steps)
+    skipped = int(max(steps - done, 0)) * scheduler.order
     timesteps: torch.Tensor = scheduler.timesteps[skipped:]
     if len(timesteps) == 0 or skipped >= steps * scheduler.order:
         raise InputError(f"strength {strength} of {steps} steps leaves no step: give more strength or more steps")
@@ -305,7 +376,7 @@ def denoised(scheduler: Any, model_input: torch.Tensor, prediction: torch.Tensor
     with ``a`` the cumulative alpha, as ``model_input`` is what the UNet saw (Song et al., DDIM, equation 9). A flow
     points from the picture to the noise: ``x0 = x - sigma v``. Raises InputError for a scheduler that has no such
     table."""
-    if scheduler.config.get("prediction_type") == FLOW:
+    if scheduler.config.get("prediction_type") == FLOW or matches_flow(scheduler):
         sigma = float(scheduler.sigmas[int((scheduler.timesteps - timestep).abs().argmin())])
         return model_input - sigma * prediction
     if type(scheduler).__name__.startswith(EDM) or _is_continuous(scheduler.config):

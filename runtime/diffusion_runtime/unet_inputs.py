@@ -24,7 +24,7 @@ def of_rows(job: Job, unet: Shapes, pooled: torch.Tensor | None, guided: bool) -
     if "text_embeds" in unet:
         if pooled is None:
             raise InputError("unet: takes text_embeds, but the last text encoder gives no pooled_outputs")
-        told["text_embeds"] = pooled
+        told["text_embeds"] = pooled.reshape(-1, *unet["text_embeds"][1:])  # (rows, width) or (rows, width, 1, 1)
     if "time_ids" in unet:
         ids, negative = request.sizes.time_ids(job.size, unet["time_ids"][-1])
         each = [negative, ids] if guided else [ids]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +66,37 @@ def made(family: str, scale: float | None = None, **changes: object) -> Manifest
         "scheduler": SCHEDULE,
     }
     return Manifest.model_validate({**values, **changes})
+
+
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+
+
+def components_of_sd3(batch: int = 2, tokens: int = 154) -> dict[str, dict[str, Any]]:
+    """Of a manifest: the transformer's and the text encoders' interfaces."""
+    transformer: dict[str, tuple[int, ...]] = {
+        "latent_image_embeddings": (batch, 16, 64, 64),
+        "token_level_text_embeddings": (batch, 4096, 1, tokens),
+        "pooled_text_embeddings": (batch, 2048, 1, 1),
+        "timestep": (batch,),
+    }
+    encoders: dict[str, dict[str, tuple[int, ...]]] = {
+        name: {"input_ids": (1, 77)} for name in ("text_encoder", "text_encoder_2")
+    }
+    return {
+        name: {
+            "files": [f"{name}.mlmodelc"],
+            "inputs": [{"name": port, "dtype": "float16", "shape": shape} for port, shape in ports.items()],
+            "outputs": [],
+        }
+        for name, ports in {**encoders, "transformer": transformer}.items()
+    }
+
+
+SD3: dict[str, Any] = {
+    "latents": {"channels": 16, "factor": 8, "scale": 1.5305, "shift": 0.0609},
+    "scheduler": FLOW,
+    "components": components_of_sd3(),
+}
 
 
 def named(manifest: Manifest) -> set[str]:
@@ -131,6 +163,16 @@ CARDS = {
     "sdxl by flow matching": (made("sdxl", prediction_type="flow_prediction"), set()),
     "sdxl that predicts the picture": (made("sdxl", prediction_type="sample"), set()),
     "refiner": (made("sdxl-refiner"), {SWIFT, COMFY_1}),
+    "sd3": (made("sd3", **SD3), {SWIFT, MOCHI, HUGGING_FACE}),
+    "sd3, T5's tokens as diffusers' default": (
+        made("sd3", **{**SD3, "components": components_of_sd3(tokens=333)}),
+        set(),
+    ),
+    "sd3, one row": (made("sd3", **{**SD3, "components": components_of_sd3(batch=1)}), set()),
+    "sd3, noise levels by the picture's size": (
+        made("sd3", **{**SD3, "scheduler": {**FLOW, "use_dynamic_shifting": True}}),
+        set(),
+    ),
 }
 
 

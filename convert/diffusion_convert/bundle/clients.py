@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from diffusion_runtime import schedulers
 from diffusion_runtime.bundle.find import KINDS
-from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.bundle.manifest import Manifest, as_unet
 from diffusion_runtime.families import FAMILIES, LATENT_SCALE, Layout
 
 
@@ -42,6 +42,8 @@ class Needs(enum.Enum):
     CHUNKS = "the UNet is cut in two"
     STATES_1024 = "text states are Stable Diffusion 2's"
     PICTURE = "a picture to start from"
+    SD3 = "a transformer of Stable Diffusion 3 in place of a UNet"
+    SD3_SHAPES = "that transformer takes other rows or text tokens than Apple's apps give"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +81,8 @@ _FIXED_BY_APPLE: Mapping[Needs, str] = {
     Needs.OTHER_PREDICTION: "takes what the UNet predicts for noise or v, and these models predict neither",
     Needs.NOISE_LEVELS: "has the noise levels of Stable Diffusion fixed, where these models have others",
     Needs.LONG_PROMPTS: "encodes one piece of a prompt, where these models take several",
+    Needs.SD3_SHAPES: "gives transformers two rows of 154 text tokens (convert without --batch-size and "
+    "--context-length)",
 }
 """Apple's Swift package, and every app that is built on it."""
 
@@ -87,6 +91,7 @@ def _without(lacks: Mapping[Needs, str], *needs: Needs) -> dict[Needs, str]:
     return {need: why for need, why in lacks.items() if need not in needs}
 
 
+_NO_TRANSFORMERS = "runs UNets alone"
 _BESIDE_BASE = "runs a refiner beside its base only: put its `Unet.mlmodelc` there, as `UnetRefiner.mlmodelc`"
 _OWN_VAE = "decodes with the checkpoint's own VAE, at a scale fixed at 0.18215"
 _COMFYUI: Mapping[Needs, str] = {
@@ -95,6 +100,7 @@ _COMFYUI: Mapping[Needs, str] = {
     Needs.CHUNKS: "does not run a UNet that is cut in two",
     Needs.LATENT_SCALE: _OWN_VAE,
     Needs.OWN_LATENT_SCALE: _OWN_VAE,
+    Needs.SD3: _NO_TRANSFORMERS,
 }
 _IN_COMFYUI = """put the UNet's `.mlpackage` of `{attention}/packages` into `models/unet` and choose it in the node
 "Load Core ML UNet"; text encoder and VAE are those of the checkpoint itself."""
@@ -110,7 +116,7 @@ CLIENTS: tuple[Client, ...] = (
 
 ```
 swift run StableDiffusionSample "a photograph of an astronaut riding a horse" \\
-    --resource-path models/{attention}/compiled --compute-units {camel_units}{xl_option}
+    --resource-path models/{attention}/compiled --compute-units {camel_units}{kind_option}
 ```""",
     ),
     Client(
@@ -127,7 +133,7 @@ choose `{title}` there; take {by_processor}.""",
             Needs.PICTURE: "draws from prompts alone",
         },
         """downloads the zips itself, from the repositories listed in its `ModelInfo.swift`:
-add `ModelInfo(modelId: "{repository}", modelVersion: "{title}"{is_xl})`. It asks for zips that are named like the
+add `ModelInfo(modelId: "{repository}", modelVersion: "{title}"{is_kind})`. It asks for zips that are named like the
 repository.""",
     ),
     Client(
@@ -136,6 +142,7 @@ repository.""",
             **_without(_FIXED_BY_APPLE, Needs.V_PREDICTION, Needs.ZERO_SNR, Needs.PADS_OTHERWISE),
             Needs.FOLDED_PREDICTION: "takes the checkpoint's own scheduler, which expects v: leave `--fold` out",
             Needs.REFINER: "does not run refiners",
+            Needs.SD3: _NO_TRANSFORMERS,
             Needs.CHUNKS: "does not run a UNet that is cut in two",
             Needs.PICTURE: "draws from prompts alone",
         },
@@ -154,6 +161,7 @@ python -m python_coreml_stable_diffusion.pipeline --prompt "a photograph of an a
             Needs.NOT_FOR_PADDING_0: 'pads prompts with "!", which these models were not trained with',
             Needs.SDXL: "looks for `last_hidden_state`, which text encoders of Stable Diffusion XL do not have",
             Needs.REFINER: _ENCODER_INPUT,
+            Needs.SD3: _NO_TRANSFORMERS,
             Needs.IN_PAINTING: _ENCODER_INPUT,
             Needs.PICTURE: _ENCODER_INPUT,
         },
@@ -191,8 +199,8 @@ class Place:
     by_processor: str
     pipeline: str
     scale: str
-    xl_option: str
-    is_xl: str
+    kind_option: str
+    is_kind: str
 
     def fill(self, text: str) -> str:
         return text.format(**{name: getattr(self, name) for name in self.__slots__})
@@ -201,6 +209,8 @@ class Place:
 _BY_CHANNELS: Mapping[int, Needs] = {9: Needs.IN_PAINTING, 5: Needs.DEPTH, 7: Needs.UPSCALING, 8: Needs.EDITING}
 _PLAIN_CHANNELS = 4
 _AESTHETIC_TIME_IDS = 5
+_SHIFT = 3.0
+"""Of the noise levels of Apple's scheduler for flow matching, unless an app sets another."""
 
 
 def needs_of(made: Manifest) -> frozenset[Needs]:
@@ -211,6 +221,7 @@ def needs_of(made: Manifest) -> frozenset[Needs]:
 def _needs_of_unet(made: Manifest) -> Iterator[Needs]:
     unet = made.components.get("unet")
     if unet is None:
+        yield from _needs_of_transformer(made)
         return
     shapes = {tensor.name: tensor.shape for tensor in unet.inputs}
     channels = shapes.get("sample", (0, _PLAIN_CHANNELS))[1]
@@ -226,10 +237,23 @@ def _needs_of_unet(made: Manifest) -> Iterator[Needs]:
         yield Needs.CHUNKS
 
 
+def _needs_of_transformer(made: Manifest) -> Iterator[Needs]:
+    if _is_joint(made):
+        yield Needs.SD3
+        unet = as_unet(made).components.get("unet")
+        rows = {tensor.shape[0] for tensor in unet.inputs} if unet is not None else {2}
+        if rows != {2} or made.text_tokens() != 2 * tokens_of_encoder(made):
+            yield Needs.SD3_SHAPES
+
+
+def _is_joint(made: Manifest) -> bool:
+    return made.family in FAMILIES and FAMILIES[made.family].joint_text
+
+
 def _needs_of_prompts(made: Manifest) -> Iterator[Needs]:
     family = FAMILIES.get(made.family)
     first = next((name for name in family.encoders), "") if family is not None else ""
-    if family is not None and first == "text_encoder" and not family.added_conditions:
+    if family is not None and first == "text_encoder" and len(family.encoders) == 1:
         usual = {} if family.pad_token is None else {first: 0}
         own = made.folded.padding or (usual if made.padding is None else made.padding)
         if own.get(first) != 0:
@@ -238,20 +262,24 @@ def _needs_of_prompts(made: Manifest) -> Iterator[Needs]:
             yield Needs.PADS_OTHERWISE
         if family.pad_token is not None:
             yield Needs.STATES_1024
-    if tokens_of_unet(made) != tokens_of_encoder(made):
+    if not _is_joint(made) and tokens_of_unet(made) != tokens_of_encoder(made):
         yield Needs.LONG_PROMPTS
 
 
 def _needs_of_arithmetic(made: Manifest) -> Iterator[Needs]:
     family = FAMILIES.get(made.family)
-    fixed = family.latent_scale if family is not None and family.added_conditions else LATENT_SCALE
-    if made.latents.scale != fixed or made.latents.shift:
+    known = family if family is not None and (family.added_conditions or family.joint_text) else None
+    fixed = (LATENT_SCALE, 0.0) if known is None else (known.latent_scale, known.latent_shift)
+    if (made.latents.scale, made.latents.shift) != fixed:
         yield Needs.LATENT_SCALE
     if made.folded.latents is not None:
         yield Needs.OWN_LATENT_SCALE
     if made.folded.prediction_type is not None:
         yield Needs.FOLDED_PREDICTION
-    if made.prediction_type not in ("epsilon", "v_prediction"):
+    if _is_joint(made):
+        if made.scheduler.get("use_dynamic_shifting") or made.scheduler.get("shift") != _SHIFT:
+            yield Needs.NOISE_LEVELS
+    elif made.prediction_type not in ("epsilon", "v_prediction"):
         yield Needs.OTHER_PREDICTION
     elif not schedulers.has_usual_noise({"prediction_type": made.prediction_type, **made.scheduler}):
         yield Needs.NOISE_LEVELS
@@ -269,8 +297,11 @@ def tokens_of_encoder(made: Manifest) -> int:
 
 
 def tokens_of_unet(made: Manifest) -> int:
-    """How many text tokens the UNet takes; where it is not known, as many as the text encoder gives."""
+    """How many text tokens the UNet takes of the text encoder's states; where it is not known, as many as that
+    gives."""
     length = tokens_of_encoder(made)
+    if _is_joint(made):
+        return length  # T5's follow
     return (made.text_tokens() or length) if length else length
 
 
@@ -292,6 +323,7 @@ TASKS: tuple[Task, ...] = (
     Task("the same with `--fold prediction`", frozenset({Needs.STATES_1024, Needs.FOLDED_PREDICTION})),
     Task("v, zero SNR", frozenset({Needs.ZERO_SNR})),
     Task("SDXL", frozenset({Needs.SDXL})),
+    Task("SD 3", frozenset({Needs.SD3})),
     Task("refiner", frozenset({Needs.REFINER})),
     Task("LCM with a guidance input", frozenset({Needs.NOT_FOR_PADDING_0, Needs.GUIDANCE_INPUT})),
     Task("from a picture", frozenset({Needs.PICTURE})),

@@ -244,8 +244,11 @@ coreml-sd generate models --prompt "a photograph of an astronaut riding a horse"
 
 def _place(made: Manifest, variants: Collection[str], units: str) -> Place:
     """Where the models are and what they are called, for `Client.how`."""
-    xl = Needs.SDXL in needs_of(made) or Needs.REFINER in needs_of(made)
+    needs = needs_of(made)
+    kind = "3" if Needs.SD3 in needs else "XL" if needs & {Needs.SDXL, Needs.REFINER} else ""
     scale = f"encoderScaleFactor and decoderScaleFactor at {made.latents.scale:g}"
+    if made.latents.shift:
+        scale += f", and decoderShiftFactor at {made.latents.shift:g}"
     return Place(
         repository=REPOSITORY,
         title=_title(made),
@@ -254,10 +257,10 @@ def _place(made: Manifest, variants: Collection[str], units: str) -> Place:
         camel_units=_camel(units),
         upper_units=units.upper().replace("-", "_"),
         by_processor=_by_processor(variants),
-        pipeline="StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
-        scale=f" with {scale}," if xl else "",
-        xl_option=" --xl" if xl else "",
-        is_xl=", isXL: true" if xl else "",
+        pipeline=f"StableDiffusion{kind}Pipeline",
+        scale=f" with {scale}," if kind else "",
+        kind_option={"3": " --sd3", "XL": " --xl"}.get(kind, ""),
+        is_kind={"3": ", isSD3: true", "XL": ", isXL: true"}.get(kind, ""),
     )
 
 

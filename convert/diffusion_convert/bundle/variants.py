@@ -105,7 +105,10 @@ def compile_variant(
                     "size_bytes": size_bytes(unfinished, files),
                 }
             )
-        first = _copy_tokenizer(source.tokenizer, packages, unfinished)
+        # T5's lies where apps look for it, with CLIP's vocabulary.
+        beside = source.tokenizer if source.tokenizer_3 is not None else None
+        third = _copy_tokenizer(source.tokenizer_3, packages, unfinished)
+        first = _copy_tokenizer(source.tokenizer, packages, unfinished, beside or ".")
         second = _copy_tokenizer(source.tokenizer_2, packages, unfinished, "tokenizer_2")
         made = source.model_copy(
             update={
@@ -113,7 +116,8 @@ def compile_variant(
                 "components": components,
                 "tokenizer": first,
                 "tokenizer_2": second,
-                "tokenizer_sha256": tokenizer_hashes(unfinished, (first, second), known),
+                "tokenizer_3": third,
+                "tokenizer_sha256": tokenizer_hashes(unfinished, (first, second, third), known),
             }
         )
         manifest.write(made, unfinished)
@@ -138,6 +142,7 @@ def _without_files(made: Manifest) -> Manifest:
             "kind": "compiled",
             "tokenizer": None,
             "tokenizer_2": None,
+            "tokenizer_3": None,
             "tokenizer_sha256": {},
             "components": components,
         }

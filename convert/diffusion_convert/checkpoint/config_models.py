@@ -85,6 +85,26 @@ class ControlNetUnion(ControlNet):
     num_proj_channel: Width = 320
 
 
+class Transformer(_Open):
+    """diffusers' SD3Transformer2DModel."""
+
+    in_channels: Channels = 16
+    out_channels: Channels | None = 16
+    sample_size: Pixels = 128
+    patch_size: Annotated[int, Field(strict=True, ge=1, le=64)] = 2
+    num_layers: Count = 18
+    attention_head_dim: Width = 64
+    num_attention_heads: Width = 18
+    joint_attention_dim: Width = 4096
+    caption_projection_dim: Width = 1152
+    pooled_projection_dim: Width = 2048
+    pos_embed_max_size: Annotated[int, Field(strict=True, ge=1, le=4096)] = 96
+    dual_attention_layers: Annotated[
+        tuple[Annotated[int, Field(strict=True, ge=0, le=MAX_LAYERS)], ...], Field(max_length=MAX_LAYERS)
+    ] = ()
+    qk_norm: Text | None = None
+
+
 class Vae(_Open):
     """diffusers' AutoencoderKL."""
 
@@ -119,6 +139,21 @@ class ClipText(_Open):
     eos_token_id: Token | None = None
     pad_token_id: Token | None = None
     projection_dim: Width | None = None
+
+
+class T5(_Open):
+    """transformers' T5EncoderModel."""
+
+    d_model: Width = 512
+    d_kv: Width = 64
+    d_ff: Width = 2048
+    num_layers: Count = 6
+    num_heads: Width = 8
+    vocab_size: Words = 32128
+    relative_attention_num_buckets: Annotated[int, Field(strict=True, ge=4, le=4096)] = 32
+    relative_attention_max_distance: Annotated[int, Field(strict=True, ge=4, le=2**16)] = 128
+    layer_norm_epsilon: Positive = 1e-6
+    feed_forward_proj: Text = "relu"
 
 
 class Vision(_Open):
@@ -162,14 +197,19 @@ MODELS: Mapping[str, type[_Open]] = {
     "UNet2DConditionModel": UNet,
     "ControlNetModel": ControlNet,
     "ControlNetUnionModel": ControlNetUnion,
+    "SD3Transformer2DModel": Transformer,
     "AutoencoderKL": Vae,
     "CLIPTextModel": ClipText,
     "CLIPTextModelWithProjection": ClipText,
+    "T5EncoderModel": T5,
     "StableDiffusionSafetyChecker": SafetyChecker,
     "DPTForDepthEstimation": Depth,
 }
 """By the class named in model_index.json; one that is not here is refused when it is built."""
-FILLED = ("in_channels", "out_channels", "latent_channels", "cross_attention_dim", "hidden_size", "vocab_size")
+FILLED = (
+    *("in_channels", "out_channels", "latent_channels", "cross_attention_dim", "hidden_size", "vocab_size"),
+    *("joint_attention_dim", "pooled_projection_dim", "d_model"),
+)
 """Keys that are read here, so that the libraries' defaults are put in where a configuration leaves them out."""
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_convert.checkpoint import config_models, tensor_file
-from diffusion_convert.checkpoint.family import check_family, detect, refuse_other_kinds
+from diffusion_convert.checkpoint.family import check_family, detect, of_transformer, refuse_other_kinds
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
-from diffusion_convert.checkpoint.vocabulary import TOKENIZER_FILES
+from diffusion_convert.checkpoint.vocabulary import T5_FILES, TOKENIZER_FILES
 from diffusion_runtime import strict_json
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, InputError
@@ -31,9 +31,13 @@ NETWORKS = tuple(
     )
 )
 SCHEDULERS = ("scheduler", "low_res_scheduler")
-REQUIRED = ("unet", "vae", "scheduler")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+REQUIRED = ("vae", "scheduler")
+DENOISERS = ("unet", "transformer")
+"""One of them is in every pipeline."""
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 """Each belongs to the text encoder of the same number."""
+T5_PARTS = ("text_encoder_3", "tokenizer_3")
+"""What Stable Diffusion 3 may be converted without."""
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 KINDS = ("safetensors", "bin")
 """In order of preference: no code before code."""
@@ -53,8 +57,15 @@ LEFT_OUT: Mapping[str, str] = {
 """Parts of pipelines that other pipelines than those of the families have."""
 
 
-def open_folder(folder: Path, source: Source, family: str | None = None, variant: str | None = None) -> Checkpoint:
+def open_folder(
+    folder: Path,
+    source: Source,
+    family: str | None = None,
+    variant: str | None = None,
+    without: Collection[str] = (),
+) -> Checkpoint:
     """The checkpoint in ``folder``. No weight is read. ``variant``: see `weight_files`; of parts that have it.
+    ``without``: parts that are left out, as if the index did not name them.
 
     Raises CheckpointError, with all that is missing, and InputError for a variant that no part has."""
     if not folder.exists():
@@ -66,9 +77,12 @@ def open_folder(folder: Path, source: Source, family: str | None = None, variant
             "--base gives the rest"
         )
     index = read_json(folder / INDEX)
-    named = {name: value for name, value in index.items() if _is_part(value)}
+    named = {name: value for name, value in index.items() if _is_part(value) and name not in without}
     parts = {name: value for name, value in named.items() if (folder / name).is_dir()}
-    missing = [name for name in (*REQUIRED, *_text_parts(named)) if name not in parts]
+    denoiser = next((name for name in DENOISERS if name in named), DENOISERS[0])
+    if denoiser != DENOISERS[0]:  # said before any file of it is missed: most pipelines have some transformer
+        of_transformer(str(named[denoiser][1]), family, str(folder))
+    missing = [name for name in (denoiser, *REQUIRED, *_text_parts(named)) if name not in parts]
     if missing:
         raise CheckpointError(f"{folder}: it lacks {', '.join(missing)} (it has {', '.join(sorted(parts))})")
     absent = [name for name in NETWORKS if name in named and name not in parts]
@@ -81,13 +95,11 @@ def open_folder(folder: Path, source: Source, family: str | None = None, variant
         for name in SCHEDULERS
         if name in parts
     }  # of the class that the index names, as in diffusers, whatever class wrote the configuration
-    unet = models["unet"].config
-    refuse_other_kinds(unet, str(folder))
-    if family is not None:
-        found = check_family(family, unet, str(folder), models)
+    if denoiser == DENOISERS[0]:
+        found = _family_of(models, schedulers["scheduler"], family, str(folder))
     else:
-        found = detect(unet, schedulers["scheduler"], str(folder), models)
-    tokenizers = [_tokenizer(folder / name) for name in TOKENIZERS if name in parts]
+        found = of_transformer(models[denoiser].class_name, family, str(folder))
+    tokenizers = [_tokenizer(folder / name) for name in TOKENIZERS[:2] if name in parts]
     return Checkpoint(
         name=source.name,
         family=found,
@@ -96,6 +108,7 @@ def open_folder(folder: Path, source: Source, family: str | None = None, variant
         schedulers=schedulers,
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else {},
+        tokenizer_3=_tokenizer(folder / TOKENIZERS[2], T5_FILES) if TOKENIZERS[2] in parts else {},
         pipeline_config={name: value for name, value in index.items() if not _is_part(value)},
         notes=(
             *(f"{INDEX} names a {name}, but there is no such folder: made without it" for name in absent),
@@ -103,6 +116,14 @@ def open_folder(folder: Path, source: Source, family: str | None = None, variant
             *_only_variants(models, variant),
         ),
     )
+
+
+def _family_of(models: Mapping[str, Submodel], scheduler: Mapping[str, Any], family: str | None, where: str) -> str:
+    unet = models["unet"].config
+    refuse_other_kinds(unet, where)
+    if family is not None:
+        return check_family(family, unet, where, models)
+    return detect(unet, scheduler, where, models)
 
 
 def check_variant(folder: Path, models: Mapping[str, Submodel], variant: str | None) -> None:
@@ -124,13 +145,14 @@ def _only_variants(models: Mapping[str, Submodel], variant: str | None) -> Itera
 
 
 def _text_parts(named: Collection[str]) -> tuple[str, ...]:
-    """The text encoders and tokenizers that must be there: SDXL has two of each, its refiner only the second."""
-    numbers = [number for number in ("", "_2") if f"text_encoder{number}" in named] or [""]
+    """The text encoders and tokenizers that must be there: SDXL has two of each, its refiner only the second,
+    Stable Diffusion 3 three."""
+    numbers = [number for number in ("", "_2", "_3") if f"text_encoder{number}" in named] or [""]
     return tuple(f"{part}{number}" for number in numbers for part in ("text_encoder", "tokenizer"))
 
 
-def _tokenizer(folder: Path) -> dict[str, Path]:
-    return {name: path for name in TOKENIZER_FILES if is_there(path := folder / name, CheckpointError)}
+def _tokenizer(folder: Path, files: Collection[str] = TOKENIZER_FILES) -> dict[str, Path]:
+    return {name: path for name in files if is_there(path := folder / name, CheckpointError)}
 
 
 def part_names(index: Mapping[str, Any]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError, InputError
-from diffusion_runtime.families import FAMILIES, LATENT_SCALE, Family
+from diffusion_runtime.families import FAMILIES, LATENT_SCALE, UNET, Family
 from diffusion_runtime.schedulers import FLOW
 
 if TYPE_CHECKING:
@@ -47,6 +47,23 @@ def refuse_other_kinds(unet: Config, where: str) -> None:
         raise CheckpointError(
             f"{where}: a UNet with class_embed_type {classes!r} ({kind}) is not supported; supported are {known()}"
         )
+
+
+TRANSFORMERS: Mapping[str, str] = {"SD3Transformer2DModel": "sd3"}
+"""The family by the class of its transformer, where it has no UNet."""
+
+
+def of_transformer(class_name: str, asked: str | None, where: str) -> str:
+    """The name of the family of a checkpoint with a transformer in place of a UNet. Raises CheckpointError for
+    those that are not supported, InputError where another family is ``asked`` for."""
+    found = TRANSFORMERS.get(class_name)
+    if found is None:
+        raise CheckpointError(
+            f"{where}: a pipeline around a {class_name} is not supported; supported are {known()}"
+        )
+    if asked not in (None, found):
+        raise InputError(f"{where}: family {asked!r} does not fit a {class_name}: expected {found}")
+    return found
 
 
 def refuse_other_uses(checkpoint: Checkpoint) -> None:
@@ -109,8 +126,8 @@ def known() -> str:
 def _takes(family: Family, unet: Config, parts: Collection[str]) -> bool:
     """Whether a UNet has the inputs of the family's, and SDXL's the text encoders that it needs."""
     added = unet.get("addition_embed_type") is not None
-    seen = int(unet.get("in_channels", 4)), _embeds_classes(unet), added
-    if seen != (family.in_channels, family.class_labels, family.added_conditions):
+    seen = UNET, int(unet.get("in_channels", 4)), _embeds_classes(unet), added
+    if seen != (family.denoiser, family.in_channels, family.class_labels, family.added_conditions):
         return False
     return not added or {name for name in parts if name.startswith("text_encoder")} == set(family.encoders)
 

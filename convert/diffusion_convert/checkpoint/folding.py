@@ -44,7 +44,9 @@ def fold(checkpoint: Checkpoint, foldings: Collection[Folding]) -> Checkpoint:
 
 
 def own_prediction(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.schedulers["scheduler"].get("prediction_type", "epsilon"))
+    scheduler = checkpoint.schedulers["scheduler"]
+    usual = schedulers.FLOW if schedulers.is_flow_match(scheduler) else "epsilon"
+    return str(scheduler.get("prediction_type", usual))
 
 
 def prediction(checkpoint: Checkpoint) -> str:
@@ -55,7 +57,8 @@ def prediction(checkpoint: Checkpoint) -> str:
 def latents(checkpoint: Checkpoint) -> tuple[float, float]:
     """Scale and shift of the converted VAE's latents."""
     if checkpoint.folded.latents is not None:
-        return FAMILIES[checkpoint.family].latent_scale, 0.0
+        family = FAMILIES[checkpoint.family]
+        return family.latent_scale, family.latent_shift
     own = _own_latents(checkpoint)
     return own.scale, own.shift
 
@@ -91,7 +94,8 @@ def _latents(checkpoint: Checkpoint, wanted: bool) -> OwnLatents | None:
     """The VAE's own, where they are not what apps take them for. ``mean`` and ``std``, which only SDXL's pipelines
     of diffusers know, have no place in the manifest's latents: they are folded whatever is ``wanted``."""
     own = _own_latents(checkpoint)
-    same = own == OwnLatents(scale=FAMILIES[checkpoint.family].latent_scale)
+    family = FAMILIES[checkpoint.family]
+    same = own == OwnLatents(scale=family.latent_scale, shift=family.latent_shift)
     return None if same or not (wanted or own.std) else own
 
 

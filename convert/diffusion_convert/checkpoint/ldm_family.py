@@ -9,7 +9,7 @@ from diffusion_convert.checkpoint import ldm_configs, ldm_marks, ldm_shapes
 from diffusion_convert.checkpoint.ldm_layout import NETWORKS
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_runtime.errors import CheckpointError, InputError
-from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS, TEXT_WIDTHS
+from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS, TEXT_WIDTHS, UNET
 
 TELLING_BIAS, MIN_V_SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 BASE_GLOBAL_STEP = 875_000
@@ -32,7 +32,7 @@ def detect(
     channels = unet[first].shape[1] if first in unet and unet[first].ndim == 4 else 0
     if _takes_added_conditions(parts, asked, base):
         return _xl_family(path, parts, asked, channels, base), ()
-    one_encoder = [family for family in FAMILIES.values() if not family.added_conditions]
+    one_encoder = [one for one in FAMILIES.values() if one.denoiser is UNET and not one.added_conditions]
     takes = [family for family in one_encoder if family.in_channels == channels]
     if not takes:
         known = ", ".join(sorted({str(family.in_channels) for family in one_encoder}))

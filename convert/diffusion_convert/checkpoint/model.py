@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime.bundle.manifest import ControlNet, Folded, IpAdapter, Source
+from diffusion_runtime.families import FAMILIES
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +35,9 @@ class Checkpoint:
 
     ``models`` and ``schedulers`` are by diffusers' subfolder ("unet", "vae", "text_encoder", "safety_checker",
     "depth_estimator"; "scheduler", "low_res_scheduler"); ``tokenizer`` maps vocab.json, merges.txt,
-    tokenizer_config.json, … to where they are, ``tokenizer_2`` those of a second text encoder. ``family`` is a name
-    in `families.FAMILIES`. ``refiner``: that of an SDXL base, whose UNet is ``models["refiner"]``, too. ``notes``
-    are sentences for the user: what the source does not say and was assumed.
+    tokenizer_config.json, … to where they are, ``tokenizer_2`` those of a second text encoder, ``tokenizer_3``
+    those of T5. ``family`` is a name in `families.FAMILIES`. ``refiner``: that of an SDXL base, whose UNet is
+    ``models["refiner"]``, too. ``notes`` are sentences for the user: what the source does not say and was assumed.
     ``controlnets``: what is told of each, by its own name; its network is ``models["ControlNet_" + name]``.
     ``folded`` is what its networks are converted with (`folding.fold`); as opened, nothing. ``padding``: see
     `Manifest.padding`; as opened, None. ``added_tokens``: what textual inversions add to each tokenizer, in the
@@ -50,6 +51,7 @@ class Checkpoint:
     schedulers: Mapping[str, Mapping[str, Any]]
     tokenizer: Mapping[str, Path]
     tokenizer_2: Mapping[str, Path] = field(default_factory=dict)
+    tokenizer_3: Mapping[str, Path] = field(default_factory=dict)
     pipeline_config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     folded: Folded = field(default_factory=Folded)
@@ -58,3 +60,8 @@ class Checkpoint:
     added_tokens: tuple[str, ...] = ()
     controlnets: Mapping[str, ControlNet] = field(default_factory=dict)
     ip_adapters: tuple[IpAdapter, ...] = ()
+
+    @property
+    def denoiser(self) -> Submodel:
+        """The network that predicts what is taken away in a step: the UNet, in most families."""
+        return self.models[FAMILIES[self.family].denoiser.component]

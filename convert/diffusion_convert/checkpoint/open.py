@@ -13,13 +13,13 @@ from diffusion_convert.checkpoint.controlnet_file import KIND
 from diffusion_convert.checkpoint.embeddings import with_embeddings
 from diffusion_convert.checkpoint.family import refuse_other_uses
 from diffusion_convert.checkpoint.ip_adapter import ENCODER, with_ip_adapters
-from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.refiner import FAMILY, with_refiner
 from diffusion_convert.checkpoint.vae import with_vae
 from diffusion_convert.options import Embedding, Lora, check_path
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, DiffusionError, InputError
-from diffusion_runtime.families import TEXT_ENCODERS
+from diffusion_runtime.families import COMPONENTS, FAMILIES, T5, TEXT_ENCODERS, UNET
 from diffusion_runtime.real_path import real_path
 
 
@@ -38,15 +38,16 @@ def open_checkpoint(
     embeddings: Sequence[Embedding] = (),
     ip_adapters: Sequence[str] = (),
     image_encoder: str | None = None,
+    no_t5: bool = False,
 ) -> Checkpoint:
     """The checkpoint that ``source`` names: a folder in diffusers' layout, a single .safetensors, .ckpt or .gguf
     file, or the id of a repository on the Hugging Face Hub, with another VAE and LoRAs put in.
     ``variant``: of a folder's weights, as in diffusers; with a single file, of those of ``base``. ``base``: another
     checkpoint, which gives what a single file, or a UNet's folder or repository, lacks. ``refiner``: of an SDXL
-    base, taken along. ``controlnets``: folders or ids of ControlNets for its UNet. ``lora_partial``: what of a LoRA
-    has no place in the checkpoint is left out, and is no error. ``embeddings``: textual inversions.
-    ``ip_adapters``: files, or OWNER/NAME/FILE on the Hub; ``image_encoder``: theirs, None: the folder of that name
-    beside the first.
+    base, taken along. ``controlnets``: folders or ids of ControlNets for its UNet. ``no_t5``: of Stable Diffusion
+    3, T5 is left out. ``lora_partial``: what of a LoRA has no place in the checkpoint is left out, and is no error.
+    ``embeddings``: textual inversions. ``ip_adapters``: files, or OWNER/NAME/FILE on the Hub; ``image_encoder``:
+    theirs, None: the folder of that name beside the first.
 
     No weight is read. Raises CheckpointError or InputError, in one line, for what cannot be used.
     """
@@ -58,7 +59,7 @@ def open_checkpoint(
     )
     for option, given in (("", source), *named):
         check_path(option, given)
-    path = Path(source).expanduser()
+    path, without = Path(source).expanduser(), diffusers_folder.T5_PARTS if no_t5 else ()
     if revision is not None and path.exists():
         raise InputError(f"--revision {revision}: {source} is on this machine, where there is but one")
     if path.is_file() and variant is not None and base is None:
@@ -67,19 +68,29 @@ def open_checkpoint(
         checkpoint = _open_unet(source, path, _open_base(base), revision, family, variant)
     elif path.is_dir():
         origin = Source(name=real_path(path).name, license=diffusers_folder.read_license(path))
-        checkpoint = diffusers_folder.open_folder(path, origin, family, variant)
+        checkpoint = diffusers_folder.open_folder(path, origin, family, variant, without)
     elif path.is_file():
         checkpoint = single_file.open_single_file(
             path, family, vae is not None, None if base is None else _open_base(base, variant)
         )
     elif is_repository_id(source):
-        checkpoint = repository.open_repository(source, revision, family, variant)
+        checkpoint = repository.open_repository(source, revision, family, variant, without)
     else:
         raise CheckpointError(f"{source}: no such file or folder")
     if vae is not None:
         with _given_as("--vae"):
             fetch = partial(repository.fetch_network, part="vae")
             checkpoint = with_vae(checkpoint, vae, fetch if is_repository_id(vae) else None)
+    if no_t5 and not FAMILIES[checkpoint.family].joint_text:
+        raise InputError(
+            f"--no-t5: {FAMILIES[checkpoint.family].title} has no T5; it is of Stable Diffusion 3 alone"
+        )
+    for_unets = {"--refiner": refiner, "--controlnet": controlnets, "--lora": loras, "--embedding": embeddings}
+    for_unets |= {"--ip-adapter": ip_adapters}
+    if FAMILIES[checkpoint.family].denoiser is not UNET:
+        for option in (option for option, asked in for_unets.items() if asked):
+            title = FAMILIES[checkpoint.family].title
+            raise InputError(f"{option}: it is for models with a UNet, and {title} has none: leave it out")
     _check_fits(checkpoint)
     refuse_other_uses(checkpoint)
     if refiner is not None:
@@ -154,18 +165,36 @@ def _open_refiner(source: str, checkpoint: Checkpoint) -> Checkpoint:
 
 def _check_fits(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError for networks that cannot work together, though each is whole."""
-    unet, vae = (checkpoint.models[name].config for name in ("unet", "vae"))
-    pairs = [("VAE has latents of", int(vae["latent_channels"]), "channels", int(unet["out_channels"]))]
+    network, vae = checkpoint.denoiser.config, checkpoint.models["vae"].config
+    channels = int(network["out_channels"] or network["in_channels"])
+    pairs = [("VAE has latents of", int(vae["latent_channels"]), "channels", channels)]
     text = [model for name, model in checkpoint.models.items() if name in TEXT_ENCODERS]
-    if text:
+    if FAMILIES[checkpoint.family].joint_text:
+        pairs += _joint_pairs(checkpoint, text)
+    elif text:
         width = sum(int(model.config["hidden_size"]) for model in text)
         what = f"text encoder{'s give' if len(text) > 1 else ' gives'} states of"
-        pairs.append((what, width, "channels", int(unet["cross_attention_dim"])))
+        pairs.append((what, width, "channels", int(network["cross_attention_dim"])))
+    taker = "UNet" if "unet" in checkpoint.models else "transformer"
     for what, given, unit, wanted in pairs:
         if given != wanted:
             raise CheckpointError(
-                f"{checkpoint.name}: the {what} {given} {unit}, but the UNet takes {wanted}: not of one model"
+                f"{checkpoint.name}: the {what} {given} {unit}, but the {taker} takes {wanted}: not of one model"
             )
+
+
+def _joint_pairs(checkpoint: Checkpoint, clips: Sequence[Submodel]) -> Iterator[tuple[str, int, str, int]]:
+    """What must fit where the states of CLIP's encoders are followed by T5's, filled with zeros to their width."""
+    config = checkpoint.denoiser.config
+    pooled, wide = int(config["pooled_projection_dim"]), int(config["joint_attention_dim"])
+    given = sum(int(model.config["projection_dim"]) for model in clips)
+    yield "text encoders give pooled states of", given, "channels", pooled
+    t5 = checkpoint.models.get(COMPONENTS[T5].subfolder)
+    if t5 is not None:
+        yield "T5 encoder gives states of", int(t5.config["d_model"]), "channels", wide
+    narrow = sum(int(model.config["hidden_size"]) for model in clips)
+    if narrow > wide:
+        yield "text encoders give states of", narrow, "channels", wide
 
 
 @contextmanager

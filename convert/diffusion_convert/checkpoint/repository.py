@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from diffusion_convert.checkpoint.diffusers_folder import (
     weight_files,
 )
 from diffusion_convert.checkpoint.model import Checkpoint
-from diffusion_convert.checkpoint.vocabulary import TOKENIZER_FILES
+from diffusion_convert.checkpoint.vocabulary import T5_FILES, TOKENIZER_FILES
 from diffusion_convert.hub import client
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_file
@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
 
 def open_repository(
-    repo_id: str, revision: str | None = None, family: str | None = None, variant: str | None = None
+    repo_id: str,
+    revision: str | None = None,
+    family: str | None = None,
+    variant: str | None = None,
+    without: Collection[str] = (),
 ) -> Checkpoint:
     """The checkpoint in a repository of the Hub, downloaded where it is not in the cache.
 
@@ -39,9 +43,9 @@ def open_repository(
     all files. Tokens are taken from HF_TOKEN and the login. Where the Hub cannot be reached, or HF_HUB_OFFLINE is
     set, what the cache has of that revision is used. Raises CheckpointError or InputError, in one line.
     """
-    folder = _fetch(repo_id, revision, partial(checkpoint_files, variant=variant))
+    folder = _fetch(repo_id, revision, partial(checkpoint_files, variant=variant, without=without))
     source = Source(name=repo_id, revision=folder.name, license=read_license(folder))
-    return open_folder(folder, source, family, variant)
+    return open_folder(folder, source, family, variant, without)
 
 
 def fetch_unet(repo_id: str, revision: str | None = None, variant: str | None = None) -> Path:
@@ -112,21 +116,25 @@ Needed = Callable[[frozenset[str], ReadJson], tuple[str, ...]]
 """What is read of a repository's files, given their names."""
 
 
-def checkpoint_files(names: frozenset[str], read_json: ReadJson, variant: str | None = None) -> tuple[str, ...]:
-    """The files of a checkpoint: model_index.json says which parts there are. Empty if there is no
-    model_index.json."""
+def checkpoint_files(
+    names: frozenset[str], read_json: ReadJson, variant: str | None = None, without: Collection[str] = ()
+) -> tuple[str, ...]:
+    """The files of a checkpoint, but for those of the parts ``without``: model_index.json says which parts there
+    are. Empty if there is no model_index.json."""
     if INDEX not in names:
         return ()
     needed = {INDEX, CARD} & names
     for part in part_names(read_json(INDEX)):
         inside = _inside(names, part)
         wanted: set[str] = set()
+        if part in without:
+            continue
         if part in NETWORKS:
             wanted = {"config.json", *_weights(part, inside, read_json, variant)}
         elif part in SCHEDULERS:
             wanted = {"scheduler_config.json"}
         elif part in TOKENIZERS:
-            wanted = set(TOKENIZER_FILES)
+            wanted = {*TOKENIZER_FILES, *T5_FILES}
         needed |= {f"{part}/{name}" for name in wanted & inside}
     return tuple(sorted(needed))
 

@@ -20,9 +20,11 @@ CLASSES: Mapping[str, str] = {
     "UNet2DConditionModel": "diffusers",
     "ControlNetModel": "diffusers",
     "ControlNetUnionModel": "diffusers",
+    "SD3Transformer2DModel": "diffusers",
     "AutoencoderKL": "diffusers",
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",
+    "T5EncoderModel": "transformers",
     "DPTForDepthEstimation": "transformers",
     "CLIPVisionModelWithProjection": "transformers",
     "Projections": "diffusion_convert.checkpoint.ip_projections",
@@ -50,6 +52,8 @@ of the CLIP that a text encoder is from. Where the network has a part of that na
 _NEVER_RUN = re.compile(r"^neck\.fusion_stage\.layers\.0\.residual_layer1\.")
 """What transformers' networks have and never call, so that published checkpoints may lack it: the first layer of a
 DPT's fusion has nothing to add (github.com/huggingface/transformers/issues/28292)."""
+_TIED = (("shared.weight", "encoder.embed_tokens.weight"),)
+"""Two names of one tensor, of which a file may have either: T5's table of tokens."""
 _TEXT_LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\.")
 _SHOWN = 8
 
@@ -141,6 +145,9 @@ def _fitting(tensors: Mapping[str, torch.Tensor], network: torch.nn.Module, wher
     """``tensors`` by the network's names and in its shapes."""
     expected = network.state_dict()
     found = {_name(name, expected): tensor for name, tensor in tensors.items()}
+    for one, other in _TIED:
+        if (one in found) != (other in found) and {one, other} <= expected.keys():
+            found[one] = found[other] = found[one if one in found else other]
     layers = {layer[1] for name in expected if (layer := _TEXT_LAYER.match(name))}
     found = {
         name: tensor

@@ -109,7 +109,7 @@ def _expected(checkpoint: Checkpoint) -> dict[str, int]:
     if "vae" in checkpoint.models:
         return _interface(checkpoint.models["vae"].config)
     return {
-        **_interface({"latent_channels": checkpoint.models["unet"].config["out_channels"]}),
+        **_interface({"latent_channels": checkpoint.denoiser.config["out_channels"]}),
         "pixels per latent": FAMILIES[checkpoint.family].latent_factor,
     }
 

@@ -20,6 +20,10 @@ CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (*VOCABULARY_FILES, FAST, CONFIG, "special_tokens_map.json", ADDED)
 """What a tokenizer's folder may hold that matters here."""
 
+SENTENCEPIECE = "spiece.model"
+T5_FILES = (FAST, CONFIG, "special_tokens_map.json", ADDED, SENTENCEPIECE)
+"""The same of T5's."""
+
 _HEADER = "#version: 0.2"
 
 
@@ -106,6 +110,51 @@ def _write_read(files: Mapping[str, Path], target: Path, more: Sequence[str]) ->
             "added_tokens_decoder": {str(number): _attributes(token) for number, token in added.items()},
         },
     )
+
+
+def check_t5(files: Mapping[str, Path], size: int) -> None:
+    """Raises CheckpointError for files that are no tokenizer of T5's, or one whose numbers an encoder with an
+    embedding for ``size`` tokens does not have."""
+    if not files.keys() & {FAST, SENTENCEPIECE}:
+        raise CheckpointError(
+            f"T5's tokenizer has neither {FAST} nor {SENTENCEPIECE} "
+            f"(found: {', '.join(sorted(files)) or 'nothing'})"
+        )
+    tokens = _load_t5(files).get_vocab()
+    if (most := max(tokens.values())) >= size:
+        raise CheckpointError(
+            f"T5's tokenizer gives a token the number {most}, but its text encoder has an embedding for {size} "
+            "tokens only: not of one model"
+        )
+
+
+def write_t5(files: Mapping[str, Path], target: Path) -> None:
+    """Write T5's tokenizer to the folder ``target`` as tokenizer.json, as transformers has read it, and
+    tokenizer_config.json: what swift-transformers looks for. Raises CheckpointError as `check_t5`."""
+    t5 = _load_t5(files)
+    (target / FAST).write_text(t5.backend_tokenizer.to_str() + "\n", encoding="utf-8")
+    special = {name: str(getattr(t5, name)) for name in ("eos_token", "unk_token", "pad_token")}
+    _write_json(target / CONFIG, {"tokenizer_class": "T5Tokenizer", **special})
+
+
+def _load_t5(files: Mapping[str, Path]) -> Any:
+    from transformers import T5Tokenizer
+
+    main = files.get(FAST) or files[SENTENCEPIECE]
+    for name in files.keys() - {SENTENCEPIECE}:
+        strict_json.read_object(files[name], CheckpointError, strict_json.MAX_VOCABULARY_BYTES)
+    with scratch() as folder:
+        for name, path in files.items():
+            shutil.copyfile(path, folder / name)
+        try:
+            t5 = T5Tokenizer.from_pretrained(folder, local_files_only=True)
+            kind = json.loads(t5.backend_tokenizer.to_str())["model"]["type"]
+        except Exception as error:  # tokenizers raises bare Exception for a damaged file
+            first = (str(error).splitlines() or [repr(error)])[0]
+            raise CheckpointError(f"{main}: not the file of T5's tokenizer: {first}") from error
+    if kind != "Unigram":
+        raise CheckpointError(f"{main}: a {kind} tokenizer; expected T5's (Unigram)")
+    return t5
 
 
 def _load(files: Mapping[str, Path]) -> Any:

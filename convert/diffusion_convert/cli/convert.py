@@ -111,7 +111,8 @@ def convert(
         int | None,
         _option(
             "Text tokens that the UNet takes: 154 or 231 for long prompts, which are encoded in pieces of 77. "
-            "Other apps don't do this. Default: the text encoder's 77."
+            "Other apps don't do this. Of SD 3, CLIP's 77 and T5's: 333 take 256 of T5, as diffusers. Default: "
+            "the text encoder's 77; for SD 3 154, as Apple's apps."
         ),
     ] = None,
     target: Annotated[
@@ -174,6 +175,9 @@ def convert(
         str | None,
         _option("The IP-Adapters' image encoder (folder, or on the Hub). Default: image_encoder beside the file."),
     ] = None,
+    no_t5: Annotated[
+        bool, _option("Leave out T5, the largest text encoder of SD 3: zeros stand for its states.", "--no-t5")
+    ] = False,
     layout: Annotated[
         str, _option("Whose interface: apple, or comfyui (ComfyUI-CoreMLSuite 2.x). Default: apple.")
     ] = "apple",
@@ -218,6 +222,7 @@ def convert(
         only_controlled=only_controlled,
         ip_adapters=parse_list(ip_adapter or ()),
         image_encoder=image_encoder,
+        no_t5=no_t5,
         layout=parse_choice(Layout, "layout", layout),
         precision=parse_choice(Precision, "precision", precision),
         compiled=compile_,
@@ -306,7 +311,9 @@ def _what_next(made: Conversion) -> Iterator[str]:
         yield f"zips: {', '.join(zips)}"
     parts = {name for variant in made.variants.values() for name in variant.components}
     layouts = {variant.layout for variant in made.variants.values()}
-    if parts >= {"text_encoder", "unet", "vae_decoder"} and layouts == {Layout.APPLE}:
+    if parts >= {"text_encoder", FAMILIES[made.family].denoiser.component, "vae_decoder"} and layouts == {
+        Layout.APPLE
+    }:
         needed = starts_from(FAMILIES[made.family].in_channels)
         pictures = "".join(f" --{name} {'photo' if name == 'image' else name}.png" for name in needed)
         models = shlex.quote(str(made.output))

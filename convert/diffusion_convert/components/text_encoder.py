@@ -16,7 +16,7 @@ from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.networks import text_encoder
 from diffusion_convert.networks.folding import Padding
-from diffusion_runtime.families import AttentionKind
+from diffusion_runtime.families import FAMILIES, AttentionKind
 
 
 class Reference(nn.Module):
@@ -57,9 +57,11 @@ def reference(checkpoint: Checkpoint, subfolder: str) -> Reference:
 
 
 def _network(checkpoint: Checkpoint, subfolder: str) -> nn.Module:
-    """Only SDXL's second encoder is asked for its projected state: any other is taken without its projection."""
+    """Only SDXL's second encoder and all of Stable Diffusion 3's are asked for their projected state: any other is
+    taken without its projection."""
     model = torch_networks.build(checkpoint, subfolder)
-    inner: nn.Module = model if subfolder == "text_encoder_2" else getattr(model, "text_model", model)
+    projected = subfolder == "text_encoder_2" or FAMILIES[checkpoint.family].joint_text
+    inner: nn.Module = model if projected else getattr(model, "text_model", model)
     return inner
 
 

@@ -55,11 +55,10 @@ def own_latents(checkpoint: Checkpoint) -> Affine | None:
     own, channels = checkpoint.folded.latents, int(checkpoint.models["vae"].config["latent_channels"])
     if own is None:
         return None
-    scale, _ = folding.latents(checkpoint)
-    return Affine(
-        [scale / own.scale * std for std in own.std or [1.0] * channels],
-        [own.shift + mean for mean in own.mean or [0.0] * channels],
-    )
+    scale, shift = folding.latents(checkpoint)
+    gains = [scale / own.scale * std for std in own.std or [1.0] * channels]
+    means = own.mean or [0.0] * channels
+    return Affine(gains, [own.shift + mean - shift * gain for mean, gain in zip(means, gains, strict=True)])
 
 
 def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:

@@ -41,12 +41,15 @@ def known_latents(checkpoint: Checkpoint) -> Affine | None:
     own, channels = checkpoint.folded.latents, int(checkpoint.models["vae"].config["latent_channels"])
     if own is None:
         return None
-    scale, _ = folding.latents(checkpoint)
+    scale, shift = folding.latents(checkpoint)
     gains = [own.scale / scale / std for std in own.std or [1.0] * channels]
     means = [own.shift + mean for mean in own.mean or [0.0] * channels]
     return Affine(
         [*gains, *[1.0] * channels],
-        [*(-mean * gain for mean, gain in zip(means, gains, strict=True)), *(2 * math.log(gain) for gain in gains)],
+        [
+            *(shift - mean * gain for mean, gain in zip(means, gains, strict=True)),
+            *(2 * math.log(gain) for gain in gains),
+        ],
     )
 
 

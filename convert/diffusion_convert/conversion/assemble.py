@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from diffusion_convert.checkpoint import folding
 from diffusion_convert.checkpoint.controlnet import controlnets
 from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
-from diffusion_convert.checkpoint.vocabulary import write_vocabulary
+from diffusion_convert.checkpoint.vocabulary import write_t5, write_vocabulary
 from diffusion_convert.conversion.events import Event, Phase, Progress
 from diffusion_convert.conversion.part import Record
 from diffusion_convert.conversion.plan import Plan, tool_versions
@@ -23,13 +24,15 @@ from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import Hashes, tokenizer_hashes
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import CheckpointError
-from diffusion_runtime.families import FAMILIES, AttentionKind, Layout
+from diffusion_runtime.families import FAMILIES, T5, AttentionKind, Layout
 from diffusion_runtime.links import share_tree
+from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 from diffusion_runtime.schedulers import imposed_on, settled
 
 PACKAGES, COMPILED = KINDS
-SECOND_TOKENIZER = "tokenizer_2"
-"""The folder of the second text encoder's tokenizer, in the folder of the models."""
+FIRST_TOKENIZER, SECOND_TOKENIZER = "tokenizer", "tokenizer_2"
+"""The folders of the text encoders' tokenizers, in the folder of the models; the first one's mostly lies beside
+them."""
 
 
 def assemble(
@@ -80,16 +83,26 @@ def _packages(
         entries[part.component.name] = component.model_copy(update={"compute_units": parts})
         for name in component.files:
             share_tree(place.part(part.name) / name, folder / name)
-    added = plan.checkpoint.added_tokens
-    write_vocabulary(plan.checkpoint.tokenizer, folder, added)
-    if plan.checkpoint.tokenizer_2:
-        (folder / SECOND_TOKENIZER).mkdir()
-        write_vocabulary(plan.checkpoint.tokenizer_2, folder / SECOND_TOKENIZER, added)
     made = describe(plan, kind, entries)
-    told = tokenizer_hashes(folder, (made.tokenizer, made.tokenizer_2), known)
+    _write_tokenizers(plan.checkpoint, made, folder)
+    told = tokenizer_hashes(folder, (made.tokenizer, made.tokenizer_2, made.tokenizer_3), known)
     made = made.model_copy(update={"tokenizer_sha256": told})
     manifest.write(made, folder)
     return made
+
+
+def _write_tokenizers(checkpoint: Checkpoint, made: Manifest, folder: Path) -> None:
+    """Where ``made`` says. Apps look for CLIP's vocabulary and for T5's tokenizer beside the models, so CLIP's
+    settings, which are called as T5's, lie elsewhere where there is T5."""
+    places = (made.tokenizer, checkpoint.tokenizer), (made.tokenizer_2, checkpoint.tokenizer_2)
+    for place, files in places:
+        if place is not None:
+            (folder / place).mkdir(exist_ok=True)
+            write_vocabulary(files, folder / place, checkpoint.added_tokens)
+    if made.tokenizer_3 is not None and made.tokenizer is not None:
+        for name in VOCABULARY_FILES:
+            shutil.copyfile(folder / made.tokenizer / name, folder / name)
+        write_t5(checkpoint.tokenizer_3, folder)
 
 
 def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Component]) -> Manifest:
@@ -114,7 +127,9 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
             "scale": scale,
             "shift": shift,
         },
+        "tokenizer": FIRST_TOKENIZER if T5 in entries else ".",
         "tokenizer_2": SECOND_TOKENIZER if checkpoint.tokenizer_2 else None,
+        "tokenizer_3": "." if T5 in entries else None,
         "padding": checkpoint.padding,
         "prediction_type": prediction,
         "components": dict(entries),

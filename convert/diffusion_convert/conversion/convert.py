@@ -108,6 +108,7 @@ def _plan(source: str, options: ConvertOptions, previous: Previous, progress: Pr
         embeddings=options.embeddings,
         ip_adapters=options.ip_adapters,
         image_encoder=options.image_encoder,
+        no_t5=options.no_t5,
     )
     options = replace(
         options,

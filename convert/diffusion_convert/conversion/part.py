@@ -32,7 +32,7 @@ from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes
 from diffusion_runtime.errors import InputError, PackageError, VerificationError
-from diffusion_runtime.families import CHUNKED, TEXT_ENCODERS
+from diffusion_runtime.families import CHUNKED, T5, TEXT_ENCODERS
 from diffusion_runtime.mil.package import open_package
 
 RECORD = "record.json"
@@ -215,7 +215,7 @@ def _record(
 
 def _vocabulary_size(job: Job) -> int | None:
     component = job.part.component
-    if component.name not in TEXT_ENCODERS:
+    if component.name not in (*TEXT_ENCODERS, T5):
         return None
     return int(job.plan.checkpoint.models[component.subfolder].config["vocab_size"])
 

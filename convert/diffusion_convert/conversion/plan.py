@@ -17,12 +17,12 @@ from diffusion_convert.bundle.zip_names import zip_attentions
 from diffusion_convert.checkpoint import folding, torch_networks
 from diffusion_convert.checkpoint.family import default_size, is_untrained, latent_factor, text_length
 from diffusion_convert.checkpoint.model import Checkpoint
-from diffusion_convert.checkpoint.vocabulary import check_vocabulary, unknown_tokens
+from diffusion_convert.checkpoint.vocabulary import check_t5, check_vocabulary, unknown_tokens
 from diffusion_convert.components.component import Component, Shape
 from diffusion_convert.options import ConvertOptions, Precision
 from diffusion_convert.palettize.recipe import Recipe, load_recipe
 from diffusion_runtime.errors import CheckpointError, InputError
-from diffusion_runtime.families import COMPONENTS, FAMILIES, TARGETS, UNETS, AttentionKind, compiles, kind_of
+from diffusion_runtime.families import COMPONENTS, FAMILIES, T5, TARGETS, UNETS, AttentionKind, compiles, kind_of
 from diffusion_runtime.folding import Folding
 from diffusion_runtime.real_path import real_path
 
@@ -64,6 +64,8 @@ class Plan:
         return tuple(part for part in self.parts if part.shared or part.attention is attention)
 
 
+MAX_T5_LENGTH = 512
+"""Of what diffusers' StableDiffusion3Pipeline takes, the most."""
 MAX_PIECES = 8
 """In how many pieces a prompt may be encoded. Attention to more tokens costs time and memory at every step."""
 
@@ -74,6 +76,7 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
     Raises InputError or CheckpointError for what cannot be converted so: every component's weights are compared
     with their network's, sizes with what the networks can do."""
     layouts.check(checkpoint, options)
+    _check_attention(checkpoint, options)
     shape = _shape(checkpoint, options)
     chosen = _components(checkpoint, options)
     weights, notes = {}, [*checkpoint.notes, *_check_vocabularies(checkpoint), *_size_note(checkpoint, shape)]
@@ -100,6 +103,16 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
     return Plan(checkpoint, options, shape, parts, stamp, size, compiled, recipe, tuple(notes))
 
 
+def _check_attention(checkpoint: Checkpoint, options: ConvertOptions) -> None:
+    family = FAMILIES[checkpoint.family]
+    if refused := [kind.value for kind in options.attention if kind not in family.denoiser.attention]:
+        raise InputError(
+            f"--attention {refused[0]}: {family.title} is converted with "
+            f"{', '.join(kind.value for kind in family.denoiser.attention)} attention only: picture and text "
+            "attend to each other as one, and its program cut by heads is too large for the Neural Engine"
+        )
+
+
 def _check_vocabularies(checkpoint: Checkpoint) -> Iterator[str]:
     """Raises CheckpointError for tokenizers that cannot be used; yields what of them cannot."""
     tokenizers = [files for files in (checkpoint.tokenizer, checkpoint.tokenizer_2) if files]
@@ -114,6 +127,8 @@ def _check_vocabularies(checkpoint: Checkpoint) -> Iterator[str]:
                     f"{encoder} has an embedding for {size} tokens, its tokenizer has {len(unknown)} more: prompts "
                     f"with {torch_networks.listed(list(unknown))} cannot be drawn"
                 )
+        if (t5 := checkpoint.models.get(COMPONENTS[T5].subfolder)) is not None:
+            check_t5(checkpoint.tokenizer_3, int(t5.config["vocab_size"]))
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.name}: {error}") from error
 
@@ -179,22 +194,35 @@ def _not_compiled(target: str) -> str:
 
 
 def _shape(checkpoint: Checkpoint, options: ConvertOptions) -> Shape:
-    unet, vae = (checkpoint.models[name].config for name in ("unet", "vae"))
-    default = default_size(unet, vae)
+    vae = checkpoint.models["vae"].config
+    default = default_size(checkpoint.denoiser.config, vae)
     factor = latent_factor(vae)
+    factor *= int(checkpoint.denoiser.config.get("patch_size", 1))
+    least = -(-8 * latent_factor(vae) // factor)
     sizes = (options.height or default[0], options.width or default[1])
     for name, size in zip(("height", "width"), sizes, strict=True):
-        if size < 8 * factor or size % factor:
-            near = sorted({max(8, size // factor) * factor, max(8, size // factor + 1) * factor})
+        if size < least * factor or size % factor:
+            near = sorted({max(least, size // factor) * factor, max(least, size // factor + 1) * factor})
             raise InputError(
-                f"--{name} {size}: expected a multiple of {factor} of at least {8 * factor}; "
+                f"--{name} {size}: expected a multiple of {factor} of at least {least * factor}; "
                 f"near it {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}"
             )
+    return Shape(*sizes, settled_batch_size(checkpoint, options), _context_length(checkpoint, options))
+
+
+def _context_length(checkpoint: Checkpoint, options: ConvertOptions) -> int | None:
     length, asked = text_length(checkpoint), options.context_length
+    if FAMILIES[checkpoint.family].joint_text:
+        if asked is not None and not length < asked <= length + MAX_T5_LENGTH:
+            raise InputError(
+                f"--context-length {asked}: expected {length + 1} to {length + MAX_T5_LENGTH}: CLIP's {length} and "
+                f"those of T5; {2 * length} are Apple's apps', {length + 256} diffusers' default"
+            )
+        return asked or 2 * length
     if asked is not None and (asked % length or not 0 < asked <= MAX_PIECES * length):
         known = ", ".join(str(length * pieces) for pieces in range(1, MAX_PIECES + 1))
         raise InputError(f"--context-length {asked}: expected {known}: prompts are encoded in pieces of {length}")
-    return Shape(*sizes, settled_batch_size(checkpoint, options), asked)
+    return asked
 
 
 def settled_batch_size(checkpoint: Checkpoint, options: ConvertOptions) -> int:
@@ -203,13 +231,13 @@ def settled_batch_size(checkpoint: Checkpoint, options: ConvertOptions) -> int:
     rows = FAMILIES[checkpoint.family].guided_rows
     if (options.batch_size or 1) > rows:
         raise InputError(f"--batch-size {options.batch_size}: guidance takes {rows} rows of {checkpoint.family}")
-    takes_scale = checkpoint.models["unet"].config.get("time_cond_proj_dim") is not None
+    takes_scale = checkpoint.denoiser.config.get("time_cond_proj_dim") is not None
     return options.batch_size or (1 if takes_scale else rows)
 
 
 def _size_note(checkpoint: Checkpoint, shape: Shape) -> tuple[str, ...]:
     """A sentence on a size that the model was not trained for. Upscalers take pictures of any size."""
-    height, width = default_size(*(checkpoint.models[name].config for name in ("unet", "vae")))
+    height, width = default_size(checkpoint.denoiser.config, checkpoint.models["vae"].config)
     upscales = FAMILIES[checkpoint.family].class_labels
     if upscales or not is_untrained((shape.height, shape.width), (height, width)):
         return ()
@@ -240,7 +268,8 @@ def _size(weights: Mapping[str, int], parts: Sequence[Part], options: ConvertOpt
 
 def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> str:
     """See `Plan`; known without looking at weights: sizes and times of change stand for files' contents."""
-    files = {*checkpoint.tokenizer.values(), *checkpoint.tokenizer_2.values()}
+    tokenizers = (checkpoint.tokenizer, checkpoint.tokenizer_2, checkpoint.tokenizer_3)
+    files = {path for tokenizer in tokenizers for path in tokenizer.values()}
     files.update(path for model in checkpoint.models.values() for path in model.files)
     files.update([options.recipe] if options.recipe is not None else [])
     told = {

@@ -15,6 +15,7 @@ from diffusion_convert.networks.channel_norm import teach_coremltools
 from diffusion_convert.networks.clip import TextEncoder
 from diffusion_convert.networks.clip_safety import SafetyChecker
 from diffusion_convert.networks.depth import DepthEstimator
+from diffusion_convert.networks.mmdit import Transformer
 from diffusion_convert.networks.picture_prompts import ImageEncoder, projection
 from diffusion_convert.networks.pointwise import pointwise
 from diffusion_convert.networks.transformer import SpatialAttention, SpatialTransformer
@@ -26,6 +27,7 @@ __all__ = [
     "ImageEncoder",
     "SafetyChecker",
     "TextEncoder",
+    "Transformer",
     "depth_estimator",
     "image_encoder",
     "picture_projection",
@@ -34,6 +36,7 @@ __all__ = [
     "safety_checker",
     "teach_coremltools",
     "text_encoder",
+    "transformer",
 ]
 
 REPLACEMENTS = {"Transformer2DModel": SpatialTransformer, "Attention": SpatialAttention}
@@ -82,6 +85,11 @@ def image_encoder(model: nn.Module, kind: AttentionKind, gives: tuple[str, ...])
 def picture_projection(module: nn.Module, kind: AttentionKind | None) -> nn.Module:
     """An IP-Adapter's projection of diffusers' giving (1, width, 1, tokens); None: computed as diffusers does."""
     return projection(module, None if kind is None else ATTENTION[kind]).eval()
+
+
+def transformer(network: nn.Module, kind: AttentionKind, size: tuple[int, int]) -> Transformer:
+    """diffusers' SD3Transformer2DModel as `mmdit.Transformer` for latents of ``size``, on the same parameters."""
+    return Transformer(network, ATTENTION[kind], size).eval()
 
 
 def _replace(module: nn.Module, kind: AttentionKind, path: str) -> None:

@@ -16,8 +16,17 @@ from diffusion_runtime.backends import Backend, ComputeUnits
 from diffusion_runtime.bundle import manifest, without_manifest
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.families import ATTENTIONS, PROCESSORS, TEXT_ENCODERS, AttentionKind, Layout, preferred
-from diffusion_runtime.models import Load, Models, chained
+from diffusion_runtime.families import (
+    ATTENTIONS,
+    FAMILIES,
+    PROCESSORS,
+    TEXT_ENCODERS,
+    UNET,
+    AttentionKind,
+    Layout,
+    preferred,
+)
+from diffusion_runtime.models import Load, Models, chained, renamed
 from diffusion_runtime.real_path import is_there
 
 KINDS = ("packages", "compiled")
@@ -86,7 +95,12 @@ def open_models(
         units = compute_units or parse_units(bundle.manifest.components[component].compute_units)
         return chained([partial(backend.load, path, units) for path in bundle.paths(component)])
 
-    return Models({name: load(name) for name in bundle.manifest.components}, keep)
+    loads = {name: load(name) for name in bundle.manifest.components}
+    denoiser = FAMILIES[bundle.manifest.family].denoiser if bundle.manifest.family in FAMILIES else UNET
+    if denoiser is UNET or denoiser.component not in loads:
+        return Models(loads, keep)
+    loads[denoiser.component] = renamed(loads[denoiser.component], denoiser.names)
+    return Models(loads, keep).known_as({name: name for name in loads} | {"unet": denoiser.component})
 
 
 def parse_units(text: str) -> ComputeUnits:
@@ -100,7 +114,7 @@ def parse_units(text: str) -> ComputeUnits:
 
 def unit_notes(bundle: Bundle, compute_units: ComputeUnits | None) -> tuple[str, ...]:
     """Warnings for the compute units that the UNet would run on."""
-    units = compute_units or parse_units(bundle.manifest.components["unet"].compute_units)
+    units = compute_units or parse_units(manifest.as_unet(bundle.manifest).components["unet"].compute_units)
     note = bad_pairing(bundle.manifest.attention, units)
     return () if note is None else (note,)
 

@@ -24,7 +24,7 @@ from pydantic import (
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import PackageError
-from diffusion_runtime.families import UNETS, Layout
+from diffusion_runtime.families import FAMILIES, UNET, UNETS, Layout
 from diffusion_runtime.folding import Folding
 
 FORMAT_VERSION = 1
@@ -268,6 +268,7 @@ class Manifest(_Frozen):
     )
     tokenizer: RelativePath | None = Field(default=".", description="folder of vocab.json and merges.txt")
     tokenizer_2: RelativePath | None = Field(default=None, description="the same of a second text encoder")
+    tokenizer_3: RelativePath | None = Field(default=None, description="folder of T5's tokenizer.json")
     tokenizer_sha256: dict[RelativePath, str] = Field(
         default={}, description="each file of the tokenizers, relative to the manifest; none in older manifests"
     )
@@ -296,7 +297,7 @@ class Manifest(_Frozen):
 
     def text_tokens(self) -> int | None:
         """How many text tokens the UNet takes; None where there is none."""
-        unet = self.unet
+        unet = as_unet(self).unet
         states = (
             next((one.shape for one in unet.inputs if one.name == "encoder_hidden_states"), None) if unet else None
         )
@@ -321,6 +322,20 @@ def of_refiner(made: Manifest) -> Manifest | None:
     own["unet"] = own.pop("refiner")
     told = {name: getattr(made.refiner, name) for name in Refiner.model_fields}
     return made.model_copy(update={**told, "family": "sdxl-refiner", "components": own, "refiner": None})
+
+
+def as_unet(made: Manifest) -> Manifest:
+    """The manifest of a bundle with another network in place of a UNet, as if it was one: its component and its
+    inputs by the UNet's names. The manifest itself where there is a UNet."""
+    denoiser = FAMILIES[made.family].denoiser if made.family in FAMILIES else UNET
+    if denoiser.component not in made.components or denoiser is UNET:
+        return made
+    known = {own: name for name, own in denoiser.names.items()}
+    network = made.components[denoiser.component]
+    inputs = tuple(one.model_copy(update={"name": known.get(one.name, one.name)}) for one in network.inputs)
+    others = {name: one for name, one in made.components.items() if name != denoiser.component}
+    components = {**others, "unet": network.model_copy(update={"inputs": inputs})}
+    return made.model_copy(update={"components": components})
 
 
 def read(folder: Path) -> Manifest:

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.families import TEXT_ENCODERS
+from diffusion_runtime.families import FAMILIES, T5, TEXT_ENCODERS
 
 if TYPE_CHECKING:
     from diffusion_runtime.bundle.manifest import Manifest
     from diffusion_runtime.models import Models
     from diffusion_runtime.prompt.tokenizer import Tokenizer, Tokens
 
-STATES = ("last_hidden_state", "hidden_embeds")
+STATES = ("last_hidden_state", "hidden_embeds", "encoder_hidden_states")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,9 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class TextStates:
-    """``tokenizers`` belong to the text encoders that there are, in order; ``unet_length`` is how many text tokens
-    the UNet takes.
+    """``tokenizers`` belong to the CLIP text encoders that there are, in order; ``unet_length`` is how many text
+    tokens the UNet takes, ``unet_width`` of how many channels. ``t5``: the tokenizer of the encoder that follows
+    theirs, where there is one.
 
     A prompt that is too long for the encoder is encoded in as many pieces as the UNet takes, each with its own
     start and end, set one after the other. What is too long even so is cut, or refused with ``long_prompt``."""
@@ -42,6 +43,8 @@ class TextStates:
     tokenizers: tuple[Tokenizer, ...]
     manifest: Manifest
     unet_length: int
+    unet_width: int = 0
+    t5: Tokenizer | None = None
     long_prompt: bool = False
 
     @property
@@ -64,9 +67,16 @@ class TextStates:
             found = [self._states(name, token) for token in tokens]
             states.append(torch.stack([one for one, _ in found]))
             whole = [one for _, one in found if one is not None]
-            pooled = torch.stack(whole) if whole else None
+            one = torch.stack(whole) if whole else None
+            pooled = (
+                torch.cat([pooled, one], dim=1) if self.joint and pooled is not None and one is not None else one
+            )
             self.models.release(name)
-        together = torch.cat(states, dim=1)
+        together = (
+            self._joined(states, [text or "" for text in distinct], notes)
+            if self.joint
+            else torch.cat(states, dim=1)
+        )
         if self.manifest.force_zeros_for_empty_prompt and None in distinct:
             # As diffusers' SDXL: zeros stand for a negative prompt that is not given, never for an empty one that
             # is.
@@ -76,7 +86,34 @@ class TextStates:
         rows = [distinct.index(text) for text in texts]
         return Encoded(together[rows], None if pooled is None else pooled[rows], tuple(notes))
 
+    @property
+    def joint(self) -> bool:
+        return self.manifest.family in FAMILIES and FAMILIES[self.manifest.family].joint_text
+
+    def _joined(self, clip: Sequence[torch.Tensor], texts: Sequence[str], notes: dict[str, None]) -> torch.Tensor:
+        """CLIP's states side by side, filled with zeros to the width of T5's, which follow; zeros where there is no
+        T5: (texts, width, 1, tokens)."""
+        together = torch.cat(list(clip), dim=1)
+        rest = self.unet_length - together.shape[3]
+        if self.t5 is None:
+            following = torch.zeros(len(texts), self.unet_width, 1, rest)
+        else:
+            tokens = [self.t5.encode(text) for text in texts]
+            self._check_known(T5, self.t5, tokens)
+            notes |= dict.fromkeys(self._note(token, self.t5, 1) for token in tokens if token.lost)
+            following = torch.stack([self._states(T5, token)[0] for token in tokens])
+            self.models.release(T5)
+        if following.shape[1:] != (self.unet_width, 1, rest):
+            raise InputError(
+                f"transformer: takes {self.unet_length} text tokens of {self.unet_width} channels, but T5 gives "
+                f"{following.shape[3]} of {following.shape[1]} after CLIP's {together.shape[3]}"
+            )
+        filled = torch.nn.functional.pad(together, (0, 0, 0, 0, 0, self.unet_width - together.shape[1]))
+        return torch.cat([filled, following], dim=3)
+
     def _pieces(self, tokenizer: Tokenizer) -> int:
+        if self.joint:
+            return 1
         pieces, rest = divmod(self.unet_length, tokenizer.length)
         if rest or not pieces:
             raise InputError(
@@ -97,7 +134,7 @@ class TextStates:
         )
 
     def _note(self, tokens: Tokens, tokenizer: Tokenizer, pieces: int) -> str:
-        room = (tokenizer.length - 2) * len(tokens.ids)
+        room = tokenizer.room * len(tokens.ids)
         lost = tokens.lost if len(tokens.lost) <= 300 else tokens.lost[:300] + "…"
         if self.long_prompt:
             raise InputError(
@@ -114,7 +151,10 @@ class TextStates:
         wanted = next((one for one in STATES if one in encoder.outputs), STATES[0])
         ids = [row[None].astype(spec.dtype) for row in tokens.ids]
         rows = [encoder.several(wanted, "pooled_outputs", input_ids=piece) for piece in ids]
-        states = torch.from_numpy(np.concatenate([row[0] for row in rows])).float()
+        found = np.concatenate([row[0] for row in rows])
+        if found.ndim == 4:  # T5's, which come as the denoiser takes them
+            found = found[:, :, 0].transpose(0, 2, 1)
+        states = torch.from_numpy(found).float()
         if tokens.is_weighted:
             weights = torch.from_numpy(tokens.weights)[..., None]
             weighted = states * weights

@@ -22,6 +22,7 @@ FAST = "tokenizer.json"
 _EMBEDDING = re.compile(r"(?<!\\)<[A-Za-z][^<>\s]*>")
 _ESCAPED = re.compile(r"\\<(?=[A-Za-z])")
 _SHOWN = 8
+T5_TOKENS = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -40,27 +41,36 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """``clip`` is a CLIPTokenizer; ``length`` is what the text encoder takes, start and end included."""
+    """``clip`` is a CLIPTokenizer, or T5's, which has no ``start`` of texts; ``length`` is what the text encoder
+    takes, start and end included."""
 
     clip: Any
     length: int = LENGTH
+    start: bool = True
+
+    @property
+    def room(self) -> int:
+        """How many tokens of a prompt a piece has place for."""
+        return self.length - 1 - self.start
 
     def encode(self, prompt: str, pieces: int = 1) -> Tokens:
         """Up to ``pieces`` pieces of ``length`` tokens; pieces without text are those of an empty prompt."""
         ids: list[int] = []
         weights: list[float] = []
         for fragment in emphasis.parse(prompt):
-            text = _ESCAPED.sub("<", self._all_vectors(self._checked(fragment.text)))
+            # T5 knows no textual inversions: to it, their names are letters, as in diffusers.
+            known = self._all_vectors(self._checked(fragment.text)) if self.start else fragment.text
+            text = _ESCAPED.sub("<", known)
             part = self.clip(text, add_special_tokens=False, verbose=False)["input_ids"]
             ids += part
             weights += [fragment.weight] * len(part)
-        room = self.length - 2
+        room = self.room
         lost = self.clip.decode(ids[room * pieces :]) if len(ids) > room * pieces else ""
         rows = [self._piece(ids[start : start + room]) for start in range(0, room * pieces, room)]
         counts = np.ones((pieces, self.length), np.float32)
         for row, start in zip(counts, range(0, room * pieces, room), strict=True):
             part_weights = weights[start : start + room]
-            row[1 : 1 + len(part_weights)] = part_weights
+            row[self.start : self.start + len(part_weights)] = part_weights
         return Tokens(np.array(rows, np.int64), counts, lost)
 
     def _checked(self, text: str) -> str:
@@ -90,7 +100,7 @@ class Tokenizer:
         return text
 
     def _piece(self, ids: list[int]) -> list[int]:
-        filled = [self.clip.bos_token_id, *ids, self.clip.eos_token_id]
+        filled = [*([self.clip.bos_token_id] if self.start else []), *ids, self.clip.eos_token_id]
         return filled + [self.clip.pad_token_id] * (self.length - len(filled))
 
 
@@ -118,6 +128,22 @@ def load(folder: Path, length: int = LENGTH, pad_token: str | None = None) -> To
     if None in (clip.bos_token_id, clip.eos_token_id, clip.pad_token_id):
         raise PackageError(f"{folder / 'vocab.json'}: lacks the start, end or padding token of CLIP")
     return Tokenizer(clip, length)
+
+
+def load_t5(folder: Path, length: int) -> Tokenizer:
+    """T5's tokenizer of a folder with tokenizer.json. Raises InputError where it is missing and PackageError where
+    it is damaged."""
+    if not is_there(folder / FAST, PackageError):
+        raise InputError(f"{folder}: no {FAST}, which T5's text encoder needs: convert again, or leave T5 out")
+    _check(folder, ())
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        # By its own file alone: CLIP's vocabulary, which apps look for there, may lie beside it.
+        t5 = PreTrainedTokenizerFast(tokenizer_file=str(folder / FAST), **T5_TOKENS)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise PackageError(f"{folder / FAST}: the tokenizer cannot be read: {_first_line(error)}") from error
+    return Tokenizer(t5, length, start=False)
 
 
 def _check(folder: Path, slow: Sequence[str]) -> None:

@@ -18,7 +18,13 @@ TASKS: tuple[Task, ...] = (
     edit.TASK,
 )
 
-__all__ = ["TASKS", "Job", "Prepared", "Request", "Task", "choose", "starts_from", "uses"]
+__all__ = ["TASKS", "Job", "Prepared", "Request", "Task", "choose", "kind", "starts_from", "uses"]
+
+
+def kind(channels: int, latent_channels: int) -> int:
+    """By what number of channels tasks are told apart for a network that takes ``channels``, of which the latents
+    are ``latent_channels``: that of a UNet whose latents are Stable Diffusion 1's."""
+    return channels - latent_channels + text_to_image.TASK.channels
 
 
 def starts_from(channels: int) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffusion_runtime import images
+from diffusion_runtime import images, schedulers
 from diffusion_runtime.denoising import Start
 from diffusion_runtime.schedulers import between, last_part
 from diffusion_runtime.tasks.job import Job, Prepared, Task
@@ -47,7 +47,7 @@ def noised(job: Job) -> Start:
         return Start(clean, timesteps)
     noise = job.noise.normal(job.latent_shape)
     first = timesteps[:1].repeat(request.pictures)
-    return Start(job.scheduler.add_noise(clean, noise, first), timesteps)
+    return Start(schedulers.noised(job.scheduler, clean, noise, first), timesteps)
 
 
 def _timesteps(job: Job) -> torch.Tensor:

@@ -8,13 +8,15 @@ from torch.nn.functional import interpolate
 from diffusion_runtime import images
 from diffusion_runtime.denoising import AfterStep, Start
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.schedulers import last_part
+from diffusion_runtime.schedulers import last_part, matches_flow
 from diffusion_runtime.tasks.image_to_image import encode
 from diffusion_runtime.tasks.job import Job, Prepared, Task
 
 
 def check(job: Job) -> None:
     """Picture and mask must be there, the mask show what to paint, and the strength leave a step."""
+    if matches_flow(job.scheduler):
+        raise InputError("a mask: models of flow matching (Stable Diffusion 3) do not paint in; leave it out")
     _image_and_mask(job)
     last_part(job.scheduler, job.request.steps, job.request.change)
 

@@ -37,7 +37,7 @@ def noise_latents(job: Job) -> torch.Tensor:
     """Noise at the scheduler's first level: the caller's, else drawn."""
     latents = job.request.latents
     drawn = job.noise.normal(job.latent_shape) if latents is None else latents.float()
-    return drawn * float(job.scheduler.init_noise_sigma)
+    return drawn * schedulers.first_level(job.scheduler)
 
 
 def prepare(job: Job) -> Prepared:
