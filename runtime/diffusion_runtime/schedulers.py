@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import FAMILIES, PLAIN_SETTINGS
+from diffusion_runtime.later import import_diffusers
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,7 @@ def build(config: Mapping[str, Any], name: str | None = None, imposed: Mapping[s
     Keys that only other classes know are kept in the scheduler's ``config``, as diffusers keeps them, for a
     scheduler that is made from it. Raises InputError for an unknown name and for a class that is not a scheduler of
     diffusers."""
-    import diffusers
+    diffusers = import_diffusers()
 
     if name is None:
         class_name, settings = str(config.get("_class_name", "PNDMScheduler")), dict[str, Any]()

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from torch.fx import graph_module
 
 from diffusion_runtime.errors import DiffusionError, PackageError, UnsupportedError
+from diffusion_runtime.later import no_compiler
 from diffusion_runtime.mil.check import CONST, budget, check_package, operands, output_name
 from diffusion_runtime.mil.constants import Constant, literal, torch_dtype
 from diffusion_runtime.mil.ops import OPS, Kind, Op, Parameter
@@ -92,7 +93,8 @@ def lower(
     lowering = _Lowering(
         package, package.model.program.functions[name], dtype, torch.device(device), stream_weights, channels_last
     )
-    with torch.no_grad():
+    # What operations make of meta tensors is asked of torch's reference functions, which would import its compiler.
+    with torch.no_grad(), no_compiler():
         return lowering.run()
 
 
