@@ -79,8 +79,9 @@ def check(checkpoint: Checkpoint, options: ConvertOptions) -> None:
         )
     if options.chunk_unet and not about.chunks:
         raise InputError(f"{name} and --chunk-unet: its apps do not run a UNet in two; leave one of them out")
-    if options.ip_adapters and about.components is not None:
-        raise InputError(f"{name} and --ip-adapter: its apps do not give pictures to a UNet; leave one of them out")
+    added = {"--ip-adapter": options.ip_adapters, "--t2i-adapter": options.t2i_adapters}
+    if about.components is not None and (given := [option for option, values in added.items() if values]):
+        raise InputError(f"{name} and {given[0]}: its apps do not give pictures to a UNet; leave one of them out")
     if about.components is not None:
         idle = [part for part in options.components if part not in about.components]
         if idle:

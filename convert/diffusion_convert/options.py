@@ -140,6 +140,7 @@ class ConvertOptions:
     ip_adapters: tuple[str, ...] = ()
     image_encoder: str | None = None
     no_t5: bool = False
+    t2i_adapters: tuple[str, ...] = ()
     layout: Layout = Layout.APPLE
     precision: Precision = Precision.AUTO
     compiled: bool = True
@@ -178,6 +179,7 @@ class ConvertOptions:
             ip_adapters: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = ...,
             image_encoder: str | os.PathLike[str] | None = ...,
             no_t5: bool = ...,
+            t2i_adapters: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = ...,
             layout: Layout | str = ...,
             precision: Precision | str = ...,
             compiled: bool = ...,
@@ -259,9 +261,10 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
             for source in _sources("controlnet", value)
         ),
         "recipe": _path("recipe", options.recipe),
-        "ip_adapters": parse_list(
-            _source("ip_adapters", value) or "" for value in _several("ip_adapters", options.ip_adapters)
-        ),
+        **{
+            name: parse_list(_source(name, value) or "" for value in _several(name, getattr(options, name)))
+            for name in ("ip_adapters", "t2i_adapters")
+        },
         **{name: _source(name, getattr(options, name)) for name in ("vae", "base", "refiner", "image_encoder")},
     }
 

@@ -340,6 +340,7 @@ COMPONENTS: Mapping[str, ComponentNames] = {
     "vae_encoder": ComponentNames("VAEEncoder", "vae"),
     "safety_checker": ComponentNames("SafetyChecker", "safety_checker"),
     "depth_estimator": ComponentNames("DepthEstimator", "depth_estimator"),
+    "t2i_adapter": ComponentNames("adapters", "t2i_adapter", several="T2IAdapter_"),
     "image_encoder": ComponentNames("ImageEncoder", "image_encoder"),
     "image_projection": ComponentNames("ImageProjection", "image_projection"),
 }

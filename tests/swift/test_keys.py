@@ -45,7 +45,9 @@ MANIFEST_NOT_NEEDED = {
     "padding": "for the card: prompts are padded as the tokenizer's files say",
     "folded": "the rest of the manifest describes the models as they are",
     "refiner.source": "for the card",
-    "ip_adapters": "a UNet with inputs for them is refused, by the inputs' names",
+    **dict.fromkeys(
+        ("ip_adapters", "t2i_adapters"), "a UNet with inputs for them is refused, by the inputs' names"
+    ),
     "controlnets": "the package draws without ControlNets",
     "components.inputs.dtype": INTERFACE,
     "components.inputs.shapes": "the default shape is used",

@@ -178,6 +178,12 @@ def convert(
     no_t5: Annotated[
         bool, _option("Leave out T5, the largest text encoder of SD 3: zeros stand for its states.", "--no-t5")
     ] = False,
+    t2i_adapter: Annotated[
+        list[str] | None,
+        _option(
+            "T2I-Adapters (folder or Hub id) that steer the UNet; several with commas, or given several times."
+        ),
+    ] = None,
     layout: Annotated[
         str, _option("Whose interface: apple, or comfyui (ComfyUI-CoreMLSuite 2.x). Default: apple.")
     ] = "apple",
@@ -223,6 +229,7 @@ def convert(
         ip_adapters=parse_list(ip_adapter or ()),
         image_encoder=image_encoder,
         no_t5=no_t5,
+        t2i_adapters=parse_list(t2i_adapter or ()),
         layout=parse_choice(Layout, "layout", layout),
         precision=parse_choice(Precision, "precision", precision),
         compiled=compile_,

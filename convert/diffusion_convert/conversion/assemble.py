@@ -142,6 +142,7 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
             name: told for name, told in checkpoint.controlnets.items() if name in controlnets(entries)
         },
         "ip_adapters": checkpoint.ip_adapters,
+        "t2i_adapters": dict(checkpoint.t2i_adapters),
         "requires_safety_checker": bool(checkpoint.pipeline_config.get("requires_safety_checker", False)),
         "folded": checkpoint.folded.model_dump(),
         "tools": {**tool_versions(), "conversion": plan.fingerprint},

@@ -107,6 +107,7 @@ def _plan(source: str, options: ConvertOptions, previous: Previous, progress: Pr
         lora_partial=options.lora_partial,
         embeddings=options.embeddings,
         ip_adapters=options.ip_adapters,
+        t2i_adapters=options.t2i_adapters,
         image_encoder=options.image_encoder,
         no_t5=options.no_t5,
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from diffusion_convert import components, layouts
 from diffusion_convert.bundle.zip_names import zip_attentions
-from diffusion_convert.checkpoint import folding, torch_networks
+from diffusion_convert.checkpoint import folding, t2i_adapter, torch_networks
 from diffusion_convert.checkpoint.family import default_size, is_untrained, latent_factor, text_length
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import check_t5, check_vocabulary, unknown_tokens
@@ -78,6 +78,7 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
     layouts.check(checkpoint, options)
     _check_attention(checkpoint, options)
     shape = _shape(checkpoint, options)
+    t2i_adapter.check_size(checkpoint, shape.height, shape.width)
     chosen = _components(checkpoint, options)
     weights, notes = {}, [*checkpoint.notes, *_check_vocabularies(checkpoint), *_size_note(checkpoint, shape)]
     for subfolder in dict.fromkeys(component.subfolder for component in chosen):

@@ -42,6 +42,7 @@ def _folder_lines(report: FolderReport) -> Iterator[str]:
         )
         yield from (f"  folded    {line}" for line in made.folded.lines())
         yield from (f"  adapter   {one.name}: an IP-Adapter, {one.source}" for one in made.ip_adapters)
+        yield from (f"  adapter   {name}: a T2I-Adapter, {one.name}" for name, one in made.t2i_adapters.items())
     elif len(report.models) > 1:
         yield f"{report.name}:"
     for index, model in enumerate(report.models):

@@ -286,6 +286,9 @@ class Manifest(_Frozen):
         default={}, description="by their own names; the component is called `ControlNet_` and that"
     )
     ip_adapters: tuple[IpAdapter, ...] = ()
+    t2i_adapters: dict[str, Source] = Field(
+        default={}, description="by their own names; the component is called `T2IAdapter_` and that"
+    )
     requires_safety_checker: bool = False
     folded: Folded = Folded()
     tools: dict[str, str] = {}
