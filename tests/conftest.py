@@ -139,3 +139,46 @@ def converted(build_once: BuildOnce, tiny_checkpoint: Callable[[str], Path]) -> 
         return build_once(f"converted-{name}{'-compiled' * compiled}", write) / "models"
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def controlnets(build_once: BuildOnce) -> Callable[[str], Path]:
+    """``controlnets("sd1")``: a folder of tiny ControlNets for the tiny checkpoints of that kind; shared."""
+    import tiny_controlnets
+
+    def write(folder: Path) -> None:
+        pools = {"global_pool_conditions": True, "controlnet_conditioning_channel_order": "bgr"}
+        tiny_controlnets.build("sd1", folder / "sd1" / "edges_v1-tiny")
+        tiny_controlnets.build("sd1", folder / "sd1" / "shuffle", 1, **pools)
+        tiny_controlnets.build("sd1", folder / "sd1" / "tile", 2)
+        tiny_controlnets.build("sdxl", folder / "sdxl" / "edges", 3)
+
+    return lambda kind: build_once("controlnets", write) / kind
+
+
+@pytest.fixture(scope="session")
+def steered(
+    build_once: BuildOnce, tiny_checkpoint: Callable[[str], Path], controlnets: Callable[[str], Path]
+) -> Callable[[str], Path]:
+    """``steered("sd1")``: what `convert` writes for a tiny checkpoint with its ControlNets, compiled and zipped;
+    of SDXL packages alone, and no other UNet than the one that is steered. Shared."""
+    from diffusion_convert import ConvertOptions, convert
+    from diffusion_convert.export import placeholders
+
+    def folder(kind: str) -> Path:
+        def write(place: Path) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(placeholders, "MIN_SIZE", 64)
+                first = kind == "sd1"
+                options = ConvertOptions(
+                    "original",
+                    controlnets=sorted(controlnets(kind).iterdir()),
+                    only_controlled=not first,
+                    compiled=first,
+                    zip=first,
+                )
+                convert(tiny_checkpoint(kind), place / "models", options)
+
+        return build_once(f"steered-{kind}", write) / "models"
+
+    return folder

@@ -114,7 +114,10 @@ def parse_units(text: str) -> ComputeUnits:
 
 def unit_notes(bundle: Bundle, compute_units: ComputeUnits | None) -> tuple[str, ...]:
     """Warnings for the compute units that the UNet would run on."""
-    units = compute_units or parse_units(manifest.as_unet(bundle.manifest).components["unet"].compute_units)
+    unet = manifest.as_unet(bundle.manifest).unet
+    if unet is None:
+        return ()
+    units = compute_units or parse_units(unet.compute_units)
     note = bad_pairing(bundle.manifest.attention, units)
     return () if note is None else (note,)
 

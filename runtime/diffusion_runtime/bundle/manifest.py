@@ -321,7 +321,7 @@ def of_refiner(made: Manifest) -> Manifest | None:
     """The manifest of the refiner in a bundle, as if it was alone there; None where there is none."""
     if made.refiner is None or "refiner" not in made.components:
         return None
-    own = {name: component for name, component in made.components.items() if name not in ("unet", "text_encoder")}
+    own = {name: one for name, one in made.components.items() if name not in (*UNETS, "text_encoder")}
     own["unet"] = own.pop("refiner")
     told = {name: getattr(made.refiner, name) for name in Refiner.model_fields}
     return made.model_copy(update={**told, "family": "sdxl-refiner", "components": own, "refiner": None})

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from diffusion_runtime.control import ControlFile
     from diffusion_runtime.denoising import Step
     from diffusion_runtime.generation import Made, OnStep, Order
     from diffusion_runtime.stages import Run
@@ -49,6 +50,11 @@ by --depth-image. Models of a depth checkpoint.
 * [bold]editing[/bold]: --image, and a prompt that says what to change. Models of an
 InstructPix2Pix checkpoint; --image-guidance-scale says how closely to follow the image.
 
+* [bold]ControlNets[/bold], with any of the above: --control NAME=PICTURE, as many as you
+like; its NAME is that in the models' folder, or a part of it that says which.
+PICTURE has the size of the result and is what the ControlNet takes (edges,
+depth, …), or any picture with --prepare canny (or depth, tile).
+
 * [bold]upscaling[/bold]: --image, a quarter of the result's size, and --noise-level.
 Models of the x4 upscaler.
 
@@ -66,6 +72,9 @@ Examples:
 
     coreml-sd generate models --prompts-file prompts.txt --count 4 \\
         --seed 1 -o out/picture.png
+
+    coreml-sd generate models --prompt "a house" -o house.png \\
+        --control canny=photo.jpg:0.8 --prepare canny
 
     coreml-sd generate --from circle.png -o again.png
 """
@@ -116,6 +125,19 @@ def generate(
         float | None,
         option("SDXL with a refiner: the part of the steps after which it goes on, as 0.8. Default: never."),
     ] = None,
+    control: Annotated[
+        list[str] | None,
+        option(
+            "Steer by a ControlNet: NAME=PICTURE[:SCALE[:START[:END]]], as canny=edges.png:0.8. Several at once."
+        ),
+    ] = None,
+    prepare: Annotated[
+        list[str] | None,
+        option("Make a control's picture of the one given: [NAME=]canny, depth or tile.", "--prepare"),
+    ] = None,
+    guess_mode: Annotated[
+        bool, option("ControlNets steer the prompt's half of the guidance alone.", "--guess-mode")
+    ] = False,
     preview: Annotated[
         bool, option("Keep NAME-preview.png up to date while working, checked as pictures are.", "--preview")
     ] = False,
@@ -155,6 +177,8 @@ def generate(
         "noise_level": noise_level,
         "long_prompt": long_prompt or None,
         "refiner_start": refiner_start,
+        "controls": _controls(control, prepare),
+        "guess_mode": guess_mode or None,
     }
     loading = {
         "backend": backend,
@@ -214,6 +238,15 @@ def _make(order: Order, done: list[Made]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _controls(given: list[str] | None, preparations: list[str] | None) -> tuple[ControlFile, ...] | None:
+    """What --control and --prepare say; None where neither is given."""
+    from diffusion_runtime import control
+
+    if not given and not preparations:
+        return None
+    return control.prepared([control.parse(one) for one in given or ()], preparations or ())
 
 
 def _text(path: Path | None) -> str | None:
