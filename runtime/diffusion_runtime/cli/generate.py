@@ -9,15 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffusion_runtime.cli import interruption
-from diffusion_runtime.cli.console import (
-    INTERRUPTED,
-    SECONDS_BETWEEN_LINES,
-    error_console,
-    option,
-    progress_bar,
-    say,
-)
+from diffusion_runtime.cli import interruption, options
+from diffusion_runtime.cli.console import INTERRUPTED, SECONDS_BETWEEN_LINES, error_console, progress_bar, say
+from diffusion_runtime.cli.options import option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -144,57 +138,55 @@ def generate(
     from_picture: Annotated[
         Path | None, option("Repeat a picture that was made here; other options override.", "--from")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto (coreml on macOS, else torch), coreml or torch.")] = "auto",
-    compute_units: Annotated[
-        str | None, option("all, cpu-and-gpu, cpu-and-ne or cpu-only. Default: the models'.")
-    ] = None,
-    reduce_memory: Annotated[bool, option("Load and free models stage by stage.", "--reduce-memory")] = False,
-    dtype: Annotated[str | None, option("torch backend: float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, option("torch backend: cpu, cuda or mps.")] = None,
-    tokenizer: Annotated[Path | None, option("Folder of vocab.json and merges.txt, where MODELS has none.")] = None,
+    backend: options.Backend = "auto",
+    compute_units: options.ComputeUnits = None,
+    reduce_memory: options.ReduceMemory = False,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    tokenizer: options.Tokenizer = None,
     prediction_type: Annotated[
         str | None, option("Models without manifest: epsilon, v_prediction or sample.")
     ] = None,
     latent_scale: Annotated[float | None, option("Models without manifest: the VAE's scaling factor.")] = None,
-    safety: Annotated[bool, typer.Option("--safety/--no-safety", help="Use the safety checker.")] = True,
+    safety: options.Safety = True,
 ) -> None:
     from diffusion_runtime import generation
 
-    options = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "seed": seed,
-        "rng": rng,
-        "scheduler": scheduler,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "image_guidance_scale": image_guidance_scale,
-        "eta": eta,
-        "image": _text(image),
-        "mask": _text(mask),
-        "depth_image": _text(depth_image),
-        "strength": strength,
-        "noise_level": noise_level,
-        "long_prompt": long_prompt or None,
-        "refiner_start": refiner_start,
-        "controls": _controls(control, prepare),
-        "guess_mode": guess_mode or None,
-    }
-    loading = {
-        "backend": backend,
-        "compute_units": compute_units,
-        "tokenizer": _text(tokenizer),
-        "reduce_memory": reduce_memory,
-        "check_safety": safety,
-        "prediction_type": prediction_type,
-        "latent_scale": latent_scale,
-        "dtype": dtype,
-        "device": device,
-    }
+    settings = options.given(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        rng=rng,
+        scheduler=scheduler,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        image_guidance_scale=image_guidance_scale,
+        eta=eta,
+        image=image,
+        mask=mask,
+        depth_image=depth_image,
+        strength=strength,
+        noise_level=noise_level,
+        long_prompt=long_prompt or None,
+        refiner_start=refiner_start,
+        controls=_controls(control, prepare),
+        guess_mode=guess_mode or None,
+    )
+    loading = options.given(
+        backend=backend,
+        compute_units=compute_units,
+        tokenizer=tokenizer,
+        reduce_memory=reduce_memory,
+        check_safety=safety,
+        prediction_type=prediction_type,
+        latent_scale=latent_scale,
+        dtype=dtype,
+        device=device,
+    )
     order = generation.order(
         models,
-        {name: value for name, value in options.items() if value is not None},
-        loading={name: value for name, value in loading.items() if value is not None},
+        settings,
+        loading=loading,
         from_picture=from_picture,
         prompts_file=prompts_file,
         count=count,
@@ -247,10 +239,6 @@ def _controls(given: list[str] | None, preparations: list[str] | None) -> tuple[
     if not given and not preparations:
         return None
     return control.prepared([control.parse(one) for one in given or ()], preparations or ())
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
 
 
 def _report(console: Console, made: Made) -> None:

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from diffusion_runtime.cli.console import INTERRUPTED, error_console, option, say
+from diffusion_runtime.cli import options
+from diffusion_runtime.cli.console import INTERRUPTED, error_console, say
+from diffusion_runtime.cli.options import option
 from diffusion_runtime.errors import InputError, InstallationError
 
 HELP = """
@@ -66,17 +68,15 @@ def serve(
     memory_budget: Annotated[
         float | None, option("GB for all models together; those used longest ago are freed. Default: no limit.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto (coreml on macOS, else torch), coreml or torch.")] = "auto",
-    compute_units: Annotated[
-        str | None, option("all, cpu-and-gpu, cpu-and-ne or cpu-only. Default: the models'.")
-    ] = None,
-    dtype: Annotated[str | None, option("torch backend: float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, option("torch backend: cpu, cuda or mps.")] = None,
+    backend: options.Backend = "auto",
+    compute_units: options.ComputeUnits = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
     threads: Annotated[
         int | None, option("torch backend: threads of each set of models. Default: all cores.")
     ] = None,
     ui: Annotated[bool, option("A page at / to draw with (needs the extra ui).", "--ui")] = False,
-    safety: Annotated[bool, typer.Option("--safety/--no-safety", help="Use the safety checker.")] = True,
+    safety: options.Safety = True,
 ) -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
@@ -85,18 +85,13 @@ def serve(
         raise InstallationError(f"--ui needs {FOR_PAGE}: run `pip install 'coreml-sd[ui]'`")
     from diffusion_runtime.serve import server
 
-    loading = {
-        "backend": backend,
-        "compute_units": compute_units,
-        "dtype": dtype,
-        "device": device,
-        "check_safety": safety,
-    }
-    given = {name: value for name, value in loading.items() if value is not None}
+    loading = options.given(
+        backend=backend, compute_units=compute_units, dtype=dtype, device=device, check_safety=safety
+    )
     keys = () if api_key_file is None else server.read_keys(api_key_file)
     if not keys and not server.is_loopback(host):
         raise InputError(f"--host {host}: others could reach it: give --api-key-file FILE, with a key on each line")
-    setups = server.setups(models, given, threads)
+    setups = server.setups(models, loading, threads)
     hosts = (*server.LOCAL_NAMES, *([] if host in ("0.0.0.0", "::") else [host]), *(allow_host or ()))  # noqa: S104
     rules = server.Rules(
         hosts=hosts,
