@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,7 @@ from diffusion_runtime import atomic
 from diffusion_runtime.cli import interruption, options
 from diffusion_runtime.cli.console import INTERRUPTED, error_console, progress_bar, say
 from diffusion_runtime.cli.options import option
-from diffusion_runtime.errors import InputError, InstallationError
+from diffusion_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from diffusion_runtime.evaluate.measure import Measurement
@@ -89,10 +88,8 @@ def evaluate(
     ignore: options.Ignored = None,
     redo: Annotated[bool, option("Replace pictures that other prompts, options or models made.", "--redo")] = False,
 ) -> None:
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise InstallationError(f"evaluate needs {', '.join(missing)}: run `pip install 'coreml-sd[evaluate]'`")
-    from diffusion_runtime.evaluate import measure, networks, report, sweep
+    options.check_installed("evaluate", NEEDED, "evaluate")
+    from diffusion_runtime.evaluate import report, sweep
 
     if reference_images is None and len(models) == 1:
         raise InputError("nothing to take distances from: give --reference-images DIR or a second MODELS")
@@ -106,13 +103,7 @@ def evaluate(
     )
     texts = sweep.read_prompts(prompts, ignored)
     atomic.check_writable(output)
-    console = error_console()
-    seeing = networks.load_clip(clip)
-    measurement = measure.Measurement(what, seeing, networks.load_features(features, seeing))
-    if reference_images is not None:
-        measurement.reference = measure.look_at(reference_images, measurement.features)
-    if cut := seeing.too_long(texts):
-        say(console, f"{cut} prompts are longer than CLIP reads: their ends do not count in the CLIP score")
+    measurement = _measurement(what, texts, clip, features, reference_images)
     with atomic.locked(output):
         _draw(what, redo)
         rows = _measured(measurement)
@@ -121,9 +112,25 @@ def evaluate(
         about = {"prompts": str(prompts), **chosen, "clip": clip, "features": features, "reference": reference}
         written = report.write(output, rows, {**about, "safety": safety, "notes": notes})
     for note in notes:
-        say(console, note)
+        say(error_console(), note)
     _show(rows)
     typer.echo(f"{output}: {', '.join(written)}")
+
+
+def _measurement(
+    what: Sweep, texts: Sequence[str], clip: str, features: str, reference_images: Path | None
+) -> Measurement:
+    """The networks that look at pictures, loaded, and what they make of the reference."""
+    from diffusion_runtime.evaluate import measure, networks
+
+    seeing = networks.load_clip(clip)
+    measurement = measure.Measurement(what, seeing, networks.load_features(features, seeing))
+    if reference_images is not None:
+        measurement.reference = measure.look_at(reference_images, measurement.features)
+    if cut := seeing.too_long(texts):
+        said = f"{cut} prompts are longer than CLIP reads: their ends do not count in the CLIP score"
+        say(error_console(), said)
+    return measurement
 
 
 def _draw(what: Sweep, redo: bool) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from diffusion_runtime.errors import InstallationError
 
 
 def option(help_text: str, *names: str) -> Any:
@@ -26,6 +30,13 @@ EachUnit = Annotated[str | None, option("Core ML: as cpu-and-ne,cpu-and-gpu for 
 EachDevice = Annotated[str | None, option("torch backend: as cuda:0,cuda:1 for a worker on each.")]
 WorkerThreads = Annotated[int | None, option("torch backend: threads of each worker. Default: half of the cores.")]
 Ignored = Annotated[list[str] | None, option("A column of your own to pass over; may be given again.")]
+
+
+def check_installed(what: str, modules: Sequence[str], extra: str) -> None:
+    """Raise InstallationError, with the remedy, where ``what`` cannot import what it needs."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise InstallationError(f"{what} needs {', '.join(missing)}: run `pip install 'coreml-sd[{extra}]'`")
 
 
 def given(**options: Any) -> dict[str, Any]:
