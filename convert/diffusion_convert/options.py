@@ -130,6 +130,7 @@ class ConvertOptions:
     loras: tuple[Lora, ...] = ()
     lora_partial: bool = False
     embeddings: tuple[Embedding, ...] = ()
+    clip_skip: int = 0
     revision: str | None = None
     family: str | None = None
     variant: str | None = None
@@ -169,6 +170,7 @@ class ConvertOptions:
             loras: LoraLike | Iterable[LoraLike] = ...,
             lora_partial: bool = ...,
             embeddings: EmbeddingLike | Iterable[EmbeddingLike] = ...,
+            clip_skip: int = ...,
             revision: str | None = ...,
             family: str | None = ...,
             variant: str | None = ...,
@@ -227,7 +229,7 @@ class ConvertOptions:
 def _settled(options: ConvertOptions) -> dict[str, Any]:
     """The fields whose values may be given in other forms than they are declared, as declared. Raises InputError
     for a value of a wrong type in any field."""
-    for name in ("nbits", "height", "width", "batch_size", "context_length"):
+    for name in ("nbits", "height", "width", "batch_size", "context_length", "clip_skip"):
         if getattr(options, name) is not None:
             _typed(name, getattr(options, name), (int,), "a whole number")
     if options.target_bits is not None:

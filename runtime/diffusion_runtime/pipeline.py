@@ -123,6 +123,15 @@ class Pipeline:
         """How many rows the UNet takes in one call."""
         return self._unet_shapes()["sample"][0]
 
+    def check_clip_skip(self, asked: int | None) -> None:
+        """Raise InputError for another clip skip than these models were converted with."""
+        own = self.manifest.clip_skip
+        if asked is not None and asked != own:
+            raise InputError(
+                f"clip skip {asked!r}: it is part of the models, and these were converted with {own}: convert "
+                f"again with --clip-skip {asked}"
+            )
+
     def prewarm(self) -> None:
         """Load every model that a prompt alone needs and run it once, so that the first picture takes no longer
         than the next. Loads what `reduce_memory` would free, so it is of no use with that."""
@@ -238,6 +247,7 @@ class Pipeline:
 
         Notes for the user are issued as `RuntimeNote` warnings."""
         rest: dict[str, Any] = {**others}
+        self.check_clip_skip(rest.pop("clip_skip", None))
         sizes = SizeConditioning(**{name: rest.pop(name) for name in SizeArguments.__annotations__ if name in rest})
         steered = {name: rest.pop(name) for name in ControlArguments.__annotations__ if name in rest}
         callbacks.refuse(rest)
@@ -309,7 +319,8 @@ class Pipeline:
             t5=self.tokenizer_3,
             long_prompt=request.long_prompt,
         )
-        encoded = texts.encode(request.texts(self.is_guided(request)))
+        guided = self.is_guided(request)
+        encoded = texts.encode(request.texts(guided), request.blind(guided))
         job.notes.extend(encoded.notes)
         prepared = task.prepare(job)
         labels = {name: torch.full((len(encoded.states),), value) for name, value in prepared.labels.items()}

@@ -29,6 +29,7 @@ MADE = "says how the files were made, for people and for verify, publish and bun
 EDITS = "of InstructPix2Pix, whose UNets of 8 channels are refused"
 MANIFEST_NOT_NEEDED = {
     "scales_image_latents": EDITS,
+    "clip_skip": "part of the text encoders; without their output for negative prompts, those skip layers too",
     "name": "messages name the source",
     "kind": "what a file is shows by its name",
     "height": INTERFACE,

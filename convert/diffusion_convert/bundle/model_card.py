@@ -146,7 +146,8 @@ def _hub_license(made: Manifest) -> str:
 
 def _origin(made: Manifest) -> str:
     refiner = f", with {_named(made.refiner.source)} for the last steps" if made.refiner is not None else ""
-    added = _loras(made.source) + _embeddings(made.source)
+    skipped = f" and clip skip {made.clip_skip}" if made.clip_skip else ""
+    added = _loras(made.source) + _embeddings(made.source) + skipped
     text = (
         f"Stable Diffusion models ({made.family}) for pictures of {made.width}x{made.height} pixels, converted "
         f"from {_named(made.source)}{added}{refiner}{_adapters(made)} for {made.target} and later"

@@ -43,6 +43,7 @@ class Checkpoint:
     `Manifest.padding`; as opened, None. ``added_tokens``: what textual inversions add to each tokenizer, in the
     order of their numbers. ``ip_adapters``: those in its networks, in order.
     ``t2i_adapters``: where each is from, by its own name; its network is ``models["T2IAdapter_" + name]``.
+    ``clip_skip``: how many layers earlier than usual the text encoders' states are taken; as opened, none.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Checkpoint:
     padding: Mapping[str, int] | None = None
     refiner: Checkpoint | None = None
     added_tokens: tuple[str, ...] = ()
+    clip_skip: int = 0
     controlnets: Mapping[str, ControlNet] = field(default_factory=dict)
     ip_adapters: tuple[IpAdapter, ...] = ()
     t2i_adapters: Mapping[str, Source] = field(default_factory=dict)

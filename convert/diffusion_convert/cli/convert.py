@@ -147,6 +147,9 @@ def convert(
             "else the file's); may be given several times."
         ),
     ] = None,
+    clip_skip: Annotated[
+        int, _option("Text states from so many layers earlier, as diffusers' clip_skip. Default: 0.")
+    ] = 0,
     revision: Annotated[str | None, _option("Branch, tag or commit of a Hub repository.")] = None,
     family: Annotated[str | None, _option("sd1, sd2-base, …; an unknown one lists all. Default: detected.")] = None,
     variant: Annotated[
@@ -218,6 +221,7 @@ def convert(
         no_fold=tuple(parse_choice(Folding, "no-fold", name) for name in no_fold or ()),
         loras=tuple(parse_lora(text) for text in lora or ()),
         lora_partial=lora_partial,
+        clip_skip=clip_skip,
         embeddings=tuple(parse_embedding(text) for text in embedding or ()),
         revision=revision,
         family=family,

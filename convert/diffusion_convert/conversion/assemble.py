@@ -136,6 +136,7 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
         "scheduler": {**scheduler, "prediction_type": prediction} if "prediction_type" in scheduler else scheduler,
         "noise_scheduler": _optional(checkpoint.schedulers.get("low_res_scheduler")),
         "force_zeros_for_empty_prompt": _forces_zeros(checkpoint),
+        "clip_skip": checkpoint.clip_skip,
         "scales_image_latents": bool(checkpoint.pipeline_config.get("is_cosxl_edit", False)),
         "refiner": None if checkpoint.refiner is None else _refiner(checkpoint.refiner),
         "controlnets": {

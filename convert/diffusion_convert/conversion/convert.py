@@ -111,6 +111,7 @@ def _plan(source: str, options: ConvertOptions, previous: Previous, progress: Pr
         image_encoder=options.image_encoder,
         no_t5=options.no_t5,
     )
+    checkpoint = replace(checkpoint, clip_skip=options.clip_skip)
     options = replace(
         options,
         attention=options.attention or FAMILIES[checkpoint.family].attention,

@@ -19,6 +19,7 @@ from diffusion_convert.checkpoint.family import default_size, is_untrained, late
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import check_t5, check_vocabulary, unknown_tokens
 from diffusion_convert.components.component import Component, Shape
+from diffusion_convert.components.text_encoder import most_skipped
 from diffusion_convert.options import ConvertOptions, Precision
 from diffusion_convert.palettize.recipe import Recipe, load_recipe
 from diffusion_runtime.errors import CheckpointError, InputError
@@ -77,6 +78,7 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
     with their network's, sizes with what the networks can do."""
     layouts.check(checkpoint, options)
     _check_attention(checkpoint, options)
+    _check_texts(checkpoint, options)
     shape = _shape(checkpoint, options)
     t2i_adapter.check_size(checkpoint, shape.height, shape.width)
     chosen = _components(checkpoint, options)
@@ -111,6 +113,16 @@ def _check_attention(checkpoint: Checkpoint, options: ConvertOptions) -> None:
             f"--attention {refused[0]}: {family.title} is converted with "
             f"{', '.join(kind.value for kind in family.denoiser.attention)} attention only: picture and text "
             "attend to each other as one, and its program cut by heads is too large for the Neural Engine"
+        )
+
+
+def _check_texts(checkpoint: Checkpoint, options: ConvertOptions) -> None:
+    """Raises InputError for more layers to skip than the text encoders have."""
+    most = most_skipped(checkpoint)
+    if not 0 <= options.clip_skip <= most:
+        raise InputError(
+            f"--clip-skip {options.clip_skip}: expected 0 to {most}: the text encoder of {checkpoint.name} has no "
+            "more layers"
         )
 
 

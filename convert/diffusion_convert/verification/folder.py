@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +66,13 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
         if described.source.embeddings != checkpoint.source.embeddings:
             was, now = (_embeddings(source.embeddings) for source in (described.source, checkpoint.source))
             report(f"note: {folder} was made with {was}, and is compared with a checkpoint with {now}")
-    references: dict[tuple[str, Shape, Layout, tuple[Folding, ...]], Expected] = {}
+    references: dict[tuple[str, Shape, Layout, tuple[Folding, ...], int], Expected] = {}
     for folder, described in made.items():
         names = described.folded.names
-        folded = fold(checkpoint, names) if names else checkpoint
+        folded = replace(fold(checkpoint, names) if names else checkpoint, clip_skip=described.clip_skip)
         shape = Shape(described.height, described.width, described.batch_size, described.text_tokens())
         for name, component in described.components.items():
-            key = name, shape, described.layout, names
+            key = name, shape, described.layout, names, described.clip_skip
             if key not in references:
                 report(f"running the source's own {name}")
                 own = laid_out(component_of(name), described.layout)

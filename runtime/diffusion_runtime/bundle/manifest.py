@@ -278,6 +278,9 @@ class Manifest(_Frozen):
         "not <|endoftext|>; null where that is not known",
     )
     force_zeros_for_empty_prompt: bool = False
+    clip_skip: int = Field(
+        default=0, ge=0, description="how many layers earlier than usual the text encoders' states are taken"
+    )
     scales_image_latents: bool = Field(
         default=False, description="the latents of the picture that the UNet sees are scaled, as CosXL edit's"
     )

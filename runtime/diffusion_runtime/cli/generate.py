@@ -132,6 +132,9 @@ def generate(
     guess_mode: Annotated[
         bool, option("ControlNets steer the prompt's half of the guidance alone.", "--guess-mode")
     ] = False,
+    clip_skip: Annotated[
+        int | None, option("Part of the models: refused unless they were converted with the same.")
+    ] = None,
     preview: Annotated[
         bool, option("Keep NAME-preview.png up to date while working, checked as pictures are.", "--preview")
     ] = False,
@@ -196,13 +199,13 @@ def generate(
     done: list[Made] = []
     try:
         with interruption.seen():
-            _make(order, done)
+            _make(order, done, clip_skip)
     except KeyboardInterrupt:
         say(error_console(), f"interrupted: {len(done)} of {len(order.planned)} pictures are finished")
         sys.exit(INTERRUPTED)
 
 
-def _make(order: Order, done: list[Made]) -> None:
+def _make(order: Order, done: list[Made], clip_skip: int | None) -> None:
     """Make the pictures; ``done`` is told of each."""
     from diffusion_runtime import generation
     from diffusion_runtime.loading import load_pipeline
@@ -210,6 +213,7 @@ def _make(order: Order, done: list[Made]) -> None:
     console = error_console()
     with console.status("loading models"):
         pipeline = load_pipeline(order.models, **order.loading)
+    pipeline.check_clip_skip(clip_skip)
     for note in pipeline.notes:
         say(console, note)
     told: set[str] = set()
