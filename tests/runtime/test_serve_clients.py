@@ -9,7 +9,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,10 @@ STEPS, SEED, SCALE = 25, 1, 7.5
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def generate(coreml_sd: Path) -> Callable[..., object]:
+def generate(*arguments: object) -> None:
+    command = [sys.executable, "-c", "from diffusion_convert.cli.main import main; main()", "generate"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many threads as the server's worker has
-    return lambda *arguments: subprocess.run(
-        [coreml_sd, "generate", *map(str, arguments), "--backend", "torch"], check=True, env=environment
-    )
+    subprocess.run([*command, *map(str, arguments), "--backend", "torch"], check=True, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +44,7 @@ def served(shapes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(scope="module")
-def expected(
-    generate: Callable[..., object], shapes_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Image.Image:
+def expected(shapes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Image.Image:
     """What the command draws for `CAPTION`."""
     file = tmp_path_factory.mktemp("generate") / "circle.png"
     options = {"--prompt": CAPTION.text, "--steps": STEPS, "--seed": SEED, "--guidance-scale": SCALE, "-o": file}
@@ -136,9 +133,7 @@ def test_readme_has_a_line_for_each_api() -> None:
     assert {"/v1/images/generations", "/score", "/sdapi/v1/txt2img"} <= set(map(path_of, CURLS))
 
 
-def test_a_picture_tells_how_it_was_made(
-    served: Served, generate: Callable[..., object], shapes_folder: Path, tmp_path: Path
-) -> None:
+def test_a_picture_tells_how_it_was_made(served: Served, shapes_folder: Path, tmp_path: Path) -> None:
     """`generate --from` draws a served picture once more."""
     body = {"prompt": CAPTION.text, "seed": SEED, "num_inference_steps": 5, "scheduler": "ddim"}
     answer = httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=300, trust_env=False).json()
