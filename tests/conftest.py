@@ -7,7 +7,10 @@ import gc
 import inspect
 import os
 import shutil
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,15 +70,18 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _networks_are_converted_once(shared: Path) -> Iterator[None]:
-    """What coremltools makes of a network is kept for the run (`remembered`)."""
+    """What coremltools makes of a network is kept for the run (`remembered`). Weights as small as the tests' have
+    placeholders, as if they had the sizes of real ones."""
     if "diffusion_convert.export.export" not in sys.modules:  # nothing is converted, and torch takes a second
         yield
         return
     import remembered
+    from diffusion_convert.export import placeholders
 
     folder = shared / "remembered"
     folder.mkdir(exist_ok=True)
-    with remembered.conversions(folder):
+    with remembered.conversions(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placeholders, "MIN_SIZE", 64)
         yield
 
 
@@ -107,6 +113,33 @@ def build_once(shared: Path) -> BuildOnce:
 
 
 @pytest.fixture(scope="session")
+def forked_python() -> Iterator[Path]:
+    """A program that stands for ``sys.executable`` where ``-c`` follows, and has imported the libraries."""
+    program, path = str(TESTS / "forked.py"), os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory(prefix="coreml-sd-") as folder:  # its name must be short: a socket's is
+        address, words = Path(folder, "socket"), Path(folder, "python")
+        words.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{program}" "{address}" "$@"\n')
+        words.chmod(0o700)
+        start = [sys.executable, program, str(address)]
+        with subprocess.Popen(start, env=environment, stdin=subprocess.DEVNULL) as server:
+            while not address.exists():
+                assert server.poll() is None, "the process that others are forked from has ended"
+                time.sleep(0.05)
+            yield words
+            server.terminate()
+
+
+@pytest.fixture(scope="session")
+def coreml_sd(forked_python: Path) -> Path:
+    """A program that stands for `coreml-sd`, and has imported the libraries."""
+    words = forked_python.with_name("coreml-sd")
+    words.write_text(f'#!/bin/sh\nexec "{forked_python}" -c "from coreml_sd import main; main()" "$@"\n')
+    words.chmod(0o700)
+    return words
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(build_once: BuildOnce) -> Callable[[str], Path]:
     """``tiny_checkpoint("sd2-v")``: the folder of a tiny random checkpoint of that family, written once per run
     (`tiny_checkpoints.RECIPES` lists the families). It is shared: do not change it."""
@@ -121,21 +154,61 @@ def tiny_checkpoint(build_once: BuildOnce) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def converted(build_once: BuildOnce, tiny_checkpoint: Callable[[str], Path]) -> Callable[..., Path]:
     """``converted("sd1")``: what `convert` writes for a tiny checkpoint, or one of tests/checkpoints, with original
-    attention alone, verified, with placeholders for weights as small as these, as if they had the sizes of real
-    ones. ``compiled=True`` adds compiled models. Shared: copy it to change it, or to convert more to it."""
+    attention alone, verified. ``compiled=True`` adds compiled models. Shared: copy it to change it, or to convert
+    more to it."""
     from diffusion_convert import ConvertOptions, convert
-    from diffusion_convert.export import placeholders
 
     def folder(name: str, compiled: bool = False) -> Path:
         def write(place: Path) -> None:
             own = CHECKPOINTS / name
             if compiled:
                 shutil.copytree(folder(name), place / "models")
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(placeholders, "MIN_SIZE", 64)
-                options = ConvertOptions("original", compiled=compiled, zip=False)
-                convert(own if own.is_dir() else tiny_checkpoint(name), place / "models", options)
+            options = ConvertOptions("original", compiled=compiled, zip=False)
+            convert(own if own.is_dir() else tiny_checkpoint(name), place / "models", options)
 
         return build_once(f"converted-{name}{'-compiled' * compiled}", write) / "models"
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def controlnets(build_once: BuildOnce) -> Callable[[str], Path]:
+    """``controlnets("sd1")``: a folder of tiny ControlNets for the tiny checkpoints of that kind; shared."""
+    import tiny_controlnets
+
+    def write(folder: Path) -> None:
+        pools = {"global_pool_conditions": True, "controlnet_conditioning_channel_order": "bgr"}
+        tiny_controlnets.build("sd1", folder / "sd1" / "edges_v1-tiny")
+        tiny_controlnets.build("sd1", folder / "sd1" / "shuffle", 1, **pools)
+        tiny_controlnets.build("sd1", folder / "sd1" / "tile", 2)
+        tiny_controlnets.build("sdxl", folder / "sdxl" / "edges", 3)
+
+    return lambda kind: build_once("controlnets", write) / kind
+
+
+@pytest.fixture(scope="session")
+def steered(
+    build_once: BuildOnce, tiny_checkpoint: Callable[[str], Path], controlnets: Callable[[str], Path]
+) -> Callable[[str], Path]:
+    """``steered("sd1")``: what `convert` writes for a tiny checkpoint with its ControlNets, compiled and zipped;
+    of SDXL packages alone, and no other UNet than the one that is steered. Shared."""
+    from diffusion_convert import ConvertOptions, convert
+    from diffusion_convert.export import placeholders
+
+    def folder(kind: str) -> Path:
+        def write(place: Path) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(placeholders, "MIN_SIZE", 64)
+                first = kind == "sd1"
+                options = ConvertOptions(
+                    "original",
+                    controlnets=sorted(controlnets(kind).iterdir()),
+                    only_controlled=not first,
+                    compiled=first,
+                    zip=first,
+                )
+                convert(tiny_checkpoint(kind), place / "models", options)
+
+        return build_once(f"steered-{kind}", write) / "models"
 
     return folder

@@ -18,11 +18,7 @@ from fuzz.worker import CPU_SECONDS
 TESTS = Path(__file__).resolve().parent
 
 
-@pytest.mark.slow
-def test_damaged_inputs_are_refused_in_one_line_or_read(tmp_path: Path) -> None:
-    results = list(inputs.run(tmp_path, 0, len(TARGETS)))
-    assert {result["target"] for result in results} == set(TARGETS)
-    assert [(result["case"], result["problems"]) for result in results if result["problems"]] == []
+WAYS = ("a folder", "a link to nowhere", "a pipe", "a device")
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +27,19 @@ def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["a folder", "a link to nowhere", "a pipe", "a device"])
-def test_what_is_no_file_is_refused_or_not_needed(way: str, seeded: Path) -> None:
+def test_damaged_inputs_are_refused_in_one_line_or_read(seeded: Path) -> None:
+    results = list(inputs.run(seeded, 0, len(TARGETS)))
+    assert {result["target"] for result in results} == set(TARGETS)
+    assert [(result["case"], result["problems"]) for result in results if result["problems"]] == []
+
+
+@pytest.mark.slow
+def test_what_is_no_file_is_refused_or_not_needed(seeded: Path) -> None:
     """Of every kind of file that the commands read: nothing is waited for, nothing is read without an end."""
-    results = list(inputs.run(seeded, 0, len(TARGETS), way=way))
-    assert [(result["target"], result["problems"]) for result in results if result["problems"]] == []
+    results = list(inputs.run(seeded, 0, len(WAYS) * len(TARGETS), ways=WAYS))
+    assert [result["target"] for result in results] == [*TARGETS] * len(WAYS)
+    shown = [(WAYS[result["case"] // len(TARGETS)], result["target"], result["problems"]) for result in results]
+    assert [one for one in shown if one[-1]] == []
     accepted = {result["target"] for result in results if result["code"] == 0}
     assert accepted <= NOT_READ, "what is passed over is taken for a file that was never there"
 

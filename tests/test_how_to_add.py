@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,9 @@ from PIL import Image
 import tiny_checkpoints
 
 pytestmark = pytest.mark.slow
+
+Run = Callable[..., str]
+"""`coreml-sd` of the packages with made-up entries, and what it says."""
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (ROOT / "convert" / "diffusion_convert", ROOT / "runtime" / "diffusion_runtime")
@@ -129,28 +132,30 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(source: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(source: Path, coreml_sd: Path) -> Run:
+    def said(*arguments: object) -> str:
+        command = [str(coreml_sd), *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(source)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return said
+
+
+@pytest.fixture(scope="module")
+def models(run: Run, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "models"
-    said = run(source, "convert", checkpoint, "-o", folder, "--attention", KIND)
+    said = run("convert", checkpoint, "-o", folder, "--attention", KIND)
     assert "--image photo.png" in said  # what comes next: what the family's task has to be given
     return folder
 
 
-def run(source: Path, *arguments: object) -> str:
-    """What the command says. Fails where it does."""
-    command = [sys.executable, "-c", "from diffusion_convert.cli.main import main; main()", *map(str, arguments)]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(source)}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_it_is_converted_bundled_and_zipped(source: Path, models: Path) -> None:
+def test_it_is_converted_bundled_and_zipped(run: Run, models: Path) -> None:
     (models / "README.md").unlink()
     for path in models.glob("*.zip"):
         path.unlink()
-    run(source, "bundle", models, "--zip")
+    run("bundle", models, "--zip")
     zips = {f"coreml-made-up_{kind}_compiled.zip" for kind in (KIND, "split_einsum")}
     assert {path.name for path in models.glob("*.zip")} == zips
     assert (models / KIND / "compiled" / f"{COMPILED}.mlmodelc" / "model.mil").is_file()
@@ -162,36 +167,34 @@ def test_it_is_converted_bundled_and_zipped(source: Path, models: Path) -> None:
     assert described["components"]["unet"]["compute_units"] == "cpu-and-ne"
 
 
-def test_it_is_inspected(source: Path, models: Path) -> None:
-    (folder,) = json.loads(run(source, "inspect", models / KIND / "packages", "--json"))
+def test_it_is_inspected(run: Run, models: Path) -> None:
+    (folder,) = json.loads(run("inspect", models / KIND / "packages", "--json"))
     names = {model["name"]: model["attention"] for model in folder["models"]}
     assert names["Stable_Diffusion_version_made-up_unet.mlpackage"] == KIND
     assert f"Stable_Diffusion_version_made-up_{COMPONENT}.mlpackage" in names
 
 
-def test_it_is_verified(source: Path, models: Path, checkpoint: Path) -> None:
-    rows = [line.split() for line in run(source, "verify", models, "--against", checkpoint).splitlines()[1:]]
+def test_it_is_verified(run: Run, models: Path, checkpoint: Path) -> None:
+    rows = [line.split() for line in run("verify", models, "--against", checkpoint).splitlines()[1:]]
     verified = {(folder, component) for folder, component, *_, verdict in rows if verdict == "ok"}
     assert {
         (f"{KIND}/{kind}", name) for kind in ("packages", "compiled") for name in ("unet", COMPONENT)
     } <= verified
 
 
-def test_it_makes_pictures(source: Path, models: Path, tmp_path: Path) -> None:
+def test_it_makes_pictures(run: Run, models: Path, tmp_path: Path) -> None:
     sketch, picture = tmp_path / "sketch.png", tmp_path / "picture.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(sketch)
-    run(
-        source, "generate", models, "--prompt", "a cat", "--image", sketch, "--steps", 2, "--seed", 1, "-o", picture
-    )
+    run("generate", models, "--prompt", "a cat", "--image", sketch, "--steps", 2, "--seed", 1, "-o", picture)
     record = json.loads(Image.open(picture).text["coreml-sd"])  # type: ignore[attr-defined]
     assert (record["task"], record["family"], record["attention"]) == (TASK, FAMILY, KIND)
 
 
-def test_it_is_known_without_a_manifest(source: Path, models: Path, tmp_path: Path) -> None:
+def test_it_is_known_without_a_manifest(run: Run, models: Path, tmp_path: Path) -> None:
     """What the interfaces and programs tell: as in folders that other tools made."""
     shutil.copytree(models / KIND / "packages", tmp_path / "plain")
     (tmp_path / "plain" / "manifest.json").unlink()
-    said = run(source, "bundle", tmp_path / "plain")
+    said = run("bundle", tmp_path / "plain")
     assert "compiling" in said
     described = json.loads((tmp_path / "plain" / KIND / "packages" / "manifest.json").read_text(encoding="utf-8"))
     assert (described["family"], described["attention"]) == (FAMILY, KIND)

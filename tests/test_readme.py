@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +73,10 @@ def test_named_paths_exist() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHAPES.is_dir(), reason="tests/checkpoints/shapes is not in this tree")
-def test_commands_and_python_run_in_order(tmp_path: Path) -> None:
+def test_commands_and_python_run_in_order(coreml_sd: Path, forked_python: Path, tmp_path: Path) -> None:
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    program = str(Path(sys.executable).with_name("coreml-sd"))
-    for words in RUN_HERE:
-        done = subprocess.run([program, *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
-    for code in blocks("python"):
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{code}\n{done.stderr}"
+    ours = [[str(coreml_sd), *words[1:]] for words in RUN_HERE]
+    for words in [*ours, *([str(forked_python), "-c", code] for code in blocks("python"))]:
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     assert list(tmp_path.rglob("*.png"))

@@ -1,4 +1,4 @@
-"""Tiny random IP-Adapters, in the files that are published: `image_proj.…` and `ip_adapter.N.to_k_ip.weight`."""
+"""Tiny random IP-Adapters and T2I-Adapters, in the files that are published."""
 
 from __future__ import annotations
 
@@ -129,3 +129,27 @@ def _plus(random: torch.Generator, width: int) -> dict[str, torch.Tensor]:
             f"{at}.1.3.weight": _matrix(random, HIDDEN, 4 * HIDDEN),
         }
     return found
+
+
+def write_t2i_adapter(folder: Path, channels: list[int], kind: str = "full_adapter", seed: int = 0) -> Path:
+    """diffusers' folder of a T2IAdapter ("full_adapter", "light_adapter", "full_adapter_xl") of one block a level;
+    a light one takes grey pictures."""
+    from diffusers import T2IAdapter
+
+    config = {
+        "_class_name": "T2IAdapter",
+        "_diffusers_version": "0.17.0.dev0",
+        "adapter_type": kind,
+        "channels": channels,
+        "downscale_factor": 16 if kind == "full_adapter_xl" else 8,
+        "in_channels": 1 if kind == "light_adapter" else 3,
+        "num_res_blocks": 1,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tensors = T2IAdapter.from_config(config).state_dict()
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    stored = {name: (3 * value).half().contiguous() for name, value in tensors.items()}
+    save_file(stored, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    return folder

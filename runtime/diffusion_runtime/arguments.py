@@ -3,7 +3,7 @@
 # Without `from __future__ import annotations`: a NamedTuple keeps annotations that are strings as references which
 # nobody outside of this module can resolve, pdoc included.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffusion_runtime import callbacks, images
 from diffusion_runtime.added_conditions import Size
+from diffusion_runtime.control import Control
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.noise import Noise, fresh_seed, from_generators, from_seeds
@@ -21,6 +22,13 @@ Texts = str | Sequence[str]
 Generators = torch.Generator | Sequence[torch.Generator]
 Images = TypeVar("Images")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CONTROL_FIELDS: Mapping[str, str] = {
+    "scale": "controlnet_conditioning_scale",
+    "start": "control_guidance_start",
+    "end": "control_guidance_end",
+    "prepare": "control_prepare",
+}
+"""Fields of a `Control`, and what diffusers' pipelines call them."""
 
 
 class SizeArguments(TypedDict, total=False):
@@ -36,7 +44,19 @@ class SizeArguments(TypedDict, total=False):
     negative_aesthetic_score: float
 
 
-class Others(SizeArguments, callbacks.Neutral, total=False):
+class ControlArguments(TypedDict, total=False):
+    """What is asked of ControlNets; see `Pipeline.__call__`."""
+
+    control_image: Image.Image | Sequence[Image.Image] | None
+    controlnet: str | Sequence[str] | None
+    controlnet_conditioning_scale: float | Sequence[float] | None
+    control_guidance_start: float | Sequence[float]
+    control_guidance_end: float | Sequence[float]
+    control_prepare: str | Sequence[str | None] | None
+    guess_mode: bool
+
+
+class Others(SizeArguments, ControlArguments, callbacks.Neutral, total=False):
     """What `Pipeline.__call__` takes and passes on."""
 
 
@@ -94,6 +114,42 @@ def as_output_type(arrays: np.ndarray, output_type: str) -> Any:
     if output_type == "np":
         return arrays
     return images.to_pil(arrays) if output_type == "pil" else torch.from_numpy(arrays).permute(0, 3, 1, 2)
+
+
+def controls_of(given: Mapping[str, Any], known: Sequence[str]) -> tuple[Control, ...]:
+    """What `ControlArguments` say. ``known``: the names of the ControlNets that there are, of which the only one
+    need not be named.
+
+    Raises InputError where there are not as many of one as of the other."""
+    images = given.get("control_image")
+    if images is None:
+        if idle := [name for name in given if name not in ("control_image", "guess_mode")]:
+            raise InputError(f"{', '.join(idle)}: there is no control_image: give one for each ControlNet")
+        return ()
+    several = list(images) if isinstance(images, Sequence) else [images]
+    names = given.get("controlnet")
+    if names is None and len(known) == len(several) == 1:
+        names = known[0]
+    if names is None:
+        raise InputError(f"controlnet: name the ControlNets of the control images: {', '.join(known) or 'none'}")
+    defaults = {"scale": None, "start": 0.0, "end": 1.0, "prepare": None}
+    columns = {
+        "name": _for_each("controlnet", names, len(several)),
+        **{
+            field: _for_each(name, given.get(name, defaults[field]), len(several))
+            for field, name in CONTROL_FIELDS.items()
+        },
+    }
+    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    return tuple(Control(image=image, **row) for image, row in zip(several, rows, strict=True))
+
+
+def _for_each(name: str, value: Any, count: int) -> list[Any]:
+    """One value for each control image: as many as there are, or one for all."""
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count
+    if len(values) != count or (name == "controlnet" and isinstance(value, str) and count > 1):
+        raise InputError(f"{name} {value!r}: expected one for each of the {count} control images")
+    return values
 
 
 def noise_of(generator: Generators | None, seed: int | Sequence[int] | None, rng: str) -> Noise:

@@ -25,7 +25,7 @@ class Neutral(TypedDict, total=False):
     masked_image_latents: None
     padding_mask_crop: None
     cross_attention_kwargs: None
-    clip_skip: None
+    clip_skip: int | None
     guidance_rescale: float
     return_dict: bool
     callback: None

@@ -60,7 +60,7 @@ def denoise(
         number = timestep.item()
         with torch.no_grad():
             model_input = scaled_input(scheduler, latents, timestep)
-            prediction = predict(model_input, number)
+            prediction = predict(model_input, number, index)
             try:
                 if draws:
                     with noise.drawing():

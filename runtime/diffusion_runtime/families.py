@@ -153,6 +153,8 @@ class Family:
     ``added_conditions``: the UNet takes time_ids and text_embeds, as SDXL's does.
     ``guidance_scale``, ``strength``, ``inpainting_…``: what diffusers' pipelines take where none is given.
     ``image_guidance_scale``: the same of a second guidance, by a picture that the UNet sees; None: it has none.
+    ``control_scale``, ``…_control_scale``: the same for each control image, by the task; ``controlled``: those of
+    the others that are other in its pipelines with ControlNets.
     ``attention``: what is converted where no kind is asked for.
     ``denoiser``: what predicts. ``latent_shift``: see `Latents.shift`.
     ``joint_text``: the states of all CLIP encoders side by side, filled with zeros to the width of T5's, are
@@ -178,6 +180,10 @@ class Family:
     inpainting_guidance_scale: float = 7.5
     inpainting_strength: float = 1.0
     image_guidance_scale: float | None = None
+    control_scale: float = 1.0
+    image_control_scale: float = 0.8
+    inpainting_control_scale: float = 0.5
+    controlled: Mapping[str, Any] = field(default_factory=dict)
     attention: tuple[AttentionKind, ...] = (AttentionKind.ORIGINAL, AttentionKind.SPLIT_EINSUM_V2)
     denoiser: Denoiser = UNET
     latent_shift: float = 0.0
@@ -207,6 +213,8 @@ _SDXL = Family(
     guidance_scale=5.0,
     strength=0.3,
     inpainting_strength=0.9999,
+    inpainting_control_scale=1.0,
+    controlled={"strength": 0.8, "inpainting_guidance_scale": 5.0},
     attention=(AttentionKind.ORIGINAL,),  # the graphs of the others are huge at 1024x1024
 )
 FAMILIES: Mapping[str, Family] = {
@@ -340,6 +348,7 @@ COMPONENTS: Mapping[str, ComponentNames] = {
     "vae_encoder": ComponentNames("VAEEncoder", "vae"),
     "safety_checker": ComponentNames("SafetyChecker", "safety_checker"),
     "depth_estimator": ComponentNames("DepthEstimator", "depth_estimator"),
+    "t2i_adapter": ComponentNames("adapters", "t2i_adapter", several="T2IAdapter_"),
     "image_encoder": ComponentNames("ImageEncoder", "image_encoder"),
     "image_projection": ComponentNames("ImageProjection", "image_projection"),
 }

@@ -20,6 +20,7 @@ from diffusion_runtime.png_record import Past, Settings
 if TYPE_CHECKING:
     from PIL import Image
 
+    from diffusion_runtime.control import Control, ControlFile
     from diffusion_runtime.denoising import Step
     from diffusion_runtime.pipeline import Pipeline
     from diffusion_runtime.stages import Run
@@ -53,15 +54,24 @@ OnStep = Callable[[int, "Step", "Run"], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Inputs:
+    """The pictures that settings name, opened."""
+
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+    depth_image: Image.Image | None = None
+    controls: tuple[Control, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
     """What a command line asks for: pictures of the models in a folder, how to load them (`load_pipeline`'s
-    arguments by name), the pictures to start from ("image", "mask", "depth_image"), where previews go, and what
-    else the pictures' records say."""
+    arguments by name), the pictures to start from, where previews go, and what else the pictures' records say."""
 
     models: str
     planned: tuple[Planned, ...]
     loading: Mapping[str, Any]
-    inputs: Mapping[str, Image.Image]
+    inputs: Inputs
     preview: Path | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -126,7 +136,7 @@ def plan(settings: Settings, prompts: tuple[str, ...], count: int, output: Path)
     )
 
 
-def _check(planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) -> None:
+def _check(planned: tuple[Planned, ...], inputs: Inputs) -> None:
     """Raise InputError for settings that no models could use."""
 
     one = planned[0].settings
@@ -209,13 +219,13 @@ def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
             yield from _written(pipeline, run, latents, chosen, record)
 
 
-def prepare(pipeline: Pipeline, planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) -> Run:
+def prepare(pipeline: Pipeline, planned: tuple[Planned, ...], inputs: Inputs) -> Run:
     """A run of several pictures that differ in prompt and seed alone."""
     drawn = noise.from_seeds([item.settings.seed for item in planned], planned[0].settings.rng)
     return pipeline.prepare(_request(planned, inputs), drawn)
 
 
-def _request(planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) -> Request:
+def _request(planned: tuple[Planned, ...], inputs: Inputs) -> Request:
     from diffusion_runtime.tasks import Request
 
     one = planned[0].settings
@@ -228,13 +238,15 @@ def _request(planned: tuple[Planned, ...], inputs: Mapping[str, Image.Image]) ->
         guidance_scale=one.guidance_scale,
         image_guidance_scale=one.image_guidance_scale,
         eta=one.eta,
-        image=inputs.get("image"),
-        mask=inputs.get("mask"),
-        depth=inputs.get("depth_image"),
+        image=inputs.image,
+        mask=inputs.mask,
+        depth=inputs.depth_image,
         strength=one.strength,
         noise_level=one.noise_level,
         long_prompt=one.long_prompt,
         refiner_start=one.refiner_start,
+        controls=inputs.controls,
+        guess_mode=one.guess_mode,
     )
 
 
@@ -246,11 +258,17 @@ def _written(
     flags = result.nsfw_content_detected or [False] * len(planned)
     used = schedulers.recorded(run.job.scheduler)
     for item, image, flagged in zip(planned, result.images, flags, strict=True):
-        settings = replace(item.settings, scheduler=used, **filled_in(run))
+        settings = replace(item.settings, scheduler=used, **filled_in(run), controls=_as_used(item.settings, run))
         inputs = png_record.named_inputs(settings, item.path)
         told = {**asdict(settings), **inputs, "task": run.task.name, **record, "flagged": bool(flagged)}
         images.write_png(image, item.path, told)
         yield Made(item.path, settings, flagged, result.notes)
+
+
+def _as_used(settings: Settings, run: Run) -> tuple[ControlFile, ...]:
+    """The controls with the names and scales that were used."""
+    used = zip(settings.controls, run.job.request.controls, strict=True)
+    return tuple(replace(file, name=control.name, scale=control.scale) for file, control in used)
 
 
 def filled_in(run: Run) -> dict[str, Any]:
@@ -265,14 +283,15 @@ def filled_in(run: Run) -> dict[str, Any]:
     return {"guidance_scale": request.scale, **taken}
 
 
-def _inputs(settings: Settings) -> dict[str, Image.Image]:
+def _inputs(settings: Settings) -> Inputs:
     modes = {"image": "RGB", "mask": "L", "depth_image": "F"}
     named = {name: getattr(settings, name) for name in modes}
-    return {
+    opened = {
         name: images.load(Path(path), f"--{name.replace('_', '-')}", modes[name])
         for name, path in named.items()
         if path is not None
     }
+    return Inputs(**opened, controls=tuple(control.opened() for control in settings.controls))
 
 
 def _named(order: Order) -> dict[str, Any]:

@@ -10,20 +10,26 @@ one call per guided picture and one per two pictures without guidance; a UNet of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from diffusion_runtime.backends import Model
-from diffusion_runtime.errors import InputError
+from diffusion_runtime.control.steering import RESIDUAL, Steer, Steering, steering
+from diffusion_runtime.errors import DiffusionError, InputError
 from diffusion_runtime.models import not_finite, unfit_latents
 
 EMBEDDED = "timestep_cond"
 """The input of a UNet that takes the guidance scale itself."""
-Predict = Callable[[torch.Tensor, float], torch.Tensor]
-"""(scaled latents of all pictures, timestep) -> what the UNet predicts for them, float32."""
+
+
+class Predict(Protocol):
+    """What the UNet predicts, float32, for the scaled latents of all pictures at a timestep, in step ``index``."""
+
+    def __call__(self, latents: torch.Tensor, timestep: float, index: int = 0) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +38,12 @@ class Conditions:
 
     ``rows``: input name -> one value per row, (rows, …). ``channels``: what is concatenated to the latents,
     (pictures or 1, channels, height, width), or None. ``whole``: input name -> all that it is given, in every
-    call."""
+    call. ``steers``: what ControlNets add in each step."""
 
     rows: Mapping[str, torch.Tensor]
     channels: torch.Tensor | None = None
     whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    steers: tuple[Steer, ...] = ()
 
 
 def is_guided(guidance_scale: float, image_guidance_scale: float | None = None) -> bool:
@@ -62,23 +69,25 @@ def predictor(
     conditions: Conditions,
     guidance_scale: float,
     image_guidance_scale: float | None = None,
+    controlnets: Sequence[Model] = (),
 ) -> Predict:
     """The UNet as a function of latents and timestep, guidance applied; ``image_guidance_scale``: by the picture
-    that it sees, too. Buffers are made here, once: a call copies the latents into them and nothing else. Raises
-    InputError for inputs that nothing here can fill."""
+    that it sees, too. ``controlnets``: the models of the conditions' ``steers``, in order. Buffers are made here,
+    once: a call copies the latents into them and nothing else. Raises InputError for inputs that nothing here can
+    fill."""
     guided = is_guided(guidance_scale, image_guidance_scale)
     each = 1 if not guided else 2 if image_guidance_scale is None else 3
     rows = pictures * each
-    calls = _calls(unet, rows, each, conditions)
+    calls = _calls(unet, rows, each, conditions, tuple(zip(conditions.steers, controlnets, strict=True)))
 
-    def predict(latents: torch.Tensor, timestep: float) -> torch.Tensor:
-        outputs = [call.run(latents, timestep) for call in calls]
+    def predict(latents: torch.Tensor, timestep: float, index: int = 0) -> torch.Tensor:
+        outputs = [call.run(latents, timestep, index) for call in calls]
         together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if len(together) != rows:
             together = together[:rows]
         # One sum in place of a comparison of each element: NaN and infinity reach it.
         if not math.isfinite(together.sum().item()):
-            raise not_finite("unet") if all(call.sample.isfinite().all() for call in calls) else unfit_latents()
+            raise _culprit(calls)
         if not guided:
             return together
         if image_guidance_scale is not None:
@@ -96,32 +105,55 @@ class _Call:
     """One call of the UNet: its input arrays, and views of them that change at every step.
 
     ``sample`` is the part of the input that the latents go into; ``pictures`` says whose they are, as a slice
-    where they follow each other, so that no index has to be gathered."""
+    where they follow each other, so that no index has to be gathered. ``steering`` fills what ControlNets add."""
 
     unet: Model
     arrays: Mapping[str, np.ndarray]
     sample: torch.Tensor
     timestep: np.ndarray
     pictures: slice | torch.Tensor
+    steering: Steering
 
-    def run(self, latents: torch.Tensor, timestep: float) -> torch.Tensor:
-        self.sample.copy_(latents[self.pictures])
+    def run(self, latents: torch.Tensor, timestep: float, index: int) -> torch.Tensor:
+        chosen = latents[self.pictures]
+        self.steering.fill(chosen, timestep, index)
+        self.sample.copy_(chosen)
         self.timestep.fill(timestep)
         outputs = self.unet(**self.arrays)
         values = outputs["noise_pred"] if "noise_pred" in outputs else next(iter(outputs.values()))
         return torch.from_numpy(values).float()
 
 
-def _calls(unet: Model, rows: int, rows_per_picture: int, conditions: Conditions) -> tuple[_Call, ...]:
+def _culprit(calls: Sequence[_Call]) -> DiffusionError:
+    """The error for a prediction that is not a number: of the latents, of a ControlNet, or else of the UNet."""
+    if not all(call.sample.isfinite().all() for call in calls):
+        return unfit_latents()
+    steered = [array for call in calls for array in call.steering.residuals.values()]
+    return not_finite("unet" if all(np.isfinite(array).all() for array in steered) else "a ControlNet")
+
+
+def _calls(
+    unet: Model,
+    rows: int,
+    rows_per_picture: int,
+    conditions: Conditions,
+    nets: Sequence[tuple[Steer, Model]],
+) -> tuple[_Call, ...]:
     _check_inputs(unet, conditions)
     batch = unet.inputs["sample"].shape[0]
     # A fixed batch: what is left over computes the last row again.
     padded = [*range(rows), *[rows - 1] * (-rows % batch)]
     chunks = [padded[start : start + batch] for start in range(0, len(padded), batch)]
-    return tuple(_call(unet, chunk, rows_per_picture, conditions) for chunk in chunks)
+    return tuple(_call(unet, chunk, rows_per_picture, conditions, nets) for chunk in chunks)
 
 
-def _call(unet: Model, rows: Sequence[int], rows_per_picture: int, conditions: Conditions) -> _Call:
+def _call(
+    unet: Model,
+    rows: Sequence[int],
+    rows_per_picture: int,
+    conditions: Conditions,
+    nets: Sequence[tuple[Steer, Model]],
+) -> _Call:
     specs = unet.inputs
     pictures = [row // rows_per_picture for row in rows]
     arrays = {name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items()}
@@ -140,7 +172,9 @@ def _call(unet: Model, rows: Sequence[int], rows_per_picture: int, conditions: C
         sample[:, taken:] = conditions.channels[pictures] if several else conditions.channels
         if rows_per_picture == 3:  # the last row of each sees no picture
             sample[[row % 3 == 2 for row in rows], taken:] = 0.0
-    return _Call(unet, arrays, sample[:, :taken], arrays["timestep"], _span(pictures))
+    unconditional = [rows_per_picture == 2 and row % 2 == 0 for row in rows]
+    steered = steering(nets, arrays, unconditional)
+    return _Call(unet, arrays, sample[:, :taken], arrays["timestep"], _span(pictures), steered)
 
 
 def _span(pictures: Sequence[int]) -> slice | torch.Tensor:
@@ -153,7 +187,8 @@ def _span(pictures: Sequence[int]) -> slice | torch.Tensor:
 
 def _check_inputs(unet: Model, conditions: Conditions) -> None:
     filled = {"sample", "timestep", *conditions.rows, *conditions.whole}
-    unknown = [name for name in unet.inputs if name not in filled]
+    # Left at zero, residuals change nothing: so a UNet that can be steered draws without ControlNets, too.
+    unknown = [name for name in unet.inputs if name not in filled and not name.startswith(RESIDUAL)]
     missing = [name for name in filled if name not in unet.inputs]
     if unknown or missing:
         raise InputError(

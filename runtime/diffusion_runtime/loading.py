@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
@@ -69,33 +70,41 @@ def load_pipeline(
     find.check_layout(found)
     if is_there(found.folder / manifest.FILE_NAME, PackageError):
         _check_told(found, prediction_type, latent_scale)
-    place = Path(tokenizer) if tokenizer is not None else found.tokenizer
+    clip, clip_2 = _clips(found, tokenizer)
+    notes = tuple(_notes(found, name, units, check_safety))
+    models = find.open_models(found, load_backend(name, dtype=dtype, device=device), units, not reduce_memory)
+    described = manifest.as_unet(found.manifest)
+    return Pipeline(described, models, clip, chosen, check_safety, notes, clip_2, _t5(found))
+
+
+def _notes(found: Bundle, backend: str, units: ComputeUnits | None, check_safety: bool) -> Iterator[str]:
+    yield from found.notes
+    if backend == "coreml":
+        yield from find.unit_notes(found, units)
+    elif units is not None:
+        yield f"compute units {units.value} are Core ML's: the torch backend takes no notice of them"
+    has_checker = "safety_checker" in found.manifest.components
+    if found.manifest.requires_safety_checker and check_safety and not has_checker:
+        yield "the checkpoint asks for a safety checker, but these models have none: pictures are not checked"
+
+
+def _clips(
+    found: Bundle, folder: str | PathLike[str] | None
+) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer | None]:
+    """The tokenizers of one or two CLIP text encoders. Raises InputError where there is none."""
+    place = Path(folder) if folder is not None else found.tokenizer
     if place is None:
         raise InputError(
             f"{found.folder}: no vocab.json and merges.txt next to the models: name their folder with --tokenizer"
         )
     length, *second = found.text_lengths() or (tokenizers.LENGTH,)
     pad = FAMILIES[found.manifest.family].pad_token if found.manifest.family in FAMILIES else None
-    notes = [*found.notes, *(find.unit_notes(found, units) if name == "coreml" else ())]
-    if name == "torch" and units is not None:
-        notes.append(f"compute units {units.value} are Core ML's: the torch backend takes no notice of them")
-    if (
-        found.manifest.requires_safety_checker
-        and check_safety
-        and "safety_checker" not in found.manifest.components
-    ):
-        notes.append(
-            "the checkpoint asks for a safety checker, but these models have none: pictures are not checked"
-        )
-    models = find.open_models(found, load_backend(name, dtype=dtype, device=device), units, not reduce_memory)
-    clip = tokenizers.load(place, length, pad)
-    clip_2 = None
-    if second:
-        named = found.manifest.tokenizer_2
-        clip_2 = tokenizers.load(found.folder / named if named else place, second[0], "!")
-    t5 = _t5(found)
-    described = manifest.as_unet(found.manifest)
-    return Pipeline(described, models, clip, chosen, check_safety, tuple(notes), clip_2, t5)
+    first = tokenizers.load(place, length, pad)
+    if not second:
+        return first, None
+    # SDXL's second encoder, OpenCLIP's, pads with "!" whatever its files say.
+    named = found.manifest.tokenizer_2
+    return first, tokenizers.load(found.folder / named if named else place, second[0], "!")
 
 
 def _t5(found: Bundle) -> tokenizers.Tokenizer | None:

@@ -21,6 +21,8 @@ from PIL import Image
 
 from diffusion_runtime import (
     callbacks,
+    decoding,
+    defaults,
     denoising,
     guidance,
     images,
@@ -33,6 +35,7 @@ from diffusion_runtime import (
 from diffusion_runtime.added_conditions import SizeConditioning
 from diffusion_runtime.arguments import (
     Arguments,
+    ControlArguments,
     Generators,
     Others,
     Result,
@@ -40,25 +43,21 @@ from diffusion_runtime.arguments import (
     Texts,
     as_output_type,
     check_output_type,
+    controls_of,
     noise_of,
     texts_of,
 )
 from diffusion_runtime.bundle.manifest import Manifest, of_refiner
+from diffusion_runtime.control import plan
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.families import FAMILIES, T5, TEXT_ENCODERS, Family
-from diffusion_runtime.models import Models, unfit_latents
+from diffusion_runtime.families import T5, TEXT_ENCODERS, UNETS, Family
+from diffusion_runtime.models import Models
 from diffusion_runtime.noise import Noise
-from diffusion_runtime.picture_size import Size
 from diffusion_runtime.prompt.text_states import TextStates
 from diffusion_runtime.prompt.tokenizer import Tokenizer
-from diffusion_runtime.safety import is_flagged
 from diffusion_runtime.stages import Run
 from diffusion_runtime.tasks import Request
-
-STATES = "encoder_hidden_states"
-LCM_GUIDANCE_SCALE = 8.5
-"""The default of diffusers' LatentConsistencyModelPipeline."""
 
 
 class RuntimeNote(UserWarning):
@@ -115,31 +114,28 @@ class Pipeline:
         return height * self.manifest.latents.factor, width * self.manifest.latents.factor
 
     @property
-    def sizes(self) -> tuple[Size, ...]:
-        """All sizes that the models make, width before height; the first is `size`."""
-        return self.manifest.sizes
-
-    def at(self, height: int | None, width: int | None) -> Pipeline:
-        """The pipeline for pictures of that size, on the same models; None: the first size's. Raises InputError,
-        with the sizes that there are, for another."""
-        own = Size(self.size[1], self.size[0])
-        size = Size(width or own.width, height or own.height)
-        if size == own:
-            return self
-        described, models = stages.of_size(self.manifest, self.models, size)
-        made = replace(self, manifest=described, models=models)
-        made._scheduler = self.scheduler_name, self.scheduler
-        return made
+    def channels(self) -> int:
+        """How many the UNet takes, which says what it can be used for (`tasks`)."""
+        return self._unet_shapes()["sample"][1]
 
     @property
     def batch_size(self) -> int:
         """How many rows the UNet takes in one call."""
         return self._unet_shapes()["sample"][0]
 
+    def check_clip_skip(self, asked: int | None) -> None:
+        """Raise InputError for another clip skip than these models were converted with."""
+        own = self.manifest.clip_skip
+        if asked is not None and asked != own:
+            raise InputError(
+                f"clip skip {asked!r}: it is part of the models, and these were converted with {own}: convert "
+                f"again with --clip-skip {asked}"
+            )
+
     def prewarm(self) -> None:
         """Load every model that a prompt alone needs and run it once, so that the first picture takes no longer
         than the next. Loads what `reduce_memory` would free, so it is of no use with that."""
-        needed = [*(name for name in (*TEXT_ENCODERS, T5) if name in self.models), "unet", "vae_decoder"]
+        needed = [*(name for name in (*TEXT_ENCODERS, T5) if name in self.models), self._unet, "vae_decoder"]
         checks = ["safety_checker"] if self.check_safety and "safety_checker" in self.models else []
         self.models.prewarm(needed + checks)
 
@@ -201,7 +197,7 @@ class Pipeline:
                 ``denoising_start``.
             mask_image: white where ``image`` is painted anew.
             depth_map: depth of ``image``, brighter (or larger) is nearer: a picture, or (…, height, width) float32.
-            height, width: in pixels; None: the first of `sizes`, and others than those cannot be made.
+            height, width: in pixels; None: what the models make, which is all that they can make.
             num_inference_steps: denoising steps, 1 to the scheduler's number of training steps.
             guidance_scale: how closely to follow the prompt; 1 or less: no guidance. None: 7.5; 5 for SDXL, 7.5
                 with its mask; 8.5 for latent consistency models, which take it as an input.
@@ -233,6 +229,13 @@ class Pipeline:
                 width), (top, left) and (height, width) in pixels; None: its own size.
             negative_original_size, negative_crops_coords_top_left, negative_target_size: of the negative prompt.
             aesthetic_score, negative_aesthetic_score: what SDXL's refiner is told, usually 0 to 10.
+            control_image: a picture for a ControlNet, of the pictures' size, or one for each of several.
+            controlnet: the names of their ControlNets; None: the only one that there is.
+            controlnet_conditioning_scale, control_guidance_start, control_guidance_end: how strongly they steer,
+                and in which part of the steps, 0 to 1; one for all or one for each. A scale of None: as diffusers',
+                1; 0.8 with ``image``; 0.5 with a mask (1 for SDXL).
+            control_prepare: how the pictures are made of those given: "canny", "depth", "tile"; None: not at all.
+            guess_mode: ControlNets steer the prompt's half of the guidance alone.
             others: arguments of diffusers that do nothing here: any but their defaults are refused.
 
         Returns:
@@ -244,7 +247,9 @@ class Pipeline:
 
         Notes for the user are issued as `RuntimeNote` warnings."""
         rest: dict[str, Any] = {**others}
+        self.check_clip_skip(rest.pop("clip_skip", None))
         sizes = SizeConditioning(**{name: rest.pop(name) for name in SizeArguments.__annotations__ if name in rest})
+        steered = {name: rest.pop(name) for name in ControlArguments.__annotations__ if name in rest}
         callbacks.refuse(rest)
         check_output_type(output_type)
         prompts, negatives = texts_of(prompt, negative_prompt, num_images_per_prompt)
@@ -271,6 +276,8 @@ class Pipeline:
                 ip_adapter_image, ip_adapter_image_embeds, ip_adapter_scale
             ),
             sizes=sizes,
+            controls=controls_of(steered, plan.names(self.manifest)),
+            guess_mode=steered.get("guess_mode", False),
         )
         run = self.prepare(request, noise_of(generator, seed, rng))
         control = callbacks.Control(self, run.job.scheduler, run.total, run.job.request.scale)
@@ -291,12 +298,11 @@ class Pipeline:
         """Check everything, then encode the prompts and whatever else the task needs.
 
         Raises InputError for what these models cannot do, before any of them runs."""
-        if (own := self.at(request.height, request.width)) is not self:
-            return own.prepare(request, noise)
         unet = self._unet_shapes()
         request, refined = stages.apart(request)
         task = tasks.choose(tasks.kind(unet["sample"][1], self.manifest.latents.channels), request.given)
-        request = self.settled(request)
+        request = self.settled(plan.named(request, self.manifest))
+        self._check_size(request)
         scheduler = schedulers.own(self.scheduler, task.scheduler_settings)
         height, width = unet["sample"][2:]
         patches = (height // self._family.denoiser.patch_size) * (width // self._family.denoiser.patch_size)
@@ -304,21 +310,24 @@ class Pipeline:
         job = tasks.Job(request, self.manifest, self.models, (height, width), scheduler, noise)
         task.check(job)
         picture_prompts.check(self.manifest, self.models, request.picture_prompts, self.is_guided(request))
+        controls = plan.planned(job)
         refiner = None if refined is None else self._refiners(refined, job)
         tokenizers = (self.tokenizer, *([self.tokenizer_2] if self.tokenizer_2 else []))
         texts = TextStates(
-            *(self.models, tokenizers, self.manifest, unet[STATES][-1], unet[STATES][1]),
+            *(self.models, tokenizers, self.manifest),
+            *(unet[unet_inputs.STATES][-1], unet[unet_inputs.STATES][1]),
             t5=self.tokenizer_3,
             long_prompt=request.long_prompt,
         )
-        encoded = texts.encode(request.texts(self.is_guided(request)))
+        guided = self.is_guided(request)
+        encoded = texts.encode(request.texts(guided), request.blind(guided))
         job.notes.extend(encoded.notes)
         prepared = task.prepare(job)
-        rows = len(encoded.states)
-        labels = {name: torch.full((rows,), value) for name, value in prepared.labels.items()}
-        told = {STATES: encoded.states, **labels}
+        labels = {name: torch.full((len(encoded.states),), value) for name, value in prepared.labels.items()}
+        told = {unet_inputs.STATES: encoded.states, **labels}
         told |= unet_inputs.of_rows(job, unet, encoded.pooled, self.is_guided(request))
-        conditions = guidance.Conditions(told, prepared.channels, unet_inputs.whole(job, unet))
+        steers = plan.steers(controls, job, prepared.start)
+        conditions = guidance.Conditions(told, prepared.channels, unet_inputs.whole(job, unet), steers)
         return Run(job, task, prepared.start, conditions, refiner)
 
     def _refiners(self, request: Request, job: tasks.Job) -> Run:
@@ -330,24 +339,11 @@ class Pipeline:
 
     def settled(self, request: Request) -> Request:
         """The request with the defaults of diffusers' pipeline for these models filled in."""
-        family = self._family
-        scale, strength = family.guidance_scale, family.strength
-        if request.mask is not None:
-            scale, strength = family.inpainting_guidance_scale, family.inpainting_strength
-        elif self._takes_guidance and not family.added_conditions:
-            scale = LCM_GUIDANCE_SCALE
-        return replace(
-            request,
-            guidance_scale=scale if request.guidance_scale is None else request.guidance_scale,
-            image_guidance_scale=family.image_guidance_scale
-            if request.image_guidance_scale is None
-            else request.image_guidance_scale,
-            strength=strength if request.strength is None and request.image is not None else request.strength,
-        )
+        return defaults.settled(request, self._family, self._takes_guidance)
 
     @property
     def _family(self) -> Family:
-        return FAMILIES.get(self.manifest.family) or next(iter(FAMILIES.values()))
+        return defaults.family(self.manifest.family)
 
     def is_guided(self, request: Request) -> bool:
         """Whether each picture needs several rows of the UNet's work. A UNet that takes the scale as an input needs
@@ -372,69 +368,49 @@ class Pipeline:
 
     def _denoise(self, run: Run) -> Generator[Step, torch.Tensor | None, None]:
         job, request = run.job, run.job.request
-        unet = job.models["unet"]  # of the size that was prepared
+        steers = run.conditions.steers
+        used = [plan.UNET if steers else self._unet, *(steer.component for steer in steers)]
+        unet, *controlnets = (self.models[name] for name in used)
         scale = request.scale if self.is_guided(request) else 1.0
         by_image = request.image_guidance_scale
-        predict = guidance.predictor(unet, request.pictures, run.conditions, scale, by_image)
+        predict = guidance.predictor(unet, request.pictures, run.conditions, scale, by_image, controlnets)
         try:
             yield from denoising.denoise(predict, job.scheduler, run.start, job.noise, request.eta)
         finally:
-            job.models.release("unet")
+            self.models.release(*used)
 
     def finish(self, run: Run, latents: torch.Tensor, output_type: str = "pil") -> Result[Any]:
         """Decode and check what the last step gave. A flagged picture is wholly black."""
         if output_type == "latent":
             return Result(latents, None, run.notes)
-        arrays, flags = self._decoded(latents)
+        arrays, flags = decoding.checked(self.models, self.decode(latents), self.check_safety)
         return Result(as_output_type(arrays, output_type), flags, run.notes)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (n, channels, height, width) to pictures (n, 3, height, width) in about -1..1."""
-        return self._of(latents)._decode(latents)
-
-    def _of(self, latents: torch.Tensor) -> Pipeline:
-        """The pipeline for pictures of the latents' size, where there are several sizes."""
-        factor = self.manifest.latents.factor
-        return self.at(*(size * factor for size in latents.shape[2:])) if len(self.sizes) > 1 else self
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        decoder = self.models["vae_decoder"]
-        (name, spec), *_ = decoder.inputs.items()
-        with np.errstate(over="ignore"):  # of float16: it becomes infinity
-            scaled = (
-                (latents / self.manifest.latents.scale + self.manifest.latents.shift).numpy().astype(spec.dtype)
-            )
-        if not np.isfinite(scaled).all():
-            raise unfit_latents()
-        pictures = [decoder.one("image", **{name: scaled[i : i + 1]}) for i in range(len(scaled))]
-        return torch.from_numpy(np.concatenate(pictures)).float()
+        return decoding.decode(self.models, self.manifest.latents, latents)
 
     def preview(self, step: Step, index: int = 0) -> Image.Image:
         """The picture as it will be, judged from this step: one call of the decoder, and one of the safety checker
         where it is used. A flagged one is black, as the picture would be."""
-        arrays, _ = self._decoded(step.preview()[index : index + 1])
+        latents = step.preview()[index : index + 1]
+        arrays, _ = decoding.checked(self.models, self.decode(latents), self.check_safety)
         return images.to_pil(arrays)[0]
 
-    def _decoded(self, latents: torch.Tensor) -> tuple[np.ndarray, list[bool] | None]:
-        """Pictures (n, height, width, 3) in 0..1, flagged ones black, and the flags; None where nothing checks."""
-        models = self._of(latents).models
-        arrays = images.to_arrays(self.decode(latents))
-        models.release("vae_decoder")
-        if not self.check_safety or "safety_checker" not in models:
-            return arrays, None
-        flags = [is_flagged(models["safety_checker"], picture) for picture in arrays]
-        arrays[np.array(flags)] = 0.0
-        models.release("safety_checker")
-        return arrays, flags
+    @property
+    def _unet(self) -> str:
+        """The UNet's component: one that is steered draws without ControlNets, too."""
+        return next((name for name in UNETS if name in self.models), "unet")
 
     def _unet_shapes(self) -> dict[str, tuple[int, ...]]:
         """The UNet's inputs, from the manifest where it lists them: a UNet need not be loaded for that."""
-        described = self.manifest.components.get("unet")
-        if described is not None and described.inputs:
-            shapes = {tensor.name: tensor.shape for tensor in described.inputs}
-        else:
-            shapes = {name: spec.shape for name, spec in self.models["unet"].inputs.items()}
-        for name in ("sample", STATES):
-            if len(shapes.get(name, ())) != 4:
-                raise InputError(f"unet: expected an input {name} of four dimensions, got {shapes.get(name)}")
-        return shapes
+        return unet_inputs.shapes(self.manifest, lambda: self.models[self._unet])
+
+    def _check_size(self, request: Request) -> None:
+        height, width = self.size
+        asked = request.height or height, request.width or width
+        if asked != (height, width):
+            raise InputError(
+                f"{asked[1]}x{asked[0]} pixels: these models make {width}x{height} (width x height); "
+                "convert again with --height and --width for another size"
+            )

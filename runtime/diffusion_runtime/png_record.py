@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from diffusion_runtime import images
+from diffusion_runtime.control import ControlFile, read_file
 from diffusion_runtime.errors import InputError
 
 LOADING: Mapping[str, Any] = {
@@ -24,7 +25,7 @@ LOADING: Mapping[str, Any] = {
 }
 """Ways to load models that change pictures: recorded where they were chosen, and the types of their values."""
 FILES = ("image", "mask", "depth_image")
-"""The settings that name files."""
+"""The settings that name files; those of `Settings.controls` do too, each with its hash beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Settings:
     noise_level: int | None = None
     long_prompt: bool = False
     refiner_start: float | None = None
+    controls: tuple[ControlFile, ...] = ()
+    guess_mode: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ def read(path: Path, overridden: Set[str] = frozenset()) -> Past:
     data = images.read_metadata(path)
     hints = get_type_hints(Settings)
     known = {field.name: data[field.name] for field in fields(Settings) if field.name in data}
+    controls = known.pop("controls", [])
     if "prompt" not in known:
         raise InputError(f"picture {path}: its record lacks the prompt")
     loading = {name: data[name] for name in LOADING if name in data}
@@ -77,8 +81,10 @@ def read(path: Path, overridden: Set[str] = frozenset()) -> Past:
     settings = Settings(**known)
     wanted = [name for name in FILES if name not in overridden and getattr(settings, name) is not None]
     inputs: dict[str, Any] = {
-        name: _input(path, name, getattr(settings, name), hashes[f"{name}_sha256"]) for name in wanted
+        name: _input(path, _option(name), getattr(settings, name), hashes[f"{name}_sha256"]) for name in wanted
     }
+    if "controls" not in overridden:
+        inputs["controls"] = _controls(path, controls)
     return Past(path, replace(settings, **inputs), models, loading)
 
 
@@ -93,10 +99,17 @@ def named(path: str, picture: Path) -> str:
     return f"~/{target.relative_to(home).as_posix()}" if target.is_relative_to(home) else target.as_posix()
 
 
-def named_inputs(settings: Settings, picture: Path) -> dict[str, str]:
+def named_inputs(settings: Settings, picture: Path) -> dict[str, Any]:
     """The settings that name files, as the record of ``picture`` names them."""
     given = {name: getattr(settings, name) for name in FILES}
-    return {name: named(path, picture) for name, path in given.items() if path is not None}
+    controls = [
+        {**asdict(control), "image": named(control.image, picture), "sha256": _sha256(Path(control.image))}
+        for control in settings.controls
+    ]
+    return {
+        **{name: named(path, picture) for name, path in given.items() if path is not None},
+        "controls": controls,
+    }
 
 
 def find(picture: Path, name: str, remedy: str) -> str:
@@ -111,8 +124,22 @@ def find(picture: Path, name: str, remedy: str) -> str:
     )
 
 
+def _controls(picture: Path, recorded: object) -> tuple[ControlFile, ...]:
+    """The record's controls, their files where they were found."""
+    if not isinstance(recorded, list):
+        raise InputError(f"picture {picture}: its record is damaged at controls: {recorded!r}")
+    found = []
+    for value in recorded:
+        control = read_file(value)
+        if control is None or not isinstance(value.get("sha256"), str | None):
+            raise InputError(f"picture {picture}: its record is damaged at controls: {value!r}")
+        path = _input(picture, f"--control {control.name}=", control.image, value.get("sha256"))
+        found.append(replace(control, image=path))
+    return tuple(found)
+
+
 def hashes(settings: Settings) -> dict[str, str]:
-    """SHA-256 of the files that went into a picture, by "image_sha256" and so on."""
+    """SHA-256 of the files that went into a picture, by "image_sha256" and so on; a control's is with it."""
     named = {name: getattr(settings, name) for name in FILES}
     return {f"{name}_sha256": _sha256(Path(path)) for name, path in named.items() if path is not None}
 
@@ -139,9 +166,13 @@ def _places(picture: Path, name: str) -> tuple[Path, ...]:
     return picture.parent / name, Path(os.path.expanduser(name))  # noqa: PTH111
 
 
-def _input(picture: Path, setting: str, name: str, expected: str | None) -> str:
-    """The file that went into a picture. Raises InputError where it is gone or has changed."""
-    option = f"--{setting.replace('_', '-')}"
+def _option(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
+
+
+def _input(picture: Path, option: str, name: str, expected: str | None) -> str:
+    """The file that went into a picture, and is named by ``option``. Raises InputError where it is gone or has
+    changed."""
     found = find(picture, name, f"name it with {option}")
     for place in _places(picture, name):
         if place.is_file() and expected in (None, _sha256(place)):

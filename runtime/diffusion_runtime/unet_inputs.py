@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
 from diffusion_runtime import guidance, picture_prompts
+from diffusion_runtime.backends import Model
+from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from diffusion_runtime.tasks import Job
 
 Shapes = Mapping[str, tuple[int, ...]]
+STATES = "encoder_hidden_states"
+
+
+def shapes(manifest: Manifest, unet: Callable[[], Model]) -> dict[str, tuple[int, ...]]:
+    """Of all inputs of a UNet by name: from the manifest where it lists them, else ``unet`` is loaded."""
+    described = manifest.unet
+    listed = described.inputs if described is not None and described.inputs else unet().inputs.values()
+    found = {tensor.name: tensor.shape for tensor in listed}
+    for name in ("sample", STATES):
+        if len(found.get(name, ())) != 4:
+            raise InputError(f"unet: expected an input {name} of four dimensions, got {found.get(name)}")
+    return found
 
 
 def of_rows(job: Job, unet: Shapes, pooled: torch.Tensor | None, guided: bool) -> dict[str, torch.Tensor]:

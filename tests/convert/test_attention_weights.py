@@ -16,7 +16,6 @@ import attention_weights
 import tiny_checkpoints
 from diffusion_convert import convert
 from diffusion_convert.components import table
-from diffusion_convert.export import placeholders
 from diffusion_convert.options import ConvertOptions, Precision
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import VerificationError
@@ -38,9 +37,8 @@ def counts(path: Path) -> Counter[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", tiny_checkpoints.FAMILIES)
 def test_every_component_of_every_family_on_new_systems(
-    family: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(placeholders, "MIN_SIZE", 64)
     options = ConvertOptions(attention="original", target="macOS15", compiled=False)
     made = convert(tiny_checkpoint(family), tmp_path / "models", options)
     for name, component in made.variants["original"].components.items():

@@ -7,45 +7,16 @@ from pathlib import Path
 
 import pytest
 
-import tiny_controlnets
-from diffusion_convert import ConvertOptions, convert
-from diffusion_convert.export import placeholders
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.manifest import Manifest
 
-BuildOnce = Callable[[str, Callable[[Path], object]], Path]
 RESIDUALS = [(2, 32, 8, 8), (2, 32, 8, 8), (2, 32, 4, 4), (2, 64, 4, 4), (2, 64, 4, 4)]
 """Of the tiny SD 1 UNet: its first convolution, a layer, what is halved, a layer, the middle."""
 
 
 @pytest.fixture(scope="session")
-def networks(build_once: BuildOnce) -> Path:
-    """A folder of ControlNets for tiny checkpoints of Stable Diffusion 1; shared."""
-
-    def write(folder: Path) -> None:
-        tiny_controlnets.build("sd1", folder / "edges_v1-tiny")
-        pools = {"global_pool_conditions": True, "controlnet_conditioning_channel_order": "bgr"}
-        tiny_controlnets.build("sd1", folder / "shuffle", 1, **pools)
-
-    return build_once("controlnets", write)
-
-
-@pytest.fixture(scope="session")
-def steered(build_once: BuildOnce, tiny_checkpoint: Callable[[str], Path], networks: Path) -> Path:
-    """What `convert` writes for a tiny checkpoint with two ControlNets, compiled and zipped; shared."""
-
-    def write(place: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(placeholders, "MIN_SIZE", 64)
-            sources = [networks / "edges_v1-tiny", networks / "shuffle"]
-            convert(tiny_checkpoint("sd1"), place / "models", ConvertOptions("original", controlnets=sources))
-
-    return build_once("steered", write) / "models"
-
-
-@pytest.fixture(scope="session")
-def packages(steered: Path) -> Manifest:
-    return manifest.read(steered / "original" / "packages")
+def packages(steered: Callable[[str], Path]) -> Manifest:
+    return manifest.read(steered("sd1") / "original" / "packages")
 
 
 def test_one_unet_for_all_of_them_and_each_by_its_name(packages: Manifest) -> None:
@@ -56,10 +27,12 @@ def test_one_unet_for_all_of_them_and_each_by_its_name(packages: Manifest) -> No
         "control_unet": (f"{prefix}_control-unet.mlpackage",),
         "ControlNet_edges_v1-tiny": ("ControlNet_edges_v1-tiny.mlpackage",),
         "ControlNet_shuffle": ("ControlNet_shuffle.mlpackage",),
+        "ControlNet_tile": ("ControlNet_tile.mlpackage",),
     }
     assert {name: told.source.name for name, told in packages.controlnets.items()} == {
         "edges_v1-tiny": "edges_v1-tiny",
         "shuffle": "shuffle",
+        "tile": "tile",
     }
     assert [name for name, told in packages.controlnets.items() if told.global_pool_conditions] == ["shuffle"]
 
@@ -79,18 +52,20 @@ def test_the_interfaces_are_apples(packages: Manifest) -> None:
         assert net.psnr_db.keys() == residuals.keys()
 
 
-def test_compiled_they_have_the_names_of_apples_converter(steered: Path) -> None:
-    described = manifest.read(steered / "original" / "compiled").components
+def test_compiled_they_have_the_names_of_apples_converter(steered: Callable[[str], Path]) -> None:
+    described = manifest.read(steered("sd1") / "original" / "compiled").components
     files = {name: one.files for name, one in described.items() if "ontrol" in name}
     assert files == {
         "control_unet": ("ControlledUnet.mlmodelc",),
         "ControlNet_edges_v1-tiny": ("controlnet/EdgesV1Tiny.mlmodelc",),
         "ControlNet_shuffle": ("controlnet/Shuffle.mlmodelc",),
+        "ControlNet_tile": ("controlnet/Tile.mlmodelc",),
     }
-    folder = steered / "original" / "compiled"
+    folder = steered("sd1") / "original" / "compiled"
     assert sorted(path.name for path in (folder / "controlnet").iterdir()) == [
         "EdgesV1Tiny.mlmodelc",
         "Shuffle.mlmodelc",
+        "Tile.mlmodelc",
     ]
     for name, digest in described["ControlNet_shuffle"].sha256.items():
         assert digest

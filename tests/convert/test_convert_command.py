@@ -35,8 +35,8 @@ MAIN = (
 PARTS = ("text_encoder", "vae_encoder")
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", MAIN, "convert", *map(str, arguments)]
+def start(python: str | Path, *arguments: object) -> subprocess.Popen[str]:
+    command = [python, "-c", MAIN, "convert", *map(str, arguments)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
     )
@@ -52,9 +52,9 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_code_2(
-    arguments: list[str], message: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+    arguments: list[str], message: str, tiny_checkpoint: Callable[[str], Path], forked_python: Path, tmp_path: Path
 ) -> None:
-    process = start(tiny_checkpoint("sd1"), "-o", tmp_path / "models", *arguments)
+    process = start(forked_python, tiny_checkpoint("sd1"), "-o", tmp_path / "models", *arguments)
     shown, said = process.communicate(timeout=120)
     assert process.returncode == cli.BAD_INPUT
     assert message in said.splitlines()[-1]
@@ -67,7 +67,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tiny_checkpoint: Callable[[str], P
     """What is finished is kept and named; nothing can be seen of the rest; the same conversion goes on."""
     output = tmp_path / "models"
     options = ["--components", ",".join(PARTS), "--attention", "original", "--no-compiled"]
-    process = start(tiny_checkpoint("sd1"), "-o", output, *options)
+    process = start(sys.executable, tiny_checkpoint("sd1"), "-o", output, *options)
     deadline = time.monotonic() + 120
     while not list(output.glob(f"{WORK_FOLDER}/*/parts/{PARTS[0]}/record.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]

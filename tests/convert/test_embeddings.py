@@ -93,8 +93,8 @@ def theirs(folder: Path) -> Any:
     return pipe
 
 
-def psnr(ours: Pipeline, pipe: Any, prompt: str) -> float:
-    asked: dict[str, Any] = {"prompt": prompt, "num_inference_steps": 4}
+def psnr(ours: Pipeline, pipe: Any, prompt: str, **given: Any) -> float:
+    asked: dict[str, Any] = {"prompt": prompt, "num_inference_steps": 4, **given}
     expected = pipe(**asked, output_type="np", generator=torch.Generator().manual_seed(3)).images[0]
     got = ours(**asked, generator=torch.Generator().manual_seed(3)).images[0]
     error = float(np.mean((np.asarray(got) / 255.0 - expected) ** 2))
@@ -185,17 +185,20 @@ def test_an_unknown_one_in_a_prompt_is_said(
     assert clip.encode("x < 3 > <3 (a \\<stile>)").ids[0].tolist() == expected
 
 
-def test_both_encoders_of_sdxl_have_their_own(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_both_encoders_of_sdxl_have_their_own_and_skip_layers(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     both = {"clip_l": vectors(2, seed=1), "clip_g": vectors(2, WIDTH_2, seed=2)}
     file = stored(tmp_path / "toy.safetensors", **both)
     source = tiny_checkpoint("sdxl")
-    options = ConvertOptions("original", embeddings=f"{file}:{TOY}", verify=False, compiled=False)
+    options = ConvertOptions("original", embeddings=f"{file}:{TOY}", clip_skip=1, verify=False, compiled=False)
     convert(source, tmp_path / "models", options)
     pipe = theirs(source)
     for name, number in (("clip_l", ""), ("clip_g", "_2")):
         encoder, clip = getattr(pipe, f"text_encoder{number}"), getattr(pipe, f"tokenizer{number}")
         pipe.load_textual_inversion({name: both[name]}, token=TOY, text_encoder=encoder, tokenizer=clip)
-    assert psnr(load_pipeline(tmp_path / "models", "torch"), pipe, "a <toy> cat") >= PARITY_DB
+    ours, given = load_pipeline(tmp_path / "models", "torch"), {"negative_prompt": "red", "clip_skip": 1}
+    assert psnr(ours, pipe, "a <toy> cat", **given) >= PARITY_DB
 
 
 def truncated(path: Path) -> Path:

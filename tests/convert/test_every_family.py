@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ from diffusion_convert import convert
 from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.components import table
 from diffusion_convert.conversion.convert import Conversion
-from diffusion_convert.export import placeholders
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.bundle.manifest import Component
 from diffusion_runtime.families import FAMILIES, AttentionKind
@@ -46,15 +45,12 @@ def made(
     converted: Callable[[str], Path],
     tiny_checkpoint: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Conversion]:
-    """With placeholders for weights as small as these, as if they had the sizes of real ones. The other attentions
-    are added to the original one's models, which tests of pictures use too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placeholders, "MIN_SIZE", 64)
-        output = shutil.copytree(converted(family), tmp_path_factory.mktemp(family) / "models")
-        made = convert(tiny_checkpoint(family), output, OPTIONS)
-        assert not any(note.startswith("replaces") for note in made.notes)
-        yield made
+) -> Conversion:
+    """The other attentions are added to the original one's models, which tests of pictures use too."""
+    output = shutil.copytree(converted(family), tmp_path_factory.mktemp(family) / "models")
+    made = convert(tiny_checkpoint(family), output, OPTIONS)
+    assert not any(note.startswith("replaces") for note in made.notes)
+    return made
 
 
 def interface(package: Package) -> tuple[Interface, Interface]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -219,14 +218,14 @@ def test_weights_of_few_bits_are_not_rounded_to_them_again(
     assert all(found[name] is weights[name] for name in others)
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    main = "from diffusion_convert.cli.main import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", main, *map(str, arguments)], capture_output=True, text=True, check=False
+@pytest.fixture
+def command(coreml_sd: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    return lambda *arguments: subprocess.run(
+        [coreml_sd, *map(str, arguments)], capture_output=True, text=True, check=False
     )
 
 
-def test_on_record(source: Path, tmp_path: Path) -> None:
+def test_on_record(source: Path, command: Callable[..., Any], tmp_path: Path) -> None:
     """The manifest, the card and `verify` know what was fused, at which weights, and what was not."""
     path = saved(tmp_path / "style.safetensors", layer(V), STRANGE)
     output = tmp_path / "models"
@@ -257,7 +256,7 @@ def test_on_record(source: Path, tmp_path: Path) -> None:
     assert again.unchanged
 
 
-def test_damage_is_one_line_and_exit_code_2(source: Path, tmp_path: Path) -> None:
+def test_damage_is_one_line_and_exit_code_2(source: Path, command: Callable[..., Any], tmp_path: Path) -> None:
     path = saved(tmp_path / "style.safetensors", layer(V, float("nan")))
     made = command(
         "convert", source, "-o", tmp_path / "models", "--components", "text_encoder", "--lora", path, "--no-verify"

@@ -18,6 +18,7 @@ from diffusion_convert.checkpoint.tensor_file import let_go
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
 from diffusion_convert.export import export as export_module
+from diffusion_convert.export import placeholders
 from diffusion_convert.export.export import ExportOptions, export
 from diffusion_convert.verification.compare import widened
 from diffusion_runtime.families import AttentionKind
@@ -69,7 +70,9 @@ def test_each_weight_is_let_go_of_as_it_is_written(
     large = [
         tensor.numel()
         for name, tensor in checkpoint.models["vae"].tensors().items()
-        if name.startswith(("encoder.", "quant_conv.")) and tensor.ndim > 1 and tensor.numel() >= 1024
+        if name.startswith(("encoder.", "quant_conv."))
+        and tensor.ndim > 1
+        and tensor.numel() >= placeholders.MIN_SIZE
     ]
     assert sorted(freed) == sorted(large)
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,24 @@ MAX_SILENCE_SECONDS = 180.0
 """Of a worker, by the wall clock: longer, and it waits for something that does not come."""
 
 
-def run(root: Path, first: int, last: int, batch: int = BATCH, way: str | None = None) -> Iterator[dict[str, Any]]:
+def run(
+    root: Path, first: int, last: int, batch: int = BATCH, ways: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
     """The outcome of every case, in order. ``root`` holds the seeds, and the folders of cases that failed after.
-    ``way``: what stands in the file's place in all cases, of `worker.INSTEAD`."""
+    ``ways``: what stands in the files' place, of `worker.INSTEAD`, each for as many cases as there are targets."""
     if not (root / "seeds").is_dir():
         seeds.write(root / "seeds")
     at = first
     while at < last:
         end = min(at + batch, last)
-        for result in _worker(root, at, end, way):
+        for result in _worker(root, at, end, ways):
             yield result
             at = result["case"] + 1
 
 
-def _worker(root: Path, first: int, last: int, way: str | None) -> Iterator[dict[str, Any]]:
+def _worker(root: Path, first: int, last: int, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Outcomes until the process ends; one that died or fell silent has its last case's outcome made here."""
-    command = [sys.executable, "-m", "fuzz.worker", str(root), str(first), str(last), *([way] if way else [])]
+    command = [sys.executable, "-m", "fuzz.worker", str(root), str(first), str(last), *ways]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
     )

@@ -1,6 +1,6 @@
 """The process in which damaged files are read: every case in a folder of its own, watched from inside.
 
-    python -m fuzz.worker ROOT FIRST LAST [WAY]  cases FIRST to LAST; prints a line of JSON before and after each
+    python -m fuzz.worker ROOT FIRST LAST [WAY …]  cases FIRST to LAST; prints a line of JSON before and after each
 
 What is watched: the exit code and what is said (a refusal is one line), processor time, memory, what is run, every
 path that is opened for writing, renamed or removed, and what is left in the folders for temporary files.
@@ -274,13 +274,15 @@ def warm_up() -> None:
 
 
 def main() -> None:
-    root, first, last, way = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), (*sys.argv[4:], None)[0]
+    root, first, last, ways = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
     warm_up()
     limit_memory()
     print(json.dumps({"ready": True}), flush=True)
     for number in range(first, last):
         print(json.dumps({"begins": number}), flush=True)
-        print(json.dumps(run_case(Case(number, way), root)), flush=True)
+        turn, target = divmod(number, len(TARGETS))
+        case = Case(target, ways[turn]) if ways else Case(number)
+        print(json.dumps({**run_case(case, root), "case": number}), flush=True)
 
 
 if __name__ == "__main__":

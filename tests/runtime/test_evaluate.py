@@ -450,7 +450,7 @@ def test_a_full_disk_loses_nothing(
 
 def test_a_missing_extra_is_one_line(evaluate: Evaluate, toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "diffusion_runtime.cli.evaluate.find_spec", lambda name: None if name == "torchmetrics" else 1
+        "diffusion_runtime.cli.options.find_spec", lambda name: None if name == "torchmetrics" else 1
     )
     code, _, error = evaluate(toy_folder)
     assert code == 2 and error == "error: evaluate needs torchmetrics: run `pip install 'coreml-sd[evaluate]'`\n"

@@ -9,8 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,12 @@ STEPS, SEED, SCALE = 25, 1, 7.5
 pytestmark = pytest.mark.slow
 
 
-def generate(*arguments: object) -> None:
-    command = [sys.executable, "-c", "from diffusion_convert.cli.main import main; main()", "generate"]
+@pytest.fixture(scope="module")
+def generate(coreml_sd: Path) -> Callable[..., object]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many threads as the server's worker has
-    subprocess.run([*command, *map(str, arguments), "--backend", "torch"], check=True, env=environment)
+    return lambda *arguments: subprocess.run(
+        [coreml_sd, "generate", *map(str, arguments), "--backend", "torch"], check=True, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,9 @@ def served(shapes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(scope="module")
-def expected(shapes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Image.Image:
+def expected(
+    generate: Callable[..., object], shapes_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Image.Image:
     """What the command draws for `CAPTION`."""
     file = tmp_path_factory.mktemp("generate") / "circle.png"
     options = {"--prompt": CAPTION.text, "--steps": STEPS, "--seed": SEED, "--guidance-scale": SCALE, "-o": file}
@@ -133,7 +136,9 @@ def test_readme_has_a_line_for_each_api() -> None:
     assert {"/v1/images/generations", "/score", "/sdapi/v1/txt2img"} <= set(map(path_of, CURLS))
 
 
-def test_a_picture_tells_how_it_was_made(served: Served, shapes_folder: Path, tmp_path: Path) -> None:
+def test_a_picture_tells_how_it_was_made(
+    served: Served, generate: Callable[..., object], shapes_folder: Path, tmp_path: Path
+) -> None:
     """`generate --from` draws a served picture once more."""
     body = {"prompt": CAPTION.text, "seed": SEED, "num_inference_steps": 5, "scheduler": "ddim"}
     answer = httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=300, trust_env=False).json()

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "swift_bridge"
-COMMAND = Path(sys.executable).with_name("coreml-sd")
 
 Swift = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -38,11 +36,11 @@ def _toy(build_once: Callable[..., Path], has_refiner: bool) -> Path:
 
 
 @pytest.fixture(scope="session")
-def swift_environment() -> dict[str, str]:
+def swift_environment(coreml_sd: Path) -> dict[str, str]:
     """Without Core ML, models are run by the command of this environment."""
     if shutil.which("swift") is None:
         pytest.skip("no `swift` on PATH: the Swift package is not tested")
-    return {**os.environ, "COREML_SD_COMMAND": os.environ.get("COREML_SD_COMMAND", str(COMMAND))}
+    return {**os.environ, "COREML_SD_COMMAND": os.environ.get("COREML_SD_COMMAND", str(coreml_sd))}
 
 
 @pytest.fixture(scope="session")

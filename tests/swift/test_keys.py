@@ -27,9 +27,9 @@ PROGRAM = SOURCES / "coreml-sd-swift"
 INTERFACE = "the models' own interface says it"
 MADE = "says how the files were made, for people and for verify, publish and bundle"
 EDITS = "of InstructPix2Pix, whose UNets of 8 channels are refused"
-FIRST_SIZE = "the first size is drawn; a folder of a further size has a manifest of its own"
 MANIFEST_NOT_NEEDED = {
     "scales_image_latents": EDITS,
+    "clip_skip": "part of the text encoders; without their output for negative prompts, those skip layers too",
     "name": "messages name the source",
     "kind": "what a file is shows by its name",
     "height": INTERFACE,
@@ -46,7 +46,9 @@ MANIFEST_NOT_NEEDED = {
     "padding": "for the card: prompts are padded as the tokenizer's files say",
     "folded": "the rest of the manifest describes the models as they are",
     "refiner.source": "for the card",
-    "ip_adapters": "a UNet with inputs for them is refused, by the inputs' names",
+    **dict.fromkeys(
+        ("ip_adapters", "t2i_adapters"), "a UNet with inputs for them is refused, by the inputs' names"
+    ),
     "controlnets": "the package draws without ControlNets",
     "components.inputs.dtype": INTERFACE,
     "components.inputs.shapes": "the default shape is used",
@@ -56,12 +58,11 @@ MANIFEST_NOT_NEEDED = {
     "components.sha256": MADE,
     "components.psnr_db": MADE,
     "components.palettization": MADE,
-    "components.function": FIRST_SIZE,
-    "components.sizes": FIRST_SIZE,
 }
 RECORD_NOT_READ = {
     "dtype": "Core ML computes in the types of the models; the torch backend alone has a choice",
     "image_guidance_scale": EDITS,
+    "guess_mode": "of ControlNets, and a record with some is refused",
 }
 FILES_NOT_READ = {"tokenizer.json": "vocab.json and merges.txt are asked for by name where they are missing"}
 TOKEN_NOT_NEEDED = dict.fromkeys(("lstrip", "rstrip"), "white space beside a token is dropped in any case")
@@ -95,14 +96,13 @@ OBJECTS = {
 READ = re.compile(r'(?:(\w+)\.)?(?:json\[|(?:string|number|integer|object|members)\()"(\w+)"|(\w+)\["(\w+)"\]')
 
 
-def paths(model: type[BaseModel], before: str = "", within: tuple[type[BaseModel], ...] = ()) -> Iterator[str]:
-    """The keys of a model and of the models in it, as "latents.scale"; those of a model in itself once."""
+def paths(model: type[BaseModel], before: str = "") -> Iterator[str]:
+    """The keys of a model and of the models in it, as "latents.scale"."""
     for name, field in model.model_fields.items():
         path = f"{before}{name}"
         yield path
         for inner in models(field.annotation):
-            if inner not in within:
-                yield from paths(inner, f"{path}.", (*within, inner))
+            yield from paths(inner, f"{path}.")
 
 
 def models(annotation: Any) -> Iterator[type[BaseModel]]:

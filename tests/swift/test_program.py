@@ -16,7 +16,7 @@ from PIL import Image
 import toy_models
 from diffusion_runtime import images
 from diffusion_runtime.bundle import manifest
-from swift.conftest import COMMAND, PACKAGE, Swift
+from swift.conftest import PACKAGE, Swift
 
 PROMPT = "a large (red:1.3) circle, on a white background"
 MODES = {"image": "RGB", "mask": "L"}
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def drawn_by_python(toy_folder: Path, tmp_path: Path) -> Path:
+def drawn_by_python(coreml_sd: Path, toy_folder: Path, tmp_path: Path) -> Path:
     """A picture with a mask, drawn by the Python command; its inputs lie beside it."""
     for name, mode in MODES.items():
         Image.new(mode, (80, 64), "white").save(tmp_path / f"{name}.png")
@@ -33,7 +33,7 @@ def drawn_by_python(toy_folder: Path, tmp_path: Path) -> Path:
     options = ["--prompt", PROMPT, "--seed", str(2**63 + 5), "--steps", "4", "--strength", "0.7", *inputs]
     output = tmp_path / "python.png"
     command = [
-        str(COMMAND),
+        str(coreml_sd),
         "generate",
         str(toy_folder),
         *options,
@@ -47,13 +47,13 @@ def drawn_by_python(toy_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_either_program_repeats_the_others_picture(
-    drawn_by_python: Path, swift_program: Swift, tmp_path: Path
+    drawn_by_python: Path, coreml_sd: Path, swift_program: Swift, tmp_path: Path
 ) -> None:
     swift, again = tmp_path / "swift.png", tmp_path / "again.png"
     done = swift_program("generate", "--from", str(drawn_by_python), "-o", str(swift))
     assert done.returncode == 0, done.stderr
     assert _pixels(swift) == _pixels(drawn_by_python)
-    subprocess.run([COMMAND, "generate", "--from", str(swift), "-o", str(again)], check=True, capture_output=True)
+    subprocess.run([coreml_sd, "generate", "--from", str(swift), "-o", str(again)], check=True, capture_output=True)
     assert _pixels(again) == _pixels(swift)
     told = {"models", "model", "safety_checker", "versions"}
     records = [images.read_metadata(path) for path in (drawn_by_python, swift)]
@@ -62,12 +62,12 @@ def test_either_program_repeats_the_others_picture(
 
 
 def test_a_picture_of_base_and_refiner_is_repeated(
-    toy_with_refiner: Path, swift_program: Swift, tmp_path: Path
+    toy_with_refiner: Path, coreml_sd: Path, swift_program: Swift, tmp_path: Path
 ) -> None:
     python, swift, alone = (tmp_path / f"{name}.png" for name in ("python", "swift", "alone"))
     options = ["generate", str(toy_with_refiner), "--prompt", PROMPT, "--seed", "5", "--steps", "4"]
     ancestral = ["--scheduler", "euler-ancestral"]
-    command = [str(COMMAND), *options, *ancestral, "--refiner-start", "0.5", "-o", str(python)]
+    command = [str(coreml_sd), *options, *ancestral, "--refiner-start", "0.5", "-o", str(python)]
     subprocess.run(command, check=True, capture_output=True)
     done = swift_program("generate", "--from", str(python), "-o", str(swift))
     assert done.returncode == 0, done.stderr
@@ -103,7 +103,7 @@ def test_an_input_that_changed_since_is_refused(
 
 @pytest.mark.parametrize("is_chunked", [False, True], ids=["whole", "chunked"])
 def test_folders_without_a_manifest(
-    is_chunked: bool, toy_folder: Path, swift_program: Swift, tmp_path: Path
+    is_chunked: bool, toy_folder: Path, coreml_sd: Path, swift_program: Swift, tmp_path: Path
 ) -> None:
     """As Apple's converter writes them; of a UNet and its chunks, the chunks count."""
     folder = Path(shutil.copytree(toy_folder, tmp_path / "models"))
@@ -116,10 +116,12 @@ def test_folders_without_a_manifest(
     done = swift_program("generate", str(folder), *options, "-o", str(swift))
     assert done.returncode == 0, done.stderr
     assert "has no manifest.json: taken for sd1, 64x64, epsilon prediction, latent scale 0.2" in done.stderr
-    subprocess.run([COMMAND, "generate", str(folder), *options, "-o", str(python)], check=True, capture_output=True)
+    subprocess.run(
+        [coreml_sd, "generate", str(folder), *options, "-o", str(python)], check=True, capture_output=True
+    )
     assert _pixels(swift) == _pixels(python)
     again = tmp_path / "again.png"
-    subprocess.run([COMMAND, "generate", "--from", str(swift), "-o", str(again)], check=True, capture_output=True)
+    subprocess.run([coreml_sd, "generate", "--from", str(swift), "-o", str(again)], check=True, capture_output=True)
     assert _pixels(again) == _pixels(swift)
 
 

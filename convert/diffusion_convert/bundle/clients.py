@@ -227,7 +227,7 @@ def _needs_of_unet(made: Manifest) -> Iterator[Needs]:
     channels = shapes.get("sample", (0, _PLAIN_CHANNELS))[1]
     if channels != _PLAIN_CHANNELS:
         yield _BY_CHANNELS.get(channels, Needs.OTHER_INPUTS)
-    elif "class_labels" in shapes or made.ip_adapters:
+    elif "class_labels" in shapes or made.ip_adapters or made.t2i_adapters:
         yield Needs.OTHER_INPUTS
     if "time_ids" in shapes:
         yield Needs.REFINER if shapes["time_ids"][-1] == _AESTHETIC_TIME_IDS else Needs.SDXL

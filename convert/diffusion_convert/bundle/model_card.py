@@ -146,10 +146,11 @@ def _hub_license(made: Manifest) -> str:
 
 def _origin(made: Manifest) -> str:
     refiner = f", with {_named(made.refiner.source)} for the last steps" if made.refiner is not None else ""
-    added = _loras(made.source) + _embeddings(made.source)
+    skipped = f" and clip skip {made.clip_skip}" if made.clip_skip else ""
+    added = _loras(made.source) + _embeddings(made.source) + skipped
     text = (
-        f"Stable Diffusion models ({made.family}) for pictures of {' and '.join(map(str, made.sizes))} pixels, "
-        f"converted from {_named(made.source)}{added}{refiner}{_ip_adapters(made)} for {made.target} and later"
+        f"Stable Diffusion models ({made.family}) for pictures of {made.width}x{made.height} pixels, converted "
+        f"from {_named(made.source)}{added}{refiner}{_adapters(made)} for {made.target} and later"
     )
     if "coremltools" not in made.tools:
         return f"{text} by another tool."
@@ -190,11 +191,14 @@ def _embeddings(source: Source) -> str:
     return f" with the textual inversion{'s' * (len(told) > 1)} {'; '.join(told)}" if told else ""
 
 
-def _ip_adapters(made: Manifest) -> str:
-    names = " and ".join(f"`{one.name}`" for one in made.ip_adapters)
-    return (
-        f", with the IP-Adapter{'s' * (len(made.ip_adapters) > 1)} {names}, which apps do not use" if names else ""
-    )
+def _adapters(made: Manifest) -> str:
+    told = []
+    kinds = {"IP-Adapter": [one.name for one in made.ip_adapters], "T2I-Adapter": list(made.t2i_adapters)}
+    for kind, names in kinds.items():
+        if names:
+            listed = " and ".join(f"`{name}`" for name in names)
+            told.append(f", with the {kind}{'s' * (len(names) > 1)} {listed}, which apps do not use")
+    return "".join(told)
 
 
 def _variant_table(variants: Mapping[str, Manifest], zips: Mapping[str, int]) -> Iterator[str]:
@@ -228,6 +232,7 @@ def _running(variants: Mapping[str, Manifest], made: Manifest, kinds: Collection
     attention = next(iter(variants))
     units = AttentionKind(attention).about.compute_units
     pictures = "".join(f" --ip-adapter-image {one.name}=picture.png:0.6" for one in made.ip_adapters)
+    pictures += "".join(f" --adapter {name}=picture.png" for name in made.t2i_adapters)
     ours = f"""**Python** (any machine; on a Mac with Core ML): download and generate.
 
 ```

@@ -60,7 +60,7 @@ def with_controlnets(checkpoint: Checkpoint, sources: Sequence[str], fetch: Fetc
     """
     _check_steerable(checkpoint, sources)
     opened = [_open(source, fetch, checkpoint.models["unet"].config) for source in sources]
-    _check_names(sources, [one.name for one in opened])
+    check_names("--controlnet", PREFIX, sources, [one.name for one in opened])
     for source, one in zip(sources, opened, strict=True):
         _check_fits(source, one.network.config, checkpoint)
         torch_networks.check(one.network, one.network.tensors(), f"{source}: {KIND}")
@@ -99,7 +99,7 @@ def _open(source: str, fetch: Fetch, unet: Mapping[str, Any]) -> Opened:
         network = _from_folder(_inner(fetched))
         origin = Source(name=place, revision=fetched.name, license=diffusers_folder.read_license(fetched))
     control_type = _control_type(source, kind, network)
-    return Opened(_name(f"{name}-{kind}" if kind else name), network, origin, control_type, notes)
+    return Opened(name_of(f"{name}-{kind}" if kind else name), network, origin, control_type, notes)
 
 
 def _apart(source: str) -> tuple[str, str]:
@@ -146,20 +146,20 @@ def _from_folder(folder: Path) -> Submodel:
     return diffusers_folder.read_submodel(folder, UNION)
 
 
-def _name(text: str) -> str:
+def name_of(text: str) -> str:
     """``lllyasviel/sd-controlnet-canny`` -> ``lllyasviel_sd-controlnet-canny``, as Apple's converter does."""
     return _FOREIGN.sub("-", text.replace("/", "_")).strip("-.") or KIND
 
 
-def _check_names(sources: Sequence[str], names: Sequence[str]) -> None:
+def check_names(option: str, prefix: str, sources: Sequence[str], names: Sequence[str]) -> None:
     """Raises InputError for two that apps could not tell apart. Disks of Macs take upper and lower case for one."""
     seen: dict[str, str] = {}
     for source, name in zip(sources, names, strict=True):
-        (compiled,) = compiled_names(PREFIX + name)
+        (compiled,) = compiled_names(prefix + name)
         other = seen.setdefault(compiled.casefold(), source)
         if other is not source:
             raise InputError(
-                f"--controlnet {source}: is called {name!r}, and {other} would have the same file name, "
+                f"{option} {source}: is called {name!r}, and {other} would have the same file name, "
                 f"{compiled}.mlmodelc: rename one of their folders or files"
             )
 

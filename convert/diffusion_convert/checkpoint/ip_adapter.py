@@ -70,6 +70,8 @@ def with_ip_adapters(
 
     Raises InputError for an adapter that is not for this UNet or image encoder, CheckpointError for a file that is
     none or is damaged."""
+    if "unet" not in checkpoint.models:
+        raise InputError(f"{files[0][0]}: is for a UNet, and {checkpoint.name} ({checkpoint.family}) has none")
     encoder: Submodel | None = None
     adapters: list[_Adapter] = []
     for source, path in files:

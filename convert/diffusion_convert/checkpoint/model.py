@@ -42,6 +42,8 @@ class Checkpoint:
     ``folded`` is what its networks are converted with (`folding.fold`); as opened, nothing. ``padding``: see
     `Manifest.padding`; as opened, None. ``added_tokens``: what textual inversions add to each tokenizer, in the
     order of their numbers. ``ip_adapters``: those in its networks, in order.
+    ``t2i_adapters``: where each is from, by its own name; its network is ``models["T2IAdapter_" + name]``.
+    ``clip_skip``: how many layers earlier than usual the text encoders' states are taken; as opened, none.
     """
 
     name: str
@@ -58,8 +60,10 @@ class Checkpoint:
     padding: Mapping[str, int] | None = None
     refiner: Checkpoint | None = None
     added_tokens: tuple[str, ...] = ()
+    clip_skip: int = 0
     controlnets: Mapping[str, ControlNet] = field(default_factory=dict)
     ip_adapters: tuple[IpAdapter, ...] = ()
+    t2i_adapters: Mapping[str, Source] = field(default_factory=dict)
 
     @property
     def denoiser(self) -> Submodel:

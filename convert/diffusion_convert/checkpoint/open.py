@@ -15,6 +15,7 @@ from diffusion_convert.checkpoint.family import refuse_other_uses
 from diffusion_convert.checkpoint.ip_adapter import ENCODER, with_ip_adapters
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.refiner import FAMILY, with_refiner
+from diffusion_convert.checkpoint.t2i_adapter import IN_PIPELINE, with_t2i_adapters
 from diffusion_convert.checkpoint.vae import with_vae
 from diffusion_convert.options import Embedding, Lora, check_path
 from diffusion_runtime.bundle.manifest import Source
@@ -39,6 +40,7 @@ def open_checkpoint(
     ip_adapters: Sequence[str] = (),
     image_encoder: str | None = None,
     no_t5: bool = False,
+    t2i_adapters: Sequence[str] = (),
 ) -> Checkpoint:
     """The checkpoint that ``source`` names: a folder in diffusers' layout, a single .safetensors, .ckpt or .gguf
     file, or the id of a repository on the Hugging Face Hub, with another VAE and LoRAs put in.
@@ -47,7 +49,7 @@ def open_checkpoint(
     base, taken along. ``controlnets``: folders or ids of ControlNets for its UNet. ``no_t5``: of Stable Diffusion
     3, T5 is left out. ``lora_partial``: what of a LoRA has no place in the checkpoint is left out, and is no error.
     ``embeddings``: textual inversions. ``ip_adapters``: files, or OWNER/NAME/FILE on the Hub; ``image_encoder``:
-    theirs, None: the folder of that name beside the first.
+    theirs, None: the folder of that name beside the first. ``t2i_adapters``: folders or ids.
 
     No weight is read. Raises CheckpointError or InputError, in one line, for what cannot be used.
     """
@@ -97,11 +99,13 @@ def open_checkpoint(
         checkpoint = with_refiner(checkpoint, refiner, _open_refiner(refiner, checkpoint))
     if controlnets:
         with _given_as("--controlnet"):
-            checkpoint = with_controlnets(checkpoint, controlnets, _fetch_controlnet)
+            checkpoint = with_controlnets(checkpoint, controlnets, partial(_fetch_network, part=KIND))
     with _given_as("--lora"):
         checkpoint = lora.fuse(checkpoint, loras, lora_partial) if loras else checkpoint
     with _given_as("--embedding"):
         checkpoint = with_embeddings(checkpoint, embeddings) if embeddings else checkpoint
+    if t2i_adapters:
+        checkpoint = with_t2i_adapters(checkpoint, t2i_adapters, partial(_fetch_network, part=IN_PIPELINE))
     return _with_ip_adapters(checkpoint, ip_adapters, image_encoder)
 
 
@@ -130,10 +134,10 @@ def _adapter_file(source: str, beside: bool) -> Path:
     return path if path.exists() else repository.fetch_file(source, ENCODER if beside else None)
 
 
-def _fetch_controlnet(source: str) -> Path:
+def _fetch_network(source: str, part: str) -> Path:
     if not is_repository_id(source):
         raise CheckpointError(f"{source}: no such file or folder")
-    return repository.fetch_network(source, KIND)
+    return repository.fetch_network(source, part)
 
 
 def _open_base(base: str, variant: str | None = None) -> Checkpoint:

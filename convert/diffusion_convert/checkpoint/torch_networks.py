@@ -27,13 +27,15 @@ CLASSES: Mapping[str, str] = {
     "T5EncoderModel": "transformers",
     "DPTForDepthEstimation": "transformers",
     "CLIPVisionModelWithProjection": "transformers",
+    "T2IAdapter": "diffusers",
     "Projections": "diffusion_convert.checkpoint.ip_projections",
     "StableDiffusionSafetyChecker": "diffusers.pipelines.stable_diffusion.safety_checker",
 }
 """Class named in model_index.json -> where it is imported from. Nothing else is ever imported for a checkpoint."""
 
-PICTURE_TOKENS = "ip_adapter_tokens"
-"""A key of a UNet's configuration that no published one has: how many tokens each of its IP-Adapters makes."""
+PICTURE_TOKENS, FEATURES_OF = "ip_adapter_tokens", "t2i_adapter"
+"""Keys of a UNet's configuration that no published one has: how many tokens each of its IP-Adapters makes, and the
+network of a T2I-Adapter whose features it takes."""
 
 RENAMED = (
     (r"^text_model\.", ""),  # transformers 5 dropped the level of the model inside of the model
@@ -109,6 +111,7 @@ def empty(submodel: Submodel, where: str) -> torch.nn.Module:
     kind: Any = getattr(importlib.import_module(CLASSES[submodel.class_name]), submodel.class_name)
     config = dict(submodel.config)
     tokens = config.pop(PICTURE_TOKENS, ())
+    config.pop(FEATURES_OF, None)
     try:
         with silent(), torch.device("meta"):
             if hasattr(kind, "from_config"):

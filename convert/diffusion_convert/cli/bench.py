@@ -12,6 +12,7 @@ from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.backends import ComputeUnits, load_backend, resolve
 from diffusion_runtime.bundle.find import find, parse_units
 from diffusion_runtime.cli import interruption
+from diffusion_runtime.cli.options import Backend
 from diffusion_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def bench(
     components: Annotated[
         str | None, typer.Option(help="Only these, as in unet,vae_decoder. Default: all.", show_default=False)
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto (coreml on macOS, else torch), coreml or torch.")] = "auto",
+    backend: Backend = "auto",
     runs: Annotated[int, typer.Option(help="Calls of which the median is the steady time.", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="Steps of the pictures that are counted per minute.", min=1)] = 20,
     check: Annotated[

@@ -101,13 +101,6 @@ def convert(
     ] = None,
     height: Annotated[int | None, _option("Height of the picture in pixels. Default: the checkpoint's.")] = None,
     width: Annotated[int | None, _option("Width of the picture in pixels. Default: the checkpoint's.")] = None,
-    size: Annotated[
-        list[str] | None,
-        _option(
-            "Size of the picture, width x height, as 768x512; may be given several times: one set of weights for "
-            "all. Sizes are added to those that the same source and options have left in the folder."
-        ),
-    ] = None,
     batch_size: Annotated[
         int | None,
         _option(
@@ -154,6 +147,9 @@ def convert(
             "else the file's); may be given several times."
         ),
     ] = None,
+    clip_skip: Annotated[
+        int, _option("Text states from so many layers earlier, as diffusers' clip_skip. Default: 0.")
+    ] = 0,
     revision: Annotated[str | None, _option("Branch, tag or commit of a Hub repository.")] = None,
     family: Annotated[str | None, _option("sd1, sd2-base, …; an unknown one lists all. Default: detected.")] = None,
     variant: Annotated[
@@ -185,6 +181,12 @@ def convert(
     no_t5: Annotated[
         bool, _option("Leave out T5, the largest text encoder of SD 3: zeros stand for its states.", "--no-t5")
     ] = False,
+    t2i_adapter: Annotated[
+        list[str] | None,
+        _option(
+            "T2I-Adapters (folder or Hub id) that steer the UNet; several with commas, or given several times."
+        ),
+    ] = None,
     layout: Annotated[
         str, _option("Whose interface: apple, or comfyui (ComfyUI-CoreMLSuite 2.x). Default: apple.")
     ] = "apple",
@@ -202,7 +204,7 @@ def convert(
 
     kinds = tuple(parse_choice(AttentionKind, "attention", name) for name in attention or ())
     options = ConvertOptions(
-        attention=kinds,
+        **({"attention": kinds} if kinds else {}),
         nbits=nbits,
         nbits_for=parse_nbits(nbits_for or ()),
         target_bits=target_bits,
@@ -210,7 +212,6 @@ def convert(
         components=parse_list(components or ()),
         height=height,
         width=width,
-        sizes=tuple(size or ()),
         batch_size=batch_size,
         context_length=context_length,
         target=target,
@@ -220,6 +221,7 @@ def convert(
         no_fold=tuple(parse_choice(Folding, "no-fold", name) for name in no_fold or ()),
         loras=tuple(parse_lora(text) for text in lora or ()),
         lora_partial=lora_partial,
+        clip_skip=clip_skip,
         embeddings=tuple(parse_embedding(text) for text in embedding or ()),
         revision=revision,
         family=family,
@@ -231,6 +233,7 @@ def convert(
         ip_adapters=parse_list(ip_adapter or ()),
         image_encoder=image_encoder,
         no_t5=no_t5,
+        t2i_adapters=parse_list(t2i_adapter or ()),
         layout=parse_choice(Layout, "layout", layout),
         precision=parse_choice(Precision, "precision", precision),
         compiled=compile_,

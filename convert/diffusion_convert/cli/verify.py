@@ -40,6 +40,9 @@ def verify(
         list[str] | None, typer.Option(help="The IP-Adapters that were put in at conversion, in their order.")
     ] = None,
     image_encoder: Annotated[str | None, typer.Option(help="Their image encoder, as at conversion.")] = None,
+    t2i_adapter: Annotated[
+        list[str] | None, typer.Option(help="The T2I-Adapters that were named at conversion, in their order.")
+    ] = None,
 ) -> None:
     """Compare every component, packages and compiled, with the source's own networks. Exit code 1: one differs."""
     from diffusion_convert.checkpoint.open import open_checkpoint
@@ -61,6 +64,7 @@ def verify(
         embeddings=embeddings,
         ip_adapters=parse_list(ip_adapter or ()),
         image_encoder=image_encoder,
+        t2i_adapters=parse_list(t2i_adapter or ()),
     )
     rows = [("models", "component", "worst output", "PSNR", "at least", "")]
     for comparison in verify_models(models, checkpoint, lambda text: typer.echo(text, err=True)):

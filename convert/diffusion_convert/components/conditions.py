@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
-from diffusion_convert.checkpoint.torch_networks import PICTURE_TOKENS
+from diffusion_convert.checkpoint.t2i_adapter import feature_shapes
+from diffusion_convert.checkpoint.torch_networks import FEATURES_OF, PICTURE_TOKENS
 from diffusion_convert.components.component import Port
 from diffusion_runtime.guidance import guidance_embedding
 
@@ -219,6 +221,29 @@ def _draw_pictures(ports: tuple[Port, ...], drawing: Drawing) -> Mapping[str, np
     return {**drawn, scales.name: drawing.rng.uniform(0.3, 1, scales.shape)}
 
 
+# --- what T2I-Adapters add to the features on the way down: diffusers' down_intrablock_additional_residuals
+
+
+FEATURE = "adapter_state_"
+
+
+def _feature_ports(asked: Asked) -> tuple[Port, ...]:
+    name = asked.config.get(FEATURES_OF)
+    if name is None:
+        return ()
+    models, (batch, _, *size) = asked.checkpoint.models, asked.sample
+    factor = latent_factor(models["vae"].config)
+    shapes = feature_shapes(models[name], size[0] * factor, size[1] * factor)
+    told = "What all T2I-Adapters add here, each times its scale; zeros where there is none"
+    return tuple(
+        Port(f"{FEATURE}{number}", (batch, *one[1:]), description=told) for number, one in enumerate(shapes)
+    )
+
+
+def _feature_arguments(_: nn.Module, given: Tensors) -> Mapping[str, Any]:
+    return {"down_intrablock_additional_residuals": list(given.values())}
+
+
 CONDITIONS: tuple[Condition, ...] = (
     Condition(
         _label_ports,
@@ -228,6 +253,7 @@ CONDITIONS: tuple[Condition, ...] = (
     Condition(_added_ports, lambda _, given: {"added_cond_kwargs": dict(given)}, _draw_added),
     Condition(_guidance_ports, lambda _, given: dict(given), _draw_guidance),
     Condition(_picture_ports, _picture_arguments, _draw_pictures),
+    Condition(_feature_ports, _feature_arguments, _draw_residuals),
 )
 """What a configuration asks for, in the order of the inputs."""
 RESIDUALS = Condition(_residual_ports, _residual_arguments, _draw_residuals)

@@ -56,5 +56,4 @@ DEPTH_ESTIMATOR = Component(
     name="depth_estimator",
     build=build,
     min_psnr_db=60.0,
-    one_size=True,
 )

@@ -16,21 +16,27 @@ from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.networks import text_encoder
 from diffusion_convert.networks.folding import Padding
-from diffusion_runtime.families import FAMILIES, AttentionKind
+from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS, AttentionKind
+from diffusion_runtime.prompt.text_states import UNSKIPPED
 
 
 class Reference(nn.Module):
     """transformers' own model: input_ids (1, length) -> states, pooled state, as `clip.TextEncoder` gives them."""
 
-    def __init__(self, model: nn.Module, penultimate: bool) -> None:
+    def __init__(self, model: Any, penultimate: bool, skip: int = 0) -> None:
         super().__init__()
         self.model = model
-        self.penultimate = penultimate
+        self.penultimate, self.skip = penultimate, skip
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found = self.model(input_ids=input_ids.long(), output_hidden_states=self.penultimate)
-        states = found.hidden_states[-2] if self.penultimate else found.last_hidden_state
-        return states, found.text_embeds if "text_embeds" in found else found.pooler_output
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = self.model(input_ids=input_ids.long(), output_hidden_states=True)
+        usual = found.hidden_states[-2] if self.penultimate else found.last_hidden_state
+        pooled = found.text_embeds if "text_embeds" in found else found.pooler_output
+        if not self.skip:
+            return usual, pooled
+        if self.penultimate:
+            return found.hidden_states[-2 - self.skip], pooled, usual
+        return self.model.final_layer_norm(found.hidden_states[-1 - self.skip]), pooled, usual
 
 
 class Padded(nn.Module):
@@ -41,14 +47,24 @@ class Padded(nn.Module):
         self.encoder = encoder
         self.padding = padding
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        result: tuple[torch.Tensor, torch.Tensor] = self.encoder(self.padding(input_ids))
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        result: tuple[torch.Tensor, ...] = self.encoder(self.padding(input_ids))
         return result
 
 
 def attends_penultimate(checkpoint: Checkpoint) -> bool:
     """Whether the UNet takes the encoders' states from before their last layer: SDXL and its refiner."""
     return "text_encoder_2" in checkpoint.models
+
+
+def most_skipped(checkpoint: Checkpoint) -> int:
+    """How many of the text encoders' layers clip skip can leave out."""
+    counts = [
+        int(model.config.get("num_hidden_layers", 12))
+        for name, model in checkpoint.models.items()
+        if name in TEXT_ENCODERS
+    ]
+    return min(counts, default=0) - attends_penultimate(checkpoint)
 
 
 def reference(checkpoint: Checkpoint, subfolder: str) -> Reference:
@@ -76,12 +92,14 @@ def build(
     config = checkpoint.models[subfolder].config
     length, width = text_length(checkpoint, subfolder), int(config["hidden_size"])
     pooled = int(config["projection_dim"]) if hasattr(model, "text_projection") else width
-    name, which = (
-        ("hidden_embeds", "before the last layer") if penultimate else ("last_hidden_state", "of all tokens")
-    )
+    skip, name = checkpoint.clip_skip, "hidden_embeds" if penultimate else "last_hidden_state"
+    which = "before the last layer" if penultimate else "of all tokens"
     encoder: nn.Module = (
-        Reference(model, penultimate) if attention is None else text_encoder(model, attention, penultimate)
+        Reference(model, penultimate, skip)
+        if attention is None
+        else text_encoder(model, attention, penultimate, skip)
     )
+    more = (UNSKIPPED,) if skip else ()
     padding = (checkpoint.folded.padding or {}).get(subfolder)
     if padding is not None:
         encoder = Padded(encoder, Padding(folding.end_token(checkpoint, subfolder), padding, length))
@@ -89,8 +107,17 @@ def build(
         module=encoder,
         inputs=(Port("input_ids", (1, length), "float32", "The token ids of a prompt, padded to their number"),),
         outputs=(
-            Port(name, (1, length, width), "float32", f"The states {which}, for the UNet"),
+            Port(
+                name,
+                (1, length, width),
+                "float32",
+                f"The states {which}, for the UNet" + (f", {skip} layers earlier" if skip else ""),
+            ),
             Port("pooled_outputs", (1, pooled), "float32", "The state of the first end-of-text token"),
+            *(
+                Port(one, (1, length, width), "float32", f"The states {which}, for negative prompts")
+                for one in more
+            ),
         ),
         sample=lambda seed: {"input_ids": prompt_ids(config, seed, length).astype(np.float32)},
         description="Encodes a prompt's tokens into the states that the UNet attends to.",
@@ -116,5 +143,4 @@ TEXT_ENCODER = Component(
     min_psnr_db=60.0,
     runs=3,
     palettized=True,
-    one_size=True,
 )

@@ -61,10 +61,10 @@ def put_attention(network: nn.Module, kind: AttentionKind) -> None:
 
 
 def text_encoder(
-    model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL, penultimate: bool = False
+    model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL, penultimate: bool = False, skip: int = 0
 ) -> TextEncoder:
     """transformers' CLIPTextModel or CLIPTextModelWithProjection as `clip.TextEncoder`, on the same parameters."""
-    return TextEncoder(model, ATTENTION[kind], penultimate).eval()
+    return TextEncoder(model, ATTENTION[kind], penultimate, skip).eval()
 
 
 def safety_checker(model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL) -> SafetyChecker:

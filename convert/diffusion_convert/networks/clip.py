@@ -70,14 +70,14 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(layer, attend) for layer in encoder.layers)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return self.both(x, mask)[1]
+        return self.hidden_states(x, mask)[-1]
 
-    def both(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """What goes into the last layer, ``hidden_states[-2]`` to transformers, and what comes out of it."""
-        before = x
+    def hidden_states(self, x: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
+        """What goes into the first layer, and what comes out of each: transformers' ``hidden_states``."""
+        found = [x]
         for layer in self.layers:
-            before, x = x, layer(x, mask)
-        return before, x
+            found.append(layer(found[-1], mask))
+        return found
 
 
 class TextEncoder(nn.Module):
@@ -86,20 +86,22 @@ class TextEncoder(nn.Module):
     input_ids (1, length), float or integer -> states (1, length, width) and the pooled state of the first
     end-of-text token, (1, width), or (1, projection) where the model projects it. States are those after the last
     layer and its norm (``last_hidden_state``), or, with ``penultimate``, those before the last layer
-    (``hidden_states[-2]``, what SDXL's UNets attend to). Parameters are named as in checkpoints: ``text_model.…``.
+    (``hidden_states[-2]``, what SDXL's UNets attend to). With ``skip``, they are those from so many layers earlier,
+    and those without it follow as a third output: diffusers takes them for negative prompts. Parameters are named
+    as in checkpoints: ``text_model.…``.
     """
 
-    def __init__(self, model: Any, attend: Attend, penultimate: bool = False) -> None:
+    def __init__(self, model: Any, attend: Attend, penultimate: bool = False, skip: int = 0) -> None:
         super().__init__()
-        self.text_model = TextModel(getattr(model, "text_model", model), attend, penultimate)
+        self.text_model = TextModel(getattr(model, "text_model", model), attend, penultimate, skip)
         projection = getattr(model, "text_projection", None)
         self.text_projection = None if projection is None else pointwise(projection)
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        states, pooled = self.text_model(input_ids.to(torch.int32))
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        states, pooled, *unskipped = self.text_model(input_ids.to(torch.int32))
         if self.text_projection is not None:
             pooled = self.text_projection(pooled[:, :, None, None]).flatten(1)
-        return states, pooled
+        return states, pooled, *unskipped
 
 
 class TextModel(nn.Module):
@@ -107,9 +109,9 @@ class TextModel(nn.Module):
 
     causal: torch.Tensor
 
-    def __init__(self, model: Any, attend: Attend, penultimate: bool = False) -> None:
+    def __init__(self, model: Any, attend: Attend, penultimate: bool = False, skip: int = 0) -> None:
         super().__init__()
-        self.penultimate = penultimate
+        self.penultimate, self.skip = penultimate, skip
         self.eos_token_id = int(model.config.eos_token_id)
         self.embeddings = TextEmbeddings(model.embeddings)
         self.encoder = Encoder(model.encoder, attend)
@@ -119,20 +121,29 @@ class TextModel(nn.Module):
         causal = torch.full((length, length), MASKED).tril(-1)[None, :, None]
         self.register_buffer("causal", causal, persistent=False)
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         length = int(input_ids.shape[1])
         x = self.embeddings(input_ids).transpose(1, 2).unsqueeze(2)
-        before, last = self.encoder.both(x, first(first(self.causal, length, 1), length, 3))
-        last = self.final_layer_norm(last)
-        states = last.squeeze(2).transpose(1, 2)
-        pooled = states.index_select(1, self._end(input_ids)).squeeze(1)
-        return (before.squeeze(2).transpose(1, 2) if self.penultimate else states), pooled
+        hidden = self.encoder.hidden_states(x, first(first(self.causal, length, 1), length, 3))
+        last = _by_token(self.final_layer_norm(hidden[-1]))
+        pooled = last.index_select(1, self._end(input_ids)).squeeze(1)
+        usual = _by_token(hidden[-2]) if self.penultimate else last
+        if not self.skip:
+            return usual, pooled
+        # diffusers: the last norm is applied to the earlier states as to the last ones, but not SDXL's.
+        earlier = hidden[-2 - self.skip] if self.penultimate else self.final_layer_norm(hidden[-1 - self.skip])
+        return _by_token(earlier), pooled, usual
 
     def _end(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The position of the first end-of-text token, (1,): argmax gives the first of equal values."""
         if self.eos_token_id == LEGACY_EOS:
             return input_ids.argmax(dim=1)  # end-of-text is the last entry of CLIP's vocabulary
         return (input_ids == self.eos_token_id).to(torch.int32).argmax(dim=1)
+
+
+def _by_token(x: torch.Tensor) -> torch.Tensor:
+    """(1, width, 1, length) -> (1, length, width)"""
+    return x.squeeze(2).transpose(1, 2)
 
 
 class TextEmbeddings(nn.Module):
@@ -169,7 +180,7 @@ class VisionEncoder(nn.Module):
     def both(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The states of all patches before the last layer, (1, width, 1, 1 + patches), and the pooled output."""
         x = self.embeddings(pixel_values).transpose(1, 2).unsqueeze(2)
-        before, last = self.encoder.both(self.pre_layrnorm(x), None)
+        *_, before, last = self.encoder.hidden_states(self.pre_layrnorm(x), None)
         pooled: torch.Tensor = self.post_layernorm(last[:, :, :, :1]).flatten(1)
         return before, pooled
 

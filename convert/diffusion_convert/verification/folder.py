@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,6 @@ from diffusion_runtime.families import ATTENTIONS, Layout
 from diffusion_runtime.folding import Folding
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.models import chained
-from diffusion_runtime.picture_size import Size, parse_size
 from diffusion_runtime.real_path import is_there
 
 _SLACK_DB = 1.0
@@ -67,30 +66,22 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
         if described.source.embeddings != checkpoint.source.embeddings:
             was, now = (_embeddings(source.embeddings) for source in (described.source, checkpoint.source))
             report(f"note: {folder} was made with {was}, and is compared with a checkpoint with {now}")
-    references: dict[tuple[str, Shape, Layout, tuple[Folding, ...]], Expected] = {}
+    references: dict[tuple[str, Shape, Layout, tuple[Folding, ...], int], Expected] = {}
     for folder, described in made.items():
         names = described.folded.names
-        folded = fold(checkpoint, names) if names else checkpoint
-        shown = folder.relative_to(models).as_posix() if folder != models else folder.name
-        for name, size, component in _each(described):
-            shape = Shape(size.height, size.width, described.batch_size, described.text_tokens())
-            key = name, shape, described.layout, names
-            title = f"{name} {size}" if size in map(parse_size, described.components[name].sizes) else name
+        folded = replace(fold(checkpoint, names) if names else checkpoint, clip_skip=described.clip_skip)
+        shape = Shape(described.height, described.width, described.batch_size, described.text_tokens())
+        for name, component in described.components.items():
+            key = name, shape, described.layout, names, described.clip_skip
             if key not in references:
-                report(f"running the source's own {title}")
+                report(f"running the source's own {name}")
                 own = laid_out(component_of(name), described.layout)
                 references[key] = compare.reference(own, folded, shape, lambda _: None)
-            report(f"running {shown}: {title}")
+            shown = folder.relative_to(models).as_posix() if folder != models else folder.name
+            report(f"running {shown}: {name}")
             paths = [folder / file for file in component.files]
             bound = _bound(name, component, _palette_widths(paths) if component.palettization else ())
-            yield Comparison(shown, title, _measure(paths, references[key], component.function), bound)
-
-
-def _each(described: Manifest) -> Iterator[tuple[str, Size, manifest.Component]]:
-    """Each component for each size that it is made for; those for all sizes once."""
-    for name, component in described.components.items():
-        for size in map(parse_size, component.sizes or [str(described.sizes[0])]):
-            yield name, size, component.at(size)
+            yield Comparison(shown, name, _measure(paths, references[key]), bound)
 
 
 def _folders(models: Path) -> list[Path]:
@@ -166,12 +157,12 @@ def _palette_widths(paths: Iterable[Path]) -> set[int]:
     return {bits for function in functions for bits in palettized_weights(function)}
 
 
-def _measure(paths: list[Path], expected: Expected, function: str | None = None) -> dict[str, float]:
+def _measure(paths: list[Path], expected: Expected) -> dict[str, float]:
     """PSNR of each output, the worst over all runs; chunks run one after the other."""
     from diffusion_runtime.backends.torch_mil import TorchBackend
 
     backend = TorchBackend(stream_weights=True)
-    model = chained([lambda path=path: backend.load(path, function=function) for path in paths])()  # type: ignore[misc]
+    model = chained([lambda path=path: backend.load(path) for path in paths])()  # type: ignore[misc]
     worst: dict[str, float] = {}
     for inputs, outputs in zip(expected.inputs, expected.outputs, strict=True):
         found = model(**_named(inputs, tuple(model.inputs)))

@@ -4,7 +4,7 @@ one is made from the models' interfaces; what no interface tells is taken from t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,11 @@ from diffusion_runtime.backends.interface import specs
 from diffusion_runtime.bundle.manifest import Component, Latents, Manifest, Refiner, Source, Tensor
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import (
+    CHUNKED,
     COMPONENTS,
     FAMILIES,
     LATENT_SCALE,
+    UNETS,
     Family,
     attention_of,
     compiled_names,
@@ -28,11 +30,11 @@ if TYPE_CHECKING:
     from diffusion_runtime.mil.model import Model
     from diffusion_runtime.mil.program import Feature, Function, Value
 
-_CHUNKED = ("unet", "refiner")
-_CHUNKS = {component: (f"{component}_chunk1", f"{component}_chunk2") for component in _CHUNKED}
+_SUFFIXES = {name: about.package or name for name, about in COMPONENTS.items() if about.several is None}
+_CHUNKS = {component: (f"{_SUFFIXES[component]}_chunk1", f"{_SUFFIXES[component]}_chunk2") for component in CHUNKED}
 _PACKAGE = re.compile(
-    r"Stable_Diffusion_version_(?P<name>.+?)_(?P<component>"
-    + "|".join([*COMPONENTS, *(name for names in _CHUNKS.values() for name in names)])
+    r"Stable_Diffusion_version_(?P<name>.+?)_(?P<suffix>"
+    + "|".join([*_SUFFIXES.values(), *(name for names in _CHUNKS.values() for name in names)])
     + r")\.mlpackage"
 )
 _SCHEDULE: Mapping[str, Any] = {
@@ -73,17 +75,23 @@ class Described:
 
 def holds_unet(folder: Path) -> bool:
     """Whether a folder holds a UNet under a name that Apple's tools give it."""
-    return folder.is_dir() and "unet" in _files(folder)
+    return folder.is_dir() and _unet_in(_files(folder)) is not None
+
+
+def _unet_in(components: Iterable[str]) -> str | None:
+    """The UNet among components: the plain one, else the one that ControlNets steer."""
+    return next((name for name in UNETS if name in components), None)
 
 
 def describe(folder: Path, assumed: Assumed) -> Described:
     """The manifest of a folder that has none. Raises InputError and PackageError for missing and damaged models."""
     files = _files(folder)
     opened = {name: [_model(folder / file) for file in listed] for name, listed in files.items()}
-    attention = attention_of(shape for model in opened["unet"] for shape in _einsums(model))
+    unet = _unet_in(files) or "unet"
+    attention = attention_of(shape for model in opened[unet] for shape in _einsums(model))
     units = attention.about.compute_units
     components = {name: _component(folder, files[name], models, units) for name, models in opened.items()}
-    inputs = {tensor.name: tensor.shape for tensor in components["unet"].inputs}
+    inputs = {tensor.name: tensor.shape for tensor in components[unet].inputs}
     _check(folder, components, inputs)
     channels, *latents = inputs["sample"][1:]
     family = family_of(channels, inputs["encoder_hidden_states"][1], max(latents), "time_ids" in inputs)
@@ -96,7 +104,7 @@ def describe(folder: Path, assumed: Assumed) -> Described:
         name=_name(folder),
         family=family.name,
         source=Source(name=_name(folder)),
-        kind="packages" if files["unet"][0].endswith(".mlpackage") else "compiled",
+        kind="packages" if files[unet][0].endswith(".mlpackage") else "compiled",
         attention=attention.value,
         height=height,
         width=width,
@@ -141,21 +149,37 @@ def _files(folder: Path) -> dict[str, tuple[str, ...]]:
     chunks = ((component, compiled_names(component, len(names))) for component, names in _CHUNKS.items())
     found = {
         component: tuple(f"{name}.mlmodelc" for name in names)
-        for component, names in [*((name, compiled_names(name)) for name in COMPONENTS), *chunks]
+        for component, names in [*((name, compiled_names(name)) for name in _SUFFIXES), *chunks]
         if all((folder / f"{name}.mlmodelc").is_dir() for name in names)
     }
-    if "unet" in found or not folder.is_dir():
-        return found
+    if _unet_in(found) or not folder.is_dir():
+        return {**found, **_several(folder, "{compiled}/*.mlmodelc", "{prefix}")}
     matches = [match for path in sorted(folder.iterdir()) if (match := _PACKAGE.fullmatch(path.name))]
     names = sorted({match["name"] for match in matches})
     if len(names) > 1:
         raise InputError(f"{folder}: holds models of several checkpoints ({', '.join(names)}): one folder for each")
-    packages: dict[str, tuple[str, ...]] = {match["component"]: (match[0],) for match in matches}
+    components = {suffix: component for component, suffix in _SUFFIXES.items()}
+    packages: dict[str, tuple[str, ...]] = {
+        components.get(match["suffix"], match["suffix"]): (match[0],) for match in matches
+    }
     for component, names_of_halves in _CHUNKS.items():
         halves = [packages.pop(name, ()) for name in names_of_halves]
         if all(halves):
             packages[component] = (*halves[0], *halves[1])
-    return packages
+    return {**packages, **_several(folder, "{prefix}*.mlpackage", "")}
+
+
+def _several(folder: Path, pattern: str, prefix: str) -> dict[str, tuple[str, ...]]:
+    """The models of kinds of which there are several, as ControlNets, by component. Apple's converter has their
+    packages with its others, and compiled ones in a folder of the kind, without the prefix."""
+    found: dict[str, tuple[str, ...]] = {}
+    for about in COMPONENTS.values():
+        if about.several is not None:
+            told = {"compiled": about.compiled, "prefix": about.several}
+            for path in sorted(folder.glob(pattern.format(**told))):
+                name = path.relative_to(folder).as_posix()
+                found[prefix.format(**told) + path.stem] = (name,)
+    return found
 
 
 def _model(path: Path) -> Model:

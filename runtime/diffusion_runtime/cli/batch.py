@@ -9,15 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffusion_runtime.cli import interruption
-from diffusion_runtime.cli.console import (
-    INTERRUPTED,
-    SECONDS_BETWEEN_LINES,
-    error_console,
-    option,
-    progress_bar,
-    say,
-)
+from diffusion_runtime.cli import interruption, options
+from diffusion_runtime.cli.console import INTERRUPTED, SECONDS_BETWEEN_LINES, error_console, progress_bar, say
+from diffusion_runtime.cli.options import option
 
 if TYPE_CHECKING:
     from diffusion_runtime.batch.run import Batch
@@ -72,59 +66,39 @@ def batch(
     workers: Annotated[
         int | None, option("Processes, each with its own models. Default: 1, or one for each unit or device.")
     ] = None,
-    threads: Annotated[
-        int | None, option("torch backend: threads of each worker. Default: half of the cores.")
-    ] = None,
+    threads: options.WorkerThreads = None,
     ray: Annotated[
         str | None,
         option("Workers on a Ray cluster: local, auto or its address. Default workers: its CPUs by --threads."),
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto (coreml on macOS, else torch), coreml or torch.")] = "auto",
-    compute_units: Annotated[str | None, option("Core ML: as cpu-and-ne,cpu-and-gpu for a worker on each.")] = None,
-    device: Annotated[str | None, option("torch backend: as cuda:0,cuda:1 for a worker on each.")] = None,
-    dtype: Annotated[str | None, option("torch backend: float32, bfloat16 or float16.")] = None,
-    reduce_memory: Annotated[bool, option("Load and free models stage by stage.", "--reduce-memory")] = False,
-    tokenizer: Annotated[Path | None, option("Folder of vocab.json and merges.txt, where MODELS has none.")] = None,
-    safety: Annotated[bool, typer.Option("--safety/--no-safety", help="Use the safety checker.")] = True,
-    ignore: Annotated[list[str] | None, option("A column of your own to pass over; may be given again.")] = None,
+    backend: options.Backend = "auto",
+    compute_units: options.EachUnit = None,
+    device: options.EachDevice = None,
+    dtype: options.Dtype = None,
+    reduce_memory: options.ReduceMemory = False,
+    tokenizer: options.Tokenizer = None,
+    safety: options.Safety = True,
+    ignore: options.Ignored = None,
     redo: Annotated[bool, option("Replace pictures that other rows, options or models made.", "--redo")] = False,
 ) -> None:
     from diffusion_runtime.batch import run as batches
 
-    defaults = {
-        "negative_prompt": negative_prompt,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "scheduler": scheduler,
-        "eta": eta,
-        "seed": seed,
-        "rng": rng,
-        "strength": strength,
-    }
-    loading = {
-        "backend": backend,
-        "dtype": dtype,
-        "reduce_memory": reduce_memory,
-        "tokenizer": None if tokenizer is None else str(tokenizer),
-        "check_safety": safety,
-    }
-    given = {name: value for name, value in loading.items() if value is not None}
+    defaults = options.given(
+        negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale, scheduler=scheduler, eta=eta
+    ) | options.given(seed=seed, rng=rng, strength=strength)
+    loading = options.given(
+        backend=backend, dtype=dtype, reduce_memory=reduce_memory, tokenizer=tokenizer, check_safety=safety
+    )
     each = threads or batches.default_threads()
     cluster = None if ray is None else batches.connect(ray)
     if cluster is not None and workers is None and not (compute_units or device):
         workers = max(1, batches.cores(cluster) // each)
-    setups = batches.setups(str(models.absolute()), given, _absolute(output), each, workers, compute_units, device)
+    setups = batches.setups(
+        str(models.absolute()), loading, _absolute(output), each, workers, compute_units, device
+    )
     place = batches.open_place(_absolute(output))
     with place.hold():
-        plan = batches.prepare(
-            prompts,
-            place,
-            {k: v for k, v in defaults.items() if v is not None},
-            count,
-            setups,
-            set(ignore or ()),
-            redo,
-        )
+        plan = batches.prepare(prompts, place, defaults, count, setups, set(ignore or ()), redo)
         made_by = batches.LocalWorkers(setups) if cluster is None else batches.RayWorkers(cluster, setups)
         _run(batches.Batch(plan, place, made_by), output)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import typer
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -12,11 +10,6 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # what shells call a program that was stopped by Ctrl-C
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
-
-
-def option(help_text: str, *names: str) -> Any:
-    """An option that is not required and whose help says what leaving it out means."""
-    return typer.Option(*names, help=help_text, show_default=False)
 
 
 def progress_bar(console: Console) -> Progress:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffusion_runtime import atomic
-from diffusion_runtime.cli import interruption
-from diffusion_runtime.cli.console import INTERRUPTED, error_console, option, progress_bar, say
-from diffusion_runtime.errors import InputError, InstallationError
+from diffusion_runtime.cli import interruption, options
+from diffusion_runtime.cli.console import INTERRUPTED, error_console, progress_bar, say
+from diffusion_runtime.cli.options import option
+from diffusion_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from diffusion_runtime.evaluate.measure import Measurement
@@ -79,54 +79,58 @@ def evaluate(
     ] = "inception",
     seed: Annotated[int, typer.Option(help="Of the first prompt; they count up.")] = 0,
     workers: Annotated[int | None, option("Processes that draw, each with its own models. Default: 1.")] = None,
-    threads: Annotated[
-        int | None, option("torch backend: threads of each worker. Default: half of the cores.")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="auto (coreml on macOS, else torch), coreml or torch.")] = "auto",
-    compute_units: Annotated[str | None, option("As for batch: a worker on each.")] = None,
-    device: Annotated[str | None, option("torch backend: as cuda:0,cuda:1 for a worker on each.")] = None,
-    dtype: Annotated[str | None, option("torch backend: float32, bfloat16 or float16.")] = None,
-    safety: Annotated[bool, typer.Option("--safety/--no-safety", help="Use the safety checker.")] = True,
-    ignore: Annotated[list[str] | None, option("A column of your own to pass over; may be given again.")] = None,
+    threads: options.WorkerThreads = None,
+    backend: options.Backend = "auto",
+    compute_units: options.EachUnit = None,
+    device: options.EachDevice = None,
+    dtype: options.Dtype = None,
+    safety: options.Safety = True,
+    ignore: options.Ignored = None,
     redo: Annotated[bool, option("Replace pictures that other prompts, options or models made.", "--redo")] = False,
 ) -> None:
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise InstallationError(f"evaluate needs {', '.join(missing)}: run `pip install 'coreml-sd[evaluate]'`")
-    from diffusion_runtime.evaluate import measure, networks, report, sweep
+    options.check_installed("evaluate", NEEDED, "evaluate")
+    from diffusion_runtime.evaluate import report, sweep
 
     if reference_images is None and len(models) == 1:
         raise InputError("nothing to take distances from: give --reference-images DIR or a second MODELS")
     ignored = set(ignore or ())
-    loading = {"backend": backend, "dtype": dtype, "check_safety": safety}
+    loading = options.given(backend=backend, dtype=dtype, check_safety=safety)
     each = sweep.default_threads() if threads is None else threads
-    work = sweep.Work(
-        {name: value for name, value in loading.items() if value is not None}, each, workers, compute_units, device
-    )
-    options = {"steps": steps, "scheduler": scheduler, "seed": seed}
+    work = sweep.Work(loading, each, workers, compute_units, device)
+    chosen = {"steps": steps, "scheduler": scheduler, "seed": seed}
     what = sweep.Sweep(
-        sweep.name_models(models), prompts, sweep.parse_scales(guidance), output, options, work, ignored
+        sweep.name_models(models), prompts, sweep.parse_scales(guidance), output, chosen, work, ignored
     )
     texts = sweep.read_prompts(prompts, ignored)
     atomic.check_writable(output)
-    console = error_console()
-    seeing = networks.load_clip(clip)
-    measurement = measure.Measurement(what, seeing, networks.load_features(features, seeing))
-    if reference_images is not None:
-        measurement.reference = measure.look_at(reference_images, measurement.features)
-    if cut := seeing.too_long(texts):
-        say(console, f"{cut} prompts are longer than CLIP reads: their ends do not count in the CLIP score")
+    measurement = _measurement(what, texts, clip, features, reference_images)
     with atomic.locked(output):
         _draw(what, redo)
         rows = _measured(measurement)
         notes = measurement.notes(rows)
         reference = next(iter(what.models)) if reference_images is None else str(reference_images)
-        about = {"prompts": str(prompts), **options, "clip": clip, "features": features, "reference": reference}
+        about = {"prompts": str(prompts), **chosen, "clip": clip, "features": features, "reference": reference}
         written = report.write(output, rows, {**about, "safety": safety, "notes": notes})
     for note in notes:
-        say(console, note)
+        say(error_console(), note)
     _show(rows)
     typer.echo(f"{output}: {', '.join(written)}")
+
+
+def _measurement(
+    what: Sweep, texts: Sequence[str], clip: str, features: str, reference_images: Path | None
+) -> Measurement:
+    """The networks that look at pictures, loaded, and what they make of the reference."""
+    from diffusion_runtime.evaluate import measure, networks
+
+    seeing = networks.load_clip(clip)
+    measurement = measure.Measurement(what, seeing, networks.load_features(features, seeing))
+    if reference_images is not None:
+        measurement.reference = measure.look_at(reference_images, measurement.features)
+    if cut := seeing.too_long(texts):
+        said = f"{cut} prompts are longer than CLIP reads: their ends do not count in the CLIP score"
+        say(error_console(), said)
+    return measurement
 
 
 def _draw(what: Sweep, redo: bool) -> None:

@@ -9,20 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffusion_runtime.cli import interruption
-from diffusion_runtime.cli.console import (
-    INTERRUPTED,
-    SECONDS_BETWEEN_LINES,
-    error_console,
-    option,
-    progress_bar,
-    say,
-)
+from diffusion_runtime.cli import interruption, options
+from diffusion_runtime.cli.console import INTERRUPTED, SECONDS_BETWEEN_LINES, error_console, progress_bar, say
+from diffusion_runtime.cli.options import option
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from diffusion_runtime.control import ControlFile
     from diffusion_runtime.denoising import Step
     from diffusion_runtime.generation import Made, OnStep, Order
     from diffusion_runtime.stages import Run
@@ -49,6 +44,11 @@ by --depth-image. Models of a depth checkpoint.
 * [bold]editing[/bold]: --image, and a prompt that says what to change. Models of an
 InstructPix2Pix checkpoint; --image-guidance-scale says how closely to follow the image.
 
+* [bold]ControlNets[/bold], with any of the above: --control NAME=PICTURE, as many as you
+like; its NAME is that in the models' folder, or a part of it that says which.
+PICTURE has the size of the result and is what the ControlNet takes (edges,
+depth, …), or any picture with --prepare canny (or depth, tile).
+
 * [bold]upscaling[/bold]: --image, a quarter of the result's size, and --noise-level.
 Models of the x4 upscaler.
 
@@ -66,6 +66,9 @@ Examples:
 
     coreml-sd generate models --prompts-file prompts.txt --count 4 \\
         --seed 1 -o out/picture.png
+
+    coreml-sd generate models --prompt "a house" -o house.png \\
+        --control canny=photo.jpg:0.8 --prepare canny
 
     coreml-sd generate --from circle.png -o again.png
 """
@@ -116,61 +119,77 @@ def generate(
         float | None,
         option("SDXL with a refiner: the part of the steps after which it goes on, as 0.8. Default: never."),
     ] = None,
+    control: Annotated[
+        list[str] | None,
+        option(
+            "Steer by a ControlNet: NAME=PICTURE[:SCALE[:START[:END]]], as canny=edges.png:0.8. Several at once."
+        ),
+    ] = None,
+    prepare: Annotated[
+        list[str] | None,
+        option("Make a control's picture of the one given: [NAME=]canny, depth or tile.", "--prepare"),
+    ] = None,
+    guess_mode: Annotated[
+        bool, option("ControlNets steer the prompt's half of the guidance alone.", "--guess-mode")
+    ] = False,
+    clip_skip: Annotated[
+        int | None, option("Part of the models: refused unless they were converted with the same.")
+    ] = None,
     preview: Annotated[
         bool, option("Keep NAME-preview.png up to date while working, checked as pictures are.", "--preview")
     ] = False,
     from_picture: Annotated[
         Path | None, option("Repeat a picture that was made here; other options override.", "--from")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto (coreml on macOS, else torch), coreml or torch.")] = "auto",
-    compute_units: Annotated[
-        str | None, option("all, cpu-and-gpu, cpu-and-ne or cpu-only. Default: the models'.")
-    ] = None,
-    reduce_memory: Annotated[bool, option("Load and free models stage by stage.", "--reduce-memory")] = False,
-    dtype: Annotated[str | None, option("torch backend: float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, option("torch backend: cpu, cuda or mps.")] = None,
-    tokenizer: Annotated[Path | None, option("Folder of vocab.json and merges.txt, where MODELS has none.")] = None,
+    backend: options.Backend = "auto",
+    compute_units: options.ComputeUnits = None,
+    reduce_memory: options.ReduceMemory = False,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    tokenizer: options.Tokenizer = None,
     prediction_type: Annotated[
         str | None, option("Models without manifest: epsilon, v_prediction or sample.")
     ] = None,
     latent_scale: Annotated[float | None, option("Models without manifest: the VAE's scaling factor.")] = None,
-    safety: Annotated[bool, typer.Option("--safety/--no-safety", help="Use the safety checker.")] = True,
+    safety: options.Safety = True,
 ) -> None:
     from diffusion_runtime import generation
 
-    options = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "seed": seed,
-        "rng": rng,
-        "scheduler": scheduler,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "image_guidance_scale": image_guidance_scale,
-        "eta": eta,
-        "image": _text(image),
-        "mask": _text(mask),
-        "depth_image": _text(depth_image),
-        "strength": strength,
-        "noise_level": noise_level,
-        "long_prompt": long_prompt or None,
-        "refiner_start": refiner_start,
-    }
-    loading = {
-        "backend": backend,
-        "compute_units": compute_units,
-        "tokenizer": _text(tokenizer),
-        "reduce_memory": reduce_memory,
-        "check_safety": safety,
-        "prediction_type": prediction_type,
-        "latent_scale": latent_scale,
-        "dtype": dtype,
-        "device": device,
-    }
+    settings = options.given(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        rng=rng,
+        scheduler=scheduler,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        image_guidance_scale=image_guidance_scale,
+        eta=eta,
+        image=image,
+        mask=mask,
+        depth_image=depth_image,
+        strength=strength,
+        noise_level=noise_level,
+        long_prompt=long_prompt or None,
+        refiner_start=refiner_start,
+        controls=_controls(control, prepare),
+        guess_mode=guess_mode or None,
+    )
+    loading = options.given(
+        backend=backend,
+        compute_units=compute_units,
+        tokenizer=tokenizer,
+        reduce_memory=reduce_memory,
+        check_safety=safety,
+        prediction_type=prediction_type,
+        latent_scale=latent_scale,
+        dtype=dtype,
+        device=device,
+    )
     order = generation.order(
         models,
-        {name: value for name, value in options.items() if value is not None},
-        loading={name: value for name, value in loading.items() if value is not None},
+        settings,
+        loading=loading,
         from_picture=from_picture,
         prompts_file=prompts_file,
         count=count,
@@ -180,13 +199,13 @@ def generate(
     done: list[Made] = []
     try:
         with interruption.seen():
-            _make(order, done)
+            _make(order, done, clip_skip)
     except KeyboardInterrupt:
         say(error_console(), f"interrupted: {len(done)} of {len(order.planned)} pictures are finished")
         sys.exit(INTERRUPTED)
 
 
-def _make(order: Order, done: list[Made]) -> None:
+def _make(order: Order, done: list[Made], clip_skip: int | None) -> None:
     """Make the pictures; ``done`` is told of each."""
     from diffusion_runtime import generation
     from diffusion_runtime.loading import load_pipeline
@@ -194,6 +213,7 @@ def _make(order: Order, done: list[Made]) -> None:
     console = error_console()
     with console.status("loading models"):
         pipeline = load_pipeline(order.models, **order.loading)
+    pipeline.check_clip_skip(clip_skip)
     for note in pipeline.notes:
         say(console, note)
     told: set[str] = set()
@@ -216,8 +236,13 @@ def _make(order: Order, done: list[Made]) -> None:
         )
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+def _controls(given: list[str] | None, preparations: list[str] | None) -> tuple[ControlFile, ...] | None:
+    """What --control and --prepare say; None where neither is given."""
+    from diffusion_runtime import control
+
+    if not given and not preparations:
+        return None
+    return control.prepared([control.parse(one) for one in given or ()], preparations or ())
 
 
 def _report(console: Console, made: Made) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
 
 import typer
 
 from diffusion_runtime.cli.console import INTERRUPTED, error_console
+from diffusion_runtime.cli.options import Backend
 
 
 def run_models(
-    backend: Annotated[str, typer.Option(help="auto (coreml on macOS, else torch), coreml or torch.")] = "auto",
+    backend: Backend = "auto",
 ) -> None:
     """Run models for a program in another language, over standard input and output.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffusion_runtime.cli.console import INTERRUPTED, error_console, option, say
-from diffusion_runtime.errors import InputError, InstallationError
+from diffusion_runtime.cli import options
+from diffusion_runtime.cli.console import INTERRUPTED, error_console, say
+from diffusion_runtime.cli.options import option
+from diffusion_runtime.errors import InputError
 
 HELP = """
 Serve converted models over HTTP.
@@ -39,8 +41,11 @@ Examples:
     coreml-sd serve models --host 0.0.0.0 --api-key-file keys.txt \\
         --allow-host pictures.example.org
 """
+if TYPE_CHECKING:
+    from diffusion_runtime.serve.guard import Rules
+
 NEEDED = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
-FOR_PAGE = "gradio"
+FOR_PAGE = ("gradio",)
 
 
 def serve(
@@ -66,46 +71,26 @@ def serve(
     memory_budget: Annotated[
         float | None, option("GB for all models together; those used longest ago are freed. Default: no limit.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto (coreml on macOS, else torch), coreml or torch.")] = "auto",
-    compute_units: Annotated[
-        str | None, option("all, cpu-and-gpu, cpu-and-ne or cpu-only. Default: the models'.")
-    ] = None,
-    dtype: Annotated[str | None, option("torch backend: float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, option("torch backend: cpu, cuda or mps.")] = None,
+    backend: options.Backend = "auto",
+    compute_units: options.ComputeUnits = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
     threads: Annotated[
         int | None, option("torch backend: threads of each set of models. Default: all cores.")
     ] = None,
     ui: Annotated[bool, option("A page at / to draw with (needs the extra ui).", "--ui")] = False,
-    safety: Annotated[bool, typer.Option("--safety/--no-safety", help="Use the safety checker.")] = True,
+    safety: options.Safety = True,
 ) -> None:
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise InstallationError(f"serve needs {', '.join(missing)}: run `pip install 'coreml-sd[serve]'`")
-    if ui and find_spec(FOR_PAGE) is None:
-        raise InstallationError(f"--ui needs {FOR_PAGE}: run `pip install 'coreml-sd[ui]'`")
+    options.check_installed("serve", NEEDED, "serve")
+    if ui:
+        options.check_installed("--ui", FOR_PAGE, "ui")
     from diffusion_runtime.serve import server
 
-    loading = {
-        "backend": backend,
-        "compute_units": compute_units,
-        "dtype": dtype,
-        "device": device,
-        "check_safety": safety,
-    }
-    given = {name: value for name, value in loading.items() if value is not None}
-    keys = () if api_key_file is None else server.read_keys(api_key_file)
-    if not keys and not server.is_loopback(host):
-        raise InputError(f"--host {host}: others could reach it: give --api-key-file FILE, with a key on each line")
-    setups = server.setups(models, given, threads)
-    hosts = (*server.LOCAL_NAMES, *([] if host in ("0.0.0.0", "::") else [host]), *(allow_host or ()))  # noqa: S104
-    rules = server.Rules(
-        hosts=hosts,
-        any_address=not server.is_loopback(host),
-        origins=tuple(cors or ()),
-        keys=keys,
-        challenge=server.FOR_BROWSERS if ui else "Bearer",
-        most=max_body << 20,
+    loading = options.given(
+        backend=backend, compute_units=compute_units, dtype=dtype, device=device, check_safety=safety
     )
+    rules = _rules(host, allow_host or (), cors or (), api_key_file, ui, max_body)
+    setups = server.setups(models, loading, threads)
     limits = server.Limits(pictures=max_pictures, steps=max_steps, seconds=deadline)
     budget = None if memory_budget is None else int(memory_budget * 1e9)
     metrics = server.Metrics()
@@ -123,6 +108,25 @@ def serve(
         ui,
     ):
         raise typer.Exit(INTERRUPTED)
+
+
+def _rules(
+    host: str, allow_host: Sequence[str], cors: Sequence[str], api_key_file: Path | None, ui: bool, max_body: int
+) -> Rules:
+    """Who may ask for what. Raises InputError where others could reach the server without a key."""
+    from diffusion_runtime.serve import server
+
+    keys = () if api_key_file is None else server.read_keys(api_key_file)
+    if not keys and not server.is_loopback(host):
+        raise InputError(f"--host {host}: others could reach it: give --api-key-file FILE, with a key on each line")
+    return server.Rules(
+        hosts=(*server.LOCAL_NAMES, *([] if host in ("0.0.0.0", "::") else [host]), *allow_host),  # noqa: S104
+        any_address=not server.is_loopback(host),
+        origins=tuple(cors),
+        keys=keys,
+        challenge=server.FOR_BROWSERS if ui else "Bearer",
+        most=max_body << 20,
+    )
 
 
 def register(app: typer.Typer) -> None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from diffusion_runtime.prompt.tokenizer import Tokenizer, Tokens
 
 STATES = ("last_hidden_state", "hidden_embeds", "encoder_hidden_states")
+UNSKIPPED = "unskipped_states"
+"""What a text encoder that was converted with clip skip gives beside them: the states without it. diffusers takes
+those for negative prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,38 +55,44 @@ class TextStates:
         """The text encoders that these models have; the first of all where they have none, so that it is missed."""
         return tuple(name for name in TEXT_ENCODERS if name in self.models) or TEXT_ENCODERS[:1]
 
-    def encode(self, texts: Sequence[str | None]) -> Encoded:
-        """Each distinct text is encoded once. None is a text that was not given: it is zero where the checkpoint
-        wants that (SDXL's), else empty. An empty text is encoded as any other."""
-        distinct = list(dict.fromkeys(texts))
+    def encode(self, texts: Sequence[str | None], negative: Sequence[bool] = ()) -> Encoded:
+        """Each distinct text is encoded once. ``negative``: which are negative prompts: for those diffusers skips
+        no layers. None is a text that was not given: it is zero where the checkpoint wants that (SDXL's), else
+        empty. An empty text is encoded as any other."""
+        whole = negative if negative and self.manifest.clip_skip else [False] * len(texts)
+        given = list(zip(texts, whole, strict=True))
+        distinct = list(dict.fromkeys(given))
         states: list[torch.Tensor] = []
         pooled: torch.Tensor | None = None
         notes: dict[str, None] = {}
         for name, tokenizer in zip(self.encoders, self.tokenizers, strict=False):
             pieces = self._pieces(tokenizer)
-            tokens = [tokenizer.encode(text or "", pieces) for text in distinct]
+            tokens = [tokenizer.encode(text or "", pieces) for text, _ in distinct]
             self._check_known(name, tokenizer, tokens)
             notes |= dict.fromkeys(self._note(token, tokenizer, pieces) for token in tokens if token.lost)
-            found = [self._states(name, token) for token in tokens]
+            found = [
+                self._states(name, token, is_whole) for token, (_, is_whole) in zip(tokens, distinct, strict=True)
+            ]
             states.append(torch.stack([one for one, _ in found]))
-            whole = [one for _, one in found if one is not None]
-            one = torch.stack(whole) if whole else None
+            wholes = [one for _, one in found if one is not None]
+            one = torch.stack(wholes) if wholes else None
             pooled = (
                 torch.cat([pooled, one], dim=1) if self.joint and pooled is not None and one is not None else one
             )
             self.models.release(name)
         together = (
-            self._joined(states, [text or "" for text in distinct], notes)
+            self._joined(states, [text or "" for text, _ in distinct], notes)
             if self.joint
             else torch.cat(states, dim=1)
         )
-        if self.manifest.force_zeros_for_empty_prompt and None in distinct:
+        missing = [index for index, (text, _) in enumerate(distinct) if text is None]
+        if self.manifest.force_zeros_for_empty_prompt and missing:
             # As diffusers' SDXL: zeros stand for a negative prompt that is not given, never for an empty one that
             # is.
-            together[distinct.index(None)] = 0.0
+            together[missing] = 0.0
             if pooled is not None:
-                pooled[distinct.index(None)] = 0.0
-        rows = [distinct.index(text) for text in texts]
+                pooled[missing] = 0.0
+        rows = [distinct.index(one) for one in given]
         return Encoded(together[rows], None if pooled is None else pooled[rows], tuple(notes))
 
     @property
@@ -101,7 +110,7 @@ class TextStates:
             tokens = [self.t5.encode(text) for text in texts]
             self._check_known(T5, self.t5, tokens)
             notes |= dict.fromkeys(self._note(token, self.t5, 1) for token in tokens if token.lost)
-            following = torch.stack([self._states(T5, token)[0] for token in tokens])
+            following = torch.stack([self._states(T5, token, is_whole=True)[0] for token in tokens])
             self.models.release(T5)
         if following.shape[1:] != (self.unet_width, 1, rest):
             raise InputError(
@@ -144,11 +153,13 @@ class TextStates:
             )
         return f"the prompt was cut after {room} tokens; lost: {lost!r}"
 
-    def _states(self, name: str, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(width, 1, length) states of a text's pieces, and the pooled state of the first one."""
+    def _states(self, name: str, tokens: Tokens, is_whole: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(width, 1, length) states of a text's pieces, and the pooled state of the first one. ``is_whole``: of all
+        layers, whatever the models' clip skip."""
         encoder = self.models[name]
         spec = encoder.inputs["input_ids"]
-        wanted = next((one for one in STATES if one in encoder.outputs), STATES[0])
+        names = (UNSKIPPED, *STATES) if is_whole else STATES
+        wanted = next((one for one in names if one in encoder.outputs), STATES[0])
         ids = [row[None].astype(spec.dtype) for row in tokens.ids]
         rows = [encoder.several(wanted, "pooled_outputs", input_ids=piece) for piece in ids]
         found = np.concatenate([row[0] for row in rows])

@@ -92,8 +92,7 @@ class _Worker:
         from diffusion_runtime import tasks
 
         described = self.pipeline.manifest
-        channels = self.pipeline.models["unet"].inputs["sample"].shape[1]
-        channels = tasks.kind(channels, described.latents.channels)
+        channels = tasks.kind(self.pipeline.channels, described.latents.channels)
         height, width = next(iter(self.pipeline.models["vae_decoder"].outputs.values())).shape[-2:]
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return About(

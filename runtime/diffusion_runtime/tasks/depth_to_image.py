@@ -8,6 +8,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.models import Models
 from diffusion_runtime.tasks import image_to_image
 from diffusion_runtime.tasks.job import Job, Prepared, Task
 
@@ -30,7 +31,7 @@ def prepare(job: Job) -> Prepared:
 def depth_channel(job: Job) -> torch.Tensor:
     """(1, 1, height, width) of latents in -1..1, nearer larger: the depth that was given, else estimated."""
     given = job.request.depth
-    depth = _given(given) if given is not None else _estimated(job)
+    depth = _given(given) if given is not None else estimated(job.models, job.image())
     small = interpolate(depth, size=job.latent_size, mode="bicubic", align_corners=False)
     nearest, farthest = small.amax(), small.amin()
     if not (torch.isfinite(nearest) and nearest > farthest):
@@ -47,15 +48,16 @@ def _given(depth: Image.Image | torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.asarray(wide, np.float32).copy())[None, None]
 
 
-def _estimated(job: Job) -> torch.Tensor:
-    """What the converted estimator (DPT) says of the picture in -1..1, resized to its own size bicubically."""
-    estimator = job.models["depth_estimator"]
+def estimated(models: Models, image: Image.Image) -> torch.Tensor:
+    """What the converted estimator (DPT) says of a picture (1, 1, its height, its width), nearer larger. It sees
+    the picture in -1..1, resized to its own size bicubically."""
+    estimator = models["depth_estimator"]
     (name, spec), *_ = estimator.inputs.items()
     height, width = spec.shape[-2:]
-    image = job.image().convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    pixels = (np.asarray(image, np.float32) / 255.0 - 0.5) / 0.5
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    pixels = (np.asarray(resized, np.float32) / 255.0 - 0.5) / 0.5
     values = estimator.one("predicted_depth", **{name: pixels.transpose(2, 0, 1)[None].astype(spec.dtype)})
-    job.models.release("depth_estimator")
+    models.release("depth_estimator")
     return torch.from_numpy(values).float().reshape(1, 1, *values.shape[-2:])
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffusion_runtime.added_conditions import SizeConditioning
 from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.control import Control
 from diffusion_runtime.denoising import Start
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.models import Models
@@ -55,7 +56,8 @@ class Request:
     the caller, or, with ``denoising_start``, what another model left at its ``denoising_end`` (parts of the steps).
     ``refiner_start`` is the part of the steps after which a refiner goes on. ``guidance_scale`` and
     ``image_guidance_scale`` None are the models' own defaults; ``sizes`` are what SDXL's UNets are told;
-    ``picture_prompts`` are for IP-Adapters.
+    ``picture_prompts`` are for IP-Adapters, ``controls`` pictures for ControlNets; in ``guess_mode`` these add
+    nothing to the unconditional half, and less to the features of the first layers.
     Raises InputError for what no models could do."""
 
     prompts: tuple[str, ...]
@@ -77,6 +79,8 @@ class Request:
     denoising_end: float | None = None
     refiner_start: float | None = None
     picture_prompts: tuple[PicturePrompt, ...] = ()
+    controls: tuple[Control, ...] = ()
+    guess_mode: bool = False
     sizes: SizeConditioning = field(default_factory=SizeConditioning)
 
     def __post_init__(self) -> None:
@@ -90,8 +94,9 @@ class Request:
                 "for each"
             )
         self._check_numbers()
-        if not isinstance(self.long_prompt, bool):
-            raise InputError(f"long_prompt {self.long_prompt!r}: expected True or False")
+        for name in ("long_prompt", "guess_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} {getattr(self, name)!r}: expected True or False")
         self._check_pictures()
 
     def _check_numbers(self) -> None:

@@ -153,7 +153,10 @@ private struct PictureGolden: Decodable {
     #expect(request.numInferenceSteps == 7 && request.longPrompt && request.guidanceScale == 5 && request.scheduler == .dpmPlusPlus2MKarras)
     #expect(request.eta == 0.5 && request.refinerStart == 0.8)
     #expect(read.text("models") == "a/b" && read.number("latent_scale") == nil)
-    for damage: (String, JSON) in [("steps", .string("many")), ("refiner_start", .string("late"))] {
+    let unusable: [(String, JSON)] = [
+        ("steps", .string("many")), ("refiner_start", .string("late")), ("controls", .array([.object(["name": .string("canny")])])),
+    ]
+    for damage in unusable {
         try picture.write(to: file, record: Record([("prompt", .string("x")), damage]))
         #expect(throws: DiffusionError.self) { try Record(contentsOf: file).request() }
     }

@@ -86,32 +86,6 @@ class ModelList(BaseModel):
 def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
-    async def answer(
-        request: Request,
-        name: str | None,
-        size: str | None,
-        count: int,
-        seed: int | None,
-        prompt: str,
-        **settings: Any,
-    ) -> Images:
-        model = _model(service, name)
-        about = await service.about(model)
-        match = SIZE.fullmatch(size or "auto")
-        if match:
-            await service.check_size(model, int(match[1]), int(match[2]))
-        elif (size or "auto") != "auto":
-            raise Refused(f"Invalid size {size!r}: expected auto or {about.width}x{about.height}")
-        if count > service.limits.pictures:
-            raise Refused(f"n {count}: expected at most {service.limits.pictures}")
-        wanted = [
-            service.wanted(prompt, seed=None if seed is None else seed + index, **settings)
-            for index in range(count)
-        ]
-        pictures = await service.make(partial(disconnect, request), service.order(wanted), model)
-        shown = f"{about.width}x{about.height}"
-        return Images(created=int(time.time()), data=[_datum(picture) for picture in pictures], size=shown)
-
     @router.get("/models")
     async def models() -> ModelList:
         """The models that are served."""
@@ -120,7 +94,8 @@ def routes(service: Service) -> APIRouter:
     @router.post("/images/generations")
     async def generations(request: Request, asked: Generations) -> Images:
         """Make pictures from a prompt."""
-        return await answer(
+        return await _answer(
+            service,
             request,
             asked.model,
             asked.size,
@@ -133,6 +108,11 @@ def routes(service: Service) -> APIRouter:
             scheduler=asked.scheduler,
         )
 
+    _add_edits(router, service)
+    return router
+
+
+def _add_edits(router: APIRouter, service: Service) -> None:
     @router.post("/images/edits")
     async def edits(
         request: Request,
@@ -163,7 +143,8 @@ def routes(service: Service) -> APIRouter:
         pictures = [*(image or ()), *(in_list or ())]
         if len(pictures) != 1:
             raise Refused(f"image: got {len(pictures)} pictures, expected one")
-        return await answer(
+        return await _answer(
+            service,
             request,
             model,
             size,
@@ -180,7 +161,33 @@ def routes(service: Service) -> APIRouter:
             mask_is_alpha=True,
         )
 
-    return router
+
+async def _answer(
+    service: Service,
+    request: Request,
+    name: str | None,
+    size: str | None,
+    count: int,
+    seed: int | None,
+    prompt: str,
+    **settings: Any,
+) -> Images:
+    """Make ``count`` pictures of one prompt, of seeds that count up, unless the client goes away before."""
+    model = _model(service, name)
+    about = await service.about(model)
+    match = SIZE.fullmatch(size or "auto")
+    if match:
+        await service.check_size(model, int(match[1]), int(match[2]))
+    elif (size or "auto") != "auto":
+        raise Refused(f"Invalid size {size!r}: expected auto or {about.width}x{about.height}")
+    if count > service.limits.pictures:
+        raise Refused(f"n {count}: expected at most {service.limits.pictures}")
+    wanted = [
+        service.wanted(prompt, seed=None if seed is None else seed + index, **settings) for index in range(count)
+    ]
+    pictures = await service.make(partial(disconnect, request), service.order(wanted), model)
+    shown = f"{about.width}x{about.height}"
+    return Images(created=int(time.time()), data=[_datum(picture) for picture in pictures], size=shown)
 
 
 def _model(service: Service, name: str | None) -> str | None:

@@ -136,30 +136,11 @@ class ModelEntry(BaseModel):
 def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/sdapi/v1", tags=["Web UI"])
 
-    async def answer(
-        request: Request, asked: Text2Image, wanted: list[Wanted], model: str | None, notes: Sequence[str] = ()
-    ) -> Answer:
-        about = await service.about(model)
-        interrupted = False
-        try:
-            pictures = await service.make(partial(disconnect, request), service.order(wanted), model, follow=True)
-        except Cancelled as error:  # by /interrupt: what is finished is the answer, as in the web UI
-            pictures, interrupted = error.pictures, True
-        told = asked.model_dump(exclude={"init_images", "mask"})
-        size = {"width": about.width, "height": about.height}
-        return Answer(
-            images=[encoded(picture) for picture in pictures] if asked.send_images else [],
-            parameters={**told, **size},
-            info=json.dumps(
-                _info(asked, wanted, pictures, {**size, "sd_model_name": about.name}, interrupted, notes)
-            ),
-        )
-
     @router.post("/txt2img")
     async def txt2img(request: Request, asked: Text2Image) -> Answer:
         """Pictures from a prompt."""
         model = _check(service, asked)
-        return await answer(request, asked, _wanted(service, asked), model)
+        return await _answer(service, request, asked, _wanted(service, asked), model)
 
     @router.post("/img2img")
     async def img2img(request: Request, asked: Image2Image) -> Answer:
@@ -170,25 +151,12 @@ def routes(service: Service) -> APIRouter:
         image = decoded(asked.init_images[0], "init_images")
         mask = decoded(asked.mask, "mask") if asked.mask else None  # "" is none in the web UI, too
         wanted = _wanted(service, asked, image=image, mask=mask, strength=asked.denoising_strength)
-        return await answer(request, asked, wanted, model, _not_followed(asked))
+        return await _answer(service, request, asked, wanted, model, _not_followed(asked))
 
     @router.get("/progress")
     async def progress() -> ProgressAnswer:
         """How far the pictures are that were asked for here."""
-        waiting = next((one for one in service.running.values() if one.progress is not None), None)
-        if waiting is None or waiting.progress is None:
-            return ProgressAnswer(progress=0.0, eta_relative=0.0, state=State(job_count=len(service.running)))
-        now, count = waiting.progress, len(waiting.order.pictures)
-        done = (now.picture + now.step / now.total) / count
-        left = (time.monotonic() - waiting.since) * (1 - done) / done
-        state = State(
-            job=waiting.order.id,
-            job_count=count,
-            job_no=now.picture,
-            sampling_step=now.step,
-            sampling_steps=now.total,
-        )
-        return ProgressAnswer(progress=done, eta_relative=left, state=state)
+        return _progress(service)
 
     @router.post("/interrupt")
     async def interrupt() -> dict[str, str]:
@@ -197,6 +165,13 @@ def routes(service: Service) -> APIRouter:
             if waiting.progress is not None:
                 service.engine.cancel(waiting)
         return {}
+
+    _add_lists(router, service)
+    return router
+
+
+def _add_lists(router: APIRouter, service: Service) -> None:
+    """What front ends ask for when they start, to fill their menus."""
 
     @router.get("/options")
     async def options() -> dict[str, Any]:
@@ -216,7 +191,45 @@ def routes(service: Service) -> APIRouter:
     async def schedulers() -> list[Schedule]:
         return [Schedule(name=name, label=name.capitalize()) for name in SCHEDULES]
 
-    return router
+
+async def _answer(
+    service: Service,
+    request: Request,
+    asked: Text2Image,
+    wanted: list[Wanted],
+    model: str | None,
+    notes: Sequence[str] = (),
+) -> Answer:
+    about = await service.about(model)
+    interrupted = False
+    try:
+        pictures = await service.make(partial(disconnect, request), service.order(wanted), model, follow=True)
+    except Cancelled as error:  # by /interrupt: what is finished is the answer, as in the web UI
+        pictures, interrupted = error.pictures, True
+    told = asked.model_dump(exclude={"init_images", "mask"})
+    size = {"width": about.width, "height": about.height}
+    return Answer(
+        images=[encoded(picture) for picture in pictures] if asked.send_images else [],
+        parameters={**told, **size},
+        info=json.dumps(_info(asked, wanted, pictures, {**size, "sd_model_name": about.name}, interrupted, notes)),
+    )
+
+
+def _progress(service: Service) -> ProgressAnswer:
+    waiting = next((one for one in service.running.values() if one.progress is not None), None)
+    if waiting is None or waiting.progress is None:
+        return ProgressAnswer(progress=0.0, eta_relative=0.0, state=State(job_count=len(service.running)))
+    now, count = waiting.progress, len(waiting.order.pictures)
+    done = (now.picture + now.step / now.total) / count
+    left = (time.monotonic() - waiting.since) * (1 - done) / done
+    state = State(
+        job=waiting.order.id,
+        job_count=count,
+        job_no=now.picture,
+        sampling_step=now.step,
+        sampling_steps=now.total,
+    )
+    return ProgressAnswer(progress=done, eta_relative=left, state=state)
 
 
 def _check(service: Service, asked: Text2Image) -> str | None:
