@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from compvis_layout import vae_tensors
 from tiny_checkpoints import (
     SD1_TEXT,
     SDXL_TEXT_2,
@@ -153,3 +158,85 @@ def write_t5_tokenizer(folder: Path) -> int:
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
+
+
+def write_file(folder: Path, path: Path, encoders: tuple[str, ...] = ("clip_l", "clip_g", "t5xxl")) -> Path:
+    """The checkpoint of ``folder`` as Stability AI publishes it, in one file with those text ``encoders``, its
+    tokenizers beside it, and what tiny shapes do not show in ``STEM.config.json``."""
+    config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    networks = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
+    own = {
+        f"model.diffusion_model.{name}": value for name, value in _mmdit(_weights(folder, "transformer"), config)
+    }
+    vae = {f"first_stage_model.{name}": value for name, value in vae_tensors(_weights(folder, "vae")).items()}
+    text = {
+        f"text_encoders.{name}.transformer.{inner}": value
+        for name in encoders
+        for inner, value in _weights(folder, networks[name]).items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in {**own, **vae, **text}.items()}, path)
+    for tokenizer in folder.glob("tokenizer*"):
+        shutil.copytree(tokenizer, path.parent / tokenizer.name, dirs_exist_ok=True)
+    not_in_shapes = {
+        "transformer": {key: config[key] for key in ("attention_head_dim", "num_attention_heads", "sample_size")},
+        "text_encoder": {"num_attention_heads": CLIP["num_attention_heads"]},
+        "text_encoder_2": {"num_attention_heads": SDXL_TEXT_2["num_attention_heads"]},
+        "text_encoder_3": {"relative_attention_max_distance": T5["relative_attention_max_distance"]},
+    }
+    path.with_suffix(".config.json").write_text(json.dumps(not_in_shapes), encoding="utf-8")
+    return path
+
+
+def _weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / part).glob("*.safetensors")))
+
+
+RULES = (
+    (r"^pos_embed\.proj\.", "x_embedder.proj."),
+    (r"^pos_embed\.pos_embed$", "pos_embed"),
+    (r"^time_text_embed\.timestep_embedder\.linear_1\.", "t_embedder.mlp.0."),
+    (r"^time_text_embed\.timestep_embedder\.linear_2\.", "t_embedder.mlp.2."),
+    (r"^time_text_embed\.text_embedder\.linear_1\.", "y_embedder.mlp.0."),
+    (r"^time_text_embed\.text_embedder\.linear_2\.", "y_embedder.mlp.2."),
+    (r"^norm_out\.linear\.", "final_layer.adaLN_modulation.1."),
+    (r"^proj_out\.", "final_layer.linear."),
+    (r"^transformer_blocks\.(\d+)\.norm1_context\.linear\.", r"joint_blocks.\1.context_block.adaLN_modulation.1."),
+    (r"^transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj\.", r"joint_blocks.\1.context_block.mlp.fc1."),
+    (r"^transformer_blocks\.(\d+)\.ff_context\.net\.2\.", r"joint_blocks.\1.context_block.mlp.fc2."),
+    (r"^transformer_blocks\.(\d+)\.attn\.to_add_out\.", r"joint_blocks.\1.context_block.attn.proj."),
+    (r"^transformer_blocks\.(\d+)\.attn\.norm_added_(q|k)\.", r"joint_blocks.\1.context_block.attn.ln_\2."),
+    (r"^transformer_blocks\.(\d+)\.attn\.add_(q|k|v)_proj\.", r"joint_blocks.\1.context_block.attn.\2."),
+    (r"^transformer_blocks\.(\d+)\.norm1\.linear\.", r"joint_blocks.\1.x_block.adaLN_modulation.1."),
+    (r"^transformer_blocks\.(\d+)\.ff\.net\.0\.proj\.", r"joint_blocks.\1.x_block.mlp.fc1."),
+    (r"^transformer_blocks\.(\d+)\.ff\.net\.2\.", r"joint_blocks.\1.x_block.mlp.fc2."),
+    (r"^transformer_blocks\.(\d+)\.(attn2?)\.to_out\.0\.", r"joint_blocks.\1.x_block.\2.proj."),
+    (r"^transformer_blocks\.(\d+)\.(attn2?)\.norm_(q|k)\.", r"joint_blocks.\1.x_block.\2.ln_\3."),
+    (r"^transformer_blocks\.(\d+)\.(attn2?)\.to_(q|k|v)\.", r"joint_blocks.\1.x_block.\2.\3."),
+)
+
+
+def _mmdit(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Stability AI's names: queries, keys and values in one tensor, shift before scale where no gates follow."""
+    last = f"joint_blocks.{config['num_layers'] - 1}.context_block.adaLN_modulation.1."
+    renamed = {}
+    for name, value in tensors.items():
+        found = name
+        for pattern, replacement in RULES:
+            found = re.sub(pattern, replacement, found)
+        if found.startswith(("final_layer.adaLN_modulation.1.", last)):
+            scale, shift = value.chunk(2)
+            renamed[found] = torch.cat([shift, scale])
+        else:
+            renamed[found] = value
+    for name, value in renamed.items():
+        head, dot, kind = name.rpartition(".q.")
+        if dot:
+            yield f"{head}.qkv.{kind}", torch.cat([renamed[f"{head}.{part}.{kind}"] for part in "qkv"])
+        elif (
+            ".attn.k." not in name
+            and ".attn.v." not in name
+            and ".attn2.k." not in name
+            and ".attn2.v." not in name
+        ):
+            yield name, value

@@ -296,6 +296,8 @@ FAMILIES: Mapping[str, Family] = {
 }
 """The families by name. To add one: an entry here; for single files, its configurations in
 `diffusion_convert/checkpoint/configs/NAME.json`; for other pictures to start from, a task."""
+DENOISERS = tuple(dict.fromkeys(family.denoiser.component for family in FAMILIES.values()))
+"""The components of which one runs in each step."""
 TEXT_WIDTHS: Mapping[int, str] = {
     768: "clip",
     1024: "open_clip",

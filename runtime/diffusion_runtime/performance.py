@@ -29,6 +29,7 @@ from diffusion_runtime.backends import Backend, ComputeUnits, Model
 from diffusion_runtime.backends.coreml import operation_devices
 from diffusion_runtime.bundle.find import Bundle
 from diffusion_runtime.errors import DiffusionError
+from diffusion_runtime.families import DENOISERS, T5
 from diffusion_runtime.models import chained
 from diffusion_runtime.prompt import tokenizer
 
@@ -124,8 +125,9 @@ def inputs_of(
     found: dict[str, dict[str, Any]] = {}
     encoded: dict[str, np.ndarray] = {}
     for name, component in bundle.manifest.components.items():
+        known = None if name == T5 else tokens  # another tokenizer's
         found[name] = {
-            tensor.name: _drawn(tensor.name, tensor.shape, rng, latents.scale, tokens, encoded).astype(tensor.dtype)
+            tensor.name: _drawn(tensor.name, tensor.shape, rng, latents.scale, known, encoded).astype(tensor.dtype)
             for tensor in component.inputs or reference(name).inputs.values()  # not every manifest lists them
         }
         if name.startswith("text_encoder"):
@@ -265,12 +267,11 @@ def pictures_per_minute(measurements: Sequence[Measurement], steps: int, calls_p
             if (one.compute_units or one.backend) == unit and one.steady_seconds is not None and one.is_right
         }
         encoders = [name for name in seconds if name.startswith("text_encoder")]
-        if not encoders or not {"unet", "vae_decoder"} <= seconds.keys():
+        step = next((seconds[name] for name in DENOISERS if name in seconds), None)
+        if not encoders or step is None or "vae_decoder" not in seconds:
             continue
         whole = 2 * sum(seconds[name] for name in encoders)
-        whole += (
-            steps * calls_per_step * seconds["unet"] + seconds["vae_decoder"] + seconds.get("safety_checker", 0)
-        )
+        whole += steps * calls_per_step * step + seconds["vae_decoder"] + seconds.get("safety_checker", 0)
         found[unit] = 60 / whole
     return found
 

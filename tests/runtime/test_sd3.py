@@ -4,6 +4,7 @@ pictures against diffusers' own pipelines."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 
 import tiny_sd3
 from diffusion_convert import ConvertOptions, convert
@@ -21,6 +24,7 @@ from diffusion_convert.export import placeholders
 from diffusion_runtime import load_pipeline
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.mil.package import Package, open_package
+from diffusion_runtime.mil.program import operations
 
 BuildOnce = Callable[[str, Callable[[Path], object]], Path]
 PROMPT, NEGATIVE = "a photo of an astronaut riding a horse", "red circle"
@@ -169,6 +173,31 @@ def test_the_manifest_says_what_no_interface_tells(with_t5: Conversion) -> None:
     assert (manifest.latents.channels, manifest.latents.scale, manifest.latents.shift) == (16, 1.5305, 0.0609)
     assert manifest.scheduler["shift"] == 3.0
     assert set(manifest.tokenizer_sha256) >= {"tokenizer.json", "vocab.json", "tokenizer/vocab.json"}
+
+
+def test_t5s_sums_may_leave_the_range_of_float16(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """As those of T5 XXL do: they are float32, the layers between them are not, and none had to be made so."""
+    source = shutil.copytree(checkpoint("sd3"), tmp_path / "large")
+    path = source / "text_encoder_3" / "model.safetensors"
+    weights = load_file(path)
+    factors = {"DenseReluDense.wo.weight": 2.0**15, "DenseReluDense.wi_1.weight": 16.0}
+    large = {
+        name: value * next((factor for end, factor in factors.items() if name.endswith(end)), 1.0)
+        for name, value in weights.items()
+    }
+    save_file(large, path, metadata={"format": "pt"})
+    theirs = T5EncoderModel.from_pretrained(source / "text_encoder_3", dtype=torch.float32)
+    with torch.no_grad():
+        states = theirs(torch.arange(3, 40)[None], output_hidden_states=True).hidden_states
+    assert states[1].abs().max() > 2 * float(np.finfo(np.float16).max)
+    made = converted(source, tmp_path / "models", components="text_encoder_t5", compiled=False).variants["original"]
+    encoder = made.components["text_encoder_t5"]
+    assert encoder.psnr_db["encoder_hidden_states"] >= 60
+    assert encoder.float32_ops == ()
+    program = open_package(tmp_path / "models" / "original" / "packages" / encoder.files[0]).model.program
+    kinds = {(op.type, op.outputs[0].type.dtype.value) for op in operations(program.functions["main"].block)}  # type: ignore[union-attr]
+    assert ("conv", "fp16") in kinds
+    assert ("conv", "fp32") not in kinds
 
 
 # --- pictures

@@ -72,7 +72,7 @@ def _rules(kind: str, sized: Mapping[str, Any], rules: Mapping[str, Any]) -> dic
             decided["only_cross_attention"] = lambda: [True] * (len(blocks) - 1) + [False]
         if rules.get("unet_head_channels"):
             decided["attention_head_dim"] = lambda: [_heads(width, rules["unet_head_channels"]) for width in blocks]
-    elif kind != "vae":
+    elif kind not in ("vae", "mmdit", "t5"):
         decided["num_attention_heads"] = lambda: _heads(sized["hidden_size"], rules["head_channels"])
     return decided
 

@@ -88,7 +88,6 @@ OTHER_LAYOUTS: Mapping[str, str] = {
     "control_model.": "a ControlNet and not a checkpoint",
     "double_blocks.": "a Flux model, which is not covered",
     "model.diffusion_model.double_blocks.": "a Flux model, which is not covered",
-    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 model, which is not covered",
     "encoder.down.": "a VAE alone: give it with --vae",
     "text_model.": "a text encoder alone: a checkpoint has a UNet, too",
     "transformer.resblocks.": "a text encoder alone: a checkpoint has a UNet, too",

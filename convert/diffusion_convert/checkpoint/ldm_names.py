@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from diffusion_convert.checkpoint.ldm_mmdit import mmdit
 from diffusion_convert.checkpoint.ldm_shapes import GUIDANCE, Tensors
 
 if TYPE_CHECKING:
@@ -48,6 +49,21 @@ def clip(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]
             and int(layer[1]) >= config["num_hidden_layers"]
         )
     }
+
+
+def clip_l(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """As `clip`, with the projection that diffusers puts in, whatever the file has: Stable Diffusion 3 takes the
+    pooled state of this encoder as it is."""
+    import torch
+
+    mapped = clip(tensors, config)
+    like = next(iter(mapped.values()))
+    return {**mapped, "text_projection.weight": torch.eye(int(config["hidden_size"]), dtype=like.dtype)}
+
+
+def t5(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:  # noqa: ARG001
+    """transformers' names are in the file."""
+    return dict(tensors)
 
 
 def open_clip(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -153,7 +169,7 @@ def _views() -> Any:
     return Views()
 
 
-NAMES: Mapping[str, Callable[[Tensors, Mapping[str, Any]], dict[str, torch.Tensor]]] = {
+NAMES: Mapping[str, Callable[[Tensors, Mapping[str, Any]], Tensors]] = {
     "unet": unet,
     "vae": vae,
     "clip": clip,
@@ -161,4 +177,7 @@ NAMES: Mapping[str, Callable[[Tensors, Mapping[str, Any]], dict[str, torch.Tenso
     "clip_2": clip,
     "open_clip_2": open_clip_2,
     "depth": depth,
+    "mmdit": mmdit,
+    "clip_l": clip_l,
+    "t5": t5,
 }

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, "torch.Tensor"]
 
+MMDIT_HEAD_CHANNELS = 64
+"""Of each head, in all published models; where queries and keys are normed, the norm's width tells."""
 MAX_CHILDREN = 256
 ADDED, GUIDANCE = "label_emb.0.0.weight", "time_embed.cond_proj.weight"
 """Where a UNet takes SDXL's sizes and pooled text, and a latent consistency model's guidance."""
@@ -155,6 +157,52 @@ def open_clip_2(tensors: Tensors) -> dict[str, Any]:
     return {**open_clip(tensors), "projection_dim": shape(tensors, "text_projection.weight", 2)[0]}
 
 
+def mmdit(tensors: Tensors) -> dict[str, Any]:
+    """SD3Transformer2DModel's sizes, from the tensors of Stability AI's MMDiT."""
+    width, channels, patch, _ = shape(tensors, "x_embedder.proj.weight", 4)
+    blocks = count(tensors, "joint_blocks")
+    norm = "joint_blocks.0.x_block.attn.ln_q.weight"
+    each = shape(tensors, norm, 1)[0] if norm in tensors else MMDIT_HEAD_CHANNELS
+    dual = [n for n in range(blocks) if f"joint_blocks.{n}.x_block.attn2.qkv.weight" in tensors]
+    return {
+        "attention_head_dim": each,
+        "caption_projection_dim": shape(tensors, "context_embedder.weight", 2)[0],
+        **({"dual_attention_layers": dual} if dual else {}),
+        "in_channels": channels,
+        "joint_attention_dim": shape(tensors, "context_embedder.weight", 2)[1],
+        "num_attention_heads": width // each,
+        "num_layers": blocks,
+        "out_channels": shape(tensors, "final_layer.linear.weight", 2)[0] // patch**2,
+        "patch_size": patch,
+        "pooled_projection_dim": shape(tensors, "y_embedder.mlp.0.weight", 2)[1],
+        "pos_embed_max_size": math.isqrt(shape(tensors, "pos_embed", 3)[1]),
+        **({"qk_norm": "rms_norm"} if norm in tensors else {}),
+    }
+
+
+def t5(tensors: Tensors) -> dict[str, Any]:
+    """T5EncoderModel's sizes, from its own tensors."""
+    vocabulary, width = shape(tensors, "shared.weight", 2)
+    first = "encoder.block.0.layer"
+    buckets, heads = shape(tensors, f"{first}.0.SelfAttention.relative_attention_bias.weight", 2)
+    return {
+        "d_ff": shape(tensors, f"{first}.1.DenseReluDense.wo.weight", 2)[1],
+        "d_kv": shape(tensors, f"{first}.0.SelfAttention.q.weight", 2)[0] // heads,
+        "d_model": width,
+        "num_heads": heads,
+        "num_layers": count(tensors, "encoder.block"),
+        "relative_attention_num_buckets": buckets,
+        "vocab_size": vocabulary,
+    }
+
+
+def clip_l(tensors: Tensors) -> dict[str, Any]:
+    """CLIPTextModelWithProjection's sizes of the smaller encoder of Stable Diffusion 3, which projects onto
+    itself."""
+    sized = clip(tensors)
+    return {**sized, "projection_dim": sized["hidden_size"]}
+
+
 def depth(tensors: Tensors) -> dict[str, Any]:
     """DPTConfig's sizes, from the tensors of MiDaS' DPT hybrid. The patches form a square."""
     layers = count(tensors, "pretrained.model.blocks")
@@ -211,4 +259,7 @@ SIZES: Mapping[str, Callable[[Tensors], dict[str, Any]]] = {
     "clip_2": clip_2,
     "open_clip_2": open_clip_2,
     "depth": depth,
+    "mmdit": mmdit,
+    "clip_l": clip_l,
+    "t5": t5,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -83,10 +84,7 @@ def open_checkpoint(
         with _given_as("--vae"):
             fetch = partial(repository.fetch_network, part="vae")
             checkpoint = with_vae(checkpoint, vae, fetch if is_repository_id(vae) else None)
-    if no_t5 and not FAMILIES[checkpoint.family].joint_text:
-        raise InputError(
-            f"--no-t5: {FAMILIES[checkpoint.family].title} has no T5; it is of Stable Diffusion 3 alone"
-        )
+    checkpoint = _without_t5(checkpoint) if no_t5 else checkpoint
     for_unets = {"--refiner": refiner, "--controlnet": controlnets, "--lora": loras, "--embedding": embeddings}
     for_unets |= {"--ip-adapter": ip_adapters}
     if FAMILIES[checkpoint.family].denoiser is not UNET:
@@ -132,6 +130,14 @@ def _adapter_file(source: str, beside: bool) -> Path:
     if path.is_dir():
         raise InputError(f"{source}: is a folder: name the adapter's file in it, as ip-adapter_sd15.safetensors")
     return path if path.exists() else repository.fetch_file(source, ENCODER if beside else None)
+
+
+def _without_t5(checkpoint: Checkpoint) -> Checkpoint:
+    family = FAMILIES[checkpoint.family]
+    if not family.joint_text:
+        raise InputError(f"--no-t5: {family.title} has no T5; it is of Stable Diffusion 3 alone")
+    left = {name: model for name, model in checkpoint.models.items() if name != COMPONENTS[T5].subfolder}
+    return replace(checkpoint, models=left, tokenizer_3={})
 
 
 def _fetch_network(source: str, part: str) -> Path:

@@ -22,6 +22,7 @@ from diffusion_convert.checkpoint import (
     ldm_marks,
     ldm_names,
     ldm_shapes,
+    mmdit_file,
     scaled,
     tensor_file,
     torch_networks,
@@ -63,6 +64,8 @@ def open_single_file(
     of another kind, InputError for a family that contradicts the file.
     """
     file = _read(path)
+    if mmdit_file.is_one(file.tensors):
+        return mmdit_file.open_file(path, file.tensors, family, without_vae, base)
     parts = split(file.tensors)
     _check_layout(path, file.tensors, parts, without_vae, base)
     given = ldm_configs.read_beside(path)
@@ -146,7 +149,7 @@ def _tokenizers(
         found = [both[name] for name in names]
     else:
         found = [
-            _tokenizer(path, folder, data[folder], models[name].config["vocab_size"])
+            clip_tokenizer(path, folder, data[folder], models[name].config["vocab_size"])
             for name, folder in names.items()
         ]
     return found[0], found[1] if len(found) > 1 else {}
@@ -233,7 +236,9 @@ def _mapped(kind: str, part: ldm_shapes.Tensors, config: Mapping[str, Any]) -> M
 
 def _map_tensors(path: Path, kind: str, config: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
     file = _read(path)
-    weights, scales = scaled.apart(split(file.tensors)[kind])
+    sd3 = [one for one in mmdit_file.NETWORKS if one.kind == kind] if mmdit_file.is_one(file.tensors) else []
+    part = mmdit_file.part(file.tensors, sd3[0]) if sd3 else split(file.tensors)[kind]
+    weights, scales = scaled.apart(part)
     return file.decoded(scaled.scaled(ldm_names.NAMES[kind](weights, config), weights, scales))
 
 
@@ -275,7 +280,7 @@ def _check_layout(
     raise CheckpointError(f"{path}: has no {' and no '.join(missing)}: {what}")
 
 
-def _tokenizer(path: Path, name: str, settings: str, vocabulary_size: int) -> dict[str, Path]:
+def clip_tokenizer(path: Path, name: str, settings: str, vocabulary_size: int) -> dict[str, Path]:
     """Files by name: those next to the checkpoint or in a folder ``name`` there, else CLIP's vocabulary with the
     family's settings."""
     for folder in (path.parent / name, path.parent):

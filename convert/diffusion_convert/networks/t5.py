@@ -65,14 +65,15 @@ class Norm(nn.Module):
 
 
 class Sum(nn.Module):
-    """``x + factor · more``."""
+    """``x + factor · more``. The factor, a power of two, is on ``x`` and on the sum: coremltools would put one on a
+    layer's result into the weights of that layer, which then were float32, too."""
 
     def __init__(self, factor: float = 1.0) -> None:
         super().__init__()
         self.factor = factor
 
     def forward(self, x: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-        return x + (more if self.factor == 1.0 else more * self.factor)
+        return x + more if self.factor == 1.0 else (x * (1 / self.factor) + more) * self.factor
 
 
 EXACT = (Norm, Sum)
