@@ -189,7 +189,8 @@ def write_file(folder: Path, path: Path, encoders: tuple[str, ...] = ("clip_l", 
 
 
 def _weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
-    return load_file(next((folder / part).glob("*.safetensors")))
+    tensors: dict[str, torch.Tensor] = load_file(next((folder / part).glob("*.safetensors")))
+    return tensors
 
 
 RULES = (

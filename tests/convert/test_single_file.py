@@ -26,7 +26,7 @@ from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.single_file import CLIP_VOCABULARY_SIZE, open_single_file
 from diffusion_runtime.errors import CheckpointError, InputError
-from diffusion_runtime.families import FAMILIES, UNET
+from diffusion_runtime.families import FAMILIES
 from shared_data import CLIP_TOKENIZER, needs_clip_tokenizer
 
 
@@ -113,7 +113,7 @@ def assert_same(checkpoint: Checkpoint, folder: Path) -> None:
     assert bool(checkpoint.tokenizer_2) == (len(tokenizers) == 2)
 
 
-UNETS = sorted(name for name, family in FAMILIES.items() if family.denoiser is UNET)
+UNETS = sorted(name for name, family in FAMILIES.items() if family.denoiser.component == "unet")
 VARIATIONS = {"sd1-lcm": "sd1", "sd1-small": "sd1", "sd1-tiny": "sd1", "sdxl-lcm": "sdxl", "sdxl-small": "sdxl"}
 
 
