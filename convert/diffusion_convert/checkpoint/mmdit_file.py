@@ -7,9 +7,9 @@ beside it, or a base that has one, T5 is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusion_convert.checkpoint import ldm_configs
 from diffusion_convert.checkpoint.ldm_layout import Network
@@ -54,12 +54,22 @@ def part(tensors: Tensors, network: Network) -> dict[str, torch.Tensor]:
     return {}
 
 
-def open_file(
-    path: Path, tensors: Tensors, family: str | None, without_vae: bool, base: Checkpoint | None
-) -> Checkpoint:
-    """The checkpoint in a file with ``tensors``. See `single_file.open_single_file`."""
-    from diffusion_convert.checkpoint import single_file
+Read = Callable[[Path, Network, "Tensors", Mapping[str, Any], ldm_configs.Sections], Submodel]
+ReadTokenizer = Callable[[Path, str, str, int], Mapping[str, Path]]
 
+
+def open_file(
+    path: Path,
+    tensors: Tensors,
+    family: str | None,
+    without_vae: bool,
+    base: Checkpoint | None,
+    *,
+    submodel: Read,
+    clip_tokenizer: ReadTokenizer,
+) -> Checkpoint:
+    """The checkpoint in a file with ``tensors``. See `single_file.open_single_file`, whose way of reading a network
+    and a tokenizer is given."""
     if family not in (None, FAMILY):
         raise InputError(f"{path}: family {family!r} does not fit a Stable Diffusion 3 model: expected {FAMILY}")
     if base is not None and base.family != FAMILY:
@@ -68,14 +78,21 @@ def open_file(
     models = dict(base.models) if base is not None else {}
     for network in NETWORKS:
         if own := part(tensors, network):
-            models[network.subfolder] = single_file.submodel(path, network, own, data, beside)
+            models[network.subfolder] = submodel(path, network, own, data, beside)
     needed = NEEDED[int(without_vae) :]
     if missing := [name for name in needed if name not in models]:
         raise CheckpointError(f"{path}: has no {' and no '.join(missing)}: give what is missing with --base")
     tokenizer_3 = _t5_tokenizer(path, base)
     if not tokenizer_3:
         models.pop(COMPONENTS[T5].subfolder, None)
-    tokenizers = _tokenizers(path, models, data, base)
+    tokenizers = (
+        (base.tokenizer, base.tokenizer_2)
+        if base is not None
+        else [
+            clip_tokenizer(path, name, data[name], int(models[encoder].config["vocab_size"]))
+            for name, encoder in zip(("tokenizer", "tokenizer_2"), FAMILIES[FAMILY].encoders, strict=True)
+        ]
+    )
     scheduler = data["scheduler"] if base is None else base.schedulers["scheduler"]
     return Checkpoint(
         name=path.stem,
@@ -88,20 +105,6 @@ def open_file(
         tokenizer_3=tokenizer_3,
         notes=tuple(_notes(path, tensors, tokenizer_3)),
     )
-
-
-def _tokenizers(
-    path: Path, models: Mapping[str, Submodel], data: Mapping[str, str], base: Checkpoint | None
-) -> tuple[Mapping[str, Path], Mapping[str, Path]]:
-    from diffusion_convert.checkpoint import single_file
-
-    if base is not None:
-        return base.tokenizer, base.tokenizer_2
-    first, second = (
-        single_file.clip_tokenizer(path, name, data[name], int(models[encoder].config["vocab_size"]))
-        for name, encoder in zip(("tokenizer", "tokenizer_2"), FAMILIES[FAMILY].encoders, strict=True)
-    )
-    return first, second
 
 
 def _t5_tokenizer(path: Path, base: Checkpoint | None) -> Mapping[str, Path]:

@@ -65,7 +65,9 @@ def open_single_file(
     """
     file = _read(path)
     if mmdit_file.is_one(file.tensors):
-        return mmdit_file.open_file(path, file.tensors, family, without_vae, base)
+        return mmdit_file.open_file(
+            *(path, file.tensors, family, without_vae, base), submodel=submodel, clip_tokenizer=clip_tokenizer
+        )
     parts = split(file.tensors)
     _check_layout(path, file.tensors, parts, without_vae, base)
     given = ldm_configs.read_beside(path)
