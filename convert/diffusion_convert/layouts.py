@@ -48,6 +48,7 @@ class Interface:
 class About:
     """``components`` and ``families``: what the layout has, None: all. ``file_name``: of a component's package,
     without its suffix. ``compiled``: its apps read compiled models; ``chunks``: and a UNet in two.
+    ``sizes``: and models of several sizes of pictures.
     ``foldings``: those that make sense to its apps."""
 
     file_name: Callable[[Checkpoint, Component, AttentionKind, Shape, ConvertOptions], str]
@@ -55,6 +56,7 @@ class About:
     families: tuple[str, ...] | None = None
     compiled: bool = True
     chunks: bool = True
+    sizes: bool = True
     foldings: frozenset[Folding] = frozenset(Folding)
 
 
@@ -82,6 +84,10 @@ def check(checkpoint: Checkpoint, options: ConvertOptions) -> None:
     added = {"--ip-adapter": options.ip_adapters, "--t2i-adapter": options.t2i_adapters}
     if about.components is not None and (given := [option for option, values in added.items() if values]):
         raise InputError(f"{name} and {given[0]}: its apps do not give pictures to a UNet; leave one of them out")
+    if len(options.sizes) > 1 and not about.sizes:
+        raise InputError(
+            f"{name} and several sizes: its apps find a model by the size in its name; give one --size"
+        )
     if about.components is not None:
         idle = [part for part in options.components if part not in about.components]
         if idle:
@@ -202,6 +208,7 @@ LAYOUTS: Mapping[Layout, About] = {
         families=("sd1", "sdxl", "sdxl-refiner"),
         compiled=False,
         chunks=False,
+        sizes=False,
         foldings=frozenset({Folding.PREDICTION}),  # they scale and pad as the checkpoint says
     ),
 }

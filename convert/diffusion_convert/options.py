@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import DEFAULT_TARGET, PALETTE_BITS, TARGETS, AttentionKind, Layout
 from diffusion_runtime.folding import Folding
+from diffusion_runtime.picture_size import Size, parse_size
 
 
 class Precision(enum.Enum):
@@ -86,6 +87,9 @@ class Embedding:
             raise InputError(f"--embedding {self.path}: the token after the colon is empty")
 
 
+SizeLike = Size | tuple[int, int] | str
+"""Width and height in pixels, or a text as the command line takes it."""
+
 EmbeddingLike = Embedding | str | os.PathLike[str]
 LoraLike = Lora | str | os.PathLike[str]
 """A LoRA, its path, or a text as the command line takes it."""
@@ -96,10 +100,10 @@ class ConvertOptions:
     """Options of `convert`, with the command line's names and defaults.
 
     ``attention`` empty: what the family is converted with (`Family.attention`). ``components`` empty: all that
-    there are. ``height`` and ``width`` in pixels, None: the checkpoint's own sample size. ``batch_size`` of the
-    UNet, None: 2, both halves of the guidance (3 where a picture guides, too), or 1 where it takes the guidance
-    scale as an input. ``nbits``, ``target_bits`` (an average: each weight gets bits of its own) and ``recipe``
-    (a file of bits by weight)
+    there are. ``height`` and ``width`` in pixels, None: the checkpoint's own sample size; ``sizes`` are several,
+    width before height, "768x512" as the command line takes them. ``batch_size`` of the UNet, None: 2, both halves
+    of the guidance (3 where a picture guides, too), or 1 where it takes the guidance scale as an input. ``nbits``,
+    ``target_bits`` (an average: each weight gets bits of its own) and ``recipe`` (a file of bits by weight)
     exclude each other; ``nbits_for`` goes before them. ``context_length``: text tokens that the UNet takes,
     None: as many as the text encoder; two or three times as many are for long prompts, which are encoded in
     pieces. ``fold`` and ``no_fold``: which foldings (`diffusion_runtime.folding`) to do other than by default.
@@ -120,6 +124,7 @@ class ConvertOptions:
     components: tuple[str, ...] = ()
     height: int | None = None
     width: int | None = None
+    sizes: tuple[Size, ...] = ()
     batch_size: int | None = None
     context_length: int | None = None
     target: str = DEFAULT_TARGET
@@ -160,6 +165,7 @@ class ConvertOptions:
             components: str | Iterable[str] = ...,
             height: int | None = ...,
             width: int | None = ...,
+            sizes: SizeLike | Iterable[SizeLike] = ...,
             batch_size: int | None = ...,
             context_length: int | None = ...,
             target: str = ...,
@@ -211,6 +217,10 @@ class ConvertOptions:
             )
         if (self.height is None) != (self.width is None):
             raise InputError("--height and --width belong together: give both or neither")
+        if self.sizes and self.height is not None:
+            raise InputError("--size and --height with --width exclude each other: give one")
+        if len(set(self.sizes)) != len(self.sizes):
+            raise InputError("a size is given twice")
         if len(set(self.attention)) != len(self.attention):
             raise InputError("an attention kind is given twice")
         if self.only_controlled and not self.controlnets:
@@ -245,6 +255,7 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
         "attention": tuple(
             _member(AttentionKind, "attention", value) for value in _several("attention", options.attention)
         ),
+        "sizes": tuple(_size(value) for value in _several("sizes", options.sizes)),
         "layout": _member(Layout, "layout", options.layout),
         "precision": _member(Precision, "precision", options.precision),
         **{
@@ -307,13 +318,20 @@ def _typed(name: str, value: Any, types: tuple[type, ...], expected: str) -> Any
 
 def _several(name: str, value: Any) -> tuple[Any, ...]:
     """``value`` as a tuple: one text, path, kind or LoRA stands for a tuple of one."""
-    if isinstance(value, (str, os.PathLike, enum.Enum, Lora, Embedding)):
+    if isinstance(value, (str, os.PathLike, enum.Enum, Lora, Embedding, Size)):
         return (value,)
     return tuple(_typed(name, value, (Iterable,), "one value or several"))
 
 
 def _member(kind: type[E], name: str, value: Any) -> E:
     return value if isinstance(value, kind) else parse_choice(kind, name, value)
+
+
+def _size(value: Any) -> Size:
+    if isinstance(value, str):
+        return parse_size(value)
+    width, height = _typed("size", value, (tuple,), "WIDTHxHEIGHT in pixels, as 768x512")
+    return Size(*(_typed(f"size {value!r}", side, (int,), "whole numbers of pixels") for side in (width, height)))
 
 
 def _lora(value: Any) -> Lora:

@@ -13,6 +13,7 @@ from diffusion_runtime.backends import Model, TensorSpec, check_arrays
 from diffusion_runtime.errors import DiffusionError, InputError
 
 Load = Callable[[], Model]
+_OF_SIZE = "@"
 
 
 @dataclass(slots=True)
@@ -49,7 +50,13 @@ class Models:
     def known_as(self, names: Mapping[str, str]) -> Models:
         """The same models under other names (the name there -> the name here), and no others; each is loaded once
         for both."""
-        return replace(self, names=names)
+        return replace(self, names={there: self._own(here) for there, here in names.items()})
+
+    def of_size(self, size: str) -> Models:
+        """The same under the same names, those for pictures of another size where there are such."""
+        visible = self.names or {name: name for name in self.loads}
+        own = {name: sized(here, size) for name, here in visible.items() if sized(here, size) in self.loads}
+        return replace(self, names={**visible, **own})
 
     def _own(self, name: str) -> str:
         return name if self.names is None else self.names.get(name, "")
@@ -58,9 +65,10 @@ class Models:
         """The model, loaded now if it was not. Raises InputError where there is no such model."""
         asked, name = name, self._own(name)
         if name not in self.loads:
+            known = dict.fromkeys(load.partition(_OF_SIZE)[0] for load in self.loads)
             raise InputError(
-                f"these models have no {asked} (they have: {', '.join(self.loads)}): convert again with "
-                f"--components {','.join([asked, *self.loads])}"
+                f"these models have no {asked} (they have: {', '.join(known)}): convert again with "
+                f"--components {','.join([asked, *known])}"
             )
         if name not in self._loaded:
             timing = self.timings.setdefault(name, Timing())
@@ -124,6 +132,11 @@ class Timed:
         if not np.isfinite(value).all():
             raise not_finite(self.name)
         return value, results.get(other)
+
+
+def sized(component: str, size: str) -> str:
+    """What `Models` call a component for pictures of another size than the first."""
+    return f"{component}{_OF_SIZE}{size}"
 
 
 def not_finite(model: str) -> DiffusionError:

@@ -54,6 +54,7 @@ from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import T5, TEXT_ENCODERS, UNETS, Family
 from diffusion_runtime.models import Models
 from diffusion_runtime.noise import Noise
+from diffusion_runtime.picture_size import Size
 from diffusion_runtime.prompt.text_states import TextStates
 from diffusion_runtime.prompt.tokenizer import Tokenizer
 from diffusion_runtime.stages import Run
@@ -117,6 +118,23 @@ class Pipeline:
     def channels(self) -> int:
         """How many the UNet takes, which says what it can be used for (`tasks`)."""
         return self._unet_shapes()["sample"][1]
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """All sizes that the models make, width before height; the first is `size`."""
+        return self.manifest.sizes
+
+    def at(self, height: int | None, width: int | None) -> Pipeline:
+        """The pipeline for pictures of that size, on the same models; None: the first size's. Raises InputError,
+        with the sizes that there are, for another."""
+        own = Size(self.size[1], self.size[0])
+        size = Size(width or own.width, height or own.height)
+        if size == own:
+            return self
+        described, models = stages.of_size(self.manifest, self.models, size)
+        made = replace(self, manifest=described, models=models)
+        made._scheduler = self.scheduler_name, self.scheduler
+        return made
 
     @property
     def batch_size(self) -> int:
@@ -197,7 +215,7 @@ class Pipeline:
                 ``denoising_start``.
             mask_image: white where ``image`` is painted anew.
             depth_map: depth of ``image``, brighter (or larger) is nearer: a picture, or (…, height, width) float32.
-            height, width: in pixels; None: what the models make, which is all that they can make.
+            height, width: in pixels; None: the first of `sizes`, and others than those cannot be made.
             num_inference_steps: denoising steps, 1 to the scheduler's number of training steps.
             guidance_scale: how closely to follow the prompt; 1 or less: no guidance. None: 7.5; 5 for SDXL, 7.5
                 with its mask; 8.5 for latent consistency models, which take it as an input.
@@ -298,11 +316,12 @@ class Pipeline:
         """Check everything, then encode the prompts and whatever else the task needs.
 
         Raises InputError for what these models cannot do, before any of them runs."""
+        if (own := self.at(request.height, request.width)) is not self:
+            return own.prepare(request, noise)
         unet = self._unet_shapes()
         request, refined = stages.apart(request)
         task = tasks.choose(tasks.kind(unet["sample"][1], self.manifest.latents.channels), request.given)
         request = self.settled(plan.named(request, self.manifest))
-        self._check_size(request)
         scheduler = schedulers.own(self.scheduler, task.scheduler_settings)
         height, width = unet["sample"][2:]
         patches = (height // self._family.denoiser.patch_size) * (width // self._family.denoiser.patch_size)
@@ -370,31 +389,36 @@ class Pipeline:
         job, request = run.job, run.job.request
         steers = run.conditions.steers
         used = [plan.UNET if steers else self._unet, *(steer.component for steer in steers)]
-        unet, *controlnets = (self.models[name] for name in used)
+        unet, *controlnets = (job.models[name] for name in used)  # of the size that was prepared
         scale = request.scale if self.is_guided(request) else 1.0
         by_image = request.image_guidance_scale
         predict = guidance.predictor(unet, request.pictures, run.conditions, scale, by_image, controlnets)
         try:
             yield from denoising.denoise(predict, job.scheduler, run.start, job.noise, request.eta)
         finally:
-            self.models.release(*used)
+            job.models.release(*used)
 
     def finish(self, run: Run, latents: torch.Tensor, output_type: str = "pil") -> Result[Any]:
         """Decode and check what the last step gave. A flagged picture is wholly black."""
         if output_type == "latent":
             return Result(latents, None, run.notes)
-        arrays, flags = decoding.checked(self.models, self.decode(latents), self.check_safety)
+        arrays, flags = decoding.checked(self._of(latents).models, self.decode(latents), self.check_safety)
         return Result(as_output_type(arrays, output_type), flags, run.notes)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (n, channels, height, width) to pictures (n, 3, height, width) in about -1..1."""
-        return decoding.decode(self.models, self.manifest.latents, latents)
+        return decoding.decode(self._of(latents).models, self.manifest.latents, latents)
+
+    def _of(self, latents: torch.Tensor) -> Pipeline:
+        """The pipeline for pictures of the latents' size, where there are several sizes."""
+        factor = self.manifest.latents.factor
+        return self.at(*(size * factor for size in latents.shape[2:])) if len(self.sizes) > 1 else self
 
     def preview(self, step: Step, index: int = 0) -> Image.Image:
         """The picture as it will be, judged from this step: one call of the decoder, and one of the safety checker
         where it is used. A flagged one is black, as the picture would be."""
         latents = step.preview()[index : index + 1]
-        arrays, _ = decoding.checked(self.models, self.decode(latents), self.check_safety)
+        arrays, _ = decoding.checked(self._of(latents).models, self.decode(latents), self.check_safety)
         return images.to_pil(arrays)[0]
 
     @property
@@ -405,12 +429,3 @@ class Pipeline:
     def _unet_shapes(self) -> dict[str, tuple[int, ...]]:
         """The UNet's inputs, from the manifest where it lists them: a UNet need not be loaded for that."""
         return unet_inputs.shapes(self.manifest, lambda: self.models[self._unet])
-
-    def _check_size(self, request: Request) -> None:
-        height, width = self.size
-        asked = request.height or height, request.width or width
-        if asked != (height, width):
-            raise InputError(
-                f"{asked[1]}x{asked[0]} pixels: these models make {width}x{height} (width x height); "
-                "convert again with --height and --width for another size"
-            )

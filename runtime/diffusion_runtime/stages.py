@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffusion_runtime import denoising, guidance, tasks
+from diffusion_runtime.bundle import manifest
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.models import Models
 
 if TYPE_CHECKING:
+    from diffusion_runtime.bundle.manifest import Manifest
+    from diffusion_runtime.picture_size import Size
     from diffusion_runtime.tasks import Request
 
 
@@ -40,6 +44,19 @@ class Run:
     @property
     def notes(self) -> tuple[str, ...]:
         return tuple(self.job.notes)
+
+
+def of_size(made: Manifest, models: Models, asked: Size) -> tuple[Manifest, Models]:
+    """What describes and what makes pictures of another size than the first. Raises InputError, with the sizes that
+    there are, for one that cannot be made."""
+    if asked not in made.sizes:
+        *others, last = map(str, made.sizes)
+        known = f"{', '.join(others)} and {last}" if others else last
+        raise InputError(
+            f"{asked} pixels: these models make {known} (width x height); convert again with --size {asked} to add "
+            "that size"
+        )
+    return manifest.of_size(made, asked), models.of_size(str(asked))
 
 
 def apart(request: Request) -> tuple[Request, Request | None]:

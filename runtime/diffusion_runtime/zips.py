@@ -12,7 +12,7 @@ import stat
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
@@ -73,14 +73,14 @@ def only_folder(folder: Path) -> Path:
     return inside[0] if len(inside) == 1 and inside[0].is_dir() and not inside[0].suffix else folder
 
 
-def pack(folder: Path, path: Path) -> None:
+def pack(folder: Path, path: Path, without: Collection[str] = ()) -> None:
     """Write the zip ``path`` whose only folder is named like its stem and holds the files of ``folder``, without
-    hidden ones.
+    hidden ones and those in its folders that ``without`` names.
 
     The same files always give the same bytes: sorted, without times or owners. Weights are stored, not deflated.
     Raises PackageError for a symbolic link to a folder or to anything outside of ``folder``, before it writes.
     """
-    inside = _shown(folder)
+    inside = _shown(folder, without)
     for file in inside:
         if file.is_symlink() and not (file.is_file() and is_inside(file, folder)):
             raise PackageError(
@@ -92,11 +92,13 @@ def pack(folder: Path, path: Path) -> None:
                 _pack_file(archive, file, f"{path.stem}/{file.relative_to(folder).as_posix()}")
 
 
-def fault(path: Path, folder: Path, sha256: Callable[[Path], str]) -> str | None:
+def fault(path: Path, folder: Path, sha256: Callable[[Path], str], without: Collection[str] = ()) -> str | None:
     """What is wrong with a zip that `pack` has made of ``folder``, as the rest of a sentence about it; None where
     it holds what the folder does. ``sha256`` gives the hash of a file in the folder."""
     files = {
-        f"{path.stem}/{file.relative_to(folder).as_posix()}": file for file in _shown(folder) if file.is_file()
+        f"{path.stem}/{file.relative_to(folder).as_posix()}": file
+        for file in _shown(folder, without)
+        if file.is_file()
     }
     try:
         with zipfile.ZipFile(path) as archive:
@@ -112,8 +114,9 @@ def fault(path: Path, folder: Path, sha256: Callable[[Path], str]) -> str | None
     return None
 
 
-def _shown(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if not _hidden(file.relative_to(folder)))
+def _shown(folder: Path, without: Collection[str]) -> list[Path]:
+    inside = ((file, file.relative_to(folder)) for file in folder.rglob("*"))
+    return sorted(file for file, path in inside if not _hidden(path) and path.parts[0] not in without)
 
 
 def _pack_file(archive: zipfile.ZipFile, file: Path, name: str) -> None:

@@ -27,6 +27,7 @@ PROGRAM = SOURCES / "coreml-sd-swift"
 INTERFACE = "the models' own interface says it"
 MADE = "says how the files were made, for people and for verify, publish and bundle"
 EDITS = "of InstructPix2Pix, whose UNets of 8 channels are refused"
+FIRST_SIZE = "the first size is drawn; a folder of a further size has a manifest of its own"
 MANIFEST_NOT_NEEDED = {
     "scales_image_latents": EDITS,
     "clip_skip": "part of the text encoders; without their output for negative prompts, those skip layers too",
@@ -58,6 +59,8 @@ MANIFEST_NOT_NEEDED = {
     "components.sha256": MADE,
     "components.psnr_db": MADE,
     "components.palettization": MADE,
+    "components.function": FIRST_SIZE,
+    "components.sizes": FIRST_SIZE,
 }
 RECORD_NOT_READ = {
     "dtype": "Core ML computes in the types of the models; the torch backend alone has a choice",
@@ -96,13 +99,14 @@ OBJECTS = {
 READ = re.compile(r'(?:(\w+)\.)?(?:json\[|(?:string|number|integer|object|members)\()"(\w+)"|(\w+)\["(\w+)"\]')
 
 
-def paths(model: type[BaseModel], before: str = "") -> Iterator[str]:
-    """The keys of a model and of the models in it, as "latents.scale"."""
+def paths(model: type[BaseModel], before: str = "", within: tuple[type[BaseModel], ...] = ()) -> Iterator[str]:
+    """The keys of a model and of the models in it, as "latents.scale"; those of a model in itself once."""
     for name, field in model.model_fields.items():
         path = f"{before}{name}"
         yield path
         for inner in models(field.annotation):
-            yield from paths(inner, f"{path}.")
+            if inner not in within:
+                yield from paths(inner, f"{path}.", (*within, inner))
 
 
 def models(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -149,8 +149,8 @@ def _origin(made: Manifest) -> str:
     skipped = f" and clip skip {made.clip_skip}" if made.clip_skip else ""
     added = _loras(made.source) + _embeddings(made.source) + skipped
     text = (
-        f"Stable Diffusion models ({made.family}) for pictures of {made.width}x{made.height} pixels, converted "
-        f"from {_named(made.source)}{added}{refiner}{_adapters(made)} for {made.target} and later"
+        f"Stable Diffusion models ({made.family}) for pictures of {' and '.join(map(str, made.sizes))} pixels, "
+        f"converted from {_named(made.source)}{added}{refiner}{_adapters(made)} for {made.target} and later"
     )
     if "coremltools" not in made.tools:
         return f"{text} by another tool."

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from diffusion_convert.bundle.sizes import size_folder, write_size_folders
 from diffusion_convert.bundle.zip_names import zip_names
 from diffusion_convert.compile import Compiler, compile_package
 from diffusion_runtime import zips
@@ -92,15 +93,25 @@ def compile_variant(
     with unfinished_folder(compiled) as unfinished:
         components = {}
         for name, component in source.components.items():
-            files = []
-            for file, target in zip(component.files, compiled_names(name, len(component.files)), strict=True):
-                result = compile_package(packages / file, unfinished, target, compiler, share_weights=True)
-                files.append(result.path.relative_to(unfinished).as_posix())
-                if result.inferred:
-                    report(f"{result.path.name}: operation versions inferred for {', '.join(result.inferred)}")
+            made_of: dict[str, str] = {}
+            for one in (component, *component.sizes.values()):
+                for file, target in zip(one.files, compiled_names(name, len(one.files)), strict=True):
+                    if file not in made_of:
+                        place = unfinished / Path(file).parent
+                        result = compile_package(packages / file, place, target, compiler, share_weights=True)
+                        made_of[file] = result.path.relative_to(unfinished).as_posix()
+                        if result.inferred:
+                            report(
+                                f"{result.path.name}: operation versions inferred for {', '.join(result.inferred)}"
+                            )
+            files = tuple(made_of.values())
             components[name] = component.model_copy(
                 update={
-                    "files": tuple(files),
+                    "files": tuple(made_of[file] for file in component.files),
+                    "sizes": {
+                        size: one.model_copy(update={"files": tuple(made_of[file] for file in one.files)})
+                        for size, one in component.sizes.items()
+                    },
                     "sha256": hashes(unfinished, files, known),
                     "size_bytes": size_bytes(unfinished, files),
                 }
@@ -121,6 +132,7 @@ def compile_variant(
             }
         )
         manifest.write(made, unfinished)
+        write_size_folders(made, unfinished, known)
     return made
 
 
@@ -134,7 +146,14 @@ def is_current(packages: Manifest, compiled: Manifest) -> bool:
 
 def _without_files(made: Manifest) -> Manifest:
     components = {
-        name: component.model_copy(update={"files": (), "sha256": {}, "size_bytes": 0})
+        name: component.model_copy(
+            update={
+                "files": (),
+                "sha256": {},
+                "size_bytes": 0,
+                "sizes": {size: one.model_copy(update={"files": ()}) for size, one in component.sizes.items()},
+            }
+        )
         for name, component in made.components.items()
     }
     return made.model_copy(
@@ -171,9 +190,10 @@ def zip_variants(folder: Path, compiled: Mapping[str, Manifest], report: Report 
     """
     written = []
     for attention, made in compiled.items():
-        for name in zip_names(made, attention, compiled):
+        for name, size in zip_names(made, attention, compiled).items():
             report(f"packing {name}")
-            zips.pack(folder / attention / "compiled", folder / name)
+            place = size_folder(folder / attention / KINDS[1], size)
+            zips.pack(place, folder / name, without=set(map(str, made.size_folders)))
             written.append(folder / name)
     return tuple(written)
 

@@ -10,6 +10,7 @@ from diffusion_runtime.families import ATTENTIONS, AttentionKind
 
 if TYPE_CHECKING:
     from diffusion_runtime.bundle.manifest import Manifest
+    from diffusion_runtime.picture_size import Size
 
 PATTERN = "coreml-*_compiled.zip"
 """Matches the zips of a folder."""
@@ -19,11 +20,18 @@ _NAME = re.compile(
 )
 
 
-def zip_name(made: Manifest, attention: str) -> str:
-    """``coreml-stable-diffusion-v1-4-palettized_original_compiled.zip``."""
+def zip_name(made: Manifest, attention: str, size: Size | None = None) -> str:
+    """``coreml-stable-diffusion-v1-4-palettized_original_compiled.zip``; of a further ``size``
+    ``coreml-stable-diffusion-v1-4-palettized-768x512_original_compiled.zip``: apps look at how names end."""
     name = re.sub(r"[^A-Za-z0-9.]+", "-", made.name.rstrip("/").rpartition("/")[2]).strip("-.").lower()
     palettized = any(component.palettization is not None for component in made.components.values())
-    return f"coreml-{name}{'-palettized' if palettized else ''}{ending(attention)}"
+    marks = ("-palettized" if palettized else "", "" if size is None else f"-{size}")
+    return f"coreml-{name}{''.join(marks)}{ending(attention)}"
+
+
+def zip_names_by_size(made: Manifest, attention: str) -> dict[Size | None, str]:
+    """The names of the zips for each size that has a folder of its own; None: the first size."""
+    return {size: zip_name(made, attention, size) for size in (None, *made.size_folders)}
 
 
 def ending(attention: str) -> str:
@@ -31,9 +39,14 @@ def ending(attention: str) -> str:
     return f"_{attention}_compiled.zip"
 
 
-def zip_names(made: Manifest, attention: str, variants: Collection[str]) -> tuple[str, ...]:
-    """The names of all zips of the variant of that attention, in a folder with these variants."""
-    return tuple(zip_name(made, name) for name in zip_attentions(attention, variants))
+def zip_names(made: Manifest, attention: str, variants: Collection[str]) -> dict[str, Size | None]:
+    """The names of all zips of the variant of that attention, in a folder with these variants, and the size that
+    each is for (`zip_names_by_size`)."""
+    return {
+        name: size
+        for one in zip_attentions(attention, variants)
+        for size, name in zip_names_by_size(made, one).items()
+    }
 
 
 def zip_attentions(attention: str, variants: Collection[str]) -> tuple[str, ...]:

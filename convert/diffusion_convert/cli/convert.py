@@ -101,6 +101,13 @@ def convert(
     ] = None,
     height: Annotated[int | None, _option("Height of the picture in pixels. Default: the checkpoint's.")] = None,
     width: Annotated[int | None, _option("Width of the picture in pixels. Default: the checkpoint's.")] = None,
+    size: Annotated[
+        list[str] | None,
+        _option(
+            "Size of the picture, width x height, as 768x512; may be given several times: one set of weights for "
+            "all. Sizes are added to those that the same source and options have left in the folder."
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         _option(
@@ -204,7 +211,7 @@ def convert(
 
     kinds = tuple(parse_choice(AttentionKind, "attention", name) for name in attention or ())
     options = ConvertOptions(
-        **({"attention": kinds} if kinds else {}),
+        attention=kinds,
         nbits=nbits,
         nbits_for=parse_nbits(nbits_for or ()),
         target_bits=target_bits,
@@ -212,6 +219,7 @@ def convert(
         components=parse_list(components or ()),
         height=height,
         width=width,
+        sizes=tuple(size or ()),
         batch_size=batch_size,
         context_length=context_length,
         target=target,

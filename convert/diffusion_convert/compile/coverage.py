@@ -48,7 +48,10 @@ def _unsupported(model: Model) -> Iterator[str]:
     if model.is_updatable:
         yield "an updatable model"
     if model.default_function or list(model.program.functions) != ["main"]:
-        yield f"functions {', '.join(model.program.functions)} (known: a single main)"
+        yield (
+            f"functions {', '.join(model.program.functions)} (known: a single main): the compiled form of "
+            "several was never seen; for compiled models of several sizes convert with --target macOS14 or iOS17"
+        )
         return
     if model.program.doc_string:
         yield "a program with a doc string"

@@ -78,7 +78,7 @@ class Component:
     draws of inputs. ``uses_attention``: it is converted once for each attention kind and runs on that kind's
     compute units; else on ``default_units``.
     ``palettized``: `--nbits`, `--target-bits` and `--recipe` are about it; ``min_palettized_psnr_db`` is the bound
-    by bit width, against the float16 package.
+    by bit width, against the float16 package. ``one_size``: it is the same whatever the pictures' size.
     ``is_in``: whether a checkpoint that has its network has the component. ``build_of``: where there are several
     of the kind, gives the build of the one of that name, which takes the place of ``build``.
     """
@@ -90,6 +90,7 @@ class Component:
     runs: int = 1
     default_units: str = "cpu-and-gpu"
     palettized: bool = False
+    one_size: bool = False
     min_palettized_psnr_db: Mapping[int, float] = field(default_factory=lambda: MIN_PSNR_DB)
     is_in: Callable[[Checkpoint], bool] = lambda _: True
     build_of: Callable[[str], Build] | None = None

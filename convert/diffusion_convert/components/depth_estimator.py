@@ -56,4 +56,5 @@ DEPTH_ESTIMATOR = Component(
     name="depth_estimator",
     build=build,
     min_psnr_db=60.0,
+    one_size=True,
 )

@@ -74,4 +74,5 @@ IMAGE_ENCODER = Component(
     min_psnr_db=60.0,
     runs=2,
     palettized=True,
+    one_size=True,
 )

@@ -64,4 +64,5 @@ IMAGE_PROJECTION = Component(
     name="image_projection",
     build=build,
     min_psnr_db=60.0,
+    one_size=True,
 )

@@ -143,4 +143,5 @@ TEXT_ENCODER = Component(
     min_psnr_db=60.0,
     runs=3,
     palettized=True,
+    one_size=True,
 )

@@ -87,4 +87,5 @@ TEXT_ENCODER_T5 = Component(
     min_psnr_db=60.0,
     runs=2,
     palettized=True,
+    one_size=True,
 )

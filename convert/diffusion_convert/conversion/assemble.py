@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from diffusion_convert.bundle.model_card import CARD_NAME, write_model_card
+from diffusion_convert.bundle.sizes import write_size_folders
 from diffusion_convert.bundle.variants import compile_variant, share_identical, zip_variants
 from diffusion_convert.checkpoint import folding
 from diffusion_convert.checkpoint.controlnet import controlnets
@@ -17,6 +18,7 @@ from diffusion_convert.conversion.events import Event, Phase, Progress
 from diffusion_convert.conversion.part import Record
 from diffusion_convert.conversion.plan import Plan, tool_versions
 from diffusion_convert.conversion.previous import Previous
+from diffusion_convert.conversion.sizes import put_together
 from diffusion_convert.conversion.workspace import Workspace
 from diffusion_runtime import strict_json
 from diffusion_runtime.bundle import manifest
@@ -25,7 +27,6 @@ from diffusion_runtime.bundle.integrity import Hashes, tokenizer_hashes
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import CheckpointError
 from diffusion_runtime.families import FAMILIES, T5, AttentionKind, Layout
-from diffusion_runtime.links import share_tree
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 from diffusion_runtime.schedulers import imposed_on, settled
 
@@ -76,18 +77,19 @@ def _packages(
     plan: Plan, place: Workspace, records: Mapping[str, Record], kind: AttentionKind, folder: Path, known: Hashes
 ) -> Manifest:
     folder.mkdir(parents=True)
-    entries = {}
+    entries: dict[str, manifest.Component] = {}
     for part in plan.variant(kind):
-        component = records[part.name].component
-        parts = part.component.compute_units(kind)
-        entries[part.component.name] = component.model_copy(update={"compute_units": parts})
-        for name in component.files:
-            share_tree(place.part(part.name) / name, folder / name)
+        if part.component.name not in entries:
+            alike = [other for other in plan.variant(kind) if other.is_like(part)]
+            component = put_together(alike, plan, place, records, folder, known)
+            units = part.component.compute_units(kind)
+            entries[part.component.name] = component.model_copy(update={"compute_units": units})
     made = describe(plan, kind, entries)
     _write_tokenizers(plan.checkpoint, made, folder)
     told = tokenizer_hashes(folder, (made.tokenizer, made.tokenizer_2, made.tokenizer_3), known)
     made = made.model_copy(update={"tokenizer_sha256": told})
     manifest.write(made, folder)
+    write_size_folders(made, folder, known)
     return made
 
 
@@ -146,7 +148,7 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
         "t2i_adapters": dict(checkpoint.t2i_adapters),
         "requires_safety_checker": bool(checkpoint.pipeline_config.get("requires_safety_checker", False)),
         "folded": checkpoint.folded.model_dump(),
-        "tools": {**tool_versions(), "conversion": plan.fingerprint},
+        "tools": {**tool_versions(), "conversion": plan.identity.fingerprint},
     }
     return strict_json.as_model(Manifest, values, checkpoint.name, "a checkpoint that can be run", CheckpointError)
 

@@ -17,7 +17,7 @@ from diffusion_convert.conversion.assemble import assemble, describe
 from diffusion_convert.conversion.events import Event, Phase, Progress
 from diffusion_convert.conversion.garbage import new_garbage_only
 from diffusion_convert.conversion.part import Record, check_recipe, make
-from diffusion_convert.conversion.plan import Part, Plan, fingerprint, make_plan, settled_batch_size
+from diffusion_convert.conversion.plan import Part, Plan, identify, make_plan, settled_batch_size
 from diffusion_convert.conversion.previous import Kept, Previous, kept_of, read
 from diffusion_convert.conversion.workspace import Workspace, check_space, clear, workspace
 from diffusion_convert.export import export
@@ -88,7 +88,7 @@ def _locked(source: str, output: Path, options: ConvertOptions, progress: Progre
             clear(hidden)
             return Conversion(output, plan.checkpoint.family, there, {}, plan.notes, unchanged=True)
         check_space(output, plan.size_bytes)
-        with workspace(hidden, plan.fingerprint) as place:
+        with workspace(hidden, plan.identity.name) as place:
             return _convert(plan, place, kept, known, output, progress)
 
 
@@ -118,10 +118,10 @@ def _plan(source: str, options: ConvertOptions, previous: Previous, progress: Pr
         batch_size=settled_batch_size(checkpoint, options),
     )
     with torch_networks.silent():
-        stamp = fingerprint(checkpoint, options)
-        plan = make_plan(checkpoint, previous.widened(options, stamp), stamp)
+        identity = identify(checkpoint, options)
+        plan = make_plan(checkpoint, previous.widened(options, identity), identity)
     describe(plan, plan.options.attention[0], {})  # what no runtime could use is refused before any work
-    plan = replace(plan, notes=(*plan.notes, *previous.replaced_note(stamp)))
+    plan = replace(plan, notes=(*plan.notes, *previous.replaced_note(identity)))
     progress(Event("", Phase.FAMILY, 0.0, FAMILIES[checkpoint.family].title))
     _tell(plan.notes, progress)
     return plan
@@ -155,7 +155,8 @@ def _make(plan: Plan, place: Workspace, known: Hashes, progress: Progress) -> di
     records: dict[str, Record] = {}
     for number, part in enumerate(plan.parts):
         progress(Event("", Phase.COMPONENTS, number / len(plan.parts)))
-        records[part.name] = make(part, plan, place, known, _reporter(part, progress))
+        like = next((other for other in plan.parts if other.name in records and other.is_like(part)), None)
+        records[part.name] = make(part, plan, place, known, _reporter(part, progress), like)
     return records
 
 

@@ -33,6 +33,7 @@ from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes
 from diffusion_runtime.errors import InputError, PackageError, VerificationError
 from diffusion_runtime.families import CHUNKED, T5, TEXT_ENCODERS
+from diffusion_runtime.links import share_file
 from diffusion_runtime.mil.package import open_package
 
 RECORD = "record.json"
@@ -53,7 +54,8 @@ class Record(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """``folder`` is where the packages go; ``expected`` is None where nothing is to be verified."""
+    """``folder`` is where the packages go; ``expected`` is None where nothing is to be verified; ``like`` is the
+    same for pictures of another size, if that was made before."""
 
     part: Part
     plan: Plan
@@ -61,18 +63,22 @@ class Job:
     expected: compare.Expected | None
     known: Hashes
     report: export.OnPhase
+    like: Record | None = None
 
     @property
     def package(self) -> Path:
         plan, part = self.plan, self.part
         name = LAYOUTS[plan.options.layout].file_name
         return self.folder / (
-            name(plan.checkpoint, part.component, part.attention, plan.shape, plan.options) + ".mlpackage"
+            name(plan.checkpoint, part.component, part.attention, part.shape, plan.options) + ".mlpackage"
         )
 
 
-def make(part: Part, plan: Plan, place: Workspace, known: Hashes, report: export.OnPhase) -> Record:
-    """Make the folder of a part, unless it exists. A run that is stopped leaves no partial folder.
+def make(
+    part: Part, plan: Plan, place: Workspace, known: Hashes, report: export.OnPhase, like: Part | None = None
+) -> Record:
+    """Make the folder of a part, unless it exists. A run that is stopped leaves no partial folder. ``like`` is the
+    same part for pictures of another size, if that was made before: equal files become one on disk.
 
     Raises VerificationError where the package does not compute what the checkpoint's own network computes."""
     kept = read_record(place.part(part.name))
@@ -80,11 +86,14 @@ def make(part: Part, plan: Plan, place: Workspace, known: Hashes, report: export
         return kept
     expected = _reference(part, plan, place.references, report) if plan.options.verify else None
     with unfinished_folder(place.part(part.name)) as folder:
-        job = Job(part, plan, folder, expected, known, report)
+        other = None if like is None else read_record(place.part(like.name))
+        job = Job(part, plan, folder, expected, known, report, other)
         record = _convert(job)
         for stage in (_palettize, _cut):
             record = stage(job, record)
         record = _hashed(job, record)
+        if like is not None and other is not None:
+            _share_equal(place.part(like.name), other, folder, record)
         write_record(record, folder)
     return record
 
@@ -106,10 +115,11 @@ def read_record(folder: Path) -> Record | None:
 
 def _reference(part: Part, plan: Plan, references: Path, report: export.OnPhase) -> compare.Expected:
     """What the checkpoint's own network computes, from disk if another variant has asked."""
-    path = references / f"{part.component.name}.npz"
+    size = "" if part.size is None else f"-{part.size}"
+    path = references / f"{part.component.name}{size}.npz"
     if not path.is_file():
         report("reference", 0.0)
-        compare.reference(part.component, plan.checkpoint, plan.shape, partial(report, "reference")).save(path)
+        compare.reference(part.component, plan.checkpoint, part.shape, partial(report, "reference")).save(path)
         gc.collect()  # networks are cycles, and hold files mapped
     return compare.Expected.load(path)
 
@@ -118,7 +128,7 @@ def _convert(job: Job) -> Record:
     """Write the package. Where float16 has no room for an operation's values, it is converted anew with that
     operation in float32."""
     part, options = job.part, job.plan.options
-    export_options = export.ExportOptions(part.attention, job.plan.shape, options.target, options.precision)
+    export_options = export.ExportOptions(part.attention, part.shape, options.target, options.precision)
     seconds: dict[str, float] = {}
     for _ in range(MAX_ATTEMPTS):
         made = export.export(
@@ -183,7 +193,7 @@ def _listed(hot: Mapping[str, float], modules: Mapping[str, str]) -> str:
 
 
 def _explain(job: Job, made: export.Exported, expected: compare.Expected) -> str:
-    graph = job.part.component.build(job.plan.checkpoint, job.part.attention, job.plan.shape)
+    graph = job.part.component.build(job.plan.checkpoint, job.part.attention, job.part.shape)
     return compare.first_divergence(job.package, graph.module, made.modules, expected.inputs[0])
 
 
@@ -272,6 +282,8 @@ def _palettize_options(job: Job) -> PalettizeOptions | None:
         return None if bits is None else PalettizeOptions(bits=bits)
     if job.plan.recipe is not None:
         return job.plan.recipe.options_by_name(open_package(job.package))
+    if job.like is not None and job.like.component.palettization is not None:  # weights of all sizes are shared
+        return PalettizeOptions(bits_by_weight=job.like.component.palettization.bits_by_weight)
     job.report("palettize", 0.0)
     return mix(job.package, PalettizeOptions(), options.target_bits or 0.0).options
 
@@ -337,6 +349,13 @@ def _hashed(job: Job, record: Record) -> Record:
         update={"sha256": hashes(job.folder, files, job.known), "size_bytes": size_bytes(job.folder, files)}
     )
     return record.model_copy(update={"component": component})
+
+
+def _share_equal(source: Path, other: Record, folder: Path, record: Record) -> None:
+    """Make files of the unfinished ``folder`` that are equal to those in ``source`` hard links to them."""
+    for name, digest in record.component.sha256.items():
+        if other.component.sha256.get(name) == digest:
+            share_file(source / name, folder / name)
 
 
 def _add(total: dict[str, float], seconds: Mapping[str, float]) -> None:

@@ -22,43 +22,85 @@ from diffusion_convert.components.component import Component, Shape
 from diffusion_convert.components.text_encoder import most_skipped
 from diffusion_convert.options import ConvertOptions, Precision
 from diffusion_convert.palettize.recipe import Recipe, load_recipe
+from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import COMPONENTS, FAMILIES, T5, TARGETS, UNETS, AttentionKind, compiles, kind_of
 from diffusion_runtime.folding import Folding
+from diffusion_runtime.picture_size import Size
 from diffusion_runtime.real_path import real_path
 
 TOOLS = ("coreml-sd", "coremltools", "torch", "diffusers", "transformers")
-CHOICES = ("attention", "components", "compiled", "zip")
-"""Options that say which parts there are and what is put together of them, but not what is in a part."""
+CHOICES = ("attention", "components", "sizes", "height", "width", "compiled", "zip")
+"""Options that say which parts there are and what is put together of them, but not what is in a part of a size."""
+FUNCTIONS_TARGET = "macOS15"
+"""The first target whose packages hold several functions."""
+_FUNCTIONS_NOT_COMPILED = (
+    "several sizes: packages only, no compiled models, as the compiled form of packages with several functions is "
+    "not known here; an older target (macOS14, iOS17) gives them, or on a Mac `coreml-sd bundle OUTPUT "
+    "--compiler xcrun`"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One component for one attention, or for all of them (``shared``): converted, verified and kept as a whole."""
+    """One component for one attention, or for all of them (``shared``), and one size: converted, verified and kept
+    as a whole."""
 
     component: Component
     attention: AttentionKind
     shared: bool
+    shape: Shape
+    size: Size | None = None
+    """Where sizes are asked for by name, so that others can be added: that of the pictures."""
+
+    def is_like(self, other: Part) -> bool:
+        """Whether both are the same but for the size."""
+        return self.component.name == other.component.name and self.attention is other.attention
 
     @property
     def name(self) -> str:
-        return self.component.name if self.shared else f"{self.component.name}-{self.attention.value}"
+        attention = () if self.shared else (self.attention.value,)
+        return "-".join([self.component.name, *attention, *([] if self.size is None else [str(self.size)])])
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What models in the output must be of, to stay beside new ones: source, versions and the options that parts
+    follow from (``fingerprint``), and ``only`` that size; None: of any, as sizes are added to each other."""
+
+    fingerprint: str
+    only: Size | None
+
+    def made(self, made: Manifest) -> bool:
+        """Whether the models of that manifest are of it."""
+        same = made.tools.get("conversion") == self.fingerprint
+        return same and (self.only is None or made.sizes == (self.only,))
+
+    @property
+    def name(self) -> str:
+        """Of the folder in which a conversion works: no other conversion's parts may be found there."""
+        return _digest([self.fingerprint, None if self.only is None else str(self.only)])
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``fingerprint`` is the same for the same source and versions and the options that parts follow from.
+    """``identity`` tells which models can stay beside those that are made.
     ``compiled``: whether compiled models are made; ``notes`` are sentences for the user."""
 
     checkpoint: Checkpoint
     options: ConvertOptions
-    shape: Shape
+    shapes: tuple[Shape, ...]
     parts: tuple[Part, ...]
-    fingerprint: str
+    identity: Identity
     size_bytes: int
     compiled: bool
     recipe: Recipe | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> Shape:
+        """Of the pictures where no size is asked for: the first of ``shapes``."""
+        return self.shapes[0]
 
     def variant(self, attention: AttentionKind) -> tuple[Part, ...]:
         """The parts that a variant consists of."""
@@ -71,18 +113,19 @@ MAX_PIECES = 8
 """In how many pieces a prompt may be encoded. Attention to more tokens costs time and memory at every step."""
 
 
-def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") -> Plan:
-    """``stamp`` is what `fingerprint` says.
+def make_plan(checkpoint: Checkpoint, options: ConvertOptions, identity: Identity | None = None) -> Plan:
+    """``identity`` is what `identify` says; None where nothing is to be written.
 
     Raises InputError or CheckpointError for what cannot be converted so: every component's weights are compared
     with their network's, sizes with what the networks can do."""
     layouts.check(checkpoint, options)
     _check_attention(checkpoint, options)
     _check_texts(checkpoint, options)
-    shape = _shape(checkpoint, options)
-    t2i_adapter.check_size(checkpoint, shape.height, shape.width)
+    shapes = _shapes(checkpoint, options)
+    for shape in shapes:
+        t2i_adapter.check_size(checkpoint, shape.height, shape.width)
     chosen = _components(checkpoint, options)
-    weights, notes = {}, [*checkpoint.notes, *_check_vocabularies(checkpoint), *_size_note(checkpoint, shape)]
+    weights, notes = {}, [*checkpoint.notes, *_check_vocabularies(checkpoint), *_size_notes(checkpoint, shapes)]
     for subfolder in dict.fromkeys(component.subfolder for component in chosen):
         submodel = checkpoint.models[subfolder]
         tensors = submodel.tensors()
@@ -91,19 +134,25 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, stamp: str = "") 
             notes.append(f"{subfolder}: its configuration leaves out the last {unused} of its weights' layers")
         weights[subfolder] = sum(parameter.numel() for parameter in network.parameters())
     parts = tuple(
-        Part(component, attention, shared=not component.uses_attention)
+        Part(component, attention, not component.uses_attention, shape, size)
         for component in chosen
         for attention in (options.attention if component.uses_attention else (AttentionKind.ORIGINAL,))
+        for shape, size in _each_size(component, shapes, options)
     )
     wanted = options.compiled and layouts.LAYOUTS[options.layout].compiled
     compiled = wanted and compiles(TARGETS[options.target])
     if wanted and not compiled:
         notes.append(_not_compiled(options.target))
+    if compiled and len(shapes) > 1 and joins_sizes(options.target):
+        compiled = False
+        notes.append(_FUNCTIONS_NOT_COMPILED)
     size = _size(weights, parts, options, compiled)
     recipe = None if options.recipe is None else load_recipe(options.recipe)
     checkpoint = folding.fold(checkpoint, options.foldings & layouts.LAYOUTS[options.layout].foldings)
     notes += _fold_notes(checkpoint, options)
-    return Plan(checkpoint, options, shape, parts, stamp, size, compiled, recipe, tuple(notes))
+    return Plan(
+        checkpoint, options, shapes, parts, identity or Identity("", None), size, compiled, recipe, tuple(notes)
+    )
 
 
 def _check_attention(checkpoint: Checkpoint, options: ConvertOptions) -> None:
@@ -206,21 +255,37 @@ def _not_compiled(target: str) -> str:
     )
 
 
-def _shape(checkpoint: Checkpoint, options: ConvertOptions) -> Shape:
+def joins_sizes(target: str) -> bool:
+    """Whether models of several sizes become functions of one package, as systems of that target know them."""
+    return TARGETS[target] >= TARGETS[FUNCTIONS_TARGET]
+
+
+def _each_size(
+    component: Component, shapes: Sequence[Shape], options: ConvertOptions
+) -> Iterator[tuple[Shape, Size | None]]:
+    for shape in shapes[:1] if component.one_size else shapes:
+        named = options.sizes and not component.one_size
+        yield shape, Size(shape.width, shape.height) if named else None
+
+
+def _shapes(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Shape, ...]:
     vae = checkpoint.models["vae"].config
     default = default_size(checkpoint.denoiser.config, vae)
     factor = latent_factor(vae)
     factor *= int(checkpoint.denoiser.config.get("patch_size", 1))
     least = -(-8 * latent_factor(vae) // factor)
-    sizes = (options.height or default[0], options.width or default[1])
-    for name, size in zip(("height", "width"), sizes, strict=True):
-        if size < least * factor or size % factor:
-            near = sorted({max(least, size // factor) * factor, max(least, size // factor + 1) * factor})
-            raise InputError(
-                f"--{name} {size}: expected a multiple of {factor} of at least {least * factor}; "
-                f"near it {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}"
-            )
-    return Shape(*sizes, settled_batch_size(checkpoint, options), _context_length(checkpoint, options))
+    own = Size(options.width or default[1], options.height or default[0])
+    for asked in options.sizes or (own,):
+        for name, side in (("height", asked.height), ("width", asked.width)):
+            if side < least * factor or side % factor:
+                near = sorted({max(least, side // factor) * factor, max(least, side // factor + 1) * factor})
+                told = f"--size {asked}: {name} {side}" if options.sizes else f"--{name} {side}"
+                raise InputError(
+                    f"{told}: expected a multiple of {factor} of at least {least * factor}; "
+                    f"near it {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}"
+                )
+    batch, tokens = settled_batch_size(checkpoint, options), _context_length(checkpoint, options)
+    return tuple(Shape(size.height, size.width, batch, tokens) for size in options.sizes or (own,))
 
 
 def _context_length(checkpoint: Checkpoint, options: ConvertOptions) -> int | None:
@@ -248,16 +313,15 @@ def settled_batch_size(checkpoint: Checkpoint, options: ConvertOptions) -> int:
     return options.batch_size or (1 if takes_scale else rows)
 
 
-def _size_note(checkpoint: Checkpoint, shape: Shape) -> tuple[str, ...]:
-    """A sentence on a size that the model was not trained for. Upscalers take pictures of any size."""
+def _size_notes(checkpoint: Checkpoint, shapes: Sequence[Shape]) -> Iterator[str]:
+    """A sentence on each size that the model was not trained for. Upscalers take pictures of any size."""
     height, width = default_size(checkpoint.denoiser.config, checkpoint.models["vae"].config)
-    upscales = FAMILIES[checkpoint.family].class_labels
-    if upscales or not is_untrained((shape.height, shape.width), (height, width)):
-        return ()
-    return (
-        f"{shape.width}x{shape.height} pixels (width x height): {checkpoint.name} was trained for about the pixels "
-        f"of {width}x{height}; at other sizes such models repeat themselves or lose detail",
-    )
+    for shape in () if FAMILIES[checkpoint.family].class_labels else shapes:
+        if is_untrained((shape.height, shape.width), (height, width)):
+            yield (
+                f"{shape.width}x{shape.height} pixels (width x height): {checkpoint.name} was trained for about "
+                f"the pixels of {width}x{height}; at other sizes such models repeat themselves or lose detail"
+            )
 
 
 def _size(weights: Mapping[str, int], parts: Sequence[Part], options: ConvertOptions, compiled: bool) -> int:
@@ -279,8 +343,14 @@ def _size(weights: Mapping[str, int], parts: Sequence[Part], options: ConvertOpt
     return packages * (1 + int(compiled)) + zipped * int(compiled and options.zip)
 
 
+def identify(checkpoint: Checkpoint, options: ConvertOptions) -> Identity:
+    """See `Identity`. Raises InputError for sizes that the networks cannot make."""
+    first = _shapes(checkpoint, options)[0]
+    return Identity(fingerprint(checkpoint, options), None if options.sizes else Size(first.width, first.height))
+
+
 def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> str:
-    """See `Plan`; known without looking at weights: sizes and times of change stand for files' contents."""
+    """See `Identity`; known without looking at weights: sizes and times of change stand for files' contents."""
     tokenizers = (checkpoint.tokenizer, checkpoint.tokenizer_2, checkpoint.tokenizer_3)
     files = {path for tokenizer in tokenizers for path in tokenizer.values()}
     files.update(path for model in checkpoint.models.values() for path in model.files)

@@ -6,14 +6,16 @@ added to it. Anything else that a conversion made there is replaced, and named b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusion_convert.bundle.model_card import CARD_NAME
-from diffusion_convert.bundle.zip_names import zip_attentions, zip_name, zip_names
+from diffusion_convert.bundle.sizes import size_folder
+from diffusion_convert.bundle.zip_names import zip_attentions, zip_names, zip_names_by_size
 from diffusion_convert.conversion.part import Record, read_record, write_record
-from diffusion_convert.conversion.plan import Part, Plan
+from diffusion_convert.conversion.plan import Identity, Part, Plan
+from diffusion_convert.conversion.sizes import take_size
 from diffusion_convert.conversion.workspace import Workspace
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime import zips
@@ -24,7 +26,7 @@ from diffusion_runtime.bundle.integrity import TOKENIZER, Hashes, faults
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS, AttentionKind
-from diffusion_runtime.links import share_tree
+from diffusion_runtime.picture_size import Size
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 from diffusion_runtime.real_path import is_there
 
@@ -36,27 +38,28 @@ class Previous:
     output: Path
     variants: Mapping[str, Mapping[str, Manifest | None]]
 
-    def widened(self, options: ConvertOptions, fingerprint: str) -> ConvertOptions:
-        """The options with the variants and components that are there and of that fingerprint."""
+    def widened(self, options: ConvertOptions, identity: Identity) -> ConvertOptions:
+        """The options with the variants, components and sizes that are there and of that identity."""
         found = {
             name: made
             for name, kinds in self.variants.items()
-            if (made := _first(kinds)) is not None and _is_of(made, fingerprint)
+            if (made := _first(kinds)) is not None and identity.made(made)
         }
         there = dict.fromkeys(component for made in found.values() for component in made.components)
         return replace(
             options,
             attention=tuple(kind for kind in AttentionKind if kind in options.attention or kind.value in found),
             components=tuple(dict.fromkeys((*options.components, *there))) if options.components else (),
+            sizes=tuple(dict.fromkeys((*_sizes(found.values()), *options.sizes))) if options.sizes else (),
         )
 
-    def replaced_note(self, fingerprint: str) -> tuple[str, ...]:
-        """What makes way for a conversion of that fingerprint, as a sentence; nothing where nothing does."""
+    def replaced_note(self, identity: Identity) -> tuple[str, ...]:
+        """What makes way for a conversion of that identity, as a sentence; nothing where nothing does."""
         gone = []
         for name, made in ((name, _first(kinds)) for name, kinds in self.variants.items()):
             if made is None:
                 gone.append(name)
-            elif not _is_of(made, fingerprint):
+            elif not identity.made(made):
                 gone.append(f"{name} ({', '.join(made.components)})")
         what = "made of another source or with other options or versions"
         return (f"replaces what is in {self.output}, {what}: {', '.join(gone)}",) if gone else ()
@@ -65,7 +68,11 @@ class Previous:
         """Names of variants, zips and the card of the earlier conversion that are not among the ``new`` ones."""
         found = list(self.variants)
         for name, made in ((name, made) for name, kinds in self.variants.items() for made in kinds.values()):
-            found += [] if made is None else [zip_name(made, other) for other in zip_attentions(name, ())]
+            found += (
+                []
+                if made is None
+                else [one for other in zip_attentions(name, ()) for one in zip_names_by_size(made, other).values()]
+            )
         found += [CARD_NAME] if self.variants else []
         return tuple(dict.fromkeys(name for name in found if name not in new and (self.output / name).exists()))
 
@@ -91,10 +98,11 @@ class Kept:
 
     def _complete(self, plan: Plan, attention: AttentionKind) -> Manifest | None:
         wanted = {part.component.name for part in plan.variant(attention)}
+        sizes = {Size(shape.width, shape.height) for shape in plan.shapes}
         kinds = self.previous.variants.get(attention.value, {})
         for kind in KINDS[: 1 + plan.compiled]:
             made, folder = kinds.get(kind), self.previous.output / attention.value / kind
-            if made is None or made.components.keys() != wanted:
+            if made is None or made.components.keys() != wanted or set(made.sizes) != sizes:
                 return None
             if self.whole.get((attention.value, kind), {}).keys() != wanted:
                 return None
@@ -113,15 +121,18 @@ class Kept:
             if read_record(folder) is None and (found := self._component(part, plan)) is not None:
                 packages, component = found
                 with unfinished_folder(folder) as unfinished:
-                    for name in component.files:
-                        share_tree(packages / name, unfinished / name)
-                    write_record(Record(component=component), unfinished)
+                    taken = take_size(component, Size(part.shape.width, part.shape.height), packages, unfinished)
+                    write_record(Record(component=taken), unfinished)
 
     def _component(self, part: Part, plan: Plan) -> tuple[Path, manifest.Component] | None:
         for attention in plan.options.attention if part.shared else (part.attention,):
             component = self.whole.get((attention.value, KINDS[0]), {}).get(part.component.name)
-            if component is not None:
-                return self.previous.output / attention.value / KINDS[0], component
+            made = self.previous.variants.get(attention.value, {}).get(KINDS[0])
+            if component is None or made is None:
+                continue
+            if part.component.one_size or Size(part.shape.width, part.shape.height) in made.sizes:
+                size = Size(part.shape.width, part.shape.height)
+                return self.previous.output / attention.value / KINDS[0], component.at(size)
         return None
 
 
@@ -149,7 +160,7 @@ def kept_of(previous: Previous, plan: Plan, known: Hashes) -> Kept:
     whole, tokenizers = {}, set()
     for attention, kinds in previous.variants.items():
         for kind, made in kinds.items():
-            if made is not None and _is_of(made, plan.fingerprint):
+            if made is not None and plan.identity.made(made):
                 wrong = faults(made, previous.output / attention / kind, known)
                 whole[attention, kind] = {name: c for name, c in made.components.items() if name not in wrong}
                 tokenizers |= {(attention, kind)} if TOKENIZER not in wrong else set()
@@ -168,14 +179,18 @@ def _first(kinds: Mapping[str, Manifest | None]) -> Manifest | None:
     return next((made for kind in KINDS if (made := kinds.get(kind)) is not None), None)
 
 
-def _is_of(made: Manifest, fingerprint: str) -> bool:
-    return made.tools.get("conversion") == fingerprint
+def _sizes(found: Iterable[Manifest]) -> Iterator[Size]:
+    for made in found:
+        yield from made.sizes
 
 
 def _zips_are_there(plan: Plan, attention: AttentionKind, made: Manifest, output: Path, known: Hashes) -> bool:
     """Whether the variant's zips are there and whole where the plan makes some, and are not where it makes none."""
     names = zip_names(made, attention.value, {kind.value for kind in plan.options.attention})
     if plan.compiled and plan.options.zip:
-        compiled = output / attention.value / KINDS[1]
-        return all(zips.fault(output / name, compiled, known.of) is None for name in names)
+        compiled, without = output / attention.value / KINDS[1], set(map(str, made.size_folders))
+        return all(
+            zips.fault(output / name, size_folder(compiled, size), known.of, without) is None
+            for name, size in names.items()
+        )
     return not any((output / name).exists() for name in names)

@@ -37,12 +37,12 @@ class Workspace:
 
 
 @contextmanager
-def workspace(hidden: Path, fingerprint: str) -> Iterator[Workspace]:
+def workspace(hidden: Path, name: str) -> Iterator[Workspace]:
     """The work folder of a conversion in ``hidden``, that of its output; those of others are removed.
 
     If an error or Ctrl-C ends the block, finished parts stay; the folder is removed if there are none.
     """
-    place = Workspace(hidden / f"{_PREFIX}{fingerprint[:16]}")
+    place = Workspace(hidden / f"{_PREFIX}{name[:16]}")
     clear(hidden, place)
     try:
         yield place

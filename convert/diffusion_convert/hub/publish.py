@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_convert.bundle.model_card import CARD_NAME, PICTURES, REPOSITORY, card_of
+from diffusion_convert.bundle.sizes import size_folder
 from diffusion_convert.bundle.variants import required_variants, sweep_variants
 from diffusion_convert.bundle.zip_names import stem_of, zip_names
 from diffusion_convert.hub.client import check_repo_id, hub_errors, open_api, remote_files
@@ -68,8 +69,10 @@ def planned_upload(folder: Path, repo_id: str, private: bool = True, unverified:
 
 
 def _check_zips(folder: Path, attention: str, made: Manifest, variants: set[str], known: Hashes) -> None:
-    for path in (folder / name for name in zip_names(made, attention, variants)):
-        if path.exists() and (fault := zips.fault(path, folder / attention / "compiled", known.of)) is not None:
+    without = set(map(str, made.size_folders))
+    for name, size in zip_names(made, attention, variants).items():
+        path, models = folder / name, size_folder(folder / attention / "compiled", size)
+        if path.exists() and (fault := zips.fault(path, models, known.of, without)) is not None:
             raise PackageError(f"{path}: {fault}: make it again with `coreml-sd bundle {folder} --zip`")
 
 

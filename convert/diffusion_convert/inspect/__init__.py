@@ -19,6 +19,7 @@ from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.without_manifest import einsum_shapes
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError
 from diffusion_runtime.families import SYSTEMS, attention_of
+from diffusion_runtime.mil.functions import function_names
 from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import Feature, Function, operations
@@ -41,8 +42,18 @@ class Port:
 
 
 @dataclass(frozen=True, slots=True)
+class FunctionReport:
+    """One function of a model that has several; all share its weights."""
+
+    name: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelReport:
-    """One model. ``bits`` maps bits per palettized weight to the number of such weights.
+    """One model; of several ``functions`` the figures are of the default one, the first. ``bits`` maps bits per
+    palettized weight to the number of such weights.
 
     ``histogram`` counts operations under the versioned names by which apps look them up in metadata.json;
     ``inferred`` are operations whose version was never seen in a real compiled model, or which have none.
@@ -67,6 +78,7 @@ class ModelReport:
     work: Work
     obstacles: tuple[Obstacle, ...]
     metadata: dict[str, str] = field(default_factory=dict)
+    functions: tuple[FunctionReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +163,8 @@ def _report(path: Path, name: str, sizes: Mapping[str, int], with_weights: bool 
     package = open_package(path)
     model, function = package.model, package.model.function
     if with_weights:
-        check_weights(package, function)
+        for each in model.program.functions.values():
+            check_weights(package, each)
     weight_bytes = sum(size for file, size in sizes.items() if "weights" in Path(file).parts)
     counts = Counter(operation.type for operation in operations(function.block))
     known = function.opset in OPSETS
@@ -175,7 +188,13 @@ def _report(path: Path, name: str, sizes: Mapping[str, int], with_weights: bool 
         work=floating_point_work(function),
         obstacles=obstacles(model, weight_bytes),
         metadata=_metadata(model),
+        functions=tuple(_function(package.of(each).model, each) for each in function_names(model)),
     )
+
+
+def _function(model: Model, name: str) -> FunctionReport:
+    interface = model.interface
+    return FunctionReport(name, tuple(map(_port, interface.inputs)), tuple(map(_port, interface.outputs)))
 
 
 def palettized_weights(function: Function) -> dict[int, int]:

@@ -36,9 +36,9 @@ def _folder_lines(report: FolderReport) -> Iterator[str]:
     made = report.manifest
     if made is not None:
         yield (
-            f"{report.name}: {made.name} ({made.family}), {made.attention}, {made.width}x{made.height}, batch "
-            f"{made.batch_size}, {made.prediction_type} prediction, {made.layout.value} layout, for {made.target} "
-            "and later"
+            f"{report.name}: {made.name} ({made.family}), {made.attention}, {' and '.join(map(str, made.sizes))}, "
+            f"batch {made.batch_size}, {made.prediction_type} prediction, {made.layout.value} layout, for "
+            f"{made.target} and later"
         )
         yield from (f"  folded    {line}" for line in made.folded.lines())
         yield from (f"  adapter   {one.name}: an IP-Adapter, {one.source}" for one in made.ip_adapters)
@@ -53,6 +53,10 @@ def _folder_lines(report: FolderReport) -> Iterator[str]:
 
 def _model_lines(model: ModelReport) -> Iterator[str]:
     yield f"{model.name}: specification {model.specification_version}, {model.opset}, for {model.target} and later"
+    if model.functions:
+        yield f"  functions {', '.join(function.name for function in model.functions)}; without a name the first"
+    for function in model.functions[1:]:
+        yield f"  {function.name}: {'; '.join(map(_port, (*function.inputs, *function.outputs)))}"
     for label, ports in (("in", model.inputs), ("out", model.outputs)):
         for port in ports:
             yield f"  {label:<10}{_port(port)}"

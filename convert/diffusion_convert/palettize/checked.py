@@ -11,11 +11,14 @@ from diffusion_convert.palettize.palettize_options import PalettizeOptions, Repo
 from diffusion_convert.palettize.palettize_package import OnWeight, palettize_package
 from diffusion_convert.verification.bounds import MIN_PSNR_DB, bound_db
 from diffusion_runtime.atomic import unfinished_folder
+from diffusion_runtime.mil.functions import function_names
+from diffusion_runtime.mil.package import open_package
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """``psnr_db`` by output, against the float16 package; empty where outputs were not compared."""
+    """``psnr_db`` by output ("size_768x512: noise_pred" where there are several functions), against the float16
+    package; empty where outputs were not compared."""
 
     report: Report
     psnr_db: Mapping[str, float]
@@ -32,18 +35,23 @@ def palettize_checked(
     progress: OnWeight | None = None,
 ) -> Checked:
     """`palettize_package`, and then run both packages with the torch backend on ``samples`` (None: seeded ones by
-    the inputs' names). ``output`` appears only where every output keeps the bound of its bit width.
+    the inputs' names), each function of those that have several. ``output`` appears only where every output keeps
+    the bound of its bit width.
 
     Raises what `palettize_package` does, UnsupportedError where the backend does not cover the program, and
     VerificationError below the bound, StorageError where another process is writing ``output``.
     """
     with unfinished_folder(output) as unchecked:
         report = palettize_package(source, unchecked, options, progress)
-        psnr: Mapping[str, float] = {}
-        if compare:
-            psnr = compare_outputs(source, unchecked, samples)
+        psnr: dict[str, float] = {}
+        functions = function_names(open_package(source).model) or (None,)
+        for function in functions if compare else ():
+            drawn = samples if function is functions[0] else None  # given ones have the default function's shapes
+            found = compare_outputs(source, unchecked, drawn, function)
             bound = bound_db(report.average_bits, bounds)
-            if any(not value >= bound for value in psnr.values()):
-                require_steady(source, samples, psnr, bound)
+            if any(not value >= bound for value in found.values()):
+                require_steady(source, drawn, found, bound, function)
+            psnr |= {name if function is None else f"{function}: {name}": value for name, value in found.items()}
+        if compare:
             require_outputs(output, psnr, report.average_bits, bounds)
     return Checked(report, psnr)

@@ -72,23 +72,25 @@ def _draw(spec: TensorSpec, random: np.random.Generator, position: float, tokens
     return array.astype(spec.dtype)
 
 
-def compare_outputs(reference: Path, other: Path, samples: Samples | None = None) -> dict[str, float]:
+def compare_outputs(
+    reference: Path, other: Path, samples: Samples | None = None, function: str | None = None
+) -> dict[str, float]:
     """The lowest PSNR of each output over ``samples`` (None: two seeded ones), both packages run by the torch
-    backend, one after the other and with their weights left in the file.
+    backend, one after the other and with their weights left in the file. ``function``: which of several.
 
     Raises VerificationError where an output of ``reference`` itself is not finite: nothing can be compared with it.
     """
     from diffusion_runtime.backends.torch_mil import TorchBackend
 
     backend = TorchBackend(stream_weights=True)
-    model = backend.load(reference)
+    model = backend.load(reference, function=function)
     if samples is None:
         samples = seeded_inputs(model.inputs, 2, tokens=token_count(open_package(reference)))
     with np.errstate(over="ignore", invalid="ignore"):  # said below, by name
         expected = [model(**arrays) for arrays in samples]
     _require_finite(reference, samples, expected)
     del model
-    model = backend.load(other)
+    model = backend.load(other, function=function)
     found = [model(**arrays) for arrays in samples]
     return {
         name: min(psnr_db(one[name], two[name]) for one, two in zip(expected, found, strict=True))
@@ -151,12 +153,14 @@ def require_outputs(
         )
 
 
-def require_steady(package: Path, samples: Samples | None, psnr: Mapping[str, float], bound: float) -> None:
+def require_steady(
+    package: Path, samples: Samples | None, psnr: Mapping[str, float], bound: float, function: str | None = None
+) -> None:
     """Raise VerificationError, naming them, where outputs below ``bound`` are others without palettization, too,
     when the inputs of ``package`` change by a thousandth: they say nothing about the bits."""
     from diffusion_runtime.backends.torch_mil import TorchBackend
 
-    model = TorchBackend(stream_weights=True).load(package)
+    model = TorchBackend(stream_weights=True).load(package, function=function)
     if samples is None:
         samples = seeded_inputs(model.inputs, 2, tokens=token_count(open_package(package)))
     random = np.random.default_rng(1)

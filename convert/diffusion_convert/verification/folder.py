@@ -29,6 +29,7 @@ from diffusion_runtime.families import ATTENTIONS, Layout
 from diffusion_runtime.folding import Folding
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.models import chained
+from diffusion_runtime.picture_size import Size, parse_size
 from diffusion_runtime.real_path import is_there
 
 _SLACK_DB = 1.0
@@ -70,18 +71,26 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
     for folder, described in made.items():
         names = described.folded.names
         folded = replace(fold(checkpoint, names) if names else checkpoint, clip_skip=described.clip_skip)
-        shape = Shape(described.height, described.width, described.batch_size, described.text_tokens())
-        for name, component in described.components.items():
+        shown = folder.relative_to(models).as_posix() if folder != models else folder.name
+        for name, size, component in _each(described):
+            shape = Shape(size.height, size.width, described.batch_size, described.text_tokens())
             key = name, shape, described.layout, names, described.clip_skip
+            title = f"{name} {size}" if size in map(parse_size, described.components[name].sizes) else name
             if key not in references:
-                report(f"running the source's own {name}")
+                report(f"running the source's own {title}")
                 own = laid_out(component_of(name), described.layout)
                 references[key] = compare.reference(own, folded, shape, lambda _: None)
-            shown = folder.relative_to(models).as_posix() if folder != models else folder.name
-            report(f"running {shown}: {name}")
+            report(f"running {shown}: {title}")
             paths = [folder / file for file in component.files]
             bound = _bound(name, component, _palette_widths(paths) if component.palettization else ())
-            yield Comparison(shown, name, _measure(paths, references[key]), bound)
+            yield Comparison(shown, title, _measure(paths, references[key], component.function), bound)
+
+
+def _each(described: Manifest) -> Iterator[tuple[str, Size, manifest.Component]]:
+    """Each component for each size that it is made for; those for all sizes once."""
+    for name, component in described.components.items():
+        for size in map(parse_size, component.sizes or [str(described.sizes[0])]):
+            yield name, size, component.at(size)
 
 
 def _folders(models: Path) -> list[Path]:
@@ -157,12 +166,12 @@ def _palette_widths(paths: Iterable[Path]) -> set[int]:
     return {bits for function in functions for bits in palettized_weights(function)}
 
 
-def _measure(paths: list[Path], expected: Expected) -> dict[str, float]:
+def _measure(paths: list[Path], expected: Expected, function: str | None = None) -> dict[str, float]:
     """PSNR of each output, the worst over all runs; chunks run one after the other."""
     from diffusion_runtime.backends.torch_mil import TorchBackend
 
     backend = TorchBackend(stream_weights=True)
-    model = chained([lambda path=path: backend.load(path) for path in paths])()  # type: ignore[misc]
+    model = chained([lambda path=path: backend.load(path, function=function) for path in paths])()  # type: ignore[misc]
     worst: dict[str, float] = {}
     for inputs, outputs in zip(expected.inputs, expected.outputs, strict=True):
         found = model(**_named(inputs, tuple(model.inputs)))

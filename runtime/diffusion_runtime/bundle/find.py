@@ -14,7 +14,7 @@ from pathlib import Path
 
 from diffusion_runtime.backends import Backend, ComputeUnits
 from diffusion_runtime.bundle import manifest, without_manifest
-from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.bundle.manifest import Component, Manifest
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import (
     ATTENTIONS,
@@ -26,7 +26,7 @@ from diffusion_runtime.families import (
     Layout,
     preferred,
 )
-from diffusion_runtime.models import Load, Models, chained, renamed
+from diffusion_runtime.models import Load, Models, chained, renamed, sized
 from diffusion_runtime.real_path import is_there
 
 KINDS = ("packages", "compiled")
@@ -91,15 +91,24 @@ def open_models(
 ) -> Models:
     """The models of a bundle, loaded when asked for, on the manifest's compute units unless others are given."""
 
-    def load(component: str) -> Load:
-        units = compute_units or parse_units(bundle.manifest.components[component].compute_units)
-        return chained([partial(backend.load, path, units) for path in bundle.paths(component)])
+    def load(component: Component, compute_units_of: str) -> Load:
+        units = compute_units or parse_units(compute_units_of)
+        paths = [bundle.folder / name for name in component.files]
+        return chained([partial(backend.load, path, units, component.function) for path in paths])
 
-    loads = {name: load(name) for name in bundle.manifest.components}
+    loads = {}
+    for name, component in bundle.manifest.components.items():
+        first, *others = component.sizes or {"": component}
+        loads[name] = load(component.sizes.get(first, component), component.compute_units)
+        for size in others:
+            loads[sized(name, size)] = load(component.sizes[size], component.compute_units)
     denoiser = FAMILIES[bundle.manifest.family].denoiser if bundle.manifest.family in FAMILIES else UNET
     if denoiser is UNET or denoiser.component not in loads:
         return Models(loads, keep)
-    loads[denoiser.component] = renamed(loads[denoiser.component], denoiser.names)
+    for size in ("", *bundle.manifest.components[denoiser.component].sizes):
+        name = sized(denoiser.component, size) if size else denoiser.component
+        if name in loads:
+            loads[name] = renamed(loads[name], denoiser.names)
     return Models(loads, keep).known_as({name: name for name in loads} | {"unet": denoiser.component})
 
 

@@ -26,6 +26,7 @@ from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import PackageError
 from diffusion_runtime.families import FAMILIES, UNET, UNETS, Layout
 from diffusion_runtime.folding import Folding
+from diffusion_runtime.picture_size import PATTERN, Size, parse_size
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -105,7 +106,9 @@ class Palettization(_Frozen):
 class Component(_Frozen):
     """One converted submodule. ``files`` are this component's models in the order in which they run (two for a
     chunked UNet); ``sha256`` maps each regular file below them, relative to the manifest, to its hash.
-    ``vocabulary_size``: how many tokens a text encoder knows, as far as that is known."""
+    ``vocabulary_size``: how many tokens a text encoder knows, as far as that is known. ``sizes``: where it makes
+    pictures of several sizes, it by each ("768x512", width x height): files of its own, or the ``function`` of the
+    same files; all else that stands here is of the first of them, and hashes are of all files."""
 
     files: tuple[RelativePath, ...]
     inputs: Annotated[tuple[Tensor, ...], AfterValidator(_declared)]
@@ -118,6 +121,14 @@ class Component(_Frozen):
     psnr_db: dict[str, float] = {}
     palettization: Palettization | None = None
     vocabulary_size: int | None = Field(default=None, ge=1)
+    function: Annotated[str, Field(max_length=128)] | None = Field(
+        default=None, description="which function of its files, where they have several"
+    )
+    sizes: dict[Annotated[str, Field(pattern=f"^{PATTERN.pattern}$")], Component] = Field(default={}, max_length=64)
+
+    def at(self, size: Size) -> Component:
+        """The component for pictures of that size."""
+        return self.sizes.get(str(size), self)
 
 
 class FusedLora(_Frozen):
@@ -312,12 +323,33 @@ class Manifest(_Frozen):
         # ComfyUI's are (batch, tokens, width), Apple's (batch, width, 1, tokens).
         return states[1] if self.layout is Layout.COMFYUI else states[-1]
 
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """All sizes of pictures that the models make; the first is the one where none is asked for."""
+        names = dict.fromkeys(name for component in self.components.values() for name in component.sizes)
+        own = Size(self.width, self.height)
+        return tuple(dict.fromkeys((own, *map(parse_size, names))))
+
+    @property
+    def size_folders(self) -> tuple[Size, ...]:
+        """The sizes with a folder of their own name: all but the first, where sizes are no functions."""
+        own = any(
+            part.function is None for component in self.components.values() for part in component.sizes.values()
+        )
+        return self.sizes[1:] if own else ()
+
     @model_validator(mode="after")
     def _fits(self) -> Manifest:
         for name, size in (("height", self.height), ("width", self.width)):
             if size % self.latents.factor:
                 raise ValueError(f"{name} {size} is no multiple of {self.latents.factor}, as latents are enlarged")
         return self
+
+
+def of_size(made: Manifest, size: Size) -> Manifest:
+    """The manifest of the models for pictures of one size of several, as if there was no other."""
+    components = {name: component.at(size) for name, component in made.components.items()}
+    return made.model_copy(update={"width": size.width, "height": size.height, "components": components})
 
 
 def of_refiner(made: Manifest) -> Manifest | None:

@@ -1,0 +1,296 @@
+"""Models for pictures of several sizes: one set of weights, and the same pictures as models of one size make."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffusion_convert import ConvertOptions, convert
+from diffusion_convert.checkpoint.open import open_checkpoint
+from diffusion_convert.compile import compile_package
+from diffusion_convert.conversion.events import Event
+from diffusion_convert.conversion.plan import make_plan
+from diffusion_convert.export import placeholders
+from diffusion_convert.inspect import inspect
+from diffusion_convert.inspect.show import as_text
+from diffusion_convert.palettize.checked import palettize_checked
+from diffusion_convert.palettize.palettize_options import PalettizeOptions
+from diffusion_convert.verification.folder import verify_models
+from diffusion_runtime import load_pipeline
+from diffusion_runtime.backends.torch_mil import TorchBackend
+from diffusion_runtime.bundle import manifest
+from diffusion_runtime.coremltools_import import import_coremltools
+from diffusion_runtime.errors import InputError, UnsupportedError
+from diffusion_runtime.picture_size import Size, parse_size
+
+SIZES = (Size(64, 64), Size(96, 64))
+NEW, OLD = "macOS15", "macOS14"
+TEXT, UNET = "Stable_Diffusion_version_sd1_text_encoder.mlpackage", "Stable_Diffusion_version_sd1_unet.mlpackage"
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """The same checkpoint for two sizes, and for each of them alone; what was converted for the second size."""
+
+    several: Path
+    alone: dict[Size, Path]
+    added: list[str]
+
+    @property
+    def packages(self) -> Path:
+        return self.several / "original" / "packages"
+
+
+Make = Callable[[str], Bundles]
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """``bundles("macOS15")``: 6 bits and no compiled models for that, 16 and both kinds for an older target. The
+    second size is added to the first."""
+    made: dict[str, Bundles] = {}
+
+    def make(target: str) -> Bundles:
+        if target not in made:
+            made[target] = _make(tiny_checkpoint("sd1"), tmp_path_factory.mktemp(target), target)
+        return made[target]
+
+    return make
+
+
+def _make(source: Path, folder: Path, target: str) -> Bundles:
+    parts: list[str] = []
+
+    def note(event: Event) -> None:
+        if event.part and event.part not in parts:
+            parts.append(event.part)
+
+    def options(**more: Any) -> ConvertOptions:
+        bits: dict[str, Any] = {"nbits": 6, "zip": False} if target == NEW else {}
+        return ConvertOptions("original", target=target, **bits, **more)
+
+    first, second = SIZES
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placeholders, "MIN_SIZE", 64)
+        convert(source, folder / "one", options(sizes=str(first)))
+        shutil.copytree(folder / "one", folder / "several")
+        convert(source, folder / "several", options(sizes=["96x64"]), note)
+        convert(source, folder / "two", options(width=second.width, height=second.height))
+    return Bundles(folder / "several", {first: folder / "one", second: folder / "two"}, parts)
+
+
+def _weights(folder: Path) -> int:
+    """Bytes of the weight files on disk, hard links counted once."""
+    files = (path.stat() for path in folder.rglob("weight.bin"))
+    return sum({status.st_ino: status.st_size for status in files}.values())
+
+
+@pytest.mark.parametrize("target", [NEW, OLD])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_pictures_are_those_of_models_of_one_size(bundles: Make, target: str, size: Size) -> None:
+    made = bundles(target)
+    asked: dict[str, Any] = {"num_inference_steps": 2, "seed": 1, "output_type": "np"}
+    several = load_pipeline(made.several)("a cat", height=size.height, width=size.width, **asked).images
+    assert several.shape == (1, size.height, size.width, 3)
+    np.testing.assert_array_equal(several, load_pipeline(made.alone[size])("a cat", **asked).images)
+
+
+@pytest.mark.parametrize("target", [NEW, OLD])
+def test_weights_lie_on_disk_once(bundles: Make, target: str) -> None:
+    made = bundles(target)
+    assert _weights(made.several) <= 1.03 * _weights(made.alone[SIZES[0]])
+
+
+@pytest.mark.parametrize("target", [NEW, OLD])
+def test_a_size_is_added_to_what_is_there(
+    bundles: Make, tiny_checkpoint: Callable[[str], Path], target: str
+) -> None:
+    made = bundles(target)
+    assert sorted(made.added) == sorted(
+        ["safety_checker-96x64", "unet-original-96x64", "vae_decoder-96x64", "vae_encoder-96x64"]
+    )
+    assert manifest.read(made.packages).sizes == SIZES, "what was there first is the default"
+    bits: dict[str, Any] = {"nbits": 6, "zip": False} if target == NEW else {}
+    for sizes in ("96x64", "64x64"):
+        again = convert(
+            tiny_checkpoint("sd1"),
+            made.several,
+            ConvertOptions(target=target, attention="original", sizes=sizes, **bits),
+        )
+        assert again.unchanged
+
+
+def test_one_package_has_a_function_for_each_size(bundles: Make) -> None:
+    made = bundles(NEW)
+    ct = import_coremltools()
+    for name in ("unet", "vae_decoder", "vae_encoder", "safety_checker"):
+        component = manifest.read(made.packages).components[name]
+        (file,) = component.files
+        model = ct.models.MLModel(str(made.packages / file), skip_model_load=True, function_name="size_96x64")
+        assert model.get_spec().description.defaultFunctionName == "size_64x64"
+        assert {str(size): component.at(size).function for size in SIZES} == {
+            "64x64": "size_64x64",
+            "96x64": "size_96x64",
+        }
+        described = model._get_function_description("size_96x64")
+        shapes = {one.name: tuple(one.type.multiArrayType.shape) for one in described.input}
+        assert shapes == {one.name: one.shape for one in component.at(SIZES[1]).inputs}
+    assert manifest.read(made.packages).components["text_encoder"].sizes == {}
+    assert sorted(path.name for path in (made.several / "original").iterdir()) == ["packages"]
+    with pytest.raises(UnsupportedError, match=r"functions size_64x64, size_96x64 .*convert with --target macOS14"):
+        compile_package(made.packages / UNET, made.several / "never")
+
+
+def test_older_targets_have_a_folder_for_each_size(bundles: Make) -> None:
+    made = bundles(OLD)
+    for kind in ("packages", "compiled"):
+        root, inner = made.several / "original" / kind, made.several / "original" / kind / "96x64"
+        alone = made.alone[SIZES[1]] / "original" / kind
+        assert {path.name for path in inner.iterdir()} == {path.name for path in alone.iterdir()}
+        assert {path.name for path in root.iterdir()} == {path.name for path in inner.iterdir()} | {"96x64"}
+        told = manifest.read(inner)
+        assert (told.sizes, told.kind) == ((SIZES[1],), kind)
+        assert load_pipeline(inner).size == (64, 96)
+        unets = [
+            next(iter((place / file).rglob("weight.bin")))
+            for place in (root, inner)
+            for file in told.components["unet"].files
+        ]
+        assert unets[0].samefile(unets[1])
+    names = {path.name for path in made.several.glob("*.zip")}
+    assert names == {"coreml-sd1_original_compiled.zip", "coreml-sd1-96x64_original_compiled.zip"}
+    for name, size in (("coreml-sd1", SIZES[0]), ("coreml-sd1-96x64", SIZES[1])):
+        stem = f"{name}_original_compiled"
+        with zipfile.ZipFile(made.several / f"{stem}.zip") as archive:
+            (schema,) = json.loads(archive.read(f"{stem}/Unet.mlmodelc/metadata.json"))
+            assert not any("96x64" in file.removeprefix(stem) for file in archive.namelist())
+        shape = next(one["shape"] for one in schema["inputSchema"] if one["name"] == "sample")
+        assert shape == str([2, 4, size.height // 8, size.width // 8])
+
+
+def test_an_unknown_size_is_refused_with_those_that_there_are(bundles: Make) -> None:
+    pipeline = load_pipeline(bundles(NEW).several)
+    assert pipeline.sizes == SIZES
+    with pytest.raises(InputError, match=r"128x64 pixels: these models make 64x64 and 96x64 \(width x height\)"):
+        pipeline("a cat", height=64, width=128)
+
+
+def test_image_to_image_and_latents_know_the_size(bundles: Make) -> None:
+    from PIL import Image
+
+    made = bundles(OLD)
+    picture = Image.new("RGB", (96, 64), "red")
+    asked: dict[str, Any] = {"image": picture, "num_inference_steps": 2, "seed": 1, "output_type": "np"}
+    several, alone = load_pipeline(made.several, reduce_memory=True), load_pipeline(made.alone[SIZES[1]])
+    found = several("a cat", height=64, width=96, **asked).images
+    np.testing.assert_array_equal(found, alone("a cat", **asked).images)
+
+
+def test_every_size_is_verified(bundles: Make, tiny_checkpoint: Callable[[str], Path]) -> None:
+    made = bundles(NEW)
+    for component in manifest.read(made.packages).components.values():
+        for one in (component, *component.sizes.values()):
+            assert one.psnr_db and min(one.psnr_db.values()) > 20
+    found = list(verify_models(made.several, open_checkpoint(str(tiny_checkpoint("sd1"))), lambda _: None))
+    sized = [
+        f"{name} {size}" for name in ("unet", "vae_decoder", "vae_encoder", "safety_checker") for size in SIZES
+    ]
+    assert sorted(one.component for one in found) == sorted([*sized, "text_encoder"])
+    assert all(one.holds for one in found)
+
+
+def test_inspect_lists_functions_and_sizes(bundles: Make) -> None:
+    text = as_text(inspect(bundles(NEW).packages))
+    assert "original, 64x64 and 96x64, batch 2" in text
+    assert "functions size_64x64, size_96x64; without a name the first" in text
+    assert "size_96x64: sample Float16 2x4x8x12;" in text
+
+
+def test_functions_are_palettized_together(
+    bundles: Make, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = ConvertOptions("original", target=NEW, sizes=SIZES, components="vae_decoder", verify=False)
+    convert(tiny_checkpoint("sd1"), tmp_path / "out", options)
+    package = tmp_path / "out/original/packages" / UNET.replace("unet", "vae_decoder")
+    checked = palettize_checked(package, tmp_path / "small.mlpackage", PalettizeOptions(bits=8))
+    assert set(checked.psnr_db) == {"size_64x64: image", "size_96x64: image"}
+    assert _weights(tmp_path / "small.mlpackage") < 0.6 * _weights(package)
+    for size in SIZES:
+        model = TorchBackend().load(tmp_path / "small.mlpackage", function=size.function)
+        assert model.inputs["z"].shape == (1, 4, size.height // 8, size.width // 8)
+
+
+def test_chunks_share_weights_by_size_too(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    options = ConvertOptions("original", target=NEW, sizes=SIZES, components="unet", verify=False, chunk_unet=True)
+    convert(tiny_checkpoint("sd1"), tmp_path / "halves", options)
+    component = manifest.read(tmp_path / "halves/original/packages").components["unet"]
+    assert len(component.files) == 2 and [one.function for one in component.sizes.values()] == [
+        "size_64x64",
+        "size_96x64",
+    ]
+    halves = [tmp_path / "halves/original/packages" / file for file in component.files]
+    sizes = [_weights(half) for half in halves]
+    assert max(sizes) < 1.2 * min(sizes), "both sizes are cut at the same place"
+    first, second = (TorchBackend().load(half, function="size_96x64") for half in halves)
+    inputs = {name: np.ones(spec.shape, spec.dtype) for name, spec in first.inputs.items()}
+    given = {**inputs, **first(**inputs)}
+    found = second(
+        **{name: given.get(name, np.ones(spec.shape, spec.dtype)) for name, spec in second.inputs.items()}
+    )
+    assert found["noise_pred"].shape == (2, 4, 8, 12)
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    options = ConvertOptions("original", target=NEW, sizes=SIZES, components="vae_decoder", verify=False)
+
+    def stop(event: Event) -> None:
+        if event.part == "vae_decoder-96x64":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_checkpoint("sd1"), tmp_path, options, stop)
+    parts = set[str]()
+    convert(tiny_checkpoint("sd1"), tmp_path, options, lambda event: parts.add(event.part))
+    assert parts - {""} == {"vae_decoder-96x64"}
+
+
+def test_another_size_alone_takes_the_place_of_all(
+    bundles: Make, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(bundles(NEW).several, tmp_path / "copy")
+    options = ConvertOptions(
+        "original", target=NEW, components="text_encoder", nbits=6, width=96, height=64, verify=False
+    )
+    notes = convert(tiny_checkpoint("sd1"), tmp_path / "copy", options).notes
+    assert any(note.startswith("replaces what is in") for note in notes)
+    assert manifest.read(tmp_path / "copy/original/packages").sizes == (SIZES[1],)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"sizes": "96"}, "size '96': expected WIDTHxHEIGHT in pixels, as 768x512"),
+        ({"sizes": ["64x64", "64x64"]}, "a size is given twice"),
+        ({"sizes": "64x64", "width": 64, "height": 64}, "--size and --height with --width exclude each other"),
+        ({"sizes": ["64x64", "100x64"]}, "--size 100x64: width 100: expected a multiple of 8 of at least 64"),
+        ({"sizes": SIZES, "layout": "comfyui"}, "--layout comfyui and several sizes: its apps find a model"),
+    ],
+)
+def test_sizes_that_cannot_be_used(
+    tiny_checkpoint: Callable[[str], Path], options: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(InputError, match=what):
+        make_plan(open_checkpoint(str(tiny_checkpoint("sd1"))), ConvertOptions("original", **options))
+
+
+def test_sizes_are_read_in_one_order() -> None:
+    assert parse_size("768x512") == Size(width=768, height=512)
+    assert ConvertOptions(sizes=[(768, 512), "512X512"]).sizes == (Size(768, 512), Size(512, 512))
