@@ -36,9 +36,9 @@ def write_size_folders(made: Manifest, folder: Path, known: Hashes | None = None
                     share_tree(folder / source, place / name_there)
             told = {"sha256": hashes(place, files, known), "size_bytes": size_bytes(place, files), "files": files}
             components[name] = component.model_copy(update=told)
-        for where in dict.fromkeys(where for where in (made.tokenizer, made.tokenizer_2) if where is not None):
+        tokenizers = (made.tokenizer, made.tokenizer_2, made.tokenizer_3)
+        for where in (where for where in tokenizers if where is not None):
             for file in tokenizer_files(folder / where):
                 share_file(file, place / where / file.name)
-        tokenizers = tokenizer_hashes(place, (made.tokenizer, made.tokenizer_2), known)
-        update = {"tokenizer_sha256": tokenizers, "components": components}
+        update = {"tokenizer_sha256": tokenizer_hashes(place, tokenizers, known), "components": components}
         manifest.write(of_size(made, size).model_copy(update=update), place)
