@@ -21,6 +21,9 @@ NAMES = (
     "Unet",
     "UnetChunk1",
     "UnetChunk2",
+    "ControlledUnet",
+    "ControlledUnetChunk1",
+    "ControlledUnetChunk2",
     "UnetRefiner",
     "UnetRefinerChunk1",
     "UnetRefinerChunk2",
@@ -52,9 +55,20 @@ class Folder:
         return (self.path / f"{name}.mlmodelc").is_dir()
 
     def unets(self) -> tuple[str, ...]:
-        """Chunks win over the whole UNet where both of them are there (Apple)."""
+        """Chunks win over the whole UNet where both of them are there (Apple); the UNet for ControlNets where it is
+        the only one."""
         chunks = ("UnetChunk1", "UnetChunk2")
-        return chunks if all(map(self.has, chunks)) else ("Unet",)
+        plain = chunks if all(map(self.has, chunks)) else ("Unet",)
+        return self.controlled() if self.controlled() and not self.has(plain[0]) else plain
+
+    def controlled(self) -> tuple[str, ...]:
+        """As `unets`, of the UNet that is taken where ControlNets are named; none where there is none."""
+        chunks = ("ControlledUnetChunk1", "ControlledUnetChunk2")
+        return chunks if all(map(self.has, chunks)) else tuple(filter(self.has, ("ControlledUnet",)))
+
+    def controlnets(self) -> list[str]:
+        """All in the folder of ControlNets, as Mochi lists them."""
+        return sorted(f"controlnet/{path.stem}" for path in (self.path / "controlnet").glob("*"))
 
     def refiner(self) -> tuple[str, ...]:
         """As `unets`; none where there is but one UNet."""
@@ -73,7 +87,7 @@ class Folder:
         return [one["name"] for one in self.metadata(name)["outputSchema"]]
 
     def there(self) -> list[str]:
-        return [name for name in NAMES if self.has(name)]
+        return [*(name for name in NAMES if self.has(name)), *self.controlnets()]
 
 
 def shape(schema: Mapping[str, str]) -> tuple[int, ...]:
@@ -146,7 +160,8 @@ def text_encoders_give_what_is_looked_for(folder: Folder) -> None:
 def unet_takes_what_is_fed(folder: Folder) -> None:
     fed = {"sample", "timestep", "encoder_hidden_states"}
     fed |= {"time_ids", "text_embeds"} if folder.xl else set()
-    assert set(folder.inputs(folder.unets()[0])) == fed
+    if folder.unets() != folder.controlled():
+        assert set(folder.inputs(folder.unets()[0])) == fed
 
 
 def unet_has_these_ranks(folder: Folder) -> None:
@@ -190,8 +205,9 @@ def width_of_state(folder: Folder, name: str) -> int:
 
 def chunks_hand_on_what_the_next_one_takes(folder: Folder) -> None:
     """The second stage is fed the first one's outputs and what the first was fed."""
-    for first, *others in filter(None, (folder.unets(), folder.refiner())):
-        known = set(folder.inputs(first))
+    residuals = {output for name in folder.controlnets() for output in folder.outputs(name)}
+    for first, *others in filter(None, (folder.unets(), folder.controlled(), folder.refiner())):
+        known = set(folder.inputs(first)) | (residuals if first.startswith("Controlled") else set())
         for before, name in zip((first, *others), others, strict=False):
             known |= set(folder.outputs(before))
             assert set(folder.inputs(name)) <= known
@@ -200,10 +216,38 @@ def chunks_hand_on_what_the_next_one_takes(folder: Folder) -> None:
 def the_first_output_is_the_one_that_is_meant(folder: Folder) -> None:
     """`featureNames.first` is taken, of a set: there must be one."""
     wanted = {"VAEDecoder": "image", "VAEEncoder": "latent"}
-    wanted |= {names[-1]: "noise_pred" for names in (folder.unets(), folder.refiner()) if names}
+    unets = (folder.unets(), folder.controlled(), folder.refiner())
+    wanted |= {names[-1]: "noise_pred" for names in unets if names}
     for name, output in wanted.items():
         if folder.has(name):
             assert folder.outputs(name) == [output], name
+
+
+# --- Apple: ControlNet.swift
+
+
+def a_controlnet_takes_what_is_fed(folder: Folder) -> None:
+    """What the UNet takes, with timesteps of two rows in any case, and a picture of three channels."""
+    for name in folder.controlnets():
+        inputs, unet = folder.inputs(name), folder.inputs(folder.controlled()[0])
+        assert set(inputs) == {"sample", "timestep", "encoder_hidden_states", "controlnet_cond"}
+        assert inputs["timestep"] == (2,)
+        assert inputs["encoder_hidden_states"] == unet["encoder_hidden_states"]
+        assert inputs["sample"] == unet["sample"]
+        batch, _, height, width = inputs["sample"]
+        assert inputs["controlnet_cond"] == (batch, 3, 8 * height, 8 * width)
+
+
+def the_unet_takes_what_controlnets_give(folder: Folder) -> None:
+    """All outputs go on to the UNet by their names; those of several are added through pointers to Float32."""
+    trio = {"sample", "timestep", "encoder_hidden_states"}
+    taken = {key: sizes for name in folder.controlled() for key, sizes in folder.inputs(name).items()}
+    carried = {output for name in folder.controlled() for output in folder.outputs(name)}
+    wanted = {key: sizes for key, sizes in taken.items() if key not in trio | carried}
+    for name in folder.controlnets():
+        given = folder.metadata(name)["outputSchema"]
+        assert all(one["dataType"] == "Float32" for one in given), name
+        assert {one["name"]: shape(one) for one in given} == wanted, name
 
 
 # --- Apple: Decoder.swift, Encoder.swift
@@ -269,7 +313,7 @@ def histograms_are_counts(folder: Folder) -> None:
 
 def split_attention_shows_in_the_histogram(folder: Folder) -> None:
     """Mochi and GuernikaKit: the key of einsum operations, of the first chunk where there are chunks."""
-    for name in (*folder.unets(), *folder.refiner()):
+    for name in (*folder.unets(), *folder.controlled(), *folder.refiner()):
         found = folder.metadata(name)["mlProgramOperationTypeHistogram"]
         assert ("Ios16.einsum" in found) == folder.attention.startswith("split"), name
 
@@ -284,6 +328,21 @@ def the_size_shows_in_the_encoders_first_input(folder: Folder) -> None:
     """Four numbers in brackets, apart by commas; the model is not listed where one of them does not parse."""
     text = folder.metadata("VAEEncoder")["inputSchema"][0]["shape"]
     assert re.fullmatch(r"\[[1-9]\d*(, [1-9]\d*){3}\]", text), text
+
+
+# --- Mochi Diffusion: SDControlNet.swift, ImageGenerator.swift
+
+
+def mochi_lists_controlnets(folder: Folder) -> None:
+    """Whatever is in the folder has to be one, of the pictures' size and the model's attention; the UNet for them has
+    to be whole."""
+    for name in folder.controlnets():
+        (picture,) = (one for one in folder.metadata(name)["inputSchema"] if one["name"] == "controlnet_cond")
+        assert re.fullmatch(r"\[[1-9]\d*(, [1-9]\d*){3}\]", picture["shape"]), picture["shape"]
+        encoder = folder.metadata("VAEEncoder")["inputSchema"][0]
+        assert shape(picture)[2:] == shape(encoder)[2:]
+        einsum = "Ios16.einsum" in folder.metadata(name)["mlProgramOperationTypeHistogram"]
+        assert einsum == folder.attention.startswith("split")
 
 
 # --- GuernikaKit: CoreMLMetadata.swift, Unet.swift
@@ -331,6 +390,8 @@ CHECKS: tuple[Callable[[Folder], None], ...] = (
     unet_takes_what_is_fed,
     unet_has_these_ranks,
     a_refiner_takes_what_is_fed,
+    a_controlnet_takes_what_is_fed,
+    the_unet_takes_what_controlnets_give,
     chunks_hand_on_what_the_next_one_takes,
     the_first_output_is_the_one_that_is_meant,
     vae_takes_one_input,
@@ -341,6 +402,7 @@ CHECKS: tuple[Callable[[Folder], None], ...] = (
     split_attention_shows_in_the_histogram,
     xl_shows_in_the_unets_inputs,
     the_size_shows_in_the_encoders_first_input,
+    mochi_lists_controlnets,
     metadata_decodes_as_guernikas,
     states_tell_the_hidden_size,
     prediction_type_is_told,

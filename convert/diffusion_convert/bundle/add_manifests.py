@@ -21,7 +21,7 @@ from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes, tokenizer_hashes
 from diffusion_runtime.bundle.manifest import Manifest, Palettization
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.families import ATTENTIONS, SYSTEMS, compiled_names
+from diffusion_runtime.families import ATTENTIONS, SYSTEMS, UNETS, compiled_names
 from diffusion_runtime.links import share_tree
 from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import open_package
@@ -103,7 +103,7 @@ def _found(folder: Path) -> Iterator[tuple[Path, str | None, str]]:
         return
     for place in (folder, folder / "packages", folder / "compiled", folder / "Resources"):
         if _lacks_manifest(place):
-            names = (compiled_names("unet", count)[0] for count in (1, 2))
+            names = (compiled_names(unet, count)[0] for unet in UNETS for count in (1, 2))
             compiled = any((place / f"{name}.mlmodelc").is_dir() for name in names)
             yield place, None, KINDS[int(compiled)]
 

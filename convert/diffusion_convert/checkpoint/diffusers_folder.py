@@ -48,7 +48,7 @@ _VARIANT = re.compile(
     rf"|(?:{'|'.join(KINDS)})\.index\.(\w+)\.json)"
 )
 LEFT_OUT: Mapping[str, str] = {
-    "controlnet": "a ControlNet: pictures that guide it cannot be given",
+    "controlnet": "a ControlNet, which is given with --controlnet as well",
     "image_encoder": "an image encoder, for prompts that are pictures",
     "adapter": "a T2I-Adapter: pictures that guide it cannot be given",
     "prior": "a prior, which makes image embeddings of prompts",

@@ -24,7 +24,7 @@ from pydantic import (
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import PackageError
-from diffusion_runtime.families import FAMILIES, UNET, UNETS, Layout
+from diffusion_runtime.families import FAMILIES, UNET, UNETS, Layout, several
 from diffusion_runtime.folding import Folding
 from diffusion_runtime.picture_size import PATTERN, Size, parse_size
 
@@ -356,10 +356,13 @@ def of_refiner(made: Manifest) -> Manifest | None:
     """The manifest of the refiner in a bundle, as if it was alone there; None where there is none."""
     if made.refiner is None or "refiner" not in made.components:
         return None
-    own = {name: one for name, one in made.components.items() if name not in (*UNETS, "text_encoder")}
+    left_out = {*UNETS, "text_encoder", *several("controlnet", made.components).values()}
+    own = {name: component for name, component in made.components.items() if name not in left_out}
     own["unet"] = own.pop("refiner")
     told = {name: getattr(made.refiner, name) for name in Refiner.model_fields}
-    return made.model_copy(update={**told, "family": "sdxl-refiner", "components": own, "refiner": None})
+    return made.model_copy(
+        update={**told, "family": "sdxl-refiner", "components": own, "refiner": None, "controlnets": {}}
+    )
 
 
 def as_unet(made: Manifest) -> Manifest:

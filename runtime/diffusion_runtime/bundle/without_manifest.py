@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime.backends.interface import specs
-from diffusion_runtime.bundle.manifest import Component, Latents, Manifest, Refiner, Source, Tensor
+from diffusion_runtime.bundle.manifest import Component, ControlNet, Latents, Manifest, Refiner, Source, Tensor
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import (
     CHUNKED,
@@ -22,6 +22,7 @@ from diffusion_runtime.families import (
     attention_of,
     compiled_names,
     family_of,
+    several,
 )
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import TensorType, operations
@@ -116,6 +117,7 @@ def describe(folder: Path, assumed: Assumed) -> Described:
         scheduler=_scheduler(family, prediction),
         force_zeros_for_empty_prompt=len(family.encoders) > 1,
         refiner=_refiner(components),
+        controlnets={name: ControlNet(source=Source(name=name)) for name in several("controlnet", components)},
         requires_safety_checker=family.safety_checker,
         noise_scheduler=None if family.noise_scheduler is None else dict(family.noise_scheduler),
         tokenizer=None,
