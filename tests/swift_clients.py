@@ -334,8 +334,8 @@ def the_size_shows_in_the_encoders_first_input(folder: Folder) -> None:
 
 
 def mochi_lists_controlnets(folder: Folder) -> None:
-    """Whatever is in the folder has to be one, of the pictures' size and the model's attention; the UNet for them has
-    to be whole."""
+    """Whatever is in the folder has to be one, of the pictures' size and the model's attention. (They are looked
+    for where the UNet for them is whole.)"""
     for name in folder.controlnets():
         (picture,) = (one for one in folder.metadata(name)["inputSchema"] if one["name"] == "controlnet_cond")
         assert re.fullmatch(r"\[[1-9]\d*(, [1-9]\d*){3}\]", picture["shape"]), picture["shape"]

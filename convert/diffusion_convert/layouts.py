@@ -19,7 +19,7 @@ from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Shape
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.families import AttentionKind, Layout, package_name
+from diffusion_runtime.families import UNETS, AttentionKind, Layout, package_name
 from diffusion_runtime.folding import Folding
 
 
@@ -171,8 +171,9 @@ def _comfyui_name(
     bits = component.bits(options)
     quantized = "_qmixed" if component.mixed(options) else f"_q{bits}" if bits is not None else ""
     size = f"{shape.width}x{shape.height}"
-    if component.name == "unet":
-        parts = [stem, *loras, f"{shape.batch_size}x{size}", attention.about.mark or attention.value]
+    if component.name in UNETS:
+        steered = ["cn"] * (component.name != UNETS[0])
+        parts = [stem, *loras, f"{shape.batch_size}x{size}", *steered, attention.about.mark or attention.value]
     elif component.name in _OF_PICTURES:
         parts = [stem, component.name, f"1x{size}"]
     else:
@@ -202,6 +203,7 @@ LAYOUTS: Mapping[Layout, About] = {
             "text_encoder": Interface(_TOKENS, {**_HIDDEN, "pooled_outputs": None}),
             "text_encoder_2": Interface(_TOKENS, {**_HIDDEN, "pooled_outputs": "pooled_embeds"}),
             "unet": Interface({"encoder_hidden_states": _STATES}),
+            "control_unet": Interface({"encoder_hidden_states": _STATES}),  # its apps run ControlNets themselves
             "vae_decoder": Interface({"z": PortLayout("latent", "float16")}),
             "vae_encoder": Interface({"x": PortLayout("image", "float16")}, {"latent": "latent_moments"}),
         },

@@ -234,6 +234,63 @@ def test_the_card_names_the_variants_that_there_are() -> None:
         assert told in text
 
 
+OF_CONTROLNETS = {Needs.CONTROLNETS, Needs.CONTROLNETS_XL}
+"""Asked for in addition (`controls_of`)."""
+
+
+def with_controlnets(family: str, batch: int = 2, only: bool = False, chunks: int = 1) -> Manifest:
+    """Models of a family with the UNet for ControlNets, and one of them."""
+    plain = made(family)
+    unet = plain.components["unet"]
+    inputs = tuple(one.model_copy(update={"shape": (batch, *one.shape[1:])}) for one in unet.inputs)
+    residual = Tensor(name="additional_residual_0", dtype="float16", shape=(batch, 320, 64, 64))
+    files = tuple(f"ControlledUnet{number}.mlmodelc" for number in range(chunks))
+    steered = unet.model_copy(update={"inputs": (*inputs, residual), "files": files})
+    components = {name: one for name, one in plain.components.items() if not (only and name == "unet")}
+    told = {"maker_my-canny": {"source": {"name": "maker/my-canny", "license": "openrail"}}}
+    return made(family, components={**components, "control_unet": steered}, controlnets=told)
+
+
+def steers(manifest: Manifest) -> set[str]:
+    """The apps that the card says how to use ControlNets with."""
+    text = model_card({"original": manifest}, {}).partition("\n## ControlNets\n")[2]
+    return {name for name in ALL if f"\n- {name}: " in text}
+
+
+def test_the_card_says_which_apps_show_controlnets() -> None:
+    text = model_card({"original": with_controlnets("sd1")}, {})
+    assert "| `maker_my-canny` | `controlnet/MakerMyCanny.mlmodelc` | [maker/my-canny](" in text
+    assert '`StableDiffusionPipeline(resourcesAt:…, controlNet: ["MakerMyCanny"], …)`' in text
+    assert "`--controlnet maker_my-canny --controlnet-inputs picture.png`" in text
+    assert "~/MochiDiffusion/controlnet" in text
+    assert f"- Not with {HUGGING_FACE}, which draws without ControlNets." in text
+    assert "## ControlNets" not in model_card({"original": made("sd1")}, {})
+    assert named(with_controlnets("sd1")) == named(made("sd1"))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "able"),
+    [
+        (with_controlnets("sd1"), {SWIFT, MOCHI, PYTHON, COMFY_1}),
+        (with_controlnets("sdxl"), {COMFY_1}),
+        (with_controlnets("sd1", batch=1), {COMFY_1}),
+        (with_controlnets("sd1", chunks=2), {SWIFT}),
+        (with_controlnets("sd1", only=True), {SWIFT, MOCHI, PYTHON, COMFY_1}),
+    ],
+    ids=["SD 1", "SDXL", "a batch of one", "in two", "alone"],
+)
+def test_only_apps_that_can_steer_are_named(manifest: Manifest, able: set[str]) -> None:
+    assert steers(manifest) == able
+
+
+def test_models_without_a_plain_unet() -> None:
+    alone = with_controlnets("sd1", only=True)
+    assert named(alone) == {SWIFT, MOCHI, PYTHON, COMFY_1}
+    assert "there is no UNet for that here" in refused(alone)[HUGGING_FACE]
+    assert named(with_controlnets("sd1", only=True, chunks=2)) == {SWIFT}
+    assert "cut in two" in refused(with_controlnets("sd1", only=True, chunks=2))[MOCHI]
+
+
 def test_readmes_table_is_up_to_date() -> None:
     assert compatibility_table() in README.read_text(encoding="utf-8"), f"paste this:\n{compatibility_table()}"
 
@@ -243,4 +300,8 @@ def test_tasks_and_apps_use_every_need() -> None:
     lacked = {need for client in CLIENTS for need in client.lacks}
     assert lacked == set(Needs)
     asked = {need for manifest, _ in CARDS.values() for need in needs_of(manifest)}
-    assert asked >= {need for task in TASKS for need in task.needs} - {Needs.PICTURE, Needs.GUIDANCE_INPUT}
+    assert asked >= {need for task in TASKS for need in task.needs} - {
+        Needs.PICTURE,
+        Needs.GUIDANCE_INPUT,
+        *OF_CONTROLNETS,
+    }

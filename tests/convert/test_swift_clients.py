@@ -35,6 +35,10 @@ CONVERSIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"attention": "split_einsum", "chunk_unet": True, "refiner": "sdxl-refiner"},
     ),
     "SDXL's refiner alone": ("sdxl-refiner", {}),
+    "steered by ControlNets alone, in two, 6 bits": (
+        "sd1",
+        {"attention": "split_einsum", "chunk_unet": True, "nbits": 6, "only_controlled": True, "controlnets": True},
+    ),
 }
 
 
@@ -43,6 +47,7 @@ def made(
     request: pytest.FixtureRequest,
     converted: Callable[[str], Path],
     tiny_checkpoint: Callable[[str], Path],
+    controlnets: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Made:
     """Verified only where that is done already: it is what other tests are for."""
@@ -51,7 +56,8 @@ def made(
     refiner = tiny_checkpoint(options["refiner"]) if "refiner" in options else None
     if is_plain := options.keys() <= {"attention"}:
         shutil.copytree(converted(family), output)  # what is left is added to it
-    asked = ConvertOptions(**{**options, "refiner": refiner}, verify=is_plain)
+    nets = sorted(controlnets("sd1").iterdir()) if "controlnets" in options else ()
+    asked = ConvertOptions(**{**options, "refiner": refiner, "controlnets": nets}, verify=is_plain)
     convert(tiny_checkpoint(family), output, asked)
     return output, family.startswith("sdxl"), int(refiner is not None or family == "sdxl-refiner")
 
@@ -99,7 +105,7 @@ def test_packages_have_the_names_and_shapes_that_apples_python_client_reads(made
         paths = sorted(packages.glob("*.mlpackage"))
         assert paths
         for path in paths:
-            assert path.stem.startswith("Stable_Diffusion_version_")
+            assert path.stem.startswith(("Stable_Diffusion_version_", "ControlNet_"))
             model = open_package(path).model
             assert all(one.shape and one.dtype in ("Float16", "Float32") for one in model.interface.inputs)
 
@@ -180,6 +186,33 @@ SPOILT: Mapping[str, Callable[[Path], object]] = {
 }
 
 
+STEERED: Mapping[str, Callable[[Path], object]] = {
+    "a_controlnet_takes_what_is_fed": lambda f: spoil_metadata(
+        f, "controlnet/Shuffle", lambda m: port(m, "timestep").update(shape="[1]")
+    ),
+    "the_unet_takes_what_controlnets_give": lambda f: spoil_metadata(
+        f, "controlnet/Shuffle", lambda m: port(m, "additional_residual_0").update(dataType="Float16")
+    ),
+    "mochi_lists_controlnets": lambda f: spoil_metadata(
+        f, "controlnet/Shuffle", lambda m: port(m, "controlnet_cond").update(shape="[2, 3, 512, 512]")
+    ),
+}
+"""Of models with ControlNets."""
+
+
+@pytest.mark.parametrize("name", STEERED)
+def test_checks_of_controlnets_find_what_is_wrong(
+    name: str, steered: Callable[[str], Path], tmp_path: Path
+) -> None:
+    compiled = steered("sd1") / "original" / "compiled"
+    for check in CHECKS:
+        check(Folder(compiled, "original"))
+    spoilt = shutil.copytree(compiled, tmp_path / "compiled")
+    STEERED[name](spoilt)
+    with pytest.raises(AssertionError):
+        next(one for one in CHECKS if one.__name__ == name)(Folder(spoilt, "original"))
+
+
 @pytest.mark.parametrize("name", SPOILT)
 def test_checks_find_what_is_wrong(name: str, plain: Path, tmp_path: Path) -> None:
     check = next(one for one in CHECKS if one.__name__ == name)
@@ -192,7 +225,7 @@ def test_checks_find_what_is_wrong(name: str, plain: Path, tmp_path: Path) -> No
 
 def test_every_check_is_tried() -> None:
     left_out = {"chunks_hand_on_what_the_next_one_takes", "a_refiner_takes_what_is_fed"}  # tried below
-    assert {check.__name__ for check in CHECKS} == SPOILT.keys() | left_out
+    assert {check.__name__ for check in CHECKS} == SPOILT.keys() | STEERED.keys() | left_out
 
 
 def test_a_refiner_that_takes_something_else_is_found(plain: Path, tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ class Needs(enum.Enum):
     PICTURE = "a picture to start from"
     SD3 = "a transformer of Stable Diffusion 3 in place of a UNet"
     SD3_SHAPES = "that transformer takes other rows or text tokens than Apple's apps give"
+    CONTROLNETS = "pictures that steer, through ControlNets"
+    CONTROLNETS_XL = "ControlNets of Stable Diffusion XL"
+    CONTROLNETS_OF_ONE = "ControlNets with a batch of one"
+    CONTROL_CHUNKS = "the UNet that ControlNets steer is cut in two"
+    ONLY_CONTROLLED = "there is no UNet but the one that ControlNets steer"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,12 +56,14 @@ class Client:
     """An app or program that runs models.
 
     ``lacks``: what it cannot do, and why, as the end of a sentence about it. ``how``: what a user of these models
-    does, with the fields of `Place` in it; empty: the card says it elsewhere. ``kinds``: what it reads.
+    does, with the fields of `Place` in it; empty: the card says it elsewhere. ``steer``: the same for ControlNets.
+    ``kinds``: what it reads.
     """
 
     name: str
     lacks: Mapping[Needs, str]
     how: str = ""
+    steer: str = ""
     layout: Layout = Layout.APPLE
     kinds: tuple[str, ...] = ("compiled",)
 
@@ -83,6 +90,8 @@ _FIXED_BY_APPLE: Mapping[Needs, str] = {
     Needs.LONG_PROMPTS: "encodes one piece of a prompt, where these models take several",
     Needs.SD3_SHAPES: "gives transformers two rows of 154 text tokens (convert without --batch-size and "
     "--context-length)",
+    Needs.CONTROLNETS_XL: "gives ControlNets none of the sizes and states that those of Stable Diffusion XL take",
+    Needs.CONTROLNETS_OF_ONE: "gives ControlNets timesteps of two rows in any case (convert with a batch of two)",
 }
 """Apple's Swift package, and every app that is built on it."""
 
@@ -93,17 +102,22 @@ def _without(lacks: Mapping[Needs, str], *needs: Needs) -> dict[Needs, str]:
 
 _NO_TRANSFORMERS = "runs UNets alone"
 _BESIDE_BASE = "runs a refiner beside its base only: put its `Unet.mlmodelc` there, as `UnetRefiner.mlmodelc`"
+_OF_CONTROLNETS = (Needs.CONTROLNETS_XL, Needs.CONTROLNETS_OF_ONE)
 _OWN_VAE = "decodes with the checkpoint's own VAE, at a scale fixed at 0.18215"
 _COMFYUI: Mapping[Needs, str] = {
-    **_without(_FIXED_BY_APPLE, Needs.GUIDANCE_INPUT, Needs.PADS_OTHERWISE),
+    **_without(_FIXED_BY_APPLE, Needs.GUIDANCE_INPUT, Needs.PADS_OTHERWISE, *_OF_CONTROLNETS),
     Needs.STATES_1024: "knows Stable Diffusion 1 and XL alone",
     Needs.CHUNKS: "does not run a UNet that is cut in two",
+    Needs.CONTROL_CHUNKS: "does not run a UNet that is cut in two",
     Needs.LATENT_SCALE: _OWN_VAE,
     Needs.OWN_LATENT_SCALE: _OWN_VAE,
     Needs.SD3: _NO_TRANSFORMERS,
 }
 _IN_COMFYUI = """put the UNet's `.mlpackage` of `{attention}/packages` into `models/unet` and choose it in the node
 "Load Core ML UNet"; text encoder and VAE are those of the checkpoint itself."""
+_NO_CONTROLNETS = "draws without ControlNets"
+_STEER_COMFYUI = """choose the UNet's package for ControlNets (`control-unet`, `_cn_`) in that node, and ControlNets
+and their pictures in ComfyUI's own nodes, which feed the UNet."""
 _ENCODER_INPUT = "looks for an input `z` of the VAE encoder, which is called `x` here and in Apple's models"
 
 CLIENTS: tuple[Client, ...] = (
@@ -118,12 +132,22 @@ CLIENTS: tuple[Client, ...] = (
 swift run StableDiffusionSample "a photograph of an astronaut riding a horse" \\
     --resource-path models/{attention}/compiled --compute-units {camel_units}{kind_option}
 ```""",
+        """`StableDiffusionPipeline(resourcesAt:…, controlNet: ["{controlnet_title}"], …)` and pictures as
+`configuration.controlNetInputs`; on the command line `--controlnet {controlnet_title}
+--controlnet-inputs picture.png`.""",
     ),
     Client(
         "Mochi Diffusion",
-        {**_FIXED_BY_APPLE, Needs.REFINER: _BESIDE_BASE},
+        {
+            **_FIXED_BY_APPLE,
+            Needs.REFINER: _BESIDE_BASE,
+            Needs.CONTROL_CHUNKS: "shows no ControlNets where the UNet that they steer is cut in two",
+        },
         """unpack a zip of the table above into the app's folder of models (`~/MochiDiffusion/models`) and
 choose `{title}` there; take {by_processor}.""",
+        """move what is in the folder `controlnet` of the unpacked models into the app's own, which all its models
+share (`~/MochiDiffusion/controlnet`), and remove the empty folder: the app puts a link in its place, and shows
+those of the model's size and attention.""",
     ),
     Client(
         "Hugging Face's Diffusers app",
@@ -131,6 +155,8 @@ choose `{title}` there; take {by_processor}.""",
             **_FIXED_BY_APPLE,
             Needs.REFINER: _BESIDE_BASE,
             Needs.PICTURE: "draws from prompts alone",
+            Needs.CONTROLNETS: _NO_CONTROLNETS,
+            Needs.ONLY_CONTROLLED: "draws without ControlNets, and there is no UNet for that here",
         },
         """downloads the zips itself, from the repositories listed in its `ModelInfo.swift`:
 add `ModelInfo(modelId: "{repository}", modelVersion: "{title}"{is_kind})`. It asks for zips that are named like the
@@ -144,6 +170,7 @@ repository.""",
             Needs.REFINER: "does not run refiners",
             Needs.SD3: _NO_TRANSFORMERS,
             Needs.CHUNKS: "does not run a UNet that is cut in two",
+            Needs.CONTROL_CHUNKS: "does not run a UNet that is cut in two",
             Needs.PICTURE: "draws from prompts alone",
         },
         """takes the folder of packages, and the tokenizer and scheduler of the checkpoint itself:
@@ -152,6 +179,7 @@ repository.""",
 python -m python_coreml_stable_diffusion.pipeline --prompt "a photograph of an astronaut riding a horse" \\
     -i models/{attention}/packages -o . --model-version {source} --compute-unit {upper_units}
 ```""",
+        "`--controlnet {controlnet} --controlnet-inputs picture.png` in addition; several of each, in one order.",
         kinds=("packages",),
     ),
     Client(
@@ -164,6 +192,8 @@ python -m python_coreml_stable_diffusion.pipeline --prompt "a photograph of an a
             Needs.SD3: _NO_TRANSFORMERS,
             Needs.IN_PAINTING: _ENCODER_INPUT,
             Needs.PICTURE: _ENCODER_INPUT,
+            Needs.CONTROLNETS: "looks for residuals under other names (`mid_block_res_sample`, …)",
+            Needs.ONLY_CONTROLLED: "looks for `Unet.mlmodelc`",
         },
         """unpack a zip of the table above and remove `VAEEncoder.mlmodelc` from the folder: the app stops
 where the encoder's input is not called `z`.""",
@@ -172,12 +202,14 @@ where the encoder's input is not called `z`.""",
         "ComfyUI-CoreMLSuite 1.x",
         _COMFYUI,
         _IN_COMFYUI,
+        _STEER_COMFYUI,
         kinds=("packages",),
     ),
     Client(
         "ComfyUI-CoreMLSuite 2.x",
         _COMFYUI,
         _IN_COMFYUI,
+        _STEER_COMFYUI,
         layout=Layout.COMFYUI,
         kinds=("packages",),
     ),
@@ -201,6 +233,8 @@ class Place:
     scale: str
     kind_option: str
     is_kind: str
+    controlnet: str = ""
+    controlnet_title: str = ""
 
     def fill(self, text: str) -> str:
         return text.format(**{name: getattr(self, name) for name in self.__slots__})
@@ -218,8 +252,23 @@ def needs_of(made: Manifest) -> frozenset[Needs]:
     return frozenset((*_needs_of_unet(made), *_needs_of_prompts(made), *_needs_of_arithmetic(made)))
 
 
+def controls_of(made: Manifest) -> frozenset[Needs]:
+    """What its ControlNets ask of an app in addition; nothing where there are none."""
+    unet = made.components.get("control_unet")
+    if unet is None:
+        return frozenset()
+    inputs = {tensor.name: tensor.shape for tensor in unet.inputs}
+    so = {
+        Needs.CONTROLNETS: True,
+        Needs.CONTROLNETS_XL: "time_ids" in inputs,
+        Needs.CONTROLNETS_OF_ONE: inputs.get("sample", (2,))[0] == 1,
+        Needs.CONTROL_CHUNKS: len(unet.files) > 1,
+    }
+    return frozenset(need for need, is_so in so.items() if is_so)
+
+
 def _needs_of_unet(made: Manifest) -> Iterator[Needs]:
-    unet = made.components.get("unet")
+    unet = made.unet
     if unet is None:
         yield from _needs_of_transformer(made)
         return
@@ -235,6 +284,9 @@ def _needs_of_unet(made: Manifest) -> Iterator[Needs]:
         yield Needs.GUIDANCE_INPUT
     if len(unet.files) > 1:
         yield Needs.CHUNKS
+    if "unet" not in made.components:
+        yield Needs.ONLY_CONTROLLED
+        yield from controls_of(made) - {Needs.CONTROLNETS}
 
 
 def _needs_of_transformer(made: Manifest) -> Iterator[Needs]:
@@ -327,6 +379,8 @@ TASKS: tuple[Task, ...] = (
     Task("refiner", frozenset({Needs.REFINER})),
     Task("LCM with a guidance input", frozenset({Needs.NOT_FOR_PADDING_0, Needs.GUIDANCE_INPUT})),
     Task("from a picture", frozenset({Needs.PICTURE})),
+    Task("ControlNets of SD 1", frozenset({Needs.CONTROLNETS})),
+    Task("ControlNets of SDXL", frozenset({Needs.CONTROLNETS, Needs.CONTROLNETS_XL})),
     Task("in-painting models", frozenset({Needs.IN_PAINTING})),
     Task("depth", frozenset({Needs.DEPTH})),
     Task("x4 upscaler", frozenset({Needs.UPSCALING})),
@@ -364,6 +418,23 @@ def running(made: Manifest, place: Place, kinds: Collection[str] = KINDS) -> str
     if lines:
         parts.append("\n".join(["Not with:", "", *lines]))
     return "\n\n".join(parts)
+
+
+def steering(made: Manifest, place: Place, kinds: Collection[str] = KINDS) -> str:
+    """`running` for the ControlNets of the models; empty where there are none."""
+    asked = controls_of(made)
+    if not asked or not made.controlnets:
+        return ""
+    needs = needs_of(made) | asked
+    able = [one for one in CLIENTS if one.steer and not _obstacles(one, needs, kinds, made.layout)]
+    lines = [f"- {client.name}: {place.fill(client.steer)}" for client in able]
+    lines += [
+        f"- Not with {client.name}, which {'; '.join(why)}."
+        for client in CLIENTS
+        if client.how and not _obstacles(client, needs_of(made), kinds, made.layout)
+        if (why := client.obstacles(needs))
+    ]
+    return "\n".join(lines)
 
 
 def _obstacles(client: Client, needs: frozenset[Needs], kinds: Collection[str], layout: Layout) -> tuple[str, ...]:

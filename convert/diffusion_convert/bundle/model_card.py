@@ -8,13 +8,29 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from diffusion_convert.bundle.clients import Needs, Place, needs_of, running, tokens_of_encoder, tokens_of_unet
+from diffusion_convert.bundle.clients import (
+    Needs,
+    Place,
+    needs_of,
+    running,
+    steering,
+    tokens_of_encoder,
+    tokens_of_unet,
+)
 from diffusion_convert.bundle.zip_names import zip_names
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.manifest import Manifest, Source
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.families import FAMILIES, PROCESSORS, AttentionKind, Layout, preferred
+from diffusion_runtime.families import (
+    COMPONENTS,
+    FAMILIES,
+    PROCESSORS,
+    AttentionKind,
+    Layout,
+    compiled_names,
+    preferred,
+)
 from diffusion_runtime.images import load
 
 CARD_NAME = "README.md"
@@ -102,6 +118,7 @@ def model_card(
         "\n".join(_variant_table(variants, zips)),
         "## How to run",
         _running(variants, first, kinds),
+        *_controlnets(variants, first, kinds),
         "## How close to the source",
         _quality_note(variants),
         "\n".join(_quality_table(variants)),
@@ -247,10 +264,29 @@ coreml-sd generate models --prompt "a photograph of an astronaut riding a horse"
     return f"{_long_prompts(made)}{shown}{running(made, _place(made, variants, units), kinds)}"
 
 
+def _controlnets(variants: Collection[str], made: Manifest, kinds: Collection[str]) -> Iterator[str]:
+    """Which ControlNets there are, what apps call them, and how to draw with them."""
+    if not made.controlnets:
+        return
+    rows = ["| ControlNet | file in `compiled/` | made from | license |", "|---|---|---|---|"]
+    for name, told in made.controlnets.items():
+        (file,) = compiled_names(f"{COMPONENTS['controlnet'].several}{name}")
+        rows.append(
+            f"| `{name}` | `{file}.mlmodelc` | {_named(told.source)} | {told.source.license or 'not named'} |"
+        )
+    yield "## ControlNets"
+    yield "\n".join(rows)
+    units = AttentionKind(next(iter(variants))).about.compute_units
+    yield f"""Pictures that steer are of {made.width}x{made.height} pixels.
+
+{steering(made, _place(made, variants, units), kinds)}"""
+
+
 def _place(made: Manifest, variants: Collection[str], units: str) -> Place:
     """Where the models are and what they are called, for `Client.how`."""
     needs = needs_of(made)
     kind = "3" if Needs.SD3 in needs else "XL" if needs & {Needs.SDXL, Needs.REFINER} else ""
+    name = next(iter(made.controlnets), "")
     scale = f"encoderScaleFactor and decoderScaleFactor at {made.latents.scale:g}"
     if made.latents.shift:
         scale += f", and decoderShiftFactor at {made.latents.shift:g}"
@@ -266,6 +302,8 @@ def _place(made: Manifest, variants: Collection[str], units: str) -> Place:
         scale=f" with {scale}," if kind else "",
         kind_option={"3": " --sd3", "XL": " --xl"}.get(kind, ""),
         is_kind={"3": ", isSD3: true", "XL": ", isXL: true"}.get(kind, ""),
+        controlnet=name,
+        controlnet_title=compiled_names(f"{COMPONENTS['controlnet'].several}{name}")[0].rpartition("/")[2],
     )
 
 
