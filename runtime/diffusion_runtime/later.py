@@ -61,8 +61,10 @@ class _Later(ModuleType):
     def __init__(self, name: str, content: Mapping[str, Any]) -> None:
         super().__init__(name)
         self.__spec__ = importlib.util.find_spec(name)
-        if content and self.__spec__ is not None:  # `from … import` asks for the path, too
-            self.__path__ = self.__spec__.submodule_search_locations or []
+        if self.__spec__ is not None:
+            self.__file__ = self.__spec__.origin  # `inspect` asks every module
+            if content:  # `from … import` asks for the path, too
+                self.__path__ = self.__spec__.submodule_search_locations or []
         vars(self).update(content)
 
     def __getattr__(self, name: str) -> Any:
