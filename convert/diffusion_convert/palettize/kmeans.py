@@ -25,6 +25,7 @@ import numpy as np
 
 _FANOUT = 8
 _INTERPOLATIONS = 12
+_NEAR = 16
 
 
 def cluster(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
@@ -52,6 +53,18 @@ def cluster(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
         few, many = (few, found) if found.edges > k else (found, many)
         penalty = _next_penalty(k, few, many)
     return _splice(few.path, many.path, k)
+
+
+def nearly(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
+    """As `cluster`, in a small part of its time, with an error at most a percent above the best: where choices are made
+    by it, not palettes. Values are taken together, `_NEAR` for each cluster, where they lie closest."""
+    if len(values) <= _NEAR * k:
+        return cluster(values, counts, k)
+    bounds = _companded(values, counts, _NEAR * k, rounds=0)
+    starts = bounds[:-1]
+    taken = cluster(centroids(values, counts, bounds), np.add.reduceat(counts, starts), k)
+    result: np.ndarray = bounds[taken]
+    return result
 
 
 def centroids(values: np.ndarray, counts: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
@@ -93,14 +106,14 @@ class _Line:
         return float(max(self.second[-1] - np.sum(firsts**2 / sizes), 0.0))
 
 
-def _companded(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
+def _companded(values: np.ndarray, counts: np.ndarray, k: int, rounds: int = 4) -> np.ndarray:
     """A good clustering: density of centroids as the cube root of the values' density (Panter and Dite, 1951)."""
     gaps = np.gradient(values)
     measure = np.cumsum(np.cbrt(counts * gaps * gaps))
     inner = np.searchsorted(measure, measure[-1] * np.arange(1, k) / k)
     boundaries = np.unique(np.concatenate([[0], inner, [len(values)]]))
     # A few of Lloyd's rounds: this is a start for the exact search, which needs an estimate of the penalty only.
-    for _ in range(4):
+    for _ in range(rounds):
         means = centroids(values, counts, boundaries)
         inner = np.searchsorted(values, (means[1:] + means[:-1]) / 2)
         boundaries = np.unique(np.concatenate([[0], inner, [len(values)]]))

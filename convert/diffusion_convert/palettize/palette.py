@@ -12,7 +12,7 @@ Entries are stored in the weight's own type. They are rounded from the exact opt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,9 @@ from diffusion_runtime.errors import InputError
 _CHUNK = 1 << 20
 _CACHED = 1 << 16
 _PATTERNS = 1 << 16
+
+Cluster = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+"""`kmeans.cluster`, or what does nearly the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +62,10 @@ def palettize(weight: np.ndarray, bits: int, name: str = "weight") -> Palette:
 
 
 def squared_errors(weight: np.ndarray, widths: Iterable[int], name: str = "weight") -> dict[int, float]:
-    """What `palettize` gives at each of ``widths``. The weight is read once, and one of float16 is not indexed."""
+    """Close above what `palettize` gives at each of ``widths``: its palettes are the best ones, these nearly so.
+    The weight is read once, and one of float16 is not indexed."""
     histogram = _read_histogram(weight, name)
-    tables = {bits: _table(histogram, bits, weight.dtype, name) for bits in widths}
+    tables = {bits: _table(histogram, bits, weight.dtype, name, kmeans.nearly) for bits in widths}
     return {bits: _noise(weight, histogram, lut) for bits, lut in tables.items()}
 
 
@@ -71,12 +75,14 @@ def _read_histogram(weight: np.ndarray, name: str) -> _Histogram:
     return _half_histogram(weight, name) if weight.dtype == np.float16 else _single_histogram(weight, name)
 
 
-def _table(histogram: _Histogram, bits: int, dtype: np.dtype, name: str) -> np.ndarray:
-    """The ``2 ** bits`` entries of the best palette."""
+def _table(
+    histogram: _Histogram, bits: int, dtype: np.dtype, name: str, cluster: Cluster = kmeans.cluster
+) -> np.ndarray:
+    """The ``2 ** bits`` entries of the best palette, or of what else ``cluster`` finds."""
     room = (1 << bits) - len(histogram.infinities)
     if room < 1 and len(histogram.values):
         raise InputError(f"{name}: holds both infinities and finite values, for which {bits} bit has no room")
-    lut = _entries(histogram, room, dtype)
+    lut = _entries(histogram, room, dtype, cluster)
     return np.concatenate([lut, np.repeat(lut[-1:], (1 << bits) - len(lut))])
 
 
@@ -208,12 +214,12 @@ def _histogram(patterns: np.ndarray, counts: np.ndarray, values: np.ndarray, nam
     return _Histogram(distinct, weights, tuple(infinities.tolist()))
 
 
-def _entries(histogram: _Histogram, room: int, dtype: np.dtype) -> np.ndarray:
+def _entries(histogram: _Histogram, room: int, dtype: np.dtype, cluster: Cluster) -> np.ndarray:
     """At most ``room`` finite entries and the infinities, ascending, in ``dtype``."""
     values, counts = histogram.values, histogram.counts
     finite = np.empty(0, dtype)
     if len(values):
-        means = kmeans.centroids(values, counts, kmeans.cluster(values, counts, room))
+        means = kmeans.centroids(values, counts, cluster(values, counts, room))
         finite = _refined(values, counts, means, dtype)
     infinities = np.array(histogram.infinities, dtype)
     return np.concatenate([infinities[infinities < 0], finite, infinities[infinities > 0]])

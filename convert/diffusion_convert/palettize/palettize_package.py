@@ -155,7 +155,7 @@ def palettize_as(options: PalettizeOptions, weight: Weight, array: np.ndarray, b
 def errors_as(
     options: PalettizeOptions, weight: Weight, array: np.ndarray, widths: Sequence[int]
 ) -> dict[int, float]:
-    """`palettize_as`'s squared error at each of ``widths``, for less than its time."""
+    """`palettize_as`'s squared error at each of ``widths``, nearly, for a small part of its time."""
     axis = _group_axis(options, weight)
     if axis is None:
         return squared_errors(array, widths, weight.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import inspect
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ def run(code: str) -> None:
 
 def test_a_scheduler_and_a_model_load_neither_scipys_statistics_nor_torchs_compiler(network: Path) -> None:
     run(f"""
+import inspect
 import sys
 from pathlib import Path
 from diffusion_runtime.backends.torch_mil import TorchBackend
