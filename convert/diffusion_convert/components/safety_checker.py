@@ -33,9 +33,15 @@ class Reference(nn.Module):
         self, clip_input: torch.Tensor, images: torch.Tensor, adjustment: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         del adjustment
-        with torch_networks.silent():
-            filtered, flagged = self.checker(clip_input, images.clone())
-        picture = self.checker.visual_projection(self.checker.vision_model(clip_input)[1])
+        seen: list[torch.Tensor] = []
+        # What the checker computes of the picture on its way: computing it again takes as long as all the rest.
+        hook = self.checker.visual_projection.register_forward_hook(lambda *told: seen.append(told[2]))
+        try:
+            with torch_networks.silent():
+                filtered, flagged = self.checker(clip_input, images.clone())
+        finally:
+            hook.remove()
+        (picture,) = seen
         special = _scores(picture, self.checker.special_care_embeds, self.checker.special_care_embeds_weights)
         concepts = _scores(picture, self.checker.concept_embeds, self.checker.concept_embeds_weights)
         if special.round(decimals=3).gt(0).any():

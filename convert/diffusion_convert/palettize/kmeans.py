@@ -56,8 +56,8 @@ def cluster(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
 
 
 def nearly(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
-    """As `cluster`, in a small part of its time, with an error at most a percent above the best: where choices are made
-    by it, not palettes. Values are taken together, `_NEAR` for each cluster, where they lie closest."""
+    """As `cluster`, with an error at most a percent above the best: where choices are made by it, not palettes.
+    Values are taken together, `_NEAR` for each cluster, where they lie closest."""
     if len(values) <= _NEAR * k:
         return cluster(values, counts, k)
     bounds = _companded(values, counts, _NEAR * k, rounds=0)

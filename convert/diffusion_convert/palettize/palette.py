@@ -12,6 +12,7 @@ Entries are stored in the weight's own type. They are rounded from the exact opt
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,13 @@ from diffusion_runtime.errors import InputError
 _CHUNK = 1 << 20
 _CACHED = 1 << 16
 _PATTERNS = 1 << 16
+
+_CLUSTERING = threading.Lock()
+"""Clustering is many short calls that need Python's lock: two threads at it took twice the processor's time of one.
+Meanwhile the other counts values, looks them up and packs them."""
+
+_HALVES = np.arange(_PATTERNS, dtype=np.uint16).view(np.float16).astype(np.float32)
+"""float16's values by their bits."""
 
 Cluster = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 """`kmeans.cluster`, or what does nearly the same."""
@@ -140,7 +148,7 @@ def energies(original: np.ndarray, decoded: np.ndarray) -> tuple[float, float]:
     """
     signal = noise = 0.0
     for one, other in zip(_chunks(original, _CACHED), _chunks(decoded, _CACHED), strict=True):
-        exact = one.astype(np.float32)
+        exact = _widened(one)
         with np.errstate(invalid="ignore", over="ignore"):
             error = exact - other
             energy, difference = float(np.dot(exact, exact)), float(np.dot(error, error))
@@ -153,12 +161,21 @@ def energies(original: np.ndarray, decoded: np.ndarray) -> tuple[float, float]:
     return signal, noise
 
 
+def _widened(array: np.ndarray) -> np.ndarray:
+    """As float32. By a table, which takes half of what numpy's conversion of float16 takes."""
+    if array.dtype != np.float16:
+        return array.astype(np.float32)
+    wide: np.ndarray = np.take(_HALVES, array.view(np.uint16), mode="clip")
+    return wide
+
+
 def stored_energies(original: np.ndarray, lut: np.ndarray, indices: np.ndarray) -> tuple[float, float]:
     """`energies` of what ``indices`` into ``lut`` stand for; of one table, decoded a little at a time."""
     if lut.ndim > 1:
         return energies(original, decode(lut, indices))
     chunks = zip(_chunks(original, _CACHED), _chunks(indices, _CACHED), strict=True)
-    signals, noises = zip(*(energies(one, lut[other]) for one, other in chunks), strict=True)
+    decoded = ((one, np.take(lut, other, mode="clip")) for one, other in chunks)  # uint8: none is out of range
+    signals, noises = zip(*(energies(one, other) for one, other in decoded), strict=True)
     return sum(signals), sum(noises)
 
 
@@ -219,8 +236,9 @@ def _entries(histogram: _Histogram, room: int, dtype: np.dtype, cluster: Cluster
     values, counts = histogram.values, histogram.counts
     finite = np.empty(0, dtype)
     if len(values):
-        means = kmeans.centroids(values, counts, cluster(values, counts, room))
-        finite = _refined(values, counts, means, dtype)
+        with _CLUSTERING:
+            means = kmeans.centroids(values, counts, cluster(values, counts, room))
+            finite = _refined(values, counts, means, dtype)
     infinities = np.array(histogram.infinities, dtype)
     return np.concatenate([infinities[infinities < 0], finite, infinities[infinities > 0]])
 
