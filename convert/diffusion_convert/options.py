@@ -130,6 +130,7 @@ class ConvertOptions:
     target: str = DEFAULT_TARGET
     chunk_unet: bool = False
     vae: str | None = None
+    preview_vae: str | None = None
     fold: tuple[Folding, ...] = ()
     no_fold: tuple[Folding, ...] = ()
     loras: tuple[Lora, ...] = ()
@@ -171,6 +172,7 @@ class ConvertOptions:
             target: str = ...,
             chunk_unet: bool = ...,
             vae: str | os.PathLike[str] | None = ...,
+            preview_vae: str | os.PathLike[str] | None = ...,
             fold: Folding | str | Iterable[Folding | str] = ...,
             no_fold: Folding | str | Iterable[Folding | str] = ...,
             loras: LoraLike | Iterable[LoraLike] = ...,
@@ -278,7 +280,10 @@ def _settled(options: ConvertOptions) -> dict[str, Any]:
             name: parse_list(_source(name, value) or "" for value in _several(name, getattr(options, name)))
             for name in ("ip_adapters", "t2i_adapters")
         },
-        **{name: _source(name, getattr(options, name)) for name in ("vae", "base", "refiner", "image_encoder")},
+        **{
+            name: _source(name, getattr(options, name))
+            for name in ("vae", "preview_vae", "base", "refiner", "image_encoder")
+        },
     }
 
 

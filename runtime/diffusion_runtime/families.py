@@ -348,6 +348,7 @@ COMPONENTS: Mapping[str, ComponentNames] = {
     "controlnet": ComponentNames("controlnet", "controlnet", several="ControlNet_"),
     "vae_decoder": ComponentNames("VAEDecoder", "vae"),
     "vae_encoder": ComponentNames("VAEEncoder", "vae"),
+    "preview_vae_decoder": ComponentNames("PreviewVAEDecoder", "preview_vae"),
     "safety_checker": ComponentNames("SafetyChecker", "safety_checker"),
     "depth_estimator": ComponentNames("DepthEstimator", "depth_estimator"),
     "t2i_adapter": ComponentNames("adapters", "t2i_adapter", several="T2IAdapter_"),

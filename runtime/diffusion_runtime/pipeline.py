@@ -415,10 +415,13 @@ class Pipeline:
         return self.at(*(size * factor for size in latents.shape[2:])) if len(self.sizes) > 1 else self
 
     def preview(self, step: Step, index: int = 0) -> Image.Image:
-        """The picture as it will be, judged from this step: one call of the decoder, and one of the safety checker
-        where it is used. A flagged one is black, as the picture would be."""
+        """The picture as it will be, judged from this step: one call of the decoder (of that for previews, where
+        there is one), and one of the safety checker where it is used. A flagged one is black, as the picture."""
         latents = step.preview()[index : index + 1]
-        arrays, _ = decoding.checked(self._of(latents).models, self.decode(latents), self.check_safety)
+        models = self._of(latents).models
+        decoder = decoding.OF_PREVIEWS if decoding.OF_PREVIEWS in models else decoding.DECODER
+        decoded = decoding.decode(models, self.manifest.latents, latents, decoder)
+        arrays, _ = decoding.checked(models, decoded, self.check_safety)
         return images.to_pil(arrays)[0]
 
     @property

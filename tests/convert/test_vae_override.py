@@ -124,8 +124,8 @@ def test_one_that_does_not_fit(
 def test_one_of_another_class(checkpoint: Checkpoint, other: Path, tmp_path: Path) -> None:
     shutil.copytree(other / "vae", tmp_path / "vae")
     path = tmp_path / "vae" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "AutoencoderTiny"}))
-    with pytest.raises(CheckpointError, match="of class AutoencoderTiny: expected AutoencoderKL"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "AutoencoderDC"}))
+    with pytest.raises(CheckpointError, match="of class AutoencoderDC: expected AutoencoderKL or AutoencoderTiny"):
         with_vae(checkpoint, str(tmp_path))
 
 

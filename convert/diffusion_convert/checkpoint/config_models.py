@@ -124,6 +124,23 @@ class Vae(_Open):
     sample_size: Pixels | tuple[Pixels, Pixels] | None = None
 
 
+class TinyVae(_Open):
+    """diffusers' AutoencoderTiny. ``block_out_channels``: the decoder's, by which the size of latents is told; with
+    ``scaling_factor`` and the rest, the class's own defaults."""
+
+    in_channels: Channels = 3
+    out_channels: Channels = 3
+    latent_channels: Channels = 4
+    encoder_block_out_channels: Widths = (64, 64, 64, 64)
+    decoder_block_out_channels: Widths = (64, 64, 64, 64)
+    num_encoder_blocks: tuple[Count, ...] = (1, 3, 3, 3)
+    num_decoder_blocks: tuple[Count, ...] = (3, 3, 3, 1)
+    upsampling_scaling_factor: Literal[2] = 2
+    act_fn: Text = "relu"
+    scaling_factor: Positive = 1.0
+    shift_factor: Number = 0.0
+
+
 class ClipText(_Open):
     """transformers' CLIPTextModel."""
 
@@ -199,6 +216,7 @@ MODELS: Mapping[str, type[_Open]] = {
     "ControlNetUnionModel": ControlNetUnion,
     "SD3Transformer2DModel": Transformer,
     "AutoencoderKL": Vae,
+    "AutoencoderTiny": TinyVae,
     "CLIPTextModel": ClipText,
     "CLIPTextModelWithProjection": ClipText,
     "T5EncoderModel": T5,
@@ -225,6 +243,9 @@ def checked(class_name: str, config: Mapping[str, Any], where: str) -> dict[str,
     model = strict_json.as_model(MODELS[class_name], dict(config), where, f"a {class_name}", CheckpointError)
     filled = {name: getattr(model, name) for name in FILLED if name in type(model).model_fields}
     settled = {**filled, **config}
+    if isinstance(model, TinyVae):
+        told = {"scaling_factor": model.scaling_factor, "shift_factor": model.shift_factor}
+        return {**settled, **told, "block_out_channels": list(model.decoder_block_out_channels)}
     return _one_context(settled, where) if isinstance(model, _Attending) else settled
 
 

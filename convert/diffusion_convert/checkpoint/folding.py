@@ -59,7 +59,7 @@ def latents(checkpoint: Checkpoint) -> tuple[float, float]:
     if checkpoint.folded.latents is not None:
         family = FAMILIES[checkpoint.family]
         return family.latent_scale, family.latent_shift
-    own = _own_latents(checkpoint)
+    own = own_latents(checkpoint)
     return own.scale, own.shift
 
 
@@ -72,8 +72,9 @@ def alphas_cumprod(checkpoint: Checkpoint) -> torch.Tensor:
     return schedulers.alphas_cumprod(checkpoint.schedulers["scheduler"], checkpoint.family)
 
 
-def _own_latents(checkpoint: Checkpoint) -> OwnLatents:
-    config = checkpoint.models["vae"].config
+def own_latents(checkpoint: Checkpoint, subfolder: str = "vae") -> OwnLatents:
+    """What a VAE's configuration says of its latents."""
+    config = checkpoint.models[subfolder].config
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None or not FAMILIES[checkpoint.family].added_conditions:
         try:
@@ -93,7 +94,7 @@ def _own_latents(checkpoint: Checkpoint) -> OwnLatents:
 def _latents(checkpoint: Checkpoint, wanted: bool) -> OwnLatents | None:
     """The VAE's own, where they are not what apps take them for. ``mean`` and ``std``, which only SDXL's pipelines
     of diffusers know, have no place in the manifest's latents: they are folded whatever is ``wanted``."""
-    own = _own_latents(checkpoint)
+    own = own_latents(checkpoint)
     family = FAMILIES[checkpoint.family]
     same = own == OwnLatents(scale=family.latent_scale, shift=family.latent_shift)
     return None if same or not (wanted or own.std) else own

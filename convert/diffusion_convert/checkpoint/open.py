@@ -17,7 +17,7 @@ from diffusion_convert.checkpoint.ip_adapter import ENCODER, with_ip_adapters
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.refiner import FAMILY, with_refiner
 from diffusion_convert.checkpoint.t2i_adapter import IN_PIPELINE, with_t2i_adapters
-from diffusion_convert.checkpoint.vae import with_vae
+from diffusion_convert.checkpoint.vae import PREVIEW, with_vae
 from diffusion_convert.options import Embedding, Lora, check_path
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, DiffusionError, InputError
@@ -35,6 +35,7 @@ def open_checkpoint(
     refiner: str | None = None,
     controlnets: Sequence[str] = (),
     vae: str | None = None,
+    preview_vae: str | None = None,
     loras: Sequence[Lora] = (),
     lora_partial: bool = False,
     embeddings: Sequence[Embedding] = (),
@@ -56,6 +57,7 @@ def open_checkpoint(
     """
     named = (
         ("--vae ", vae),
+        ("--preview-vae ", preview_vae),
         ("--base ", base),
         ("--refiner ", refiner),
         *(("--controlnet ", one) for one in controlnets),
@@ -80,10 +82,11 @@ def open_checkpoint(
         checkpoint = repository.open_repository(source, revision, family, variant, without)
     else:
         raise CheckpointError(f"{source}: no such file or folder")
-    if vae is not None:
-        with _given_as("--vae"):
-            fetch = partial(repository.fetch_network, part="vae")
-            checkpoint = with_vae(checkpoint, vae, fetch if is_repository_id(vae) else None)
+    for option, of_vae, subfolder in (("--vae", vae, "vae"), ("--preview-vae", preview_vae, PREVIEW)):
+        if of_vae is not None:
+            with _given_as(option):
+                fetch = partial(repository.fetch_network, part="vae") if is_repository_id(of_vae) else None
+                checkpoint = with_vae(checkpoint, of_vae, fetch, subfolder)
     checkpoint = _without_t5(checkpoint) if no_t5 else checkpoint
     for_unets = {"--refiner": refiner, "--controlnet": controlnets, "--lora": loras, "--embedding": embeddings}
     for_unets |= {"--ip-adapter": ip_adapters}

@@ -22,6 +22,7 @@ CLASSES: Mapping[str, str] = {
     "ControlNetUnionModel": "diffusers",
     "SD3Transformer2DModel": "diffusers",
     "AutoencoderKL": "diffusers",
+    "AutoencoderTiny": "diffusers",
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",
     "T5EncoderModel": "transformers",

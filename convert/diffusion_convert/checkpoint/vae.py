@@ -15,6 +15,7 @@ from diffusion_convert.checkpoint import (
     ldm_names,
     ldm_shapes,
     tensor_file,
+    tiny_vae,
     torch_networks,
 )
 from diffusion_convert.checkpoint.family import latent_factor
@@ -26,16 +27,29 @@ if TYPE_CHECKING:
     import torch
 
 CLASS_NAME = "AutoencoderKL"
+CLASSES = (CLASS_NAME, tiny_vae.CLASS_NAME)
 PREFIXES = ("first_stage_model.", "vae.", "")
 """Where a VAE lies in a file in LDM's layout: within a checkpoint, or alone."""
 
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-_DIFFUSERS_MARK = "decoder.up_blocks."
+_DIFFUSERS_MARKS = ("decoder.up_blocks.", "decoder.layers.")
 
 
-def with_vae(checkpoint: Checkpoint, source: str, fetch: Callable[[str], Path] | None = None) -> Checkpoint:
-    """The checkpoint with the VAE of ``source``: an AutoencoderKL's folder, a pipeline's folder, a file in LDM's
-    layout (a VAE alone or a whole checkpoint), or a Hub id, of which ``fetch`` makes a folder.
+PREVIEW = "preview_vae"
+"""The subfolder of a VAE that previews alone are decoded with."""
+
+
+def gives_latents(class_name: str) -> bool:
+    """Whether the encoder of a VAE of that class gives latents, and no distribution to draw them from."""
+    return class_name == tiny_vae.CLASS_NAME
+
+
+def with_vae(
+    checkpoint: Checkpoint, source: str, fetch: Callable[[str], Path] | None = None, subfolder: str = "vae"
+) -> Checkpoint:
+    """The checkpoint with the VAE of ``source``: the folder of an AutoencoderKL or AutoencoderTiny (TAESD), a
+    pipeline's folder, a file in LDM's layout (a VAE alone or a whole checkpoint), half of a TAESD, or a Hub id, of
+    which ``fetch`` makes a folder. ``subfolder``: in whose place, "vae" or `PREVIEW`.
 
     Raises InputError for a VAE that does not fit the checkpoint's latents and pictures, CheckpointError for one
     that is damaged or of another class.
@@ -48,26 +62,31 @@ def with_vae(checkpoint: Checkpoint, source: str, fetch: Callable[[str], Path] |
     elif fetch is not None:
         vae = _from_folder(fetch(source))
     else:
-        raise InputError(f"--vae {source}: no such file or folder")
+        raise InputError(f"{_option(subfolder)} {source}: no such file or folder")
     torch_networks.check(vae, vae.tensors(), f"{source}: vae")
-    _check_fits(source, vae.config, checkpoint)
-    return replace(checkpoint, models={**checkpoint.models, "vae": vae})
+    _check_fits(f"{_option(subfolder)} {source}", vae.config, checkpoint)
+    return replace(checkpoint, models={**checkpoint.models, subfolder: vae})
+
+
+def _option(subfolder: str) -> str:
+    return f"--{subfolder.replace('_', '-')}"
 
 
 def _from_folder(folder: Path) -> Submodel:
     inner = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
     config = diffusers_folder.read_json(inner / "config.json")
-    if config.get("_class_name") != CLASS_NAME:
-        raise CheckpointError(
-            f"{inner}: its config.json is of class {config.get('_class_name')}: expected {CLASS_NAME}"
-        )
-    return diffusers_folder.read_submodel(inner, CLASS_NAME)
+    kind = config.get("_class_name")
+    if kind not in CLASSES:
+        raise CheckpointError(f"{inner}: its config.json is of class {kind}: expected {' or '.join(CLASSES)}")
+    return diffusers_folder.read_submodel(inner, str(kind))
 
 
 def _from_file(path: Path, family: str) -> Submodel:
     """A file says nothing of the latents' scale: it is that of the family, whose latents it is for."""
     tensors = tensor_file.read(path).tensors
-    if any(name.startswith(_DIFFUSERS_MARK) for name in tensors):
+    if tiny_vae.is_half(tensors):
+        return tiny_vae.from_halves(path)
+    if any(name.startswith(_DIFFUSERS_MARKS) for name in tensors):
         if not (path.parent / "config.json").is_file():
             raise CheckpointError(
                 f"{path}: in diffusers' layout, but without the config.json that belongs next to it"
@@ -101,7 +120,7 @@ def _check_fits(source: str, config: Mapping[str, Any], checkpoint: Checkpoint) 
     own, new = _expected(checkpoint), _interface(config)
     wrong = [f"{what} {new[what]}, expected {own[what]}" for what in own if new[what] != own[what]]
     if wrong:
-        raise InputError(f"--vae {source}: does not fit this {checkpoint.family} checkpoint: {'; '.join(wrong)}")
+        raise InputError(f"{source}: does not fit this {checkpoint.family} checkpoint: {'; '.join(wrong)}")
 
 
 def _expected(checkpoint: Checkpoint) -> dict[str, int]:

@@ -126,7 +126,12 @@ def convert(
         str, _option(f"Oldest system: {', '.join(TARGETS)}. Default: {DEFAULT_TARGET}.")
     ] = DEFAULT_TARGET,
     chunk_unet: Annotated[bool, _option("Cut the UNet into two packages, for iOS.", "--chunk-unet")] = False,
-    vae: Annotated[str | None, _option("Another VAE, for encoder and decoder: folder, file or Hub id.")] = None,
+    vae: Annotated[
+        str | None, _option("Another VAE, for encoder and decoder, TAESD too: folder, file or Hub id.")
+    ] = None,
+    preview_vae: Annotated[
+        str | None, _option("A VAE (TAESD) whose decoder makes previews, as a component of its own.")
+    ] = None,
     fold: Annotated[
         list[str] | None, _option(f"Also put into the models what apps have fixed: {FOLDED_IF_ASKED}.")
     ] = None,
@@ -225,6 +230,7 @@ def convert(
         target=target,
         chunk_unet=chunk_unet,
         vae=vae,
+        preview_vae=preview_vae,
         fold=tuple(parse_choice(Folding, "fold", name) for name in fold or ()),
         no_fold=tuple(parse_choice(Folding, "no-fold", name) for name in no_fold or ()),
         loras=tuple(parse_lora(text) for text in lora or ()),

@@ -25,6 +25,7 @@ def verify(
         list[str] | None, typer.Option(help="ControlNets that were named at conversion; A,B or several times.")
     ] = None,
     vae: Annotated[str | None, typer.Option(help="The VAE that was put in at conversion.")] = None,
+    preview_vae: Annotated[str | None, typer.Option(help="The VAE for previews that was put in.")] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(help="A LoRA that was fused, with its weights as at conversion; may be given several times."),
@@ -59,6 +60,7 @@ def verify(
         refiner=refiner,
         controlnets=parse_list(controlnet or ()),
         vae=vae,
+        preview_vae=preview_vae,
         loras=loras,
         lora_partial=lora_partial,
         embeddings=embeddings,

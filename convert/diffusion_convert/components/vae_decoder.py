@@ -25,7 +25,7 @@ class Decoder(nn.Module):
     def __init__(self, vae: Any, own: Affine | None = None) -> None:
         super().__init__()
         self.own = own
-        self.post_quant_conv = vae.post_quant_conv
+        self.post_quant_conv = getattr(vae, "post_quant_conv", None)
         self.decoder = vae.decoder
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
@@ -42,17 +42,20 @@ def picture_dtype(checkpoint: Checkpoint) -> str:
 def wide_parts(checkpoint: Checkpoint, *modules: str) -> tuple[str, ...]:
     """``modules`` of a VAE that says ``force_upcast``: all of it, as diffusers does, since pictures, unlike noise,
     overflow float16 in SDXL's. VAEs that were mended for float16 say false."""
-    return (
-        modules
-        if checkpoint.models["vae"].config.get("force_upcast") and picture_dtype(checkpoint) == "float32"
-        else ()
-    )
+    return modules if _is_wide(checkpoint, "vae") else ()
 
 
-def own_latents(checkpoint: Checkpoint) -> Affine | None:
+def _is_wide(checkpoint: Checkpoint, subfolder: str) -> bool:
+    upcast = checkpoint.models[subfolder].config.get("force_upcast")
+    return bool(upcast) and picture_dtype(checkpoint) == "float32"
+
+
+def own_latents(checkpoint: Checkpoint, subfolder: str = "vae") -> Affine | None:
     """From latents as the manifest describes them, unscaled, to those of the VAE's own decoder; None where they are
-    the same."""
+    the same. A decoder for previews has latents of its own, whatever is folded."""
     own, channels = checkpoint.folded.latents, int(checkpoint.models["vae"].config["latent_channels"])
+    if subfolder != "vae":
+        own = folding.own_latents(checkpoint, subfolder)
     if own is None:
         return None
     scale, shift = folding.latents(checkpoint)
@@ -61,8 +64,8 @@ def own_latents(checkpoint: Checkpoint) -> Affine | None:
     return Affine(gains, [own.shift + mean - shift * gain for mean, gain in zip(means, gains, strict=True)])
 
 
-def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:
-    vae = torch_networks.build(checkpoint, "vae")
+def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape, subfolder: str = "vae") -> Graph:
+    vae = torch_networks.build(checkpoint, subfolder)
     if attention is not None:
         put_attention(vae, attention)
     config = checkpoint.models["vae"].config
@@ -75,12 +78,12 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
         return {"z": (latents + shift).astype(np.float16).astype(dtype)}
 
     return Graph(
-        module=Decoder(vae, own_latents(checkpoint)),
+        module=Decoder(vae, own_latents(checkpoint, subfolder)),
         inputs=(Port("z", size, dtype, "Latents, divided by the VAE's scaling factor"),),
         outputs=(Port("image", (1, 3, shape.height, shape.width), "float32", "A picture in -1..1"),),
         sample=draw,
         description="Decodes latents into a picture.",
-        exact=wide_parts(checkpoint, "decoder", "post_quant_conv"),
+        exact=("decoder", "post_quant_conv") if _is_wide(checkpoint, subfolder) else (),
     )
 
 

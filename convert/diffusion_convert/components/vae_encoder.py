@@ -12,26 +12,35 @@ from torch import nn
 from diffusion_convert.checkpoint import folding, torch_networks
 from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.checkpoint.vae import gives_latents
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.components.vae_decoder import picture_dtype, wide_parts
 from diffusion_convert.networks import put_attention
 from diffusion_convert.networks.folding import Affine
 from diffusion_runtime.families import AttentionKind
 
+EXACT = -14.0
+"""A standard deviation of 0.0009, too little to be seen. A smaller one would be a larger number here, in the output
+that is compared with the checkpoint's: that would hide an error of the latents."""
+
 
 class Encoder(nn.Module):
     """x (1, 3, height, width) in -1..1 -> latent (1, 2 · channels, …): mean, then log-variance, unscaled.
 
-    ``known``: from the VAE's own latents to those that apps multiply."""
+    ``known``: from the VAE's own latents to those that apps multiply. An encoder that gives latents, as TAESD's,
+    and not a distribution, is given `EXACT` for a log-variance: nothing to see is added where apps draw from it."""
 
     def __init__(self, vae: Any, known: Affine | None = None) -> None:
         super().__init__()
         self.known = known
         self.encoder = vae.encoder
-        self.quant_conv = vae.quant_conv
+        self.quant_conv = getattr(vae, "quant_conv", None)
+        self.is_exact = gives_latents(type(vae).__name__)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         latent: torch.Tensor = self.encoder(x)
+        if self.is_exact:
+            latent = nn.functional.pad(latent, (0, 0, 0, 0, 0, int(latent.shape[1])), value=EXACT)
         latent = latent if self.quant_conv is None else self.quant_conv(latent)
         return latent if self.known is None else self.known(latent)
 

@@ -13,6 +13,7 @@ from diffusion_convert.checkpoint import folding
 from diffusion_convert.checkpoint.controlnet import controlnets
 from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.checkpoint.vae import gives_latents
 from diffusion_convert.checkpoint.vocabulary import write_t5, write_vocabulary
 from diffusion_convert.conversion.events import Event, Phase, Progress
 from diffusion_convert.conversion.part import Record
@@ -128,6 +129,7 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
             "factor": latent_factor(vae),
             "scale": scale,
             "shift": shift,
+            "drawn": not gives_latents(checkpoint.models["vae"].class_name),
         },
         "tokenizer": FIRST_TOKENIZER if T5 in entries else ".",
         "tokenizer_2": SECOND_TOKENIZER if checkpoint.tokenizer_2 else None,

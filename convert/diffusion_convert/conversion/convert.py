@@ -103,6 +103,7 @@ def _plan(source: str, options: ConvertOptions, previous: Previous, progress: Pr
         refiner=options.refiner,
         controlnets=options.controlnets,
         vae=options.vae,
+        preview_vae=options.preview_vae,
         loras=options.loras,
         lora_partial=options.lora_partial,
         embeddings=options.embeddings,

@@ -179,12 +179,14 @@ class IpAdapter(_Frozen):
 
 class Latents(_Frozen):
     """Images are ``factor`` times larger than latents, which are multiplied by ``scale`` (after subtracting
-    ``shift``) on the way into the UNet, and divided on the way out."""
+    ``shift``) on the way into the UNet, and divided on the way out. ``drawn``: a picture's are drawn from the
+    distribution that the encoder gives; TAESD's gives latents."""
 
     channels: int = Field(ge=1, le=1024)
     factor: int = Field(ge=1, le=64)
     scale: Finite
     shift: Finite = 0.0
+    drawn: bool = True
 
     @field_validator("scale")
     @classmethod

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKLOutput
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling, DepthEstimatorOutput
@@ -168,7 +169,7 @@ class CoreMLVAE(torch.nn.Module):
         }
         self.decoder = Part(decoder, config)
         self.encoder = None if encoder is None else Part(encoder, config)
-        self.config = self.decoder.config
+        self.config, self.drawn = self.decoder.config, latents.drawn
         # The upscaler's pipeline asks these parameters for their type; the layer itself is in the converted model.
         self.post_quant_conv = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(0), requires_grad=False)])
         self.eval()
@@ -202,6 +203,9 @@ class CoreMLVAE(torch.nn.Module):
             raise InputError("these models have no vae_encoder, which pictures need: convert again with it")
         (name, _), *_ = self.encoder.model.inputs.items()
         moments = next(iter(self.encoder._run({name: x.float()}, len(x)).values()))
+        if not self.drawn:
+            latents = moments.chunk(2, dim=1)[0]
+            return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
         distribution = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
 

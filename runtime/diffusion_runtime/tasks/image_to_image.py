@@ -14,10 +14,12 @@ def encode(job: Job, image: torch.Tensor) -> torch.Tensor:
     """Latents of a picture (1, 3, height, width) in -1..1, drawn from the encoder's distribution: one for all
     pictures (1, channels, height, width), or one each where each has its own noise."""
     mean, log_variance = moments(job, image)
+    latents = job.manifest.latents
+    if not latents.drawn:
+        return (mean - latents.shift) * latents.scale
     deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
     count = job.request.pictures if job.noise.per_picture else 1
     sample = mean + deviation * job.noise.normal((count, *mean.shape[1:]))
-    latents = job.manifest.latents
     return (sample - latents.shift) * latents.scale
 
 

@@ -43,7 +43,8 @@ def prepare_blending(job: Job) -> Prepared:
     latents, noise = _first_latents(job, clean, timesteps)
     # Diffusers encodes the masked picture here too and throws it away. Drawing what that draws keeps the noise of
     # later steps the same, where a scheduler draws any.
-    job.noise.normal(clean.shape)
+    if job.manifest.latents.drawn:
+        job.noise.normal(clean.shape)
     job.models.release("vae_encoder")
     small = _at_latent_size(job, mask)
     return Prepared(Start(latents, timesteps, _blend(job, clean, noise, small, timesteps)))
