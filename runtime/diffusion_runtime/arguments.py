@@ -126,7 +126,7 @@ def controls_of(given: Mapping[str, Any], known: Sequence[str]) -> tuple[Control
         if idle := [name for name in given if name not in ("control_image", "guess_mode")]:
             raise InputError(f"{', '.join(idle)}: there is no control_image: give one for each ControlNet")
         return ()
-    several = list(images) if isinstance(images, Sequence) else [images]
+    several = list(images) if isinstance(images, list | tuple) else [images]
     names = given.get("controlnet")
     if names is None and len(known) == len(several) == 1:
         names = known[0]

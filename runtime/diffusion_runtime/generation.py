@@ -94,7 +94,8 @@ def order(
 
     Raises InputError for what is missing, contradictory or cannot be written, and for what no models could do: it
     is said before any are loaded."""
-    for what, name in (("models", models), ("tokenizer", loading.get("tokenizer")), ("prompts file", prompts_file)):
+    folders = ((name, loading.get(name)) for name in png_record.FOLDERS)
+    for what, name in (("models", models), *folders, ("prompts file", prompts_file)):
         images.check_name(Path(name or ""), what)
     past = None if from_picture is None else png_record.read(from_picture, overridden=options.keys())
     settings = Settings(**{"prompt": "", "seed": noise.fresh_seed(), **options})
@@ -172,8 +173,10 @@ def _models(models: Path | None, past: Past | None, given: Mapping[str, Any]) ->
     else:
         folder = str(models)
     kept = {name: value for name, value in _still_usable(past.loading, given).items() if name not in given}
-    if "tokenizer" in kept:
-        kept["tokenizer"] = png_record.find(past.picture, kept["tokenizer"], "name it with --tokenizer")
+    for name in png_record.FOLDERS:
+        if name in kept:
+            remedy = f"name it with --{name.replace('_', '-')}"
+            kept[name] = png_record.find(past.picture, kept[name], remedy)
     return folder, kept
 
 
@@ -297,7 +300,7 @@ def _inputs(settings: Settings) -> Inputs:
 def _named(order: Order) -> dict[str, Any]:
     """What the pictures, which lie in one folder, say of the models' own and of how they were loaded."""
     chosen = {name: order.loading[name] for name in png_record.LOADING if order.loading.get(name) is not None}
-    paths = {"models": order.models, **({"tokenizer": chosen["tokenizer"]} if "tokenizer" in chosen else {})}
+    paths = {"models": order.models, **{name: chosen[name] for name in png_record.FOLDERS if name in chosen}}
     return chosen | {name: png_record.named(path, order.planned[0].path) for name, path in paths.items()}
 
 

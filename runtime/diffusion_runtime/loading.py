@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from diffusion_runtime.bundle.find import Bundle
 from diffusion_runtime.bundle.without_manifest import Assumed
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import FAMILIES, T5
+from diffusion_runtime.models import Models
 from diffusion_runtime.pipeline import Pipeline
 from diffusion_runtime.prompt import tokenizer as tokenizers
 from diffusion_runtime.real_path import is_there
 from diffusion_runtime.schedulers import canonical
+
+DEPTH = "depth_estimator"
 
 
 def load_pipeline(
@@ -29,6 +33,7 @@ def load_pipeline(
     check_safety: bool = True,
     prediction_type: str | None = None,
     latent_scale: float | None = None,
+    depth_estimator: str | PathLike[str] | None = None,
     dtype: str | None = None,
     device: str | None = None,
 ) -> Pipeline:
@@ -45,6 +50,7 @@ def load_pipeline(
         check_safety: use the safety checker, where there is one.
         prediction_type: "epsilon", "v_prediction" or "sample", for folders without a manifest.
         latent_scale: the VAE's scaling factor, for folders without a manifest.
+        depth_estimator: a folder of other models that have one, for control pictures that are depths.
         dtype: "float32", "bfloat16" or "float16", for torch; None: float32.
         device: "cpu", "cuda" or "mps", for torch; None: cpu.
 
@@ -72,7 +78,11 @@ def load_pipeline(
         _check_told(found, prediction_type, latent_scale)
     clip, clip_2 = _clips(found, tokenizer)
     notes = tuple(_notes(found, name, units, check_safety))
-    models = find.open_models(found, load_backend(name, dtype=dtype, device=device), units, not reduce_memory)
+    opener = load_backend(name, dtype=dtype, device=device)
+    models = find.open_models(found, opener, units, not reduce_memory)
+    if depth_estimator is not None:
+        lender = find.find(Path(depth_estimator), backend=name, compute_units=units)
+        models = _with_estimator(models, lender, find.open_models(lender, opener, units))
     described = manifest.as_unet(found.manifest)
     return Pipeline(described, models, clip, chosen, check_safety, notes, clip_2, _t5(found))
 
@@ -105,6 +115,15 @@ def _clips(
     # SDXL's second encoder, OpenCLIP's, pads with "!" whatever its files say.
     named = found.manifest.tokenizer_2
     return first, tokenizers.load(found.folder / named if named else place, second[0], "!")
+
+
+def _with_estimator(models: Models, lender: Bundle, lent: Models) -> Models:
+    """The models with another bundle's depth estimator. Raises InputError where that has none."""
+    if DEPTH not in lent:
+        raise InputError(
+            f"{lender.folder}: these models have no {DEPTH}: convert a depth checkpoint's with --components {DEPTH}"
+        )
+    return replace(models, loads={**models.loads, DEPTH: lent.loads[DEPTH]})
 
 
 def _t5(found: Bundle) -> tokenizers.Tokenizer | None:

@@ -20,10 +20,13 @@ from diffusion_runtime.errors import InputError
 LOADING: Mapping[str, Any] = {
     "dtype": str,
     "tokenizer": str,
+    "depth_estimator": str,
     "prediction_type": str,
     "latent_scale": float,
 }
 """Ways to load models that change pictures: recorded where they were chosen, and the types of their values."""
+FOLDERS = ("tokenizer", "depth_estimator")
+"""Those of `LOADING` that name folders."""
 FILES = ("image", "mask", "depth_image")
 """The settings that name files; those of `Settings.controls` do too, each with its hash beside it."""
 
@@ -103,13 +106,18 @@ def named_inputs(settings: Settings, picture: Path) -> dict[str, Any]:
     """The settings that name files, as the record of ``picture`` names them."""
     given = {name: getattr(settings, name) for name in FILES}
     controls = [
-        {**asdict(control), "image": named(control.image, picture), "sha256": _sha256(Path(control.image))}
-        for control in settings.controls
+        {**told, "image": named(told["image"], picture), "sha256": digest}
+        for told, digest in zip(map(asdict, settings.controls), control_hashes(settings), strict=True)
     ]
     return {
         **{name: named(path, picture) for name, path in given.items() if path is not None},
         "controls": controls,
     }
+
+
+def control_hashes(settings: Settings) -> list[str]:
+    """SHA-256 of the controls' files, in order."""
+    return [_sha256(Path(control.image)) for control in settings.controls]
 
 
 def find(picture: Path, name: str, remedy: str) -> str:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from diffusion_runtime import load_pipeline
+from diffusion_convert import ConvertOptions, convert
+from diffusion_runtime import InputError, Pipeline, images, load_pipeline
+from diffusion_runtime.batch import rows
+from diffusion_runtime.batch.tasks import tasks_of
+from diffusion_runtime.batch.worker import Setup, Worker
+from diffusion_runtime.cli import app
+from diffusion_runtime.control import Control, ControlFile
+from diffusion_runtime.control.canny import canny
+from diffusion_runtime.control.pictures import hint
+from diffusion_runtime.diffusers import load_diffusers_pipeline
+from diffusion_runtime.pipeline import RuntimeNote
 from pictures import half_mask, picture
 
 pytestmark = pytest.mark.slow
@@ -112,3 +126,239 @@ def test_the_picture_is_diffusers(case: str, drawn: Callable[..., Any], steered:
     assert psnr_db(np.asarray(ours(steered(kind), names, told)), np.asarray(expected)) >= PARITY_DB
     told["controlnet_conditioning_scale"] = 0.0
     assert psnr_db(np.asarray(ours(steered(kind), names, told)), np.asarray(expected)) < CHANGED_DB
+
+
+def test_without_controls_the_unet_that_is_steered_draws_what_the_plain_one_does(
+    tiny_checkpoint: Kind, steered: Kind, psnr_db: Psnr
+) -> None:
+    import diffusers
+
+    plain = diffusers.StableDiffusionXLPipeline.from_pretrained(tiny_checkpoint("sdxl"), local_files_only=True)
+    plain.to(torch.float32).set_progress_bar_config(disable=True)
+    told: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 4}
+    expected = plain(**told, generator=seeded()).images[0]
+    for pipe in (
+        load_pipeline(steered("sdxl"), "torch"),
+        load_diffusers_pipeline(steered("sdxl"), backend="torch"),
+    ):
+        made = pipe(**told, generator=seeded()).images[0]
+        assert psnr_db(np.asarray(made), np.asarray(expected)) >= PARITY_DB
+
+
+def test_of_6_bits_compiled_and_of_batch_1_the_picture_is_diffusers(
+    drawn: Callable[..., Any], tiny_checkpoint: Kind, controlnets: Kind, tmp_path: Path, psnr_db: Psnr
+) -> None:
+    """Batch 1: two calls of each model for a step."""
+    options = ConvertOptions(
+        *("original",),
+        controlnets=controlnets("sd1") / TILE,
+        only_controlled=True,
+        batch_size=1,
+        nbits=6,
+        verify=False,
+    )
+    convert(tiny_checkpoint("sd1"), tmp_path / "models", options)
+    told = asked("sd1", [TILE], guidance_scale=2.0)
+    expected = drawn("sd1", "StableDiffusionControlNetPipeline", [TILE], **told)
+    compiled = tmp_path / "models" / "original" / "compiled"
+    made = ours(compiled, [TILE], told)
+    assert psnr_db(np.asarray(made), np.asarray(expected)) >= PARITY_DB
+    (compiled / "manifest.json").unlink()  # as Apple's converter leaves them
+    assert (np.asarray(ours(compiled, ["Tile"], told)) == np.asarray(made)).all()
+
+
+def test_compiled_models_and_apples_folders_draw_the_same(steered: Kind, tmp_path: Path) -> None:
+    """Without manifest, a ControlNet is called as its file is."""
+    told = asked("sd1", [EDGES, TILE])
+    made = ours(steered("sd1") / "original" / "packages", [EDGES, TILE], told)
+    compiled = shutil.copytree(steered("sd1") / "original" / "compiled", tmp_path / "compiled")
+    assert (np.asarray(ours(compiled, ["edges", "tile"], told)) == np.asarray(made)).all()
+    packages = shutil.copytree(steered("sd1") / "original" / "packages", tmp_path / "packages")
+    for folder in (compiled, packages):
+        (folder / "manifest.json").unlink()
+        assert (np.asarray(ours(folder, ["edges", "tile"], told)) == np.asarray(made)).all()
+
+
+@pytest.fixture(scope="module")
+def pipeline(steered: Kind) -> Pipeline:
+    return load_pipeline(steered("sd1"), "torch", check_safety=False)
+
+
+ONE: dict[str, Any] = {"control_image": Image.new("RGB", (64, 64)), "controlnet": EDGES}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"controlnet": "scribble"},
+            "'scribble' is none of these models' ControlNets; there are edges_v1-tiny, shuff",
+        ),
+        ({"controlnet": "e"}, "'e' is part of the names of 3"),
+        ({"controlnet": None}, "name the ControlNets of the control images: edges_v1-tiny, shuffle, tile"),
+        ({"control_image": Image.new("RGB", (48, 64))}, "is 48x64, expected 64x64 (width x height)"),
+        ({"control_image": "edges.png"}, "is a str: expected one PIL picture"),
+        ({"control_image": [Image.new("RGB", (64, 64))] * 2}, "expected one for each of the 2 control images"),
+        ({"controlnet_conditioning_scale": float("nan")}, "scale nan: expected a number"),
+        ({"controlnet_conditioning_scale": [1.0, 0.5]}, "expected one for each of the 1 control images"),
+        ({"control_guidance_start": -0.1}, "start -0.1: expected a part of the steps, 0 to 1"),
+        ({"control_guidance_end": 1.5}, "end 1.5: expected a part of the steps, 0 to 1"),
+        ({"control_guidance_start": 0.5, "control_guidance_end": 0.5}, "it steers no step"),
+        ({"control_prepare": "sketch"}, "prepared by canny, depth, tile; got 'sketch'"),
+        ({"control_prepare": "depth"}, "these models have no depth_estimator"),
+        ({"control_image": None}, "there is no control_image"),
+        ({"guess_mode": 1}, "guess_mode 1: expected True or False"),
+    ],
+)
+def test_what_cannot_be_is_said(pipeline: Pipeline, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        pipeline("x", num_inference_steps=1, **{**ONE, **given})
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_models_without_controlnets_say_so(toy_folder: Path) -> None:
+    with pytest.raises(
+        InputError, match="these models have no ControlNets: convert again with --controlnet SOURCE"
+    ):
+        load_pipeline(toy_folder, "torch")("x", num_inference_steps=1, **ONE)
+
+
+def test_a_controlnet_of_other_models_is_refused(steered: Kind, tmp_path: Path) -> None:
+    """In a folder of Apple's, as nothing else puts them together."""
+    folder = shutil.copytree(steered("sd1") / "original" / "packages", tmp_path / "models")
+    other = steered("sdxl") / "original" / "packages" / "ControlNet_edges.mlpackage"
+    shutil.copytree(other, folder / "ControlNet_foreign.mlpackage")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"ControlNet_foreign does not fit this UNet: .*; convert them together"):
+        load_pipeline(folder, "torch")("x", num_inference_steps=1, **{**ONE, "controlnet": "foreign"})
+
+
+def test_prepared_pictures_are_made_of_any_size(pipeline: Pipeline) -> None:
+    photo = picture(96, 4).resize((96, 80))
+    told: dict[str, Any] = {"num_inference_steps": 2, "seed": 1, "controlnet": TILE}
+    with pytest.warns(RuntimeNote, match="picture for tile was resized from 96x80 to 64x64"):
+        made = pipeline("x", **told, control_image=photo, control_prepare="tile").images[0]
+    small = photo.resize((64, 64), Image.Resampling.LANCZOS)
+    assert made == pipeline("x", **told, control_image=small).images[0]
+    edges = Image.fromarray(canny(np.asarray(small))).convert("RGB")
+    drawn_edges = pipeline("x", **told, control_image=edges).images[0]
+    assert drawn_edges != made
+    assert pipeline("x", **told, control_image=small, control_prepare="canny").images[0] == drawn_edges
+
+
+def test_depths_are_estimated_as_transformers_pipeline_does(
+    steered: Kind, tiny_checkpoint: Kind, tmp_path: Path, psnr_db: Psnr
+) -> None:
+    """With the depth estimator of another checkpoint."""
+    from transformers import DPTForDepthEstimation, DPTImageProcessor
+    from transformers import pipeline as transformers_pipeline
+
+    lender = tmp_path / "depths"
+    options = ConvertOptions(components="depth_estimator", compiled=False, zip=False, verify=False)
+    convert(tiny_checkpoint("sd2-depth"), lender, options)
+    lent = load_pipeline(steered("sd1"), "torch", check_safety=False, depth_estimator=lender)
+    side = lent.models["depth_estimator"].inputs["pixel_values"].shape[-1]
+    network = DPTForDepthEstimation.from_pretrained(tiny_checkpoint("sd2-depth") / "depth_estimator").float()
+    half = [0.5] * 3
+    processor = DPTImageProcessor(size={"height": side, "width": side}, image_mean=half, image_std=half, resample=3)
+    estimate = transformers_pipeline("depth-estimation", model=network, image_processor=processor)
+    photo = picture(64, 6)
+    grey = Image.fromarray(np.asarray(estimate(photo)["depth"]))
+    control = Control(TILE, photo, prepare="depth")
+    job: Any = SimpleNamespace(size=(64, 64), models=lent.models, note_size=lambda *_: None)
+    made = (hint(control, job)[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    assert psnr_db(made, np.asarray(grey.convert("RGB"))) >= PARITY_DB
+    told: dict[str, Any] = {"num_inference_steps": 1, "seed": 1, "controlnet": TILE, "control_image": photo}
+    assert lent("x", **told, control_prepare="depth").images[0] != lent("x", **told).images[0]
+    with pytest.raises(InputError, match="these models have no depth_estimator: convert a depth"):
+        load_pipeline(steered("sd1"), "torch", depth_estimator=steered("sd1"))
+
+
+OPENCV = (
+    ["58fd9a81fcd7b98e", "e70697086b5d535c", "ed6e99b7a2002734"],
+    ["ca8a5fdffbb2578a", "455315df475d3d3e", "e5b8cf9af004c611"],
+    ["f3d49d9ee6ec8cc5", "1367f41d3702b54f", "0c3cc5ce986b28a2"],
+)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_edges_are_opencvs(seed: int) -> None:
+    """The hashes are of what OpenCV 5.0's `cv2.Canny(picture, 100, 200)` gives for noise, tiles, and shades."""
+    rng = np.random.default_rng(seed)
+    kinds = (
+        rng.integers(0, 256, (61, 47, 3), dtype=np.uint8),
+        np.kron(rng.integers(0, 4, (8, 6, 3)), np.ones((8, 8, 1))).astype(np.uint8) * 80,
+        ((np.asarray(picture(96, seed), int) - 128) * 4 + 128).clip(0, 255).astype(np.uint8),
+    )
+    found = [canny(pixels) for pixels in kinds]
+    assert [hashlib.sha256(edges.tobytes()).hexdigest()[:16] for edges in found] == OPENCV[seed]
+    assert 0 < np.mean(found[1] == 255) < 0.5 and {int(value) for value in np.unique(found[0])} == {0, 255}
+
+
+def pixels(path: str) -> bytes:
+    return Image.open(path).tobytes()
+
+
+def test_the_command_steers_records_and_repeats(
+    steered: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture(64, 1).save("edges.png")
+    picture(80, 2).save("photo.png")
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["generate", *arguments])
+
+    models = str(steered("sd1"))
+    steps = ("--prompt", "a cat", "--steps", "4", "--seed", "7", "--no-safety", "--backend", "torch")
+    controls = ("--control", "edges=edges.png:0.8:0:0.5", "--control", "tile=photo.png", "--prepare", "tile=tile")
+    made = run(models, *steps, *controls, "-o", "made.png")
+    assert made.exit_code == 0, made.output
+    again = ("--from", "made.png", "-o", "again.png", "--no-safety", "--backend", "torch")
+    assert run(*again).exit_code == 0
+    assert pixels("made.png") == pixels("again.png")
+    record = images.read_metadata(Path("made.png"))["controls"]
+    assert [(one["name"], one["image"], one["scale"], one["end"], one["prepare"]) for one in record] == [
+        (EDGES, "edges.png", 0.8, 0.5, None),
+        (TILE, "photo.png", 1.0, 1.0, "tile"),
+    ]
+    assert run(models, *steps, "-o", "plain.png").exit_code == 0
+    assert pixels("made.png") != pixels("plain.png")
+    picture(64, 3).save("edges.png")
+    assert "edges.png has changed since" in str(run(*again).exception)
+    for options, message in (
+        (("--control", "edges"), "expected NAME=PICTURE[:SCALE[:START[:END]]]"),
+        (("--control", "edges=none.png:0.5"), "--control edges= none.png: no such file"),
+        (("--control", "edges=edges.png", "--prepare", "tile=canny"), "NAME as in --control (there: edges)"),
+        (("--control", "edges=edges.png", "--prepare", "sketch"), "prepared by canny, depth, tile; got 'sketch'"),
+        (
+            ("--control", "scribble=edges.png"),
+            "none of these models' ControlNets; there are edges_v1-tiny, shuffle",
+        ),
+        (("--control", "edges=photo.png"), "is 80x80, expected 64x64"),
+    ):
+        assert message in str(run(models, *steps, *options, "-o", "bad.png").exception)
+
+
+def test_a_table_names_controls(steered: Kind, tmp_path: Path) -> None:
+    picture(64, 1).save(tmp_path / "edges.png")
+    (tmp_path / "table.csv").write_text("prompt,control\na cat,edges=edges.png:0.8;tile=edges.png\n")
+    (tmp_path / "table.jsonl").write_text(
+        '{"prompt": "a cat", "controls": ["edges=edges.png:0.8", "tile=edges.png"]}'
+    )
+    expected = (
+        ControlFile("edges", str(tmp_path / "edges.png"), 0.8),
+        ControlFile("tile", str(tmp_path / "edges.png")),
+    )
+    for name in ("table.csv", "table.jsonl"):
+        (row,) = rows.read(tmp_path / name)
+        assert row.options["controls"] == expected
+    (task,), failed = tasks_of([row], {"steps": 2}, 1, "models")
+    assert not failed
+    folder = tmp_path / "out"
+    loading = {"backend": "torch", "check_safety": False}
+    worker = Worker(Setup(str(steered("sd1")), loading, str(folder), 1))
+    assert worker.make(task).error is None
+    assert [one["name"] for one in images.read_metadata(folder / "000001.png")["controls"]] == [EDGES, TILE]
+    picture(64, 2).save(tmp_path / "edges.png")  # another picture, another task
+    assert tasks_of([row], {"steps": 2}, 1, "models")[0][0].key != task.key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from PIL import Image
 
 import quality_shapes
+from control_shapes import MIN_OVERLAP, draw_outlined, overlap
+from diffusion_convert import ConvertOptions, convert
 from diffusion_runtime import load_pipeline, schedulers
 from diffusion_runtime.pipeline import Pipeline
 from judge_shapes import FLAGGED_SHAPE, Caption, judge
@@ -120,3 +123,37 @@ def test_the_safety_checker_is_as_good_as_the_card_says(theirs: Any) -> None:
     drawn = quality_shapes.measure_drawn(theirs.safety_checker, theirs.feature_extractor)
     assert quality_shapes.flagged_share(drawn, flagged_shape=True) >= 0.98
     assert quality_shapes.flagged_share(drawn, flagged_shape=False) <= 0.01
+
+
+OUTLINED = (CAPTIONS[1], CAPTIONS[3], Caption("triangle", "purple", "small", "white"))
+"""Small ones: a large one nearly fills the picture, wherever it is."""
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """The checkpoint with its trained ControlNet."""
+    models = tmp_path_factory.mktemp("shapes-controlnet")
+    options = ConvertOptions(
+        "original",
+        controlnets=SHAPES.with_name("shapes-controlnet"),
+        only_controlled=True,
+        components=("text_encoder", "control_unet", "controlnet", "vae_decoder"),
+        compiled=False,
+        zip=False,
+        verify=False,
+    )
+    convert(SHAPES, models, options)
+    return load_pipeline(models, "torch")
+
+
+@pytest.mark.parametrize("prepare", [None, "canny"], ids=["outlines", "edges of pictures"])
+def test_a_controlnet_fills_the_outline_that_it_is_given(steered: Pipeline, prepare: str | None) -> None:
+    """As the prompt says, anywhere in the picture; the same without it is somewhere else."""
+    for number, caption in enumerate(OUTLINED):
+        drawn = draw_outlined(caption, Random(10 + number))
+        given = Image.fromarray(drawn.outline if prepare is None else drawn.picture).convert("RGB")
+        asked: dict[str, Any] = {"num_inference_steps": STEPS, "seed": 1, "control_image": given}
+        filled = steered(caption.text, **asked, control_prepare=prepare).images[0]
+        assert judge(filled).shows(caption) and overlap(filled, caption, drawn.inside) >= MIN_OVERLAP
+        free = steered(caption.text, **asked, controlnet_conditioning_scale=0.0).images[0]
+        assert overlap(free, caption, drawn.inside) < MIN_OVERLAP

@@ -66,7 +66,7 @@ MANIFEST_NOT_NEEDED = {
 RECORD_NOT_READ = {
     "dtype": "Core ML computes in the types of the models; the torch backend alone has a choice",
     "image_guidance_scale": EDITS,
-    "guess_mode": "of ControlNets, and a record with some is refused",
+    **dict.fromkeys(("guess_mode", "depth_estimator"), "of ControlNets, and a record with some is refused"),
 }
 FILES_NOT_READ = {"tokenizer.json": "vocab.json and merges.txt are asked for by name where they are missing"}
 TOKEN_NOT_NEEDED = dict.fromkeys(("lstrip", "rstrip"), "white space beside a token is dropped in any case")

@@ -14,14 +14,15 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from diffusion_runtime import strict_json
+from diffusion_runtime import control, strict_json
 from diffusion_runtime.atomic import unfinished_file
+from diffusion_runtime.control import ControlFile
 from diffusion_runtime.errors import InputError, InstallationError
 from diffusion_runtime.png_record import FILES, Settings
 
@@ -32,6 +33,7 @@ COLUMNS: Mapping[str, str] = {
     "num_inference_steps": "steps",
     "num_images_per_prompt": COUNT,
     "mask_image": "mask",
+    "control": "controls",
 }
 """A column of the table, and the option of generate that it is."""
 MAX_CELL = 64 << 20  # characters; a picture in base64 may be long
@@ -97,7 +99,9 @@ def _row(number: int, raw: Raw, folder: Path, ignored: Set[str], inputs: Path | 
             name = COLUMNS[column]
             if name in options:
                 raise InputError(f"{column} and another column both say {name}: give one")
-            options[name] = _typed(column, value, _TYPES[name])
+            options[name] = (
+                _controls(column, value, folder) if name == "controls" else _typed(column, value, _TYPES[name])
+            )
         if "prompt" not in options:
             raise InputError("prompt: missing")
         for name in FILES:
@@ -107,6 +111,15 @@ def _row(number: int, raw: Raw, folder: Path, ignored: Set[str], inputs: Path | 
     except InputError as error:
         return Row(number, _shown(given), {}, error=str(error))
     return Row(number, _shown(given), options, count)
+
+
+def _controls(column: str, value: Any, folder: Path) -> tuple[ControlFile, ...]:
+    """Controls as --control takes them: a list of texts, or several in one text with semicolons between them."""
+    texts = value.split(";") if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{column}: got {_shortened(value)}, expected texts as canny=edges.png:0.8")
+    files = (control.parse(text) for text in texts if text.strip())
+    return tuple(replace(file, image=str(folder / file.image)) for file in files)
 
 
 def _typed(column: str, value: Any, kind: Any) -> Any:

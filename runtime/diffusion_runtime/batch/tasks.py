@@ -164,13 +164,18 @@ def _line(
 
 
 def _key(settings: Settings, count: int, models: str) -> str:
-    for name in FILES:
-        path = getattr(settings, name)
+    files = [(name, getattr(settings, name)) for name in FILES]
+    for name, path in (*files, *((f"control {one.name}", one.image) for one in settings.controls)):
         if path is not None and not Path(path).is_file():
             raise InputError(f"{name} {path}: no such file")
     # Defaults are left out: an option that is new to a later version changes no key of an earlier one's batch.
     usual = asdict(Settings(prompt=""))
     told = {name: value for name, value in asdict(settings).items() if name not in FILES and value != usual[name]}
     content = {**told, **png_record.hashes(settings)}  # wherever the files lie
+    if settings.controls:
+        hashes = png_record.control_hashes(settings)
+        content["controls"] = [
+            {**asdict(one), "image": digest} for one, digest in zip(settings.controls, hashes, strict=True)
+        ]
     text = json.dumps({**content, "count": count, "models": models}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

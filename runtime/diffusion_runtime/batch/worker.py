@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,8 @@ class Worker:
         return Answer(task, flagged, time.monotonic() - start)
 
     def _make(self, task: Task, alive: Callable[[], None]) -> tuple[bool, ...]:
-        options = {name: value for name, value in asdict(task.settings).items() if value is not None}
+        told = {field.name: getattr(task.settings, field.name) for field in fields(task.settings)}
+        options = {name: value for name, value in told.items() if value is not None}
         with self.place.writing(f"{task.number:06}") as folder:
             order = generation.order(
                 Path(self.setup.models),

@@ -129,6 +129,9 @@ def generate(
         list[str] | None,
         option("Make a control's picture of the one given: [NAME=]canny, depth or tile.", "--prepare"),
     ] = None,
+    depth_estimator: Annotated[
+        Path | None, option("Folder of models that have one, for --prepare depth, where MODELS has none.")
+    ] = None,
     guess_mode: Annotated[
         bool, option("ControlNets steer the prompt's half of the guidance alone.", "--guess-mode")
     ] = False,
@@ -179,6 +182,7 @@ def generate(
         backend=backend,
         compute_units=compute_units,
         tokenizer=tokenizer,
+        depth_estimator=depth_estimator,
         reduce_memory=reduce_memory,
         check_safety=safety,
         prediction_type=prediction_type,

@@ -47,8 +47,8 @@ def depth(image: Image.Image, job: Job) -> Image.Image:
     pictures of depths."""
     if "depth_estimator" not in job.models:
         raise InputError(
-            "--prepare depth: these models have no depth_estimator (checkpoints for depth have one): give a "
-            "picture of the depth"
+            "--prepare depth: these models have no depth_estimator: name a folder of models of a depth checkpoint "
+            "with --depth-estimator, or give a picture of the depth"
         )
     large = interpolate(estimated(job.models, image), size=job.size, mode="bicubic", align_corners=False)[0, 0]
     nearest, farthest = large.amax(), large.amin()

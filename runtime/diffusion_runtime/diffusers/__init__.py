@@ -30,6 +30,7 @@ from diffusion_runtime.diffusers.parts import (
     CoreMLVAE,
 )
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.families import UNETS
 from diffusion_runtime.models import Models, Timed
 
 __all__ = [
@@ -78,11 +79,12 @@ def load_diffusers_pipeline(
     do, and as `load_pipeline` does; in use, for other sizes, gradients, and devices other than the CPU's."""
     ours = load_pipeline(path, backend, compute_units, **options)
     manifest, models = ours.manifest, ours.models
-    shapes = {tensor.name: tensor.shape for tensor in manifest.components["unet"].inputs}
+    name = next(one for one in UNETS if one in manifest.components)
+    shapes = {tensor.name: tensor.shape for tensor in manifest.components[name].inputs}
     kind = _pipeline_class(shapes, task)
     parts: dict[str, Any] = {
         **_text_parts(ours, shapes),
-        "unet": CoreMLUNet(models["unet"], _unet_config(manifest, shapes, kind.__name__)),
+        "unet": CoreMLUNet(models[name], _unet_config(manifest, shapes, kind.__name__)),
         "vae": _vae(models, manifest),
         "scheduler": schedulers.build(
             {**manifest.scheduler, "prediction_type": manifest.prediction_type}, ours.scheduler_name

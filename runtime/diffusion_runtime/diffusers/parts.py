@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, DepthEstim
 
 from diffusion_runtime.backends import TensorSpec
 from diffusion_runtime.bundle.manifest import Latents
+from diffusion_runtime.control.steering import RESIDUAL
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.models import Timed
 from diffusion_runtime.safety import is_flagged
@@ -135,12 +136,7 @@ class CoreMLUNet(Part):
         _told("attention_mask", attention_mask)
         _told("cross_attention_kwargs", cross_attention_kwargs or None)
         _told("encoder_attention_mask", encoder_attention_mask)
-        for name, value in (
-            ("down_block_additional_residuals", down_block_additional_residuals),
-            ("mid_block_additional_residual", mid_block_additional_residual),
-            ("down_intrablock_additional_residuals", down_intrablock_additional_residuals),
-        ):
-            _told(name, value)
+        _told("down_intrablock_additional_residuals", down_intrablock_additional_residuals)
         rows = len(sample)
         inputs = {
             "sample": sample,
@@ -149,8 +145,22 @@ class CoreMLUNet(Part):
         }
         optional = {"class_labels": class_labels, "timestep_cond": timestep_cond, **(added_cond_kwargs or {})}
         inputs |= {name: value for name, value in optional.items() if value is not None}
+        inputs |= self._residuals(down_block_additional_residuals, mid_block_additional_residual, rows)
         noise = next(iter(self._run({name: value.float() for name, value in inputs.items()}, rows).values()))
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
+
+    def _residuals(self, down: Any, middle: torch.Tensor | None, rows: int) -> dict[str, torch.Tensor]:
+        """What diffusers' ControlNets add; zeros where there are none, for a UNet that can be steered."""
+        taken = [name for name in self.model.inputs if name.startswith(RESIDUAL)]
+        if not taken:
+            _told("down_block_additional_residuals", down)
+            _told("mid_block_additional_residual", middle)
+            return {}
+        given = (*(down or ()), *(() if middle is None else (middle,)))
+        if given and len(given) != len(taken):
+            self._refuse(f"takes {len(taken)} residuals; got {len(given)}")
+        shapes = [self.model.inputs[name].shape[1:] for name in taken]
+        return dict(zip(taken, given or [torch.zeros((rows, *shape)) for shape in shapes], strict=True))
 
 
 class CoreMLVAE(torch.nn.Module):
