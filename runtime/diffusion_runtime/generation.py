@@ -241,6 +241,8 @@ def _request(planned: tuple[Planned, ...], inputs: Inputs) -> Request:
         guidance_scale=one.guidance_scale,
         image_guidance_scale=one.image_guidance_scale,
         eta=one.eta,
+        height=one.height,
+        width=one.width,
         image=inputs.image,
         mask=inputs.mask,
         depth=inputs.depth_image,

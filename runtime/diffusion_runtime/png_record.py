@@ -44,6 +44,8 @@ class Settings:
     guidance_scale: float | None = None
     image_guidance_scale: float | None = None
     eta: float = 0.0
+    height: int | None = None
+    width: int | None = None
     image: str | None = None
     mask: str | None = None
     depth_image: str | None = None

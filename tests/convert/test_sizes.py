@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
 
 from diffusion_convert import ConvertOptions, convert
 from diffusion_convert.checkpoint.open import open_checkpoint
@@ -27,6 +30,7 @@ from diffusion_convert.verification.folder import verify_models
 from diffusion_runtime import load_pipeline
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.bundle import manifest
+from diffusion_runtime.cli import generate
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError, UnsupportedError
 from diffusion_runtime.picture_size import Size, parse_size
@@ -183,9 +187,20 @@ def test_an_unknown_size_is_refused_with_those_that_there_are(bundles: Make) -> 
         pipeline("a cat", height=64, width=128)
 
 
-def test_image_to_image_and_latents_know_the_size(bundles: Make) -> None:
-    from PIL import Image
+def test_generate_draws_the_size_that_is_asked_for(bundles: Make, tmp_path: Path) -> None:
+    app, out, again = typer.Typer(), tmp_path / "cat.png", tmp_path / "again.png"
+    generate.register(app)
+    asked = [str(bundles(OLD).several), "--prompt", "a cat", "--steps", "1", "--seed", "1", "-o", str(out)]
+    told = CliRunner().invoke(app, [*asked, "--height", "64", "--width", "96"])
+    assert told.exit_code == 0, told.output
+    repeated = CliRunner().invoke(app, ["--from", str(out), "-o", str(again)])
+    assert repeated.exit_code == 0, repeated.output
+    first, second = (np.array(Image.open(path)) for path in (out, again))
+    assert first.shape == (64, 96, 3)
+    np.testing.assert_array_equal(first, second)
 
+
+def test_image_to_image_and_latents_know_the_size(bundles: Make) -> None:
     made = bundles(OLD)
     picture = Image.new("RGB", (96, 64), "red")
     asked: dict[str, Any] = {"image": picture, "num_inference_steps": 2, "seed": 1, "output_type": "np"}

@@ -93,6 +93,12 @@ def generate(
     eta: Annotated[
         float | None, option("Fresh noise in each step of ddim, 0 to 1; tcd's gamma. Others take none. Default: 0.")
     ] = None,
+    height: Annotated[
+        int | None, option("Of models of several sizes, in pixels. Default: their first size's.")
+    ] = None,
+    width: Annotated[
+        int | None, option("Of models of several sizes, in pixels. Default: their first size's.")
+    ] = None,
     seed: Annotated[int | None, option("Same seed, same picture. Default: random, printed.")] = None,
     rng: Annotated[
         str | None, option("torch (as diffusers), numpy (as Apple's Python client) or nvidia. Default: torch.")
@@ -168,6 +174,8 @@ def generate(
         guidance_scale=guidance_scale,
         image_guidance_scale=image_guidance_scale,
         eta=eta,
+        height=height,
+        width=width,
         image=image,
         mask=mask,
         depth_image=depth_image,

@@ -74,6 +74,9 @@ public struct Record: Sendable {
         request.noiseLevel = try value("noise_level") { $0.integer }
         request.longPrompt = try value("long_prompt") { $0.bool } ?? false
         request.refinerStart = try value("refiner_start") { $0.number }
+        if self["height"] != nil || self["width"] != nil {
+            throw DiffusionError.input("it was made with models of several sizes, of which this package draws the first: repeat it with the Python command")
+        }
         if let controls = self["controls"], controls != .array([]) {
             throw DiffusionError.input("it was steered by ControlNets, which this package cannot: repeat it with the Python command")
         }
@@ -129,6 +132,8 @@ extension Pipeline {
             ("noise_level", noise.map(JSON.integer) ?? .null),
             ("long_prompt", .bool(request.longPrompt)),
             ("refiner_start", request.refinerStart.map(JSON.number) ?? .null),
+            ("height", .null),
+            ("width", .null),
             ("controls", .array([])),
             ("task", .string(purpose.rawValue)),
             ("model", .string(manifest.name)),
