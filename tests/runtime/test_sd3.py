@@ -19,10 +19,15 @@ from transformers import T5EncoderModel
 
 import tiny_sd3
 from diffusion_convert import ConvertOptions, convert
+from diffusion_convert.checkpoint.folding import fold, latents
+from diffusion_convert.checkpoint.open import open_checkpoint
+from diffusion_convert.components.vae_decoder import own_latents
+from diffusion_convert.components.vae_encoder import known_latents
 from diffusion_convert.conversion.convert import Conversion
 from diffusion_convert.export import placeholders
 from diffusion_runtime import load_pipeline
-from diffusion_runtime.errors import InputError
+from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.folding import Folding
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import operations
 
@@ -281,6 +286,7 @@ def test_previews_come_near_the_picture(with_t5: Conversion) -> None:
         ({"attention": "split_einsum"}, "--attention split_einsum: .* original attention only: picture and text"),
         ({"context_length": 77}, "--context-length 77: expected 78 to 589"),
         ({"height": 72, "width": 72}, "--height 72: expected a multiple of 16"),
+        ({"height": 208, "width": 64}, "64x208 pixels: sd3 takes at most 192 on a side"),
         ({"family": "sdxl"}, "family 'sdxl' does not fit a SD3Transformer2DModel: expected sd3"),
         ({"loras": "style.safetensors"}, "--lora: it is for models with a UNet, and Stable Diffusion 3 has none"),
         ({"chunk_unet": True}, "--chunk-unet: unet is not converted"),
@@ -306,6 +312,47 @@ def test_other_transformers_and_no_t5_elsewhere_are_refused(
     (flux / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(Exception, match="around a FluxTransformer2DModel is not supported"):
         convert(flux, tmp_path / "models")
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "expected"),
+    [
+        ("transformer", {"patch_size": 4}, "transformer: a patch_size that no published model has"),
+        (
+            "transformer",
+            {"pooled_projection_dim": 64},
+            "pooled states of 56 channels, but the transformer takes 64",
+        ),
+        ("text_encoder_3", {"d_model": 64}, "T5 encoder gives states of 64 channels, but the transformer takes 96"),
+        ("vae", {"latent_channels": 4}, "VAE has latents of 4 channels, but the transformer takes 16"),
+    ],
+)
+def test_networks_that_do_not_fit_each_other_are_refused(
+    part: str, changes: dict[str, int], expected: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = shutil.copytree(checkpoint("sd3"), tmp_path / "other")
+    path = source / part / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=expected):
+        open_checkpoint(str(source))
+
+
+def test_latents_of_another_scale_and_shift_are_folded(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Apps divide by 1.5305 and add 0.0609, whatever the VAE's own are; what they then have is made the VAE's."""
+    source = shutil.copytree(checkpoint("sd3"), tmp_path / "other")
+    path = source / "vae" / "config.json"
+    config = {**json.loads(path.read_text(encoding="utf-8")), "scaling_factor": 0.5, "shift_factor": -0.25}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    folded = fold(open_checkpoint(str(source)), [Folding.LATENT_SCALE])
+    assert latents(folded) == (1.5305, 0.0609)
+    in_loop = torch.randn(1, 16, 4, 4)
+    to_own, back = own_latents(folded), known_latents(folded)
+    assert to_own is not None
+    assert back is not None
+    own = to_own(in_loop / 1.5305 + 0.0609)
+    assert torch.allclose(own, in_loop / 0.5 - 0.25, atol=1e-5)
+    moments = back(torch.cat([own, torch.zeros_like(own)], dim=1))
+    assert torch.allclose((moments[:, :16] - 0.0609) * 1.5305, in_loop, atol=1e-5)
 
 
 def test_schedulers_for_other_models_and_masks_are_refused(with_t5: Conversion) -> None:

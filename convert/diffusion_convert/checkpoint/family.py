@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError, InputError
-from diffusion_runtime.families import FAMILIES, LATENT_SCALE, UNET, Family
+from diffusion_runtime.families import FAMILIES, LATENT_SCALE, MMDIT, UNET, Family
 from diffusion_runtime.schedulers import FLOW
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def refuse_other_uses(checkpoint: Checkpoint) -> None:
         "text_encoder: use_attention_mask, by which padding is left out": not xl
         and "text_encoder" in models
         and bool(models["text_encoder"].config.get("use_attention_mask")),
+        "transformer: a patch_size that no published model has": "transformer" in models
+        and models["transformer"].config.get("patch_size", MMDIT.patch_size) != MMDIT.patch_size,
         "unet: no addition_time_embed_dim, without which sizes cannot be given": xl
         and not models["unet"].config.get("addition_time_embed_dim"),
     }

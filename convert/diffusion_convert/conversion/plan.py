@@ -284,6 +284,9 @@ def _shapes(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Shape, ...
                     f"{told}: expected a multiple of {factor} of at least {least * factor}; "
                     f"near it {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}"
                 )
+        most = checkpoint.denoiser.config.get("pos_embed_max_size")  # patches on a side that it knows places for
+        if most is not None and max(asked.height, asked.width) > most * factor:
+            raise InputError(f"{asked} pixels: {checkpoint.name} takes at most {most * factor} on a side")
     batch, tokens = settled_batch_size(checkpoint, options), _context_length(checkpoint, options)
     return tuple(Shape(size.height, size.width, batch, tokens) for size in options.sizes or (own,))
 
