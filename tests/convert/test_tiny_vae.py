@@ -16,7 +16,7 @@ from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.components import table
 from diffusion_runtime import Pipeline, load_pipeline
 from diffusion_runtime.bundle import manifest
-from diffusion_runtime.errors import CheckpointError
+from diffusion_runtime.errors import CheckpointError, InputError
 from pictures import half_mask, picture
 
 PARITY_DB = 40.0
@@ -135,6 +135,14 @@ def test_sdxl_draws_with_it(
     ours = load_pipeline(tmp_path / "models", "torch")
     assert ours.manifest.latents.scale == 0.13025
     assert worst_db(ours, source, taesd(2), "StableDiffusionXLPipeline") >= PARITY_DB
+
+
+def test_comfyui_has_no_decoder_for_previews(
+    tiny_checkpoint: Callable[[str], Path], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    options = ConvertOptions("original", preview_vae=sources["vae"], layout="comfyui")
+    with pytest.raises(InputError, match="--preview-vae: models for --layout comfyui have none"):
+        convert(tiny_checkpoint("sd1"), tmp_path / "models", options)
 
 
 @pytest.mark.parametrize(

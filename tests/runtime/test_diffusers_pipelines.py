@@ -58,6 +58,8 @@ Psnr = Callable[[Any, Any], float]
         ("sdxl-refiner", None, "StableDiffusionXLImg2ImgPipeline", {"image": picture(128), "aesthetic_score": 7.0}),
         ("sd2-depth", None, "StableDiffusionDepth2ImgPipeline", {"image": picture(64), "strength": 0.8}),
         ("x4-upscaler", None, "StableDiffusionUpscalePipeline", {"image": picture(8), "noise_level": 30}),
+        ("sd1-pix2pix", None, "StableDiffusionInstructPix2PixPipeline", {"image": picture(64)}),
+        ("sdxl-pix2pix", "editing", "StableDiffusionXLInstructPix2PixPipeline", {"image": picture(128)}),
     ],
 )
 def test_the_picture_is_diffusers_own(

@@ -121,6 +121,8 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, identity: Identit
     layouts.check(checkpoint, options)
     _check_attention(checkpoint, options)
     _check_texts(checkpoint, options)
+    if options.preview_vae is not None and not layouts.has(options.layout, "preview_vae_decoder"):
+        raise InputError(f"--preview-vae: models for --layout {options.layout.value} have none: leave it out")
     shapes = _shapes(checkpoint, options)
     for shape in shapes:
         t2i_adapter.check_size(checkpoint, shape.height, shape.width)

@@ -136,7 +136,9 @@ def _text_parts(ours: Pipeline, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
 def _xl_settings(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], kind: Any) -> dict[str, Any]:
     """What SDXL's pipelines are told beside their parts."""
     told: dict[str, Any] = {"force_zeros_for_empty_prompt": manifest.force_zeros_for_empty_prompt}
-    if kind is not diffusers.StableDiffusionXLPipeline:
+    if kind is diffusers.StableDiffusionXLInstructPix2PixPipeline:
+        told["is_cosxl_edit"] = manifest.scales_image_latents
+    elif kind is not diffusers.StableDiffusionXLPipeline:
         told["requires_aesthetics_score"] = shapes["time_ids"][1] == WITH_SCORE
     return {**told, "add_watermarker": False}
 
