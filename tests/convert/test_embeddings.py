@@ -201,6 +201,20 @@ def test_both_encoders_of_sdxl_have_their_own_and_skip_layers(
     assert psnr(ours, pipe, "a <toy> cat", **given) >= PARITY_DB
 
 
+def test_a_palettized_encoder_keeps_within_its_bound(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """With the new rows, and with layers skipped: what it is verified against has both."""
+    file = pickled(tmp_path / "x.pt", {"<x>": 0.02 * vectors(3)})
+    options = ConvertOptions(
+        "original", components="text_encoder", nbits=6, embeddings=file, clip_skip=1, compiled=False
+    )
+    made = convert(tiny_checkpoint("sd1"), tmp_path / "models", options)
+    encoder = made.variants["original"].components["text_encoder"]
+    assert encoder.palettization is not None and encoder.palettization.nbits == 6
+    assert {"last_hidden_state", "unskipped_states"} <= encoder.psnr_db.keys()
+
+
 def truncated(path: Path) -> Path:
     stored(path, emb_params=vectors(2))
     path.write_bytes(path.read_bytes()[:-10])
