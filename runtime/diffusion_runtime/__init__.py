@@ -26,6 +26,7 @@ from diffusion_runtime.errors import (
 if TYPE_CHECKING:
     from diffusion_runtime.arguments import Result
     from diffusion_runtime.backends import ComputeUnits
+    from diffusion_runtime.control import Control
     from diffusion_runtime.denoising import Step
     from diffusion_runtime.loading import load_pipeline
     from diffusion_runtime.pipeline import Pipeline, RuntimeNote
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "ComputeUnits",
+    "Control",
     "DiffusionError",
     "HubError",
     "InputError",
@@ -53,6 +55,7 @@ __all__ = [
 ]
 _LAZY = {
     "ComputeUnits": "diffusion_runtime.backends",
+    "Control": "diffusion_runtime.control",
     "Pipeline": "diffusion_runtime.pipeline",
     "Request": "diffusion_runtime.tasks.job",
     "Result": "diffusion_runtime.arguments",
