@@ -190,6 +190,10 @@ def test_the_web_uis_samplers_are_ours(served: Served) -> None:
         assert json.loads(picture.text["coreml-sd"])["scheduler"] == used  # type: ignore[attr-defined]
 
 
+CONTROLNET = {"controlnet": {"args": [{"model": "canny", "image": ""}]}}
+"""How clients of the web UI ask its ControlNet extension to steer."""
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "said"),
     [
@@ -208,6 +212,7 @@ def test_the_web_uis_samplers_are_ours(served: Served) -> None:
         ("/v1/images/generations", {"prompt": "a", "n": "2"}, 400, "n"),
         ("/v1/images/generations", {"prompt": "a", "n": 0}, 400, "n"),
         ("/sdapi/v1/txt2img", {"prompt": "a", "enable_hr": True}, 400, "enable_hr"),
+        ("/sdapi/v1/txt2img", {"prompt": "a", "alwayson_scripts": CONTROLNET}, 400, "alwayson_scripts"),
         ("/sdapi/v1/txt2img", {"prompt": "a", "sampler_name": "Fast"}, 400, "unknown sampler"),
         ("/sdapi/v1/img2img", {"prompt": "a", "init_images": []}, 422, "init_images"),
         ("/nowhere", {}, 404, "Not Found"),
