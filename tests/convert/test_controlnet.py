@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from diffusion_convert import ConvertOptions, convert
+from diffusion_convert.checkpoint.open import open_checkpoint
+from diffusion_convert.verification.folder import verify_models
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.errors import InputError
 
 RESIDUALS = [(2, 32, 8, 8), (2, 32, 8, 8), (2, 32, 4, 4), (2, 64, 4, 4), (2, 64, 4, 4)]
 """Of the tiny SD 1 UNet: its first convolution, a layer, what is halved, a layer, the middle."""
+
+
+@pytest.fixture(scope="session")
+def options(controlnets: Callable[[str], Path]) -> ConvertOptions:
+    """Those of `steered`."""
+    return ConvertOptions("original", controlnets=sorted(controlnets("sd1").iterdir()))
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +82,49 @@ def test_compiled_they_have_the_names_of_apples_converter(steered: Callable[[str
     for name, digest in described["ControlNet_shuffle"].sha256.items():
         assert digest
         assert (folder / name).is_file()
+
+
+def test_what_is_there_is_kept_and_what_is_missing_is_made_again(
+    steered: Callable[[str], Path], options: ConvertOptions, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    models = shutil.copytree(steered("sd1"), tmp_path / "models")
+    assert convert(tiny_checkpoint("sd1"), models, options).unchanged
+    gone = models / "original" / "compiled" / "controlnet" / "Tile.mlmodelc"
+    shutil.rmtree(gone)
+    assert not convert(tiny_checkpoint("sd1"), models, options).unchanged
+    assert (gone / "model.mil").is_file()
+    assert not [path for path in models.rglob(".coreml-sd") if path.parent != models]
+
+
+def test_they_are_verified_against_their_sources(
+    steered: Callable[[str], Path],
+    controlnets: Callable[[str], Path],
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    folder = shutil.copytree(steered("sd1") / "original" / "packages", tmp_path / "packages")
+    found = manifest.read(folder)
+    some = {name: one for name, one in found.components.items() if name in ("control_unet", "ControlNet_tile")}
+    manifest.write(found.model_copy(update={"components": some}), folder)
+    source = str(tiny_checkpoint("sd1"))
+    with pytest.raises(InputError, match="sd1: has no ControlNet_tile"):
+        list(
+            verify_models(folder, open_checkpoint(source, controlnets=[str(controlnets("sd1") / "shuffle")]), print)
+        )
+    with_tile = open_checkpoint(source, controlnets=[str(controlnets("sd1") / "tile")])
+    compared = {one.component: one.holds for one in verify_models(folder, with_tile, print)}
+    assert compared == {"control_unet": True, "ControlNet_tile": True}
+
+
+def test_options_that_say_nothing_are_refused(
+    options: ConvertOptions, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    with pytest.raises(InputError, match="--only-controlled: there is no UNet to steer without --controlnet"):
+        ConvertOptions(only_controlled=True)
+    for more, said in (
+        ({"nbits_for": {"ControlNet_none": 6}}, "ControlNet_none is not converted; what is: .*ControlNet_tile"),
+        ({"components": "unet", "only_controlled": True}, "has no unet; it has text_encoder, control_unet"),
+    ):
+        with pytest.raises(InputError, match=said):
+            convert(tiny_checkpoint("sd1"), "nowhere", replace(options, **more))
+    assert not Path("nowhere").exists()

@@ -63,6 +63,20 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_controlnet_of_another_family_is_one_line_and_exit_code_2(
+    tiny_checkpoint: Callable[[str], Path], controlnets: Callable[[str], Path], forked_python: Path, tmp_path: Path
+) -> None:
+    net = controlnets("sdxl") / "edges"
+    process = start(forked_python, tiny_checkpoint("sd1"), "-o", tmp_path / "models", "--controlnet", net)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == cli.BAD_INPUT
+    assert said.splitlines()[-1].startswith(
+        f"error: --controlnet {net}: is for another kind of model than sd1 (sd1): "
+    )
+    assert "Traceback" not in said
+    assert not (tmp_path / "models").exists()
+
+
 def test_ctrl_c_is_one_line_and_exit_code_130(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """What is finished is kept and named; nothing can be seen of the rest; the same conversion goes on."""
     output = tmp_path / "models"

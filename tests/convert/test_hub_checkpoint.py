@@ -85,6 +85,27 @@ def test_no_such_repository(hub: Hub) -> None:
         open_checkpoint(REPO)
 
 
+def test_a_controlnet(hub: Hub, tiny_checkpoint: Callable[[str], Path], controlnets: Callable[[str], Path]) -> None:
+    """Only its configuration, its card and the best of its weights; its name is the repository's."""
+    net = controlnets("sd1") / "tile"
+    weights = "diffusion_pytorch_model.fp16.safetensors"
+    data = (net / "diffusion_pytorch_model.safetensors").read_bytes()
+    hub.files = {
+        "config.json": (net / "config.json").read_bytes(),
+        weights: data,
+        "README.md": hub.files["README.md"],
+    }
+    hub.files |= {"diffusion_pytorch_model.bin": b"not needed", "images/bird.png": b"not needed"}
+    opened = open_checkpoint(str(tiny_checkpoint("sd1")), controlnets=[REPO])
+    ((name, told),) = opened.controlnets.items()
+    assert name == REPO.replace("/", "_")
+    assert (told.source.name, told.source.revision, told.source.license) == (REPO, hub.commit, "openrail++")
+    (file,) = opened.models[f"ControlNet_{name}"].files
+    assert file.name == weights
+    fetched = {path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path}
+    assert fetched == {"config.json", weights, "README.md"}
+
+
 def test_no_checkpoint_in_the_repository(hub: Hub) -> None:
     hub.files = {"model.gguf": b"x"}
     with pytest.raises(CheckpointError, match=r"has no model_index\.json \(it has model\.gguf\)"):
