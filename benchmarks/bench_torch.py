@@ -1,22 +1,28 @@
 """The torch backend beside diffusers: seconds to load, seconds per UNet step and peak memory, float32 on the CPU.
 
-    python benchmarks/bench_torch.py FOLDER [NAME ...]
+    python benchmarks/bench_torch.py FOLDER [NAME ...] [--openvino VENV]
 
-of the original package, the same at 6 bits, and split_einsum_v2, each made in FOLDER where it is missing. Each side
-runs in a process of its own. On a shared machine compare processor seconds: their ratio hardly depends on what else
-is running, which that of wall seconds does.
+of the original package, the same at 6 bits, and split_einsum_v2, each made in FOLDER where it is missing; of the
+same UNet by torch.compile, which needs a C++ compiler, and by OpenVINO in float32 and as it chooses
+(bfloat16 where the processor has it). OpenVINO is no dependency of ours: VENV is a virtual environment of the same
+Python that has it (or $OPENVINO), made by ``python -m venv VENV && VENV/bin/pip install openvino``. What
+cannot be measured here is said to be so. Each side runs in a process of its own. On a shared machine compare
+processor seconds: their ratio hardly depends on what else is running, which that of wall seconds does.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,22 +32,45 @@ from full_size_checkpoint import SD1_UNET
 TOKENS = 77
 
 
-def diffusers_step() -> Callable[[], object]:
+Step = Callable[[], object]
+
+
+def diffusers_network() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    """diffusers' UNet with random weights, and inputs of a step."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
     network = UNet2DConditionModel.from_config(dict(SD1_UNET)).eval().requires_grad_(False)
     size, width = SD1_UNET["sample_size"], SD1_UNET["cross_attention_dim"]
     latents, states = torch.randn(2, SD1_UNET["in_channels"], size, size), torch.randn(2, TOKENS, width)
+    return network, (latents, torch.full((2,), 981.0), states)
+
+
+def diffusers_step(compiled: bool = False) -> Step:
+    network, inputs = diffusers_network()
+    run = torch.compile(network) if compiled else network
 
     def step() -> object:
         with torch.inference_mode():
-            return network(latents, torch.full((2,), 981.0), states, return_dict=False)
+            return run(*inputs, return_dict=False)
 
     return step
 
 
-def backend_step(package: Path) -> Callable[[], object]:
+def openvino_step(precision: str = "") -> Step:
+    """``precision``: of OpenVINO's hints; "": what it chooses."""
+    openvino: Any = importlib.import_module("openvino")
+    network, inputs = diffusers_network()
+    with torch.no_grad():
+        converted = openvino.convert_model(network, example_input=inputs)
+    del network
+    options = {"INFERENCE_PRECISION_HINT": precision} if precision else {}
+    request = openvino.compile_model(converted, "CPU", options).create_infer_request()
+    arrays = [tensor.numpy() for tensor in inputs]
+    return lambda: request.infer(arrays)
+
+
+def backend_step(package: Path) -> Step:
     import numpy as np
 
     from diffusion_runtime.backends.torch_mil import TorchBackend
@@ -52,11 +81,19 @@ def backend_step(package: Path) -> Callable[[], object]:
     return lambda: model(**arrays)
 
 
-def measure(package: str, steps: int, threads: int) -> dict[str, float]:
-    """Figures of one side: diffusers where ``package`` is empty. The first step, which warms up, does not count."""
+OTHERS: dict[str, Callable[[], Step]] = {
+    "diffusers": diffusers_step,
+    "torch.compile": lambda: diffusers_step(compiled=True),
+    "openvino, f32": lambda: openvino_step("f32"),
+    "openvino": openvino_step,
+}
+
+
+def measure(side: str, steps: int, threads: int) -> dict[str, float]:
+    """Figures of one of `OTHERS` or of a package. The first step, which warms up and compiles, does not count."""
     torch.set_num_threads(threads)
     started = time.perf_counter(), time.process_time()
-    step = backend_step(Path(package)) if package else diffusers_step()
+    step = OTHERS[side]() if side in OTHERS else backend_step(Path(side))
     loaded = time.perf_counter() - started[0], time.process_time() - started[1]
     step()
     wall, processor = [], []
@@ -75,11 +112,14 @@ def measure(package: str, steps: int, threads: int) -> dict[str, float]:
     }
 
 
-def apart(package: str, steps: int, threads: int) -> dict[str, float]:
-    """``measure`` in a process of its own."""
-    command = [sys.executable, __file__, "--side", package, "--steps", str(steps), "--threads", str(threads)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    figures: dict[str, float] = json.loads(shown.strip().splitlines()[-1])
+def apart(side: str, steps: int, threads: int, venv: Path | None = None) -> dict[str, float] | str:
+    """``measure`` in a process of its own, or in one line why it could not be."""
+    command = [sys.executable, __file__, "--side", side, "--steps", str(steps), "--threads", str(threads)]
+    command += [] if venv is None else ["--openvino", str(venv)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1][:150]
+    figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return figures
 
 
@@ -106,12 +146,18 @@ PACKAGES: dict[str, Callable[[Path], Path]] = {
 }
 
 
-def main(folder: Path, names: list[str], steps: int, threads: int) -> None:
-    reference = apart("", steps, threads)
+def main(folder: Path, names: list[str], steps: int, threads: int, venv: Path | None) -> None:
+    reference = apart("diffusers", steps, threads)
+    if isinstance(reference, str):
+        raise SystemExit(f"diffusers: {reference}")
     print(f"{threads} thread(s), best of {steps} steps; cpu: processor seconds")
     print(f"{'':18}{'load s':>8}{'cpu':>7}{'step s':>9}{'cpu':>8}{'ratio':>7}{'cpu':>6}{'peak GB':>9}")
     for name in ("diffusers", *names):
-        figures = reference if name == "diffusers" else apart(str(PACKAGES[name](folder)), steps, threads)
+        side = name if name in OTHERS else str(PACKAGES[name](folder))
+        figures = reference if name == "diffusers" else apart(side, steps, threads, venv)
+        if isinstance(figures, str):
+            print(f"{name:18}not measured here: {figures}", flush=True)
+            continue
         wall = figures["step_seconds"] / reference["step_seconds"]
         processor = figures["step_processor_seconds"] / reference["step_processor_seconds"]
         print(
@@ -125,12 +171,17 @@ def main(folder: Path, names: list[str], steps: int, threads: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("bench-out"))
-    parser.add_argument("names", nargs="*", choices=[*PACKAGES, []], default=[], metavar="NAME")
+    parser.add_argument("names", nargs="*", choices=[*PACKAGES, *OTHERS, []], default=[], metavar="NAME")
+    openvino = Path(os.environ["OPENVINO"]) if "OPENVINO" in os.environ else None
+    parser.add_argument("--openvino", type=Path, metavar="VENV", default=openvino)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--side", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.openvino is not None:  # last, so that all else is ours
+        sys.path += [str(path) for path in given.openvino.glob("lib/python*/site-packages")]
     if given.side is not None:
         print(json.dumps(measure(given.side, given.steps, given.threads)))
     else:
-        main(given.folder, given.names or list(PACKAGES), given.steps, given.threads)
+        names = given.names or [*PACKAGES, *(name for name in OTHERS if name != "diffusers")]
+        main(given.folder, names, given.steps, given.threads, given.openvino)

@@ -1,6 +1,7 @@
 """`make bench`: every measurement at full size, one after the other, each in a process of its own.
 
-    python benchmarks/run.py [NAME ...]      all, or only those named: loop, swift, convert, compile, palettize,
+    python benchmarks/run.py [NAME ...]      all, or only those named: loop, swift, unet, checkpoint, sdxl,
+                                              sdxl-6bit, sdxl-depth, compile, palettize, mix, demo, start,
                                               quality, steps, torch, serve, batch
 
 Needs about 25 GB of disk (bench-out/, removed by `make clean`) and 16 GB of memory, most of it coremltools'
@@ -13,6 +14,7 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -22,20 +24,33 @@ LOAD_SECONDS = os.environ.get("LOAD_SECONDS", "600")
 BENCHES: dict[str, tuple[tuple[str, ...], ...]] = {
     "loop": (("bench_loop.py",),),
     "swift": (("bench_loop_swift.py",),),
-    "convert": (
-        ("bench_convert.py", "--folder", str(OUTPUT)),
-        ("bench_convert.py", "--folder", str(OUTPUT), "--whole"),
-        ("bench_convert.py", "--folder", str(OUTPUT), "--whole", "--family", "sdxl", "--limit-gb", "8"),
+    "unet": (("bench_convert.py", "--folder", str(OUTPUT)),),
+    "checkpoint": (("bench_convert.py", "--folder", str(OUTPUT), "--whole"),),
+    "sdxl": (("bench_convert.py", "--folder", str(OUTPUT), "--whole", "--family", "sdxl", "--limit-gb", "8"),),
+    "sdxl-6bit": (
+        (
+            *("bench_convert.py", "--folder", str(OUTPUT), "--whole", "--family", "sdxl", "--limit-gb", "8"),
+            *("--nbits", "6", "--attention", "original", "--attention", "split_einsum_v2"),
+        ),
+    ),
+    "sdxl-depth": (
+        (
+            *("bench_convert.py", "--folder", str(OUTPUT), "--family", "sdxl", "--no-verify"),
+            *("--attention", "split_einsum_v2"),
+        ),
     ),
     "compile": (("bench_compile.py", str(OUTPUT)),),
     "palettize": (("bench_palettize.py", "--package", str(PACKAGE), "--folder", str(OUTPUT)),),
+    "mix": (("bench_mix.py", "--package", str(PACKAGE)),),
+    "demo": (("../tests/demo.py",),),
+    "start": (("bench_start.py", "--folder", str(OUTPUT)),),
     "quality": (("bench_palettized_quality.py", "--folder", str(OUTPUT / "quality")),),
     "steps": (("bench_few_steps.py", "--folder", str(OUTPUT / "few-steps")),),
     "torch": (("bench_torch.py", str(OUTPUT)),),
     "serve": (("bench_serve.py", "--folder", str(OUTPUT / "serve"), "--seconds", LOAD_SECONDS),),
     "batch": (("bench_batch.py", "--folder", str(OUTPUT / "batch")),),
 }
-NEED_PACKAGE = ("compile", "palettize", "torch")
+NEED_PACKAGE = ("compile", "palettize", "mix", "torch")
 
 
 def main() -> int:
@@ -52,8 +67,10 @@ def main() -> int:
     failed = []
     for script, *arguments in commands:
         print(f"\n== {script} {' '.join(arguments)}", flush=True)
+        began = time.perf_counter()
         if subprocess.run([sys.executable, str(HERE / script), *arguments], check=False).returncode:
             failed.append(script)
+        print(f"== {time.perf_counter() - began:.1f} s in all", flush=True)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
