@@ -14,6 +14,7 @@ import torch
 
 from diffusion_runtime import guidance
 from diffusion_runtime.backends import TensorSpec
+from diffusion_runtime.control.steering import Steer
 from diffusion_runtime.errors import DiffusionError, InputError
 from diffusion_runtime.models import Chain, Models, chained
 
@@ -138,3 +139,57 @@ def test_inputs_that_nothing_can_fill_are_named() -> None:
     model = unet(2, time_ids=(2, 6))
     with pytest.raises(InputError, match="nothing is known to fill time_ids; it has no place for class_labels"):
         guidance.predictor(model, 1, guidance.Conditions({"class_labels": torch.zeros(2)}), 7.5)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Gives the same numbers, whatever it is given."""
+
+    takes: Mapping[str, tuple[int, ...]]
+    gives: Mapping[str, float]
+    seen: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        return {name: TensorSpec(name, shape, "float16") for name, shape in self.takes.items()}
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        return {name: TensorSpec(name, (len(self), 1, 1, 1), "float32") for name in self.gives}
+
+    def __len__(self) -> int:
+        return self.takes["sample"][0]
+
+    def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        self.seen.append({name: value.copy() for name, value in arrays.items()})
+        return {name: np.full((len(self), 1, 1, 1), value, np.float32) for name, value in self.gives.items()}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_controlnets_see_the_unets_rows_and_the_latents_alone(batch: int) -> None:
+    """A UNet to paint in; one ControlNet steers the first step, another both, in the prompt's row."""
+    plain = {"timestep": (batch,), "text": (batch, 1, 1, 1)}
+    residuals = {f"additional_residual_{number}": (batch, 1, 1, 1) for number in range(2)}
+    unet = Constant({"sample": (batch, 9, 2, 2), **plain, **residuals}, {"noise_pred": 0.0})
+    takes = {"sample": (batch, 4, 2, 2), **plain, "controlnet_cond": (batch, 3, 16, 16)}
+    first = Constant(takes, dict(zip(residuals, (2.0, 3.0), strict=True)))
+    second = Constant(takes, dict(zip(residuals, (10.0, 20.0), strict=True)))
+    picture = torch.rand((1, 3, 16, 16), generator=torch.Generator().manual_seed(0)).half().float()
+    steers = (
+        Steer("ControlNet_first", picture, (1.0, 0.0)),
+        Steer("ControlNet_second", 1 - picture, (0.5, 0.5), guesses=True, text_alone=True),
+    )
+    texts = torch.tensor([7.0, 8.0]).reshape(-1, 1, 1, 1)
+    conditions = guidance.Conditions({"text": texts}, torch.ones(1, 5, 2, 2), steers=steers)
+    predict = guidance.predictor(unet, 1, conditions, 2.0, controlnets=(first, second))
+    latents = torch.arange(16.0).reshape(1, 4, 2, 2)
+    for index, expected in enumerate(((2.0, 2.5, 3.0, 13.0), (0.0, 0.5, 0.0, 10.0))):
+        predict(latents, 10.0, index)
+        calls = unet.seen[-2 // batch :]
+        added = [value for name in residuals for call in calls for value in call[name][:, 0, 0, 0].tolist()]
+        assert added == pytest.approx(expected)
+    assert len(first.seen) == 2 // batch and len(second.seen) == 4 // batch
+    assert [value for call in first.seen for value in call["text"][:, 0, 0, 0]] == [7, 8]
+    for call in second.seen:
+        assert (call["sample"] == latents.numpy()).all() and (call["timestep"] == 10).all()
+        assert np.allclose(call["controlnet_cond"], 1 - picture, atol=1e-3)
