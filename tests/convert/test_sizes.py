@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from diffusion_convert import ConvertOptions, convert
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.compile import compile_package
+from diffusion_convert.components import of_checkpoint
+from diffusion_convert.components.component import Shape
 from diffusion_convert.conversion.events import Event
 from diffusion_convert.conversion.plan import make_plan
 from diffusion_convert.export import placeholders
@@ -82,12 +84,13 @@ def _make(source: Path, folder: Path, target: str) -> Bundles:
         return ConvertOptions("original", target=target, **bits, **more)
 
     first, second = SIZES
+    verify = target == NEW  # once is enough: what is verified is the same
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placeholders, "MIN_SIZE", 64)
-        convert(source, folder / "one", options(sizes=str(first)))
+        convert(source, folder / "one", options(sizes=str(first), verify=verify))
         shutil.copytree(folder / "one", folder / "several")
-        convert(source, folder / "several", options(sizes=["96x64"]), note)
-        convert(source, folder / "two", options(width=second.width, height=second.height))
+        convert(source, folder / "several", options(sizes=["96x64"], verify=verify), note)
+        convert(source, folder / "two", options(width=second.width, height=second.height, verify=False))
     return Bundles(folder / "several", {first: folder / "one", second: folder / "two"}, parts)
 
 
@@ -127,7 +130,7 @@ def test_a_size_is_added_to_what_is_there(
         again = convert(
             tiny_checkpoint("sd1"),
             made.several,
-            ConvertOptions(target=target, attention="original", sizes=sizes, **bits),
+            ConvertOptions(target=target, attention="original", sizes=sizes, verify=target == NEW, **bits),
         )
         assert again.unchanged
 
@@ -229,11 +232,20 @@ def test_inspect_lists_functions_and_sizes(bundles: Make) -> None:
     assert "size_96x64: sample Float16 2x4x8x12;" in text
 
 
-def test_functions_are_palettized_together(
-    bundles: Make, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+def test_a_stopped_run_goes_on_and_functions_are_palettized_together(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     options = ConvertOptions("original", target=NEW, sizes=SIZES, components="vae_decoder", verify=False)
-    convert(tiny_checkpoint("sd1"), tmp_path / "out", options)
+
+    def stop(event: Event) -> None:
+        if event.part == "vae_decoder-96x64":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_checkpoint("sd1"), tmp_path / "out", options, stop)
+    parts = set[str]()
+    convert(tiny_checkpoint("sd1"), tmp_path / "out", options, lambda event: parts.add(event.part))
+    assert parts - {""} == {"vae_decoder-96x64"}
     package = tmp_path / "out/original/packages" / UNET.replace("unet", "vae_decoder")
     checked = palettize_checked(package, tmp_path / "small.mlpackage", PalettizeOptions(bits=8))
     assert set(checked.psnr_db) == {"size_64x64: image", "size_96x64: image"}
@@ -263,20 +275,6 @@ def test_chunks_share_weights_by_size_too(tiny_checkpoint: Callable[[str], Path]
     assert found["noise_pred"].shape == (2, 4, 8, 12)
 
 
-def test_a_stopped_run_goes_on_where_it_stopped(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    options = ConvertOptions("original", target=NEW, sizes=SIZES, components="vae_decoder", verify=False)
-
-    def stop(event: Event) -> None:
-        if event.part == "vae_decoder-96x64":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(tiny_checkpoint("sd1"), tmp_path, options, stop)
-    parts = set[str]()
-    convert(tiny_checkpoint("sd1"), tmp_path, options, lambda event: parts.add(event.part))
-    assert parts - {""} == {"vae_decoder-96x64"}
-
-
 def test_another_size_alone_takes_the_place_of_all(
     bundles: Make, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -287,6 +285,15 @@ def test_another_size_alone_takes_the_place_of_all(
     notes = convert(tiny_checkpoint("sd1"), tmp_path / "copy", options).notes
     assert any(note.startswith("replaces what is in") for note in notes)
     assert manifest.read(tmp_path / "copy/original/packages").sizes == (SIZES[1],)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2-depth", "sdxl"])
+def test_what_is_of_one_size_is_the_same_for_all(tiny_checkpoint: Callable[[str], Path], family: str) -> None:
+    opened = open_checkpoint(str(tiny_checkpoint(family)))
+    for component in of_checkpoint(opened).values():
+        graphs = [component.build(opened, None, Shape(size.height, size.width, 2)) for size in SIZES]
+        first, second = ((graph.inputs, graph.outputs) for graph in graphs)
+        assert (first == second) == component.one_size, component.name
 
 
 @pytest.mark.parametrize(
