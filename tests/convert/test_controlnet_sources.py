@@ -189,7 +189,11 @@ def test_a_controlnet_of_another_family(nets: Path, opened: Callable[..., Checkp
 
 @pytest.mark.parametrize(
     ("family", "why"),
-    [("sd2-depth", "UNet takes 5 channels"), ("x4-upscaler", "UNet takes 7 channels")],
+    [
+        ("sd2-depth", "UNet takes 5 channels"),
+        ("x4-upscaler", "UNet takes 7 channels"),
+        ("sd1-pix2pix", "UNet takes 8 channels"),
+    ],
 )
 def test_a_unet_that_none_is_used_with(
     family: str, why: str, nets: Path, opened: Callable[..., Checkpoint]
