@@ -26,6 +26,7 @@ from diffusion_convert.components.vae_encoder import known_latents
 from diffusion_convert.conversion.convert import Conversion
 from diffusion_convert.export import placeholders
 from diffusion_runtime import load_pipeline
+from diffusion_runtime.bundle.manifest import as_unet
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.folding import Folding
 from diffusion_runtime.mil.package import Package, open_package
@@ -203,6 +204,16 @@ def test_t5s_sums_may_leave_the_range_of_float16(checkpoint: Callable[[str], Pat
     kinds = {(op.type, op.outputs[0].type.dtype.value) for op in operations(program.functions["main"].block)}  # type: ignore[union-attr]
     assert ("conv", "fp16") in kinds
     assert ("conv", "fp32") not in kinds
+
+
+def test_the_transformer_is_read_as_a_unet_of_every_size(with_t5: Conversion) -> None:
+    made = with_t5.variants["original"]
+    transformer = made.components["transformer"]
+    several = transformer.model_copy(update={"sizes": {"96x64": transformer}})
+    unet = as_unet(made.model_copy(update={"components": {"transformer": several}})).components["unet"]
+    names = [tensor.name for tensor in unet.inputs]
+    assert names == ["sample", "encoder_hidden_states", "text_embeds", "timestep"]
+    assert [tensor.name for tensor in unet.sizes["96x64"].inputs] == names
 
 
 # --- pictures

@@ -7,6 +7,7 @@ to its own folder. Paths never leave that folder. Readers refuse a format versio
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -374,11 +375,16 @@ def as_unet(made: Manifest) -> Manifest:
     if denoiser.component not in made.components or denoiser is UNET:
         return made
     known = {own: name for name, own in denoiser.names.items()}
-    network = made.components[denoiser.component]
-    inputs = tuple(one.model_copy(update={"name": known.get(one.name, one.name)}) for one in network.inputs)
     others = {name: one for name, one in made.components.items() if name != denoiser.component}
-    components = {**others, "unet": network.model_copy(update={"inputs": inputs})}
+    components = {**others, "unet": _with_inputs(made.components[denoiser.component], known)}
     return made.model_copy(update={"components": components})
+
+
+def _with_inputs(component: Component, known: Mapping[str, str]) -> Component:
+    """The component, for each of its sizes, with inputs by the names that they are ``known`` by."""
+    inputs = tuple(one.model_copy(update={"name": known.get(one.name, one.name)}) for one in component.inputs)
+    sizes = {size: _with_inputs(one, known) for size, one in component.sizes.items()}
+    return component.model_copy(update={"inputs": inputs, "sizes": sizes})
 
 
 def read(folder: Path) -> Manifest:
