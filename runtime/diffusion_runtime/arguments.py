@@ -56,7 +56,16 @@ class ControlArguments(TypedDict, total=False):
     guess_mode: bool
 
 
-class Others(SizeArguments, ControlArguments, callbacks.Neutral, total=False):
+class AdapterArguments(TypedDict, total=False):
+    """What is asked of T2I-Adapters; see `Pipeline.__call__`."""
+
+    adapter_image: Image.Image | Sequence[Image.Image] | None
+    adapter: str | Sequence[str] | None
+    adapter_conditioning_scale: float | Sequence[float]
+    adapter_conditioning_factor: float
+
+
+class Others(SizeArguments, ControlArguments, AdapterArguments, callbacks.Neutral, total=False):
     """What `Pipeline.__call__` takes and passes on."""
 
 

@@ -20,8 +20,9 @@ from diffusion_runtime.png_record import Past, Settings
 if TYPE_CHECKING:
     from PIL import Image
 
-    from diffusion_runtime.control import Control, ControlFile
+    from diffusion_runtime.control import Control
     from diffusion_runtime.denoising import Step
+    from diffusion_runtime.picture_prompts import PicturePrompt
     from diffusion_runtime.pipeline import Pipeline
     from diffusion_runtime.stages import Run
     from diffusion_runtime.tasks import Request
@@ -61,6 +62,8 @@ class Inputs:
     mask: Image.Image | None = None
     depth_image: Image.Image | None = None
     controls: tuple[Control, ...] = ()
+    adapters: tuple[Control, ...] = ()
+    picture_prompts: tuple[PicturePrompt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +255,8 @@ def _request(planned: tuple[Planned, ...], inputs: Inputs) -> Request:
         refiner_start=one.refiner_start,
         controls=inputs.controls,
         guess_mode=one.guess_mode,
+        adapters=inputs.adapters,
+        picture_prompts=inputs.picture_prompts,
     )
 
 
@@ -263,17 +268,23 @@ def _written(
     flags = result.nsfw_content_detected or [False] * len(planned)
     used = schedulers.recorded(run.job.scheduler)
     for item, image, flagged in zip(planned, result.images, flags, strict=True):
-        settings = replace(item.settings, scheduler=used, **filled_in(run), controls=_as_used(item.settings, run))
+        settings = replace(item.settings, scheduler=used, **filled_in(run), **_as_used(item.settings, run))
         inputs = png_record.named_inputs(settings, item.path)
         told = {**asdict(settings), **inputs, "task": run.task.name, **record, "flagged": bool(flagged)}
         images.write_png(image, item.path, told)
         yield Made(item.path, settings, flagged, result.notes)
 
 
-def _as_used(settings: Settings, run: Run) -> tuple[ControlFile, ...]:
-    """The controls with the names and scales that were used."""
-    used = zip(settings.controls, run.job.request.controls, strict=True)
-    return tuple(replace(file, name=control.name, scale=control.scale) for file, control in used)
+def _as_used(settings: Settings, run: Run) -> dict[str, Any]:
+    """The pictures that steered with the names and scales that were used."""
+    request = run.job.request
+    return {
+        setting: tuple(
+            replace(file, name=control.name, scale=control.scale)
+            for file, control in zip(getattr(settings, setting), used, strict=True)
+        )
+        for setting, used in (("controls", request.controls), ("adapters", request.adapters))
+    }
 
 
 def filled_in(run: Run) -> dict[str, Any]:
@@ -289,6 +300,8 @@ def filled_in(run: Run) -> dict[str, Any]:
 
 
 def _inputs(settings: Settings) -> Inputs:
+    from diffusion_runtime import picture_prompts, t2i_adapters
+
     modes = {"image": "RGB", "mask": "L", "depth_image": "F"}
     named = {name: getattr(settings, name) for name in modes}
     opened = {
@@ -296,7 +309,12 @@ def _inputs(settings: Settings) -> Inputs:
         for name, path in named.items()
         if path is not None
     }
-    return Inputs(**opened, controls=tuple(control.opened() for control in settings.controls))
+    return Inputs(
+        **opened,
+        controls=tuple(control.opened() for control in settings.controls),
+        adapters=tuple(t2i_adapters.opened(file) for file in settings.adapters),
+        picture_prompts=tuple(picture_prompts.opened(file) for file in settings.ip_adapter_images),
+    )
 
 
 def _named(order: Order) -> dict[str, Any]:

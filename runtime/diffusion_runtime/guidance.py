@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from diffusion_runtime.backends import Model
-from diffusion_runtime.control.steering import RESIDUAL, Steer, Steering, steering
+from diffusion_runtime.control.steering import FEATURE, RESIDUAL, Steer, Steering, steering
 from diffusion_runtime.errors import DiffusionError, InputError
 from diffusion_runtime.models import not_finite, unfit_latents
 
@@ -37,12 +37,12 @@ class Conditions:
     """What the UNet is given besides latents and timestep.
 
     ``rows``: input name -> one value per row, (rows, …). ``channels``: what is concatenated to the latents,
-    (pictures or 1, channels, height, width), or None. ``whole``: input name -> all that it is given, in every
-    call. ``steers``: what ControlNets add in each step."""
+    (pictures or 1, channels, height, width), or None. ``whole``: step -> input name -> what all of its rows
+    are given from then on. ``steers``: what ControlNets add in each step."""
 
     rows: Mapping[str, torch.Tensor]
     channels: torch.Tensor | None = None
-    whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    whole: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     steers: tuple[Steer, ...] = ()
 
 
@@ -113,8 +113,11 @@ class _Call:
     timestep: np.ndarray
     pictures: slice | torch.Tensor
     steering: Steering
+    whole: Mapping[int, Mapping[str, torch.Tensor]]
 
     def run(self, latents: torch.Tensor, timestep: float, index: int) -> torch.Tensor:
+        for name, given in self.whole.get(index, {}).items():
+            self.arrays[name][...] = given.numpy()
         chosen = latents[self.pictures]
         self.steering.fill(chosen, timestep, index)
         self.sample.copy_(chosen)
@@ -162,8 +165,6 @@ def _call(
         if chosen.shape != specs[name].shape:
             raise InputError(f"unet: {name} has shape {chosen.shape}, expected {specs[name].shape}")
         arrays[name][...] = chosen
-    for name, values in conditions.whole.items():
-        arrays[name][...] = values.numpy()
     sample = torch.from_numpy(arrays["sample"])
     taken = sample.shape[1]
     if conditions.channels is not None:
@@ -174,7 +175,7 @@ def _call(
             sample[[row % 3 == 2 for row in rows], taken:] = 0.0
     unconditional = [rows_per_picture == 2 and row % 2 == 0 for row in rows]
     steered = steering(nets, arrays, unconditional)
-    return _Call(unet, arrays, sample[:, :taken], arrays["timestep"], _span(pictures), steered)
+    return _Call(unet, arrays, sample[:, :taken], arrays["timestep"], _span(pictures), steered, conditions.whole)
 
 
 def _span(pictures: Sequence[int]) -> slice | torch.Tensor:
@@ -186,9 +187,9 @@ def _span(pictures: Sequence[int]) -> slice | torch.Tensor:
 
 
 def _check_inputs(unet: Model, conditions: Conditions) -> None:
-    filled = {"sample", "timestep", *conditions.rows, *conditions.whole}
+    filled = {"sample", "timestep", *conditions.rows, *(name for one in conditions.whole.values() for name in one)}
     # Left at zero, residuals change nothing: so a UNet that can be steered draws without ControlNets, too.
-    unknown = [name for name in unet.inputs if name not in filled and not name.startswith(RESIDUAL)]
+    unknown = [name for name in unet.inputs if name not in filled and not name.startswith((RESIDUAL, FEATURE))]
     missing = [name for name in filled if name not in unet.inputs]
     if unknown or missing:
         raise InputError(

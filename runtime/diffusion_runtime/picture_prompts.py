@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from diffusion_runtime import control, images
+from diffusion_runtime.control import ControlFile
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.numbers import is_number
 from diffusion_runtime.safety import clip_input
@@ -81,6 +84,17 @@ def of_arguments(images: Any, embeds: Any, scales: Any) -> tuple[PicturePrompt, 
         else PicturePrompt(one if embeds is None else None, None, scale, None if embeds is None else one)
         for one, scale in zip(several, each, strict=True)
     )
+
+
+def parse(text: str) -> ControlFile:
+    """``plus=face.png:0.6``, or a file alone: name, file and scale. Raises InputError for anything else."""
+    return control.parse(text, "--ip-adapter-image", "[NAME=]PICTURE[:SCALE]", ("scale",), needs_name=False)
+
+
+def opened(file: ControlFile) -> PicturePrompt:
+    """With the picture. Raises InputError where it cannot be read."""
+    picture = images.load(Path(file.image), "--ip-adapter-image")
+    return PicturePrompt(picture, file.name or None, file.scale)
 
 
 def placed(manifest: Manifest, prompts: Sequence[PicturePrompt]) -> dict[int, PicturePrompt]:

@@ -29,11 +29,13 @@ from diffusion_runtime import (
     picture_prompts,
     schedulers,
     stages,
+    t2i_adapters,
     tasks,
     unet_inputs,
 )
 from diffusion_runtime.added_conditions import SizeConditioning
 from diffusion_runtime.arguments import (
+    AdapterArguments,
     Arguments,
     ControlArguments,
     Generators,
@@ -254,6 +256,9 @@ class Pipeline:
                 1; 0.8 with ``image``; 0.5 with a mask (1 for SDXL).
             control_prepare: how the pictures are made of those given: "canny", "depth", "tile"; None: not at all.
             guess_mode: ControlNets steer the prompt's half of the guidance alone.
+            adapter_image: a picture for a T2I-Adapter, or one for each of several; ``adapter``: their names; None:
+                in the models' order. adapter_conditioning_scale: how strongly they steer, one for all or one for
+                each; adapter_conditioning_factor: in which first part of the steps, 0 to 1.
             others: arguments of diffusers that do nothing here: any but their defaults are refused.
 
         Returns:
@@ -268,6 +273,7 @@ class Pipeline:
         self.check_clip_skip(rest.pop("clip_skip", None))
         sizes = SizeConditioning(**{name: rest.pop(name) for name in SizeArguments.__annotations__ if name in rest})
         steered = {name: rest.pop(name) for name in ControlArguments.__annotations__ if name in rest}
+        adapted = {name: rest.pop(name) for name in AdapterArguments.__annotations__ if name in rest}
         callbacks.refuse(rest)
         check_output_type(output_type)
         prompts, negatives = texts_of(prompt, negative_prompt, num_images_per_prompt)
@@ -296,6 +302,7 @@ class Pipeline:
             sizes=sizes,
             controls=controls_of(steered, plan.names(self.manifest)),
             guess_mode=steered.get("guess_mode", False),
+            adapters=t2i_adapters.of_arguments(adapted, self.manifest),
         )
         run = self.prepare(request, noise_of(generator, seed, rng))
         control = callbacks.Control(self, run.job.scheduler, run.total, run.job.request.scale)
@@ -321,7 +328,7 @@ class Pipeline:
         unet = self._unet_shapes()
         request, refined = stages.apart(request)
         task = tasks.choose(tasks.kind(unet["sample"][1], self.manifest.latents.channels), request.given)
-        request = self.settled(plan.named(request, self.manifest))
+        request = self.settled(t2i_adapters.named(plan.named(request, self.manifest), self.manifest))
         scheduler = schedulers.own(self.scheduler, task.scheduler_settings)
         height, width = unet["sample"][2:]
         patches = (height // self._family.denoiser.patch_size) * (width // self._family.denoiser.patch_size)
@@ -346,7 +353,8 @@ class Pipeline:
         told = {unet_inputs.STATES: encoded.states, **labels}
         told |= unet_inputs.of_rows(job, unet, encoded.pooled, self.is_guided(request))
         steers = plan.steers(controls, job, prepared.start)
-        conditions = guidance.Conditions(told, prepared.channels, unet_inputs.whole(job, unet), steers)
+        whole = unet_inputs.whole(job, unet, len(prepared.start.timesteps))
+        conditions = guidance.Conditions(told, prepared.channels, whole, steers)
         return Run(job, task, prepared.start, conditions, refiner)
 
     def _refiners(self, request: Request, job: tasks.Job) -> Run:

@@ -28,7 +28,13 @@ LOADING: Mapping[str, Any] = {
 FOLDERS = ("tokenizer", "depth_estimator")
 """Those of `LOADING` that name folders."""
 FILES = ("image", "mask", "depth_image")
-"""The settings that name files; those of `Settings.controls` do too, each with its hash beside it."""
+"""The settings that name files."""
+LISTED: Mapping[str, str] = {
+    "controls": "--control",
+    "adapters": "--adapter",
+    "ip_adapter_images": "--ip-adapter-image",
+}
+"""The settings that name several, each with its hash beside it; and the options that give them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,8 @@ class Settings:
     refiner_start: float | None = None
     controls: tuple[ControlFile, ...] = ()
     guess_mode: bool = False
+    adapters: tuple[ControlFile, ...] = ()
+    ip_adapter_images: tuple[ControlFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,7 @@ def read(path: Path, overridden: Set[str] = frozenset()) -> Past:
     data = images.read_metadata(path)
     hints = get_type_hints(Settings)
     known = {field.name: data[field.name] for field in fields(Settings) if field.name in data}
-    controls = known.pop("controls", [])
+    listed = {name: known.pop(name, []) for name in LISTED}
     if "prompt" not in known:
         raise InputError(f"picture {path}: its record lacks the prompt")
     loading = {name: data[name] for name in LOADING if name in data}
@@ -88,8 +96,7 @@ def read(path: Path, overridden: Set[str] = frozenset()) -> Past:
     inputs: dict[str, Any] = {
         name: _input(path, _option(name), getattr(settings, name), hashes[f"{name}_sha256"]) for name in wanted
     }
-    if "controls" not in overridden:
-        inputs["controls"] = _controls(path, controls)
+    inputs |= {name: _controls(path, name, listed[name]) for name in LISTED if name not in overridden}
     return Past(path, replace(settings, **inputs), models, loading)
 
 
@@ -107,13 +114,16 @@ def named(path: str, picture: Path) -> str:
 def named_inputs(settings: Settings, picture: Path) -> dict[str, Any]:
     """The settings that name files, as the record of ``picture`` names them."""
     given = {name: getattr(settings, name) for name in FILES}
-    controls = [
-        {**told, "image": named(told["image"], picture), "sha256": digest}
-        for told, digest in zip(map(asdict, settings.controls), control_hashes(settings), strict=True)
-    ]
+    listed = {
+        name: [
+            {**asdict(control), "image": named(control.image, picture), "sha256": _sha256(Path(control.image))}
+            for control in getattr(settings, name)
+        ]
+        for name in LISTED
+    }
     return {
         **{name: named(path, picture) for name, path in given.items() if path is not None},
-        "controls": controls,
+        **listed,
     }
 
 
@@ -134,16 +144,17 @@ def find(picture: Path, name: str, remedy: str) -> str:
     )
 
 
-def _controls(picture: Path, recorded: object) -> tuple[ControlFile, ...]:
-    """The record's controls, their files where they were found."""
+def _controls(picture: Path, setting: str, recorded: object) -> tuple[ControlFile, ...]:
+    """The record's pictures of one of `LISTED`, their files where they were found."""
     if not isinstance(recorded, list):
-        raise InputError(f"picture {picture}: its record is damaged at controls: {recorded!r}")
+        raise InputError(f"picture {picture}: its record is damaged at {setting}: {recorded!r}")
     found = []
     for value in recorded:
         control = read_file(value)
         if control is None or not isinstance(value.get("sha256"), str | None):
-            raise InputError(f"picture {picture}: its record is damaged at controls: {value!r}")
-        path = _input(picture, f"--control {control.name}=", control.image, value.get("sha256"))
+            raise InputError(f"picture {picture}: its record is damaged at {setting}: {value!r}")
+        option = f"{LISTED[setting]} {control.name}=" if control.name else LISTED[setting]
+        path = _input(picture, option, control.image, value.get("sha256"))
         found.append(replace(control, image=path))
     return tuple(found)
 

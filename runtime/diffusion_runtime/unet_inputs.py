@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from diffusion_runtime import guidance, picture_prompts
+from diffusion_runtime import guidance, picture_prompts, t2i_adapters
 from diffusion_runtime.backends import Model
 from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.control.steering import FEATURE
 from diffusion_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,8 +53,13 @@ def of_rows(job: Job, unet: Shapes, pooled: torch.Tensor | None, guided: bool) -
     return told | picture_prompts.told(job.manifest, job.models, request.picture_prompts, unet, blind)
 
 
-def whole(job: Job, unet: Shapes) -> dict[str, torch.Tensor]:
-    """In every row at once: how much each IP-Adapter counts."""
-    if picture_prompts.SCALE not in unet:
-        return {}
-    return {picture_prompts.SCALE: picture_prompts.scales(job.manifest, job.request.picture_prompts)}
+def whole(job: Job, unet: Shapes, timesteps: int) -> dict[int, dict[str, torch.Tensor]]:
+    """In all rows at once, from which step on: how much each IP-Adapter counts, what T2I-Adapters add.
+    ``timesteps``: those of the run, more than the request's steps with some schedulers."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    if any(name.startswith(FEATURE) for name in unet):  # not of a refiner beside such a UNet
+        found |= t2i_adapters.features(job, min(timesteps, int(job.request.steps)))
+    if picture_prompts.SCALE in unet:
+        scales = picture_prompts.scales(job.manifest, job.request.picture_prompts)
+        found[0] = {**found.get(0, {}), picture_prompts.SCALE: scales}
+    return found

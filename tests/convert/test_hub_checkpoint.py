@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
+import tiny_adapters
 from diffusion_convert.checkpoint.open import is_repository_id, open_checkpoint
 from diffusion_convert.checkpoint.repository import checkpoint_files, fetch_network, network_files
 from diffusion_convert.hub import client
@@ -57,6 +58,30 @@ def test_one_commit_and_only_what_is_needed(hub: Hub, tiny_checkpoint: Callable[
     files = {name.split("/", 1)[1] for name in fetched}
     assert not [name for name in files if name.endswith((".bin", ".ckpt", ".msgpack", ".py"))]
     assert "unet/diffusion_pytorch_model.safetensors" in files
+
+
+def test_an_ip_adapter_with_the_image_encoder_beside_it(
+    hub: Hub, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, folder = tiny_checkpoint("sd1"), tmp_path / "published"
+    tiny_adapters.write_encoder(folder / "models" / "image_encoder")
+    name = "models/ip-adapter_sd15.safetensors"
+    tiny_adapters.write_ip_adapter(folder / name, source)
+    hub.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
+    needed = set(hub.files)
+    hub.files |= {"models/ip-adapter_sd15.bin": b"not needed", "models/image_encoder/model.bin": b"not needed"}
+    checkpoint = open_checkpoint(str(source), ip_adapters=[f"{REPO}/{name}"])
+    assert [one.name for one in checkpoint.ip_adapters] == ["ip-adapter_sd15"]
+    assert {"image_encoder", "image_projection"} <= set(checkpoint.models)
+    fetched = {path.split(f"{hub.commit}/")[1] for path in hub.requests if "/resolve/" in path}
+    assert fetched == needed
+    apart = f"{REPO}/models/image_encoder"
+    again = open_checkpoint(str(source), ip_adapters=[str(folder / name)], image_encoder=apart)
+    assert again.models["image_encoder"].config == checkpoint.models["image_encoder"].config
+    with pytest.raises(CheckpointError, match=r"has no file models/none\.bin"):
+        open_checkpoint(str(source), ip_adapters=[f"{REPO}/models/none.bin"])
+    with pytest.raises(CheckpointError, match=r"has no folder other with a config\.json"):
+        open_checkpoint(str(source), ip_adapters=[str(folder / name)], image_encoder=f"{REPO}/other")
 
 
 @pytest.mark.parametrize("revision", [None, "fp16", "refs/pr/1"])

@@ -183,6 +183,27 @@ def test_verify_and_a_second_run_know_them(sd1: Path, files: Path, tiny_checkpoi
     assert json.loads(run(app, ["inspect", str(sd1 / "original"), "--json"]).stdout)[0]["manifest"]["ip_adapters"]
 
 
+def test_generate_and_its_record(sd1: Path, tmp_path: Path, psnr_db: Psnr) -> None:
+    first, second, made, again = (tmp_path / f"{name}.png" for name in ("first", "second", "made", "again"))
+    PICTURES[0].save(first)
+    PICTURES[1].save(second)
+    models, run = str(sd1 / "original" / "packages"), CliRunner().invoke
+    asked = ["generate", models, "--prompt", "a cat", "--steps", "2", "--seed", "1", "-o"]
+    given = ["--ip-adapter-image", f"plus={second}:0.5", "--ip-adapter-image", str(first)]
+    told = run(app, [*asked, str(made), *given])
+    assert told.exit_code == 0, told.output
+    pictures = json.loads(Image.open(made).text["coreml-sd"])["ip_adapter_images"]  # type: ignore[attr-defined]
+    assert [(one["name"], one["image"], one["scale"]) for one in pictures] == [
+        ("plus", "second.png", 0.5),
+        ("", "first.png", None),
+    ]
+    told = run(app, ["generate", models, "--from", str(made), "-o", str(again)])
+    assert told.exit_code == 0, told.output
+    assert psnr_db(np.asarray(Image.open(again)), np.asarray(Image.open(made))) == float("inf")
+    wrong = run(app, [*asked, str(again), "--ip-adapter-image", f"nobody={first}"])
+    assert isinstance(wrong.exception, InputError) and "none is called so" in str(wrong.exception)
+
+
 def refused(files: Path, checkpoint: Path, **options: Any) -> str:
     with pytest.raises(DiffusionError) as error:
         open_checkpoint(str(checkpoint), ip_adapters=[str(files)], **options)

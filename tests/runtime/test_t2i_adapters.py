@@ -7,21 +7,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import tiny_adapters
 from diffusion_convert import ConvertOptions, convert
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.cli.main import app
-from diffusion_runtime import DiffusionError, InputError
+from diffusion_runtime import DiffusionError, InputError, load_pipeline
 from diffusion_runtime.bundle import manifest
 
 pytestmark = pytest.mark.slow
 
-COMPONENT_DB = 60.0
+COMPONENT_DB, PARITY_DB = 60.0, 40.0
 FULL, LIGHT, XL = "t2iadapter_canny", "t2iadapter_color", "t2i-adapter-lineart-sdxl"
 PARTS = ("text_encoder", "unet", "vae_decoder", f"T2IAdapter_{FULL}", f"T2IAdapter_{LIGHT}")
+ASKED: dict[str, Any] = {"prompt": "a photo of a cat", "negative_prompt": "red", "num_inference_steps": 4}
+PICTURES = [
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 8, 3), np.uint8)).resize(
+        (64, 64), Image.Resampling.NEAREST
+    )
+    for seed in range(2)
+]
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"adapter_image": PICTURES[0]}, "name the T2I-Adapter of each picture"),
+    ({"adapter_image": PICTURES, "adapter": ["canny", "canny"]}, "has two pictures"),
+    ({"adapter_image": PICTURES, "adapter_conditioning_scale": [1.0]}, "expected one of each"),
+    ({"adapter_image": PICTURES[0], "adapter": "depth"}, "none of these models' T2I-Adapters"),
+    ({"adapter_image": PICTURES[0], "adapter": "canny", "adapter_conditioning_factor": 2.0}, "part of the steps"),
+    ({"adapter_conditioning_scale": 0.5}, "there is no adapter_image"),
+]
+Psnr = Callable[[Any, Any], float]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +107,86 @@ def test_bundle_card_and_verify(
     assert f" T2IAdapter_{LIGHT} " in told.output
     inspected = json.loads(run(app, ["inspect", str(sd1 / "original"), "--json"]).stdout)
     assert list(inspected[0]["manifest"]["t2i_adapters"]) == [FULL, LIGHT]
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def arrays(made: Any) -> np.ndarray:
+    return np.asarray(made.images[0])
+
+
+def theirs(class_name: str, checkpoint: Path, *adapters: Path) -> Any:
+    """diffusers' adapter pipeline."""
+    import diffusers
+
+    loaded = [diffusers.T2IAdapter.from_pretrained(str(one)) for one in adapters]
+    pipe = getattr(diffusers, class_name).from_pretrained(
+        str(checkpoint), adapter=loaded if len(loaded) > 1 else loaded[0]
+    )
+    pipe.to(torch.float32).set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_pictures_of_one_and_two_are_diffusers(
+    sd1: Path, adapters: Path, tiny_checkpoint: Callable[[str], Path], psnr_db: Psnr
+) -> None:
+    source = tiny_checkpoint("sd1-tiny")
+    ours = load_pipeline(sd1 / "original" / "packages", "torch")
+    one = theirs("StableDiffusionAdapterPipeline", source, adapters / FULL)
+    expected = arrays(one(**ASKED, image=PICTURES[0], adapter_conditioning_scale=0.8, generator=seeded()))
+    made = ours(
+        **ASKED,
+        adapter_image=PICTURES[0],
+        adapter="canny",
+        adapter_conditioning_scale=0.8,
+        num_images_per_prompt=2,
+        generator=[seeded(), seeded()],
+    )
+    assert all(psnr_db(np.asarray(image), expected) >= PARITY_DB for image in made.images)
+    assert psnr_db(arrays(ours(**ASKED, generator=seeded())), expected) < 30  # without, as if there were no adapter
+    both = theirs("StableDiffusionAdapterPipeline", source, adapters / FULL, adapters / LIGHT)
+    given = [PICTURES[0], PICTURES[1].convert("L")]
+    expected = arrays(both(**ASKED, image=given, adapter_conditioning_scale=[0.9, 0.5], generator=seeded()))
+    made = ours(**ASKED, adapter_image=PICTURES, adapter_conditioning_scale=[0.9, 0.5], generator=seeded())
+    assert psnr_db(arrays(made), expected) >= PARITY_DB
+    for arguments, why in WRONG:
+        with pytest.raises(InputError, match=why):
+            ours("a cat", **arguments)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.125])
+def test_sdxl_at_6_bits_compiled_is_diffusers(
+    factor: float, sdxl: Path, adapters: Path, tiny_checkpoint: Callable[[str], Path], psnr_db: Psnr
+) -> None:
+    picture = PICTURES[0].resize((128, 128), Image.Resampling.NEAREST)
+    pipe = theirs("StableDiffusionXLAdapterPipeline", tiny_checkpoint("sdxl"), adapters / XL)
+    asked: dict[str, Any] = {**ASKED, "num_inference_steps": 8, "adapter_conditioning_factor": factor}
+    expected = arrays(pipe(**asked, image=picture, adapter_conditioning_scale=4.0, generator=seeded()))
+    ours = load_pipeline(sdxl / "original" / "compiled", "torch")
+    made = ours(**asked, adapter_image=picture, adapter_conditioning_scale=4.0, generator=seeded())
+    assert psnr_db(arrays(made), expected) >= PARITY_DB
+    other = {**asked, "adapter_conditioning_factor": 1.125 - factor}
+    made = ours(**other, adapter_image=picture, adapter_conditioning_scale=4.0, generator=seeded())
+    assert psnr_db(arrays(made), expected) < 38  # the factor counts
+
+
+def test_generate_and_its_record(sd1: Path, tmp_path: Path, psnr_db: Psnr) -> None:
+    given, made, again = tmp_path / "edges.png", tmp_path / "made.png", tmp_path / "again.png"
+    PICTURES[0].save(given)
+    models, run = str(sd1 / "original" / "packages"), CliRunner().invoke
+    asked = ["generate", models, "--prompt", "a cat", "--steps", "3", "--seed", "1"]
+    told = run(app, [*asked, "--adapter", f"canny={given}:0.8:0.5", "-o", str(made)])
+    assert told.exit_code == 0, told.output
+    (recorded,) = json.loads(Image.open(made).text["coreml-sd"])["adapters"]  # type: ignore[attr-defined]
+    assert (recorded["name"], recorded["scale"], recorded["end"]) == (FULL, 0.8, 0.5)
+    told = run(app, ["generate", models, "--from", str(made), "-o", str(again)])
+    assert told.exit_code == 0, told.output
+    assert psnr_db(np.asarray(Image.open(again)), np.asarray(Image.open(made))) == float("inf")
+    for text, why in (("canny", "expected NAME=PICTURE"), (f"depth={given}", "none of these models' T2I-Adapters")):
+        wrong = run(app, [*asked, "--adapter", text, "-o", str(again)])
+        assert isinstance(wrong.exception, InputError) and why in str(wrong.exception)
 
 
 def refused(checkpoint: Path, *sources: Path) -> str:

@@ -50,7 +50,7 @@ _VARIANT = re.compile(
 LEFT_OUT: Mapping[str, str] = {
     "controlnet": "a ControlNet, which is given with --controlnet as well",
     "image_encoder": "an image encoder, for prompts that are pictures",
-    "adapter": "a T2I-Adapter: pictures that guide it cannot be given",
+    "adapter": "a T2I-Adapter, which --t2i-adapter takes along",
     "prior": "a prior, which makes image embeddings of prompts",
     "motion_adapter": "a motion adapter, for videos",
 }

@@ -24,11 +24,12 @@ from diffusion_runtime import control, strict_json
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.control import ControlFile
 from diffusion_runtime.errors import InputError, InstallationError
-from diffusion_runtime.png_record import FILES, Settings
+from diffusion_runtime.png_record import FILES, LISTED, Settings
 
 COUNT = "count"
+NO_COLUMNS = LISTED.keys() - {"controls"}
 COLUMNS: Mapping[str, str] = {
-    **{field.name: field.name for field in fields(Settings)},
+    **{field.name: field.name for field in fields(Settings) if field.name not in NO_COLUMNS},
     COUNT: COUNT,
     "num_inference_steps": "steps",
     "num_images_per_prompt": COUNT,

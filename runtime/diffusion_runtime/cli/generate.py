@@ -49,6 +49,9 @@ like; its NAME is that in the models' folder, or a part of it that says which.
 PICTURE has the size of the result and is what the ControlNet takes (edges,
 depth, …), or any picture with --prepare canny (or depth, tile).
 
+* [bold]T2I-Adapters and IP-Adapters[/bold], with any of the above, where the models were
+converted with them: --adapter NAME=PICTURE and --ip-adapter-image PICTURE.
+
 * [bold]upscaling[/bold]: --image, a quarter of the result's size, and --noise-level.
 Models of the x4 upscaler.
 
@@ -144,6 +147,16 @@ def generate(
     clip_skip: Annotated[
         int | None, option("Part of the models: refused unless they were converted with the same.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        option(
+            "Steer by a T2I-Adapter: NAME=PICTURE[:SCALE[:FACTOR]], FACTOR the part of the steps. Several at once."
+        ),
+    ] = None,
+    ip_adapter_image: Annotated[
+        list[str] | None,
+        option("Draw after a picture, by an IP-Adapter: [NAME=]PICTURE[:SCALE]; one for each adapter."),
+    ] = None,
     preview: Annotated[
         bool, option("Keep NAME-preview.png up to date while working, checked as pictures are.", "--preview")
     ] = False,
@@ -162,7 +175,7 @@ def generate(
     latent_scale: Annotated[float | None, option("Models without manifest: the VAE's scaling factor.")] = None,
     safety: options.Safety = True,
 ) -> None:
-    from diffusion_runtime import generation
+    from diffusion_runtime import generation, picture_prompts, t2i_adapters
 
     settings = options.given(
         prompt=prompt,
@@ -185,6 +198,8 @@ def generate(
         refiner_start=refiner_start,
         controls=_controls(control, prepare),
         guess_mode=guess_mode or None,
+        adapters=tuple(map(t2i_adapters.parse, adapter)) if adapter else None,
+        ip_adapter_images=tuple(map(picture_prompts.parse, ip_adapter_image)) if ip_adapter_image else None,
     )
     loading = options.given(
         backend=backend,

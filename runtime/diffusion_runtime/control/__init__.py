@@ -78,21 +78,30 @@ def check_preparation(prepare: object) -> None:
         raise InputError(f"control pictures are prepared by {', '.join(PREPARATIONS)}; got {prepare!r}")
 
 
-def parse(text: str) -> ControlFile:
-    """``canny=edges.png:0.8:0:0.5`` as a ControlFile. Raises InputError for anything else."""
-    name, _, rest = text.partition("=")
-    if not name.strip() or not rest.strip():
-        raise InputError(f"--control {text!r}: expected {SYNTAX}, as canny=edges.png:0.8")
+def parse(
+    text: str,
+    option: str = "--control",
+    syntax: str = SYNTAX,
+    parts: Sequence[str] = ("scale", "start", "end"),
+    needs_name: bool = True,
+) -> ControlFile:
+    """``canny=edges.png:0.8:0:0.5`` as a ControlFile, its numbers in the order of ``parts``. Raises InputError for
+    anything else."""
+    name, equals, rest = text.partition("=")
+    if not needs_name and (not equals or Path(text).exists()):
+        name, rest = "", text
+    if (needs_name and not name.strip()) or not rest.strip():
+        raise InputError(f"{option} {text!r}: expected {syntax}")
     path, numbers = rest.strip(), list[float]()
     # A file's name may end in what looks like a number, too.
-    while ":" in path and len(numbers) < 3 and not Path(path).exists():
+    while ":" in path and len(numbers) < len(parts) and not Path(path).exists():
         before, _, last = path.rpartition(":")
         try:
             numbers.insert(0, float(last))
         except ValueError:
             break
         path = before
-    told: dict[str, Any] = dict(zip(("scale", "start", "end"), numbers, strict=False))
+    told: dict[str, Any] = dict(zip(parts, numbers, strict=False))
     return ControlFile(name.strip(), path, **told)
 
 
@@ -123,8 +132,8 @@ def read_file(value: Any) -> ControlFile | None:
     return ControlFile(**{name: value[name] for name in kinds})
 
 
-def chosen(name: str, known: Sequence[str]) -> str:
-    """The ControlNet that is meant: the one of that name, or the only one in whose name it occurs.
+def chosen(name: str, known: Sequence[str], kind: str = "ControlNet") -> str:
+    """The network of a ``kind`` that is meant: the one of that name, or the only one in whose name it occurs.
 
     Raises InputError with those that are ``known`` where there is none, or more than one."""
     if name in known:
@@ -136,5 +145,7 @@ def chosen(name: str, known: Sequence[str]) -> str:
         raise InputError(
             f"control {name!r}: these models have no ControlNets: convert again with --controlnet SOURCE"
         )
-    which = f"is part of the names of {len(found)}" if found else "is none of these models' ControlNets"
-    raise InputError(f"control {name!r} {which}; there are {', '.join(known)}")
+    which = f"is part of the names of {len(found)}" if found else f"is none of these models' {kind}s"
+    raise InputError(
+        f"{'control' if kind == 'ControlNet' else kind} {name!r} {which}; there are {', '.join(known)}"
+    )

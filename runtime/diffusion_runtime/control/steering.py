@@ -18,6 +18,8 @@ from diffusion_runtime.errors import InputError
 
 RESIDUAL = "additional_residual_"
 """Inputs of a UNet that is steered and outputs of ControlNets: the down blocks' in order, then the middle's."""
+FEATURE = "adapter_state_"
+"""Inputs of a UNet for what T2I-Adapters add on the way down, and their outputs."""
 HINT = "controlnet_cond"
 WEAKEST_GUESS = -1.0  # log10 of the first residual's weight in guess mode; the last one's is 0
 

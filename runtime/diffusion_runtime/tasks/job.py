@@ -56,8 +56,8 @@ class Request:
     the caller, or, with ``denoising_start``, what another model left at its ``denoising_end`` (parts of the steps).
     ``refiner_start`` is the part of the steps after which a refiner goes on. ``guidance_scale`` and
     ``image_guidance_scale`` None are the models' own defaults; ``sizes`` are what SDXL's UNets are told;
-    ``picture_prompts`` are for IP-Adapters, ``controls`` pictures for ControlNets; in ``guess_mode`` these add
-    nothing to the unconditional half, and less to the features of the first layers.
+    ``picture_prompts`` are for IP-Adapters, ``adapters`` for T2I-Adapters, ``controls`` pictures for ControlNets;
+    in ``guess_mode`` these add nothing to the unconditional half, and less to the features of the first layers.
     Raises InputError for what no models could do."""
 
     prompts: tuple[str, ...]
@@ -79,6 +79,7 @@ class Request:
     denoising_end: float | None = None
     refiner_start: float | None = None
     picture_prompts: tuple[PicturePrompt, ...] = ()
+    adapters: tuple[Control, ...] = ()
     controls: tuple[Control, ...] = ()
     guess_mode: bool = False
     sizes: SizeConditioning = field(default_factory=SizeConditioning)

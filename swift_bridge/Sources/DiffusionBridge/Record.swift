@@ -80,6 +80,12 @@ public struct Record: Sendable {
         if let controls = self["controls"], controls != .array([]) {
             throw DiffusionError.input("it was steered by ControlNets, which this package cannot: repeat it with the Python command")
         }
+        if let adapters = self["adapters"], adapters != .array([]) {
+            throw DiffusionError.input("it was steered by T2I-Adapters, which this package cannot: repeat it with the Python command")
+        }
+        if let pictures = self["ip_adapter_images"], pictures != .array([]) {
+            throw DiffusionError.input("it was drawn after pictures, which this package cannot: repeat it with the Python command")
+        }
         return request
     }
 
@@ -135,6 +141,8 @@ extension Pipeline {
             ("height", .null),
             ("width", .null),
             ("controls", .array([])),
+            ("adapters", .array([])),
+            ("ip_adapter_images", .array([])),
             ("task", .string(purpose.rawValue)),
             ("model", .string(manifest.name)),
             ("revision", manifest.revision.map(JSON.string) ?? .null),
