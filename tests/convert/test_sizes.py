@@ -24,6 +24,8 @@ from diffusion_convert.components.component import Shape
 from diffusion_convert.conversion.events import Event
 from diffusion_convert.conversion.plan import make_plan
 from diffusion_convert.export import placeholders
+from diffusion_convert.hub.client import RemoteFile
+from diffusion_convert.hub.download import _wanted
 from diffusion_convert.inspect import inspect
 from diffusion_convert.inspect.show import as_text
 from diffusion_convert.palettize.checked import palettize_checked
@@ -311,6 +313,12 @@ def test_sizes_that_cannot_be_used(
 ) -> None:
     with pytest.raises(InputError, match=what):
         make_plan(open_checkpoint(str(tiny_checkpoint("sd1"))), ConvertOptions("original", **options))
+
+
+def test_of_a_repository_of_zips_the_first_size_is_downloaded() -> None:
+    names = ("coreml-sd1-96x64_original_compiled.zip", "coreml-sd1_original_compiled.zip")
+    there = {name: RemoteFile(1, "0", None) for name in names}
+    assert list(_wanted(there, "original", "compiled")) == [names[1]]
 
 
 def test_sizes_are_read_in_one_order() -> None:

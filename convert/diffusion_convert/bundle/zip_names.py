@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from diffusion_runtime.families import ATTENTIONS, AttentionKind
+from diffusion_runtime.picture_size import PATTERN as PICTURE_SIZE
 
 if TYPE_CHECKING:
     from diffusion_runtime.bundle.manifest import Manifest
@@ -27,6 +28,11 @@ def zip_name(made: Manifest, attention: str, size: Size | None = None) -> str:
     palettized = any(component.palettization is not None for component in made.components.values())
     marks = ("-palettized" if palettized else "", "" if size is None else f"-{size}")
     return f"coreml-{name}{''.join(marks)}{ending(attention)}"
+
+
+def is_of_further_size(name: str) -> bool:
+    """Whether a zip's name says that it is of another size than the first."""
+    return re.search(rf"-{PICTURE_SIZE.pattern}_", name) is not None
 
 
 def zip_names_by_size(made: Manifest, attention: str) -> dict[Size | None, str]:

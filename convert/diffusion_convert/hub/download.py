@@ -105,7 +105,8 @@ def _wanted(there: Mapping[str, RemoteFile], variant: str, kind: str) -> dict[st
     if inside or kind != "compiled":
         return inside
     zips_of = {name: remote for name, remote in there.items() if name.endswith(zip_names.ending(variant))}
-    return dict(list(zips_of.items())[:1])
+    ordered = sorted(zips_of.items(), key=lambda item: zip_names.is_of_further_size(item[0]))
+    return dict(ordered[:1])
 
 
 def _fetch(api: HfApi, repo_id: str, commit: str, name: str, remote: RemoteFile, staging: Path) -> None:
