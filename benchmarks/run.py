@@ -61,6 +61,7 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown measurement {unknown[0]!r}: expected one of {', '.join(BENCHES)}")
     OUTPUT.mkdir(exist_ok=True)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command sets it; for both sides of a comparison
     commands = [command for name in chosen for command in BENCHES[name]]
     if any(name in NEED_PACKAGE for name in chosen) and not PACKAGE.exists():
         commands.insert(0, ("full_size.py", str(OUTPUT)))
