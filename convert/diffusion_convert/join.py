@@ -24,7 +24,7 @@ from diffusion_runtime.mil.functions import joined
 from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import Package, open_package, resolve, write_package
 from diffusion_runtime.mil.program import Blob, DType, Program, TensorType, Value
-from diffusion_runtime.mil.rewrite import WEIGHT_PATH, Values, rewrite
+from diffusion_runtime.mil.rewrite import WEIGHT_PATH, rewrite, stored_by
 from diffusion_runtime.mil.weights import WeightFile, WeightWriter
 
 
@@ -82,7 +82,7 @@ def _one_file(packages: Sequence[Package], weights: Path, known: Hashes) -> Iter
         return
     with WeightWriter(weights) as writer:
         store = _Store(writer)
-        programs = [rewrite(package.model.program, store.of(package)) for package in packages]
+        programs = [rewrite(package.model.program, stored_by(store.put, package)) for package in packages]
     for package, program in zip(packages, programs, strict=True):
         _check(package, program, weights)
     yield [replace(package.model, program=program) for package, program in zip(packages, programs, strict=True)]
@@ -121,21 +121,7 @@ class _Store:
         self._writer = writer
         self._written: dict[tuple[DType, int, bytes], Blob] = {}
 
-    def of(self, package: Package) -> Values:
-        """For `rewrite`: moves what ``package`` stores. Memory: one value at a time."""
-        moved: dict[Blob, Blob] = {}
-
-        def move(value: Value) -> Value:
-            if not isinstance(value.data, Blob) or not isinstance(value.type, TensorType):
-                return value
-            if value.data not in moved:
-                moved[value.data] = self._put(package.array(value), value.type.dtype)
-                package.weight_file(value.data).release()
-            return replace(value, data=moved[value.data])
-
-        return move
-
-    def _put(self, array: np.ndarray, dtype: DType) -> Blob:
+    def put(self, array: np.ndarray, dtype: DType) -> Blob:
         key = (
             dtype,
             array.size,

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from diffusion_convert.checkpoint.diffusers_unet import ldm_modules
 from diffusion_convert.checkpoint.lora import fuse
-from diffusion_convert.checkpoint.lora.places import places, sgm_names
+from diffusion_convert.checkpoint.lora.places import places
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.options import Lora
 from diffusion_runtime.bundle.manifest import Source
@@ -159,7 +160,7 @@ def kohya(network: str, module: str, sgm: dict[str, str]) -> str:
 @pytest.mark.parametrize("names", ["sgm", "kohya", "peft", "diffusers"])
 def test_as_diffusers_fuses_it(pipeline: Any, tmp_path: Path, names: str) -> None:
     tensors: dict[str, torch.Tensor] = {}
-    sgm = sgm_names(pipeline.unet.state_dict()) if names == "sgm" else {}
+    sgm = ldm_modules(pipeline.unet.state_dict()) if names == "sgm" else {}
     for network, module, down, up in halves(pipeline):
         if names in ("sgm", "kohya"):
             if module == "add_embedding.linear_2" and names == "kohya":
@@ -182,7 +183,7 @@ def test_as_diffusers_fuses_it(pipeline: Any, tmp_path: Path, names: str) -> Non
 def test_layers_under_two_names_count_once(pipeline: Any, tmp_path: Path) -> None:
     """Some mergers write both: diffusers takes those under its own names."""
     tensors: dict[str, torch.Tensor] = {}
-    for sgm in (sgm_names(pipeline.unet.state_dict()), {}):
+    for sgm in (ldm_modules(pipeline.unet.state_dict()), {}):
         for network, module, down, up in halves(pipeline):
             if module.startswith(("conv_", "time_", "add_")):
                 continue
@@ -211,7 +212,7 @@ def test_every_modules_sgm_name(pipeline: Any, tiny_checkpoint: Callable[[str], 
     load: Any = UNet2DConditionModel.from_pretrained
     for unet in (pipeline.unet, load(tiny_checkpoint("sd1") / "unet"), load(tiny_checkpoint("sd2-v") / "unet")):
         weights = unet.state_dict()
-        names = sgm_names(weights)
+        names = ldm_modules(weights)
         assert names.keys() == {name.rpartition(".")[0] for name in weights}
         renamed = {
             f"model.diffusion_model.{names[module]}.{end}": value
@@ -226,7 +227,7 @@ def test_every_modules_sgm_name(pipeline: Any, tiny_checkpoint: Callable[[str], 
 
 def test_blocks_weights(pipeline: Any, tmp_path: Path) -> None:
     """Blocks are counted as trainers count them, and every spelling has them."""
-    sgm = sgm_names(pipeline.unet.state_dict())
+    sgm = ldm_modules(pipeline.unet.state_dict())
     checkpoint = checkpoint_of(pipeline)
     blocks = {place.block for place in places(checkpoint, "unet").values()}
     assert blocks == {"", "mid", *(f"in{i:02}" for i in range(9)), *(f"out{i:02}" for i in range(9))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +51,41 @@ def by_ldm_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     No tensor is copied."""
     prefix = _prefix(tensors) or ""
     inner = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    layers = len({found[1] for name in inner if (found := re.match(r"down_blocks\.0\.resnets\.(\d{1,3})\.", name))})
-    attending = {found[1] for name in inner if (found := re.match(r"up_blocks\.(\d{1,3})\.attentions\.", name))}
-    return {_ldm_name(name, layers + 1, attending): value for name, value in inner.items()}
+    modules = ldm_modules(inner)
+    parted = {name: name.rpartition(".") for name in inner}
+    return {f"{modules.get(m, m)}{dot}{kind}": inner[name] for name, (m, dot, kind) in parted.items()}
+
+
+def ldm_modules(tensors: Iterable[str]) -> dict[str, str]:
+    """Of a UNet's tensors' names: LDM's names of the modules, and Stability AI's for SDXL, by diffusers' names.
+    Blocks are counted, not assumed: distilled UNets have fewer layers."""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    found = [(module, block) for module in modules if (block := _BLOCK.fullmatch(module)) is not None]
+    sizes: dict[tuple[str, int], set[tuple[str, int]]] = {}
+    attended = set()
+    for _, block in found:
+        side, number, inner, index = block[1], int(block[2]), block[3], int(block[4])
+        if inner in ("resnets", "downsamplers"):  # each is an input block of its own
+            sizes.setdefault((side, number), set()).add((inner, index))
+        if inner == "attentions":
+            attended.add((side, number))
+    names = {module: _ENDS[module] for module in modules if module in _ENDS}
+    for module in modules:
+        if mid := _MID.fullmatch(module):
+            place = 2 * int(mid[2]) if mid[1] == "resnets" else 1
+            names[module] = f"middle_block.{place}.{_within(mid[1], mid[3])}"
+    for module, block in found:
+        side, number, inner, index, rest = block[1], int(block[2]), block[3], int(block[4]), block[5]
+        before = sum(len(size) for (other, n), size in sizes.items() if other == side and n < number)
+        own = len(sizes.get((side, number), ()))
+        if inner == "downsamplers":
+            names[module] = f"input_blocks.{before + own}.0.{rest.replace('conv', 'op')}"
+        elif inner == "upsamplers":
+            names[module] = f"output_blocks.{before + own - 1}.{1 + ((side, number) in attended)}.{rest}"
+        else:
+            start = f"input_blocks.{1 + before + index}" if side == "down" else f"output_blocks.{before + index}"
+            names[module] = f"{start}.{int(inner == 'attentions')}.{_within(inner, rest)}"
+    return names
 
 
 def name_of(path: Path) -> str:
@@ -76,47 +108,6 @@ def _prefix(tensors: Mapping[str, torch.Tensor]) -> str | None:
     return next((prefix for prefix in PREFIXES if f"{prefix}{_MARK}" in tensors), None)
 
 
-def _ldm_name(name: str, step: int, attending: set[str]) -> str:
-    module, _, kind = name.rpartition(".")
-    if module in _ENDS:
-        return f"{_ENDS[module]}.{kind}"
-    if mid := _MID.fullmatch(name):
-        place = 2 * int(mid[2]) if mid[1] == "resnets" else 1
-        return f"middle_block.{place}.{_within(mid[1], mid[3])}"
-    block = _BLOCK.fullmatch(name)
-    if block is None:
-        return name
-    way, number, part, layer, rest = block.groups()
-    return _PLACES[part](way, int(number), int(layer), step, number in attending) + _within(part, rest)
-
-
-def _layer(part: int) -> Callable[[str, int, int, int, bool], str]:
-    def place(way: str, block: int, layer: int, step: int, _attends: bool) -> str:
-        first, side = (1, "input") if way == "down" else (0, "output")
-        return f"{side}_blocks.{block * step + layer + first}.{part}."
-
-    return place
-
-
-def _down(_way: str, block: int, _layer: int, step: int, _attends: bool) -> str:
-    return f"input_blocks.{(block + 1) * step}.0.op."
-
-
-def _up(_way: str, block: int, _layer: int, step: int, attends: bool) -> str:
-    return f"output_blocks.{(block + 1) * step - 1}.{1 + attends}.conv."
-
-
-_PLACES: Mapping[str, Callable[[str, int, int, int, bool], str]] = {
-    "resnets": _layer(0),
-    "attentions": _layer(1),
-    "downsamplers": _down,
-    "upsamplers": _up,
-}
-
-
 def _within(part: str, rest: str) -> str:
-    """The name inside of a layer: a ResNet's differ, a transformer's do not, a sampler's is its convolution's."""
-    head, dot, kind = rest.partition(".")
-    if part == "resnets":
-        return f"{_RESNET.get(head, head)}{dot}{kind}"
-    return rest if part == "attentions" else kind
+    """The name inside of a layer: a ResNet's modules have others, a transformer's have not."""
+    return _RESNET.get(rest, rest) if part == "resnets" else rest

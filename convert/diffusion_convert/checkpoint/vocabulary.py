@@ -138,44 +138,33 @@ def write_t5(files: Mapping[str, Path], target: Path) -> None:
 
 
 def _load_t5(files: Mapping[str, Path]) -> Any:
-    from transformers import T5Tokenizer
-
     main = files.get(FAST) or files[SENTENCEPIECE]
-    for name in files.keys() - {SENTENCEPIECE}:
-        strict_json.read_object(files[name], CheckpointError, strict_json.MAX_VOCABULARY_BYTES)
-    with scratch() as folder:
-        for name, path in files.items():
-            shutil.copyfile(path, folder / name)
-        try:
-            t5 = T5Tokenizer.from_pretrained(folder, local_files_only=True)
-            kind = json.loads(t5.backend_tokenizer.to_str())["model"]["type"]
-        except Exception as error:  # tokenizers raises bare Exception for a damaged file
-            first = (str(error).splitlines() or [repr(error)])[0]
-            raise CheckpointError(f"{main}: not the file of T5's tokenizer: {first}") from error
-    if kind != "Unigram":
-        raise CheckpointError(f"{main}: a {kind} tokenizer; expected T5's (Unigram)")
-    return t5
+    return _loaded("T5Tokenizer", files, main, SENTENCEPIECE, "Unigram", "T5's tokenizer")
 
 
 def _load(files: Mapping[str, Path]) -> Any:
-    """The tokenizer as diffusers would load it: by transformers, from a folder of these files."""
-    from transformers import CLIPTokenizer
-
     main = files.get(FAST) or files["vocab.json"]
-    for name in files.keys() - {"merges.txt"}:
-        strict_json.read_object(files[name], CheckpointError, strict_json.MAX_VOCABULARY_BYTES)
+    return _loaded("CLIPTokenizer", files, main, "merges.txt", "BPE", "CLIP's byte-pair tokenizer")
+
+
+def _loaded(name: str, files: Mapping[str, Path], main: Path, no_json: str, kind: str, what: str) -> Any:
+    """The tokenizer as diffusers would load it: by transformers' class ``name``, from a folder of these files."""
+    import transformers
+
+    for file in files.keys() - {no_json}:
+        strict_json.read_object(files[file], CheckpointError, strict_json.MAX_VOCABULARY_BYTES)
     with scratch() as folder:
-        for name, path in files.items():
-            shutil.copyfile(path, folder / name)
+        for file, path in files.items():
+            shutil.copyfile(path, folder / file)
         try:
-            clip = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-            kind = json.loads(clip.backend_tokenizer.to_str())["model"]["type"]
+            made = getattr(transformers, name).from_pretrained(folder, local_files_only=True)
+            found = json.loads(made.backend_tokenizer.to_str())["model"]["type"]
         except Exception as error:  # tokenizers raises bare Exception for a damaged file
             first = (str(error).splitlines() or [repr(error)])[0]
-            raise CheckpointError(f"{main}: not the file of a byte-pair tokenizer: {first}") from error
-    if kind != "BPE":
-        raise CheckpointError(f"{main}: a {kind} tokenizer; expected CLIP's byte pairs (BPE)")
-    return clip
+            raise CheckpointError(f"{main}: not the file of {what}: {first}") from error
+    if found != kind:
+        raise CheckpointError(f"{main}: a {found} tokenizer; expected {what} ({kind})")
+    return made
 
 
 def _attributes(token: Any) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+
 from diffusion_runtime.mil.package import MODEL_PATH, Package
-from diffusion_runtime.mil.program import Blob, Block, Operation, Program, TensorType, Value
+from diffusion_runtime.mil.program import Blob, Block, DType, Operation, Program, TensorType, Value
 from diffusion_runtime.mil.weights import WeightWriter
 
 WEIGHT_PATH = f"{MODEL_PATH}/weights/weight.bin"
@@ -50,13 +52,18 @@ def rewrite(program: Program, values: Values, operations: Operations = lambda _:
 def stored_in(writer: WeightWriter, package: Package) -> Values:
     """For `rewrite`: what ``package`` stores goes to ``writer``, each value once however often it is used. Memory:
     one value at a time."""
+    return stored_by(lambda array, dtype: Blob(WEIGHT_PATH, writer.add(array, dtype)), package)
+
+
+def stored_by(put: Callable[[np.ndarray, DType], Blob], package: Package) -> Values:
+    """As `stored_in`, where ``put`` stores a value."""
     moved: dict[Blob, Blob] = {}
 
     def move(value: Value) -> Value:
         if not isinstance(value.data, Blob) or not isinstance(value.type, TensorType):
             return value
         if value.data not in moved:
-            moved[value.data] = Blob(WEIGHT_PATH, writer.add(package.array(value), value.type.dtype))
+            moved[value.data] = put(package.array(value), value.type.dtype)
             package.weight_file(value.data).release()
         return replace(value, data=moved[value.data])
 
