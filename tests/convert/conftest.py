@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,12 @@ import numpy as np
 import pytest
 
 from diffusion_runtime.coremltools_import import import_coremltools
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A checkpoint to change."""
+    return shutil.copytree(tiny_checkpoint("sd1"), tmp_path / "checkpoint")
 
 
 @pytest.fixture(scope="session")

@@ -24,12 +24,6 @@ from diffusion_runtime.errors import CheckpointError
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture
-def folder(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A checkpoint to change."""
-    return shutil.copytree(tiny_checkpoint("sd1"), tmp_path / "checkpoint")
-
-
 def tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return dict(checkpoint.models["unet"].tensors())
 
