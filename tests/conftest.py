@@ -38,7 +38,7 @@ LONGEST = (
     "swift/test_pictures.py",  # first of all, as others wait until it has built the Swift package
     "test_fuzz.py",
     "convert/test_every_family.py",
-    "runtime/test_batch.py",
+    "runtime/test_batch_processes.py",
     "test_readme.py",
     "convert/test_attention_weights.py",
     "runtime/test_sdxl_pictures.py",

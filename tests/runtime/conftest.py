@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from batches import Here, Make, results
 from diffusion_runtime.backends import TensorSpec, check_arrays
+from diffusion_runtime.batch.places import open_place
+from diffusion_runtime.batch.run import Batch, prepare, setups
 from diffusion_runtime.bundle.manifest import Component, Latents, Manifest, Source, Tensor
 from diffusion_runtime.models import Models
 from diffusion_runtime.pipeline import Pipeline
@@ -251,3 +254,21 @@ def toy_folder(build_once: Callable[..., Path]) -> Path:
 def shapes_folder(converted: Callable[[str], Path]) -> Path:
     """The trained checkpoint, converted: packages with original attention. It is shared: do not change it."""
     return converted("shapes")
+
+
+@pytest.fixture
+def make(toy_folder: Path, tmp_path: Path) -> Make:
+    """``make(table, place, **defaults)`` makes a batch in this process and returns what results.jsonl says."""
+
+    def made(
+        prompts: Path, place: Path, redo: bool = False, ignored: frozenset[str] = frozenset(), **defaults: Any
+    ) -> list[dict[str, Any]]:
+        of = setups(str(toy_folder), {"backend": "torch"}, str(place), 1, None, None, None)
+        target = open_place(str(place))
+        with target.hold():
+            chosen = {"steps": 2, **defaults}
+            plan = prepare(prompts, target, chosen, chosen.pop("count", 1), of, ignored, redo)
+            list(Batch(plan, target, Here(of)).run())
+        return results(place)
+
+    return made

@@ -5,95 +5,23 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import random
-import re
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from batches import Here, Make, pictures, results, without_time, write
 from diffusion_runtime import images
 from diffusion_runtime.batch import rows
-from diffusion_runtime.batch.places import Folder, Storage, open_place
-from diffusion_runtime.batch.run import Batch, LocalWorkers, RayWorkers, connect, identity, prepare, setups
+from diffusion_runtime.batch.places import Folder, Storage
+from diffusion_runtime.batch.run import Batch, identity, prepare, setups
 from diffusion_runtime.batch.tasks import Answer, tasks_of
 from diffusion_runtime.batch.worker import Setup, Worker
 from diffusion_runtime.errors import DiffusionError, InputError, StorageError
 from diffusion_runtime.loading import load_pipeline
-
-COMMAND = [sys.executable, "-c", "from diffusion_convert.cli.main import main; main()", "batch"]
-Make = Callable[..., list[dict[str, Any]]]
-
-
-class Here:
-    """Workers of this process, one after the other: what a row becomes does not need processes."""
-
-    def __init__(self, of: list[Setup]) -> None:
-        self.setups = of
-
-    def run(self, tasks: Any) -> Iterator[Answer]:
-        worker = Worker(self.setups[0])
-        yield from map(worker.make, tasks)
-
-
-def write(path: Path, table: list[dict[str, Any]]) -> Path:
-    """A table in the format that the name says."""
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in table))
-    elif path.suffix == ".csv":
-        names = list(dict.fromkeys(name for row in table for name in row))
-        lines = [",".join(names), *(",".join(f'"{row.get(name, "")}"' for name in names) for row in table)]
-        path.write_text("\n".join(lines))
-    else:
-        path.write_text("\n".join(row["prompt"] for row in table))
-    return path
-
-
-@pytest.fixture
-def make(toy_folder: Path, tmp_path: Path) -> Make:
-    """``make(table, place, **defaults)`` makes a batch in this process and returns what results.jsonl says."""
-
-    def made(
-        prompts: Path, place: Path, redo: bool = False, ignored: frozenset[str] = frozenset(), **defaults: Any
-    ) -> list[dict[str, Any]]:
-        of = setups(str(toy_folder), {"backend": "torch"}, str(place), 1, None, None, None)
-        target = open_place(str(place))
-        with target.hold():
-            chosen = {"steps": 2, **defaults}
-            plan = prepare(prompts, target, chosen, chosen.pop("count", 1), of, ignored, redo)
-            list(Batch(plan, target, Here(of)).run())
-        return results(place)
-
-    return made
-
-
-def results(place: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (place / "results.jsonl").read_text().splitlines()]
-
-
-def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, **options)
-
-
-def pictures(place: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in place.glob("*.png")}
-
-
-def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv", ".parquet"])
@@ -352,87 +280,6 @@ def test_workers_take_units_and_devices_in_turn() -> None:
             told(workers, units, devices)
 
 
-def test_the_command_says_what_came_of_it(toy_folder: Path, tmp_path: Path) -> None:
-    write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b", "image": "gone.png"}])
-    arguments = (toy_folder, tmp_path / "p.jsonl", "-o", tmp_path / "out", "--steps", 2, "--backend", "torch")
-    shown = run(*arguments)
-    assert shown.returncode == 1 and "gone.png: no such file" in shown.stderr and "1 rows failed" in shown.stderr
-    assert "1 pictures, results.jsonl" in shown.stdout
-    wrong = run(tmp_path / "nothing", tmp_path / "p.jsonl", "-o", tmp_path / "other")
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and not (tmp_path / "other").exists()
-
-
-@pytest.mark.slow
-def test_two_hundred_rows_killed_five_times_are_those_of_an_undisturbed_run(
-    toy_folder: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "prompts.txt").write_text("".join(f"prompt {n}\n" for n in range(200)))
-
-    def arguments(place: str, workers: int) -> list[str]:
-        chosen = ["--steps", "2", "--backend", "torch", "--threads", "1", "--workers", str(workers)]
-        return [str(toy_folder), str(tmp_path / "prompts.txt"), "-o", str(tmp_path / place), *chosen]
-
-    whole = run(*arguments("whole", 1))
-    assert whole.returncode == 0, whole.stderr
-    drawn = random.Random(3)
-    for moment in sorted(drawn.sample(range(1, 190), 5)):
-        started = subprocess.Popen(
-            [*COMMAND, *arguments("killed", 2)],
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        killed_at = moment if drawn.random() < 0.8 else 0  # now and then before anything is made
-        while started.poll() is None and len(pictures(tmp_path / "killed")) < killed_at:
-            time.sleep(0.01)
-        # Now the whole group, now the first process alone, whose workers must notice.
-        os.killpg(started.pid, signal.SIGKILL) if drawn.random() < 0.5 else started.kill()
-        started.wait()
-    last = run(*arguments("killed", 2))
-    assert last.returncode == 0, last.stderr
-    assert pictures(tmp_path / "killed") == pictures(tmp_path / "whole")
-    assert without_time(results(tmp_path / "killed")) == without_time(results(tmp_path / "whole"))
-    assert {path.name for path in (tmp_path / "killed").iterdir()} == {
-        *pictures(tmp_path / "whole"),
-        "results.jsonl",
-    }
-
-
-def test_a_worker_that_dies_is_replaced_and_its_row_made(toy_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("".join(f"{n}\n" for n in range(6)))
-    place = Folder(tmp_path / "out")
-    of = setups(str(toy_folder), {"backend": "torch"}, str(place.path), 1, 1, None, None)
-    workers = LocalWorkers(of)
-    with place.hold():
-        batch = Batch(prepare(tmp_path / "prompts.txt", place, {"steps": 2}, 1, of), place, workers)
-        for answer in batch.run():
-            if answer.task.number == 2:
-                os.kill(workers.running[0].child.process.pid, signal.SIGKILL)
-    assert [line["error"] for line in results(place.path)] == [None] * 6
-
-
-def test_a_row_whose_worker_always_dies_is_given_up(
-    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "prompts.txt").write_text("a\n")
-    place = Folder(tmp_path / "out")
-    of = setups(str(toy_folder), {"backend": "torch"}, str(place.path), 1, 1, None, None)
-    workers = LocalWorkers(of)
-    given = LocalWorkers._heard
-
-    def heard(self: LocalWorkers, one: Any, waiting: Any) -> Any:
-        answer = given(self, one, waiting)
-        if one.is_ready and one.task is None and answer is None:
-            one.child.process.kill()
-        return answer
-
-    monkeypatch.setattr(LocalWorkers, "_heard", heard)
-    with place.hold():
-        batch = Batch(prepare(tmp_path / "prompts.txt", place, {"steps": 2}, 1, of), place, workers)
-        list(batch.run())
-    assert "SIGKILL" in results(place.path)[0]["error"] and "3 times" in results(place.path)[0]["error"]
-
-
 def test_a_second_batch_on_the_same_folder_is_refused(make: Make, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a\n")
     with Folder(tmp_path / "out").hold(), pytest.raises(StorageError, match="is being written by process"):
@@ -470,39 +317,6 @@ def test_object_storage_is_written_and_gone_on_with(toy_folder: Path, make: Make
     assert without_time(results(bucket / "out")) == without_time(expected)
     for name, data in pictures(tmp_path / "out").items():
         assert Image.open(io.BytesIO(data)).tobytes() == Image.open(bucket / "out" / name).tobytes()
-
-
-@pytest.fixture
-def ray() -> Iterator[Any]:
-    found = connect("local")
-    yield found
-    found.shutdown()
-
-
-@pytest.mark.slow
-def test_ray_makes_the_same_pictures_and_survives_a_dead_actor(
-    toy_folder: Path, make: Make, tmp_path: Path, ray: Any
-) -> None:
-    (tmp_path / "prompts.txt").write_text("".join(f"{n}\n" for n in range(12)))
-    expected = make(tmp_path / "prompts.txt", tmp_path / "out")
-    place = Folder(tmp_path / "ray")
-    of = setups(str(toy_folder), {"backend": "torch"}, str(place.path), 1, 2, None, None)
-    killed = False
-    with place.hold():
-        batch = Batch(prepare(tmp_path / "prompts.txt", place, {"steps": 2}, 1, of), place, RayWorkers(ray, of))
-        for _ in batch.run():
-            if not killed:
-                killed = True
-                actor = next(iter(ray.util.list_named_actors(all_namespaces=True)))
-                ray.kill(ray.get_actor(actor["name"], actor["namespace"]))
-    assert without_time(results(place.path)) == without_time(expected)
-    assert pictures(place.path) == pictures(tmp_path / "out")
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "somewhere", "127.0.0.1:99999", "h:p"])
-def test_a_cluster_that_does_not_answer_is_one_line(address: str) -> None:
-    with pytest.raises(InputError, match=rf"^--ray {re.escape(address)}: "):
-        connect(address)
 
 
 def test_rows_are_read_by_their_names() -> None:
