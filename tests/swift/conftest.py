@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+RELEASE = ("-c", "release", "-Xswiftc", "-enable-testing")
 PACKAGE = Path(__file__).resolve().parents[2] / "swift_bridge"
 
 Swift = Callable[..., subprocess.CompletedProcess[str]]
@@ -44,16 +45,22 @@ def swift_environment(coreml_sd: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def swift_program(swift_environment: dict[str, str]) -> Swift:
-    """``swift_program("generate", …)`` runs `coreml-sd-swift` with these arguments."""
-    build = ["swift", "build", "-c", "release", "-j", "2", "-Xswiftc", "-warnings-as-errors"]
+def built_swift_environment(swift_environment: dict[str, str]) -> dict[str, str]:
+    """The same, with the package, its program and its tests built: as they are for use, and once for all."""
+    build = ["swift", "build", "--build-tests", *RELEASE, "-j", "2", "-Xswiftc", "-warnings-as-errors"]
     built = subprocess.run(build, cwd=PACKAGE, capture_output=True, text=True, check=False)
     assert built.returncode == 0, (built.stdout + built.stderr)[-6000:]
+    return swift_environment
+
+
+@pytest.fixture(scope="session")
+def swift_program(built_swift_environment: dict[str, str]) -> Swift:
+    """``swift_program("generate", …)`` runs `coreml-sd-swift` with these arguments."""
     program = PACKAGE / ".build" / "release" / "coreml-sd-swift"
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [program, *arguments], env=swift_environment, capture_output=True, text=True, check=False
+            [program, *arguments], env=built_swift_environment, capture_output=True, text=True, check=False
         )
 
     return run

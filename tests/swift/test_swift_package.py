@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 import toy_models
-from swift.conftest import PACKAGE
+from swift.conftest import PACKAGE, RELEASE
 
 
 @pytest.mark.slow
 def test_the_swift_package_passes_its_tests(
-    toy_folder: Path, toy_with_refiner: Path, swift_environment: dict[str, str], tmp_path: Path
+    toy_folder: Path, toy_with_refiner: Path, built_swift_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    command = ["swift", "test", "--no-parallel", "-j", "2", "-Xswiftc", "-warnings-as-errors"]
+    command = ["swift", "test", "--skip-build", *RELEASE, "--no-parallel"]
     environment = {
-        **swift_environment,
+        **built_swift_environment,
         "BRIDGE_MODELS": str(toy_folder),
         "BRIDGE_REFINER": str(toy_with_refiner),
         "BRIDGE_DESCRIBED": str(toy_models.described(tmp_path / "described.mlpackage")),
