@@ -118,6 +118,6 @@ def _case(
     }
 
 
-def _predict(latents: torch.Tensor, timestep: float) -> torch.Tensor:
+def _predict(latents: torch.Tensor, timestep: float, index: int = 0) -> torch.Tensor:
     """As the Swift test computes it, in float32."""
     return latents * 0.5 + float(np.float32(timestep) * np.float32(0.0005))
