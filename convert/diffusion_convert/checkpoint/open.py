@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -64,24 +64,7 @@ def open_checkpoint(
     )
     for option, given in (("", source), *named):
         check_path(option, given)
-    path, without = Path(source).expanduser(), diffusers_folder.T5_PARTS if no_t5 else ()
-    if revision is not None and path.exists():
-        raise InputError(f"--revision {revision}: {source} is on this machine, where there is but one")
-    if path.is_file() and variant is not None and base is None:
-        raise InputError(f"--variant {variant}: {source} is one file, whose weights have no variants")
-    if base is not None and not path.is_file():
-        checkpoint = _open_unet(source, path, _open_base(base), revision, family, variant)
-    elif path.is_dir():
-        origin = Source(name=real_path(path).name, license=diffusers_folder.read_license(path))
-        checkpoint = diffusers_folder.open_folder(path, origin, family, variant, without)
-    elif path.is_file():
-        checkpoint = single_file.open_single_file(
-            path, family, vae is not None, None if base is None else _open_base(base, variant)
-        )
-    elif is_repository_id(source):
-        checkpoint = repository.open_repository(source, revision, family, variant, without)
-    else:
-        raise CheckpointError(f"{source}: no such file or folder")
+    checkpoint = _open_source(source, revision, family, variant, base, vae is not None, no_t5)
     for option, of_vae, subfolder in (("--vae", vae, "vae"), ("--preview-vae", preview_vae, PREVIEW)):
         if of_vae is not None:
             with _given_as(option):
@@ -89,11 +72,7 @@ def open_checkpoint(
                 checkpoint = with_vae(checkpoint, of_vae, fetch, subfolder)
     checkpoint = _without_t5(checkpoint) if no_t5 else checkpoint
     for_unets = {"--refiner": refiner, "--controlnet": controlnets, "--lora": loras, "--embedding": embeddings}
-    for_unets |= {"--ip-adapter": ip_adapters}
-    if FAMILIES[checkpoint.family].denoiser is not UNET:
-        for option in (option for option, asked in for_unets.items() if asked):
-            title = FAMILIES[checkpoint.family].title
-            raise InputError(f"{option}: it is for models with a UNet, and {title} has none: leave it out")
+    _refuse_without_unet(checkpoint, {**for_unets, "--ip-adapter": ip_adapters})
     _check_fits(checkpoint)
     refuse_other_uses(checkpoint)
     if refiner is not None:
@@ -108,6 +87,43 @@ def open_checkpoint(
     if t2i_adapters:
         checkpoint = with_t2i_adapters(checkpoint, t2i_adapters, partial(_fetch_network, part=IN_PIPELINE))
     return _with_ip_adapters(checkpoint, ip_adapters, image_encoder)
+
+
+def _open_source(
+    source: str,
+    revision: str | None,
+    family: str | None,
+    variant: str | None,
+    base: str | None,
+    has_vae: bool,
+    no_t5: bool,
+) -> Checkpoint:
+    """What is named, without what users add to it. ``has_vae``: a file need not hold one, as another is given."""
+    path, without = Path(source).expanduser(), diffusers_folder.T5_PARTS if no_t5 else ()
+    if revision is not None and path.exists():
+        raise InputError(f"--revision {revision}: {source} is on this machine, where there is but one")
+    if path.is_file() and variant is not None and base is None:
+        raise InputError(f"--variant {variant}: {source} is one file, whose weights have no variants")
+    if base is not None and not path.is_file():
+        return _open_unet(source, path, _open_base(base), revision, family, variant)
+    if path.is_dir():
+        origin = Source(name=real_path(path).name, license=diffusers_folder.read_license(path))
+        return diffusers_folder.open_folder(path, origin, family, variant, without)
+    if path.is_file():
+        rest = None if base is None else _open_base(base, variant)
+        return single_file.open_single_file(path, family, has_vae, rest)
+    if is_repository_id(source):
+        return repository.open_repository(source, revision, family, variant, without)
+    raise CheckpointError(f"{source}: no such file or folder")
+
+
+def _refuse_without_unet(checkpoint: Checkpoint, for_unets: Mapping[str, object]) -> None:
+    """Raise InputError for the first of these options that is given, where the models have no UNet."""
+    family = FAMILIES[checkpoint.family]
+    if family.denoiser is UNET:
+        return
+    for option in (option for option, asked in for_unets.items() if asked):
+        raise InputError(f"{option}: it is for models with a UNet, and {family.title} has none: leave it out")
 
 
 def _with_ip_adapters(checkpoint: Checkpoint, sources: Sequence[str], image_encoder: str | None) -> Checkpoint:
