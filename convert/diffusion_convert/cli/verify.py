@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from diffusion_convert.options import parse_embedding, parse_list, parse_lora
+
+if TYPE_CHECKING:
+    from diffusion_convert.checkpoint.model import Checkpoint
 
 
 def verify(
@@ -47,7 +50,6 @@ def verify(
 ) -> None:
     """Compare every component, packages and compiled, with the source's own networks. Exit code 1: one differs."""
     from diffusion_convert.checkpoint.open import open_checkpoint
-    from diffusion_convert.verification.folder import verify_models
 
     loras = tuple(parse_lora(text) for text in lora or ())
     embeddings = tuple(parse_embedding(text) for text in embedding or ())
@@ -68,6 +70,17 @@ def verify(
         image_encoder=image_encoder,
         t2i_adapters=parse_list(t2i_adapter or ()),
     )
+    failed = _compare(models, checkpoint)
+    if failed:
+        advice = _advice({"--vae": vae, "--lora": loras, "--embedding": embeddings})
+        typer.echo(f"error: {models}: differs from {against}: {', '.join(failed)}; {advice}", err=True)
+        raise typer.Exit(1)
+
+
+def _compare(models: Path, checkpoint: Checkpoint) -> list[str]:
+    """Print a line for each comparison; folder and component of those that differ."""
+    from diffusion_convert.verification.folder import verify_models
+
     rows = [("models", "component", "worst output", "PSNR", "at least", "")]
     for comparison in verify_models(models, checkpoint, lambda text: typer.echo(text, err=True)):
         output, value = min(comparison.psnr_db.items(), key=lambda item: item[1])
@@ -77,11 +90,7 @@ def verify(
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    failed = [f"{folder} {component}" for folder, component, *_, verdict in rows if verdict == "FAILED"]
-    if failed:
-        advice = _advice({"--vae": vae, "--lora": loras, "--embedding": embeddings})
-        typer.echo(f"error: {models}: differs from {against}: {', '.join(failed)}; {advice}", err=True)
-        raise typer.Exit(1)
+    return [f"{folder} {component}" for folder, component, *_, verdict in rows if verdict == "FAILED"]
 
 
 def _advice(options: Mapping[str, object]) -> str:
