@@ -137,7 +137,7 @@ def commit(slot: Path, obsolete: Iterable[str] = (), done: Iterable[str] = ()) -
     try:
         _finish(slot)
     except OSError:
-        if len(entries) == 1:
+        if len(entries) == 1:  # of several, some are in place already: those that are left must follow
             (slot / _COMMIT).unlink()
         raise
     except BaseException:  # Ctrl-C: a few renames more, and all is well
@@ -172,7 +172,7 @@ def sweep(place: Path) -> None:
         if (hidden / _LOCK).is_file():
             with _left(hidden / _LOCK):
                 (hidden / _LOCK).unlink()
-        hidden.rmdir()
+        hidden.rmdir()  # which the system refuses, as it should, while somebody's work is in it
 
 
 def remove(path: Path) -> None:
@@ -317,6 +317,7 @@ def _finish(slot: Path) -> None:
         entries, obsolete, done = {}, [], []
     for name, inode in filter(lambda item: _is_plain(item[0]), entries.items()):
         new, target = slot / _NEW / name, place / name
+        # Nothing is renamed twice, whichever step the process before was killed at.
         # Two that are exchanged look as before, but for this number: it goes with what is renamed.
         if os.path.lexists(new) and not (os.path.lexists(target) and target.lstat().st_ino == inode):
             _put(new, target, slot / f"replaced-{name}")

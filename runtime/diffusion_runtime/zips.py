@@ -26,6 +26,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 _FILE_MODE = (stat.S_IFREG | 0o644) << 16
 _IGNORED = ("__MACOSX/", ".DS_Store")  # what macOS's archiver adds
 _STORED = (".bin",)  # weights do not shrink
+# How pages, errors in XML and JSON, "Not Found", "Entry not found" and Git LFS's pointers begin.
 _WEBPAGES = (b"<!doc", b"<html", b"<?xml", b'{"err', b"Not F", b"Entry", b"versi")
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeError, ValueError)
 
@@ -125,6 +126,7 @@ def _pack_file(archive: zipfile.ZipFile, file: Path, name: str) -> None:
     info.create_system = 3  # Unix, whatever the machine: the mode below is Unix's
     info.external_attr = _FILE_MODE
     info.file_size = file.stat().st_size
+    # Headers are written before the data: zipfile cannot make room for a large size when it knows it.
     with file.open("rb") as source, archive.open(info, "w", force_zip64=info.file_size >= 1 << 31) as sink:
         shutil.copyfileobj(source, sink, _CHUNK)
 
@@ -138,6 +140,7 @@ def _checked(archive: zipfile.ZipFile, path: Path, limits: Limits) -> list[zipfi
     if total > limits.size_bytes:
         raise PackageError(f"{path}: refused: {total} bytes unpacked, at most {limits.size_bytes}")
     size = path.stat().st_size
+    # Small archives may grow by more: one line that is repeated shrinks to nearly nothing, and harms nobody.
     if total > max(size, _CHUNK) * limits.ratio:
         raise PackageError(f"{path}: refused: grows from {size} to {total} bytes: more than {limits.ratio} times")
     files, seen, folders = [], set[str](), set[str]()

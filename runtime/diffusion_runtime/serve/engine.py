@@ -81,7 +81,7 @@ class Engine:
         self.metrics, self.most_waiting, self.budget = metrics, most_waiting, budget
         self.is_closing = False
         self.on_drain: list[Callable[[], None]] = []
-        self._loading = asyncio.Lock()
+        self._loading = asyncio.Lock()  # two that are loaded at once would each count on the same free memory
         self._threads = ThreadPoolExecutor(2 * len(setups) + 2)  # a worker that is listened to has one to itself
         self._tasks: list[asyncio.Task[None]] = []
         self._seconds: float | None = None
@@ -212,6 +212,7 @@ class Engine:
             except DiffusionError as error:
                 waiting.fail(Lost(f"the models cannot be loaded: {error}"))
                 return
+            # A worker that dies takes no other order with it: this one is begun again, with a new worker.
             except (EOFError, OSError):
                 how = "early" if one.child is None else await self._in_thread(lambda child: child.end, one.child)
                 await self._unload(one)
