@@ -223,7 +223,7 @@ def test_verify_compares_with_the_loras_that_were_fused(
     folder = write_text_encoder(tmp_path / "out", open_checkpoint(str(source), loras=[Lora(lora, 0.5)]))
     result = CliRunner().invoke(app, ["verify", str(folder), "--against", str(source)])
     assert result.exit_code == 1
-    assert "converted with --vae or --lora?" in result.stderr
+    assert "converted with --vae or --lora or --embedding?" in result.stderr
     assert run(app, "verify", folder, "--against", source, "--lora", f"{lora}:0.5").endswith("ok\n")
 
 
