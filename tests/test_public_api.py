@@ -16,7 +16,7 @@ import pytest
 import diffusion_convert
 import diffusion_runtime
 from diffusion_convert import AttentionKind, ConvertOptions, Lora, Precision
-from diffusion_runtime.arguments import ControlArguments, SizeArguments
+from diffusion_runtime.arguments import AdapterArguments, ControlArguments, SizeArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (diffusion_runtime, diffusion_convert)
@@ -120,7 +120,12 @@ def test_every_argument_is_documented(function: str) -> None:
         found = getattr(found, part)
     names = [name for name in inspect.signature(found).parameters if name != "self"]
     if "others" in names:
-        names[-1:] = [*SizeArguments.__annotations__, *ControlArguments.__annotations__, "others"]
+        names[-1:] = [
+            *SizeArguments.__annotations__,
+            *ControlArguments.__annotations__,
+            *AdapterArguments.__annotations__,
+            "others",
+        ]
     arguments = inspect.getdoc(found).partition("Args:")[2].partition("Returns:")[0]  # type: ignore[union-attr]
     documented = [
         name.strip()

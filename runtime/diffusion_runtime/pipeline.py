@@ -256,9 +256,10 @@ class Pipeline:
                 1; 0.8 with ``image``; 0.5 with a mask (1 for SDXL).
             control_prepare: how the pictures are made of those given: "canny", "depth", "tile"; None: not at all.
             guess_mode: ControlNets steer the prompt's half of the guidance alone.
-            adapter_image: a picture for a T2I-Adapter, or one for each of several; ``adapter``: their names; None:
-                in the models' order. adapter_conditioning_scale: how strongly they steer, one for all or one for
-                each; adapter_conditioning_factor: in which first part of the steps, 0 to 1.
+            adapter_image: a picture for a T2I-Adapter (`convert --t2i-adapter`), or one for each of several.
+            adapter: the names of their T2I-Adapters; None: in the models' order.
+            adapter_conditioning_scale: how strongly they steer, one for all or one for each.
+            adapter_conditioning_factor: in which first part of the steps, 0 to 1.
             others: arguments of diffusers that do nothing here: any but their defaults are refused.
 
         Returns:
