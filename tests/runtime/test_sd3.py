@@ -63,9 +63,9 @@ def with_t5(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def without_t5(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Conversion:
     """Stable Diffusion 3.5 (dual attention, norms of queries and keys, noise levels by the picture's size), wider
-    than high, its transformer with 8 bits."""
+    than high, its transformer with 6 bits."""
     output = tmp_path_factory.mktemp("without-t5") / "models"
-    options: dict[str, Any] = {"no_t5": True, "nbits_for": {"transformer": 8}, "compiled": False}
+    options: dict[str, Any] = {"no_t5": True, "nbits": 6, "compiled": False}
     return converted(checkpoint("sd3.5"), output, height=64, width=96, context_length=90, **options)
 
 
@@ -106,7 +106,7 @@ def test_every_component_computes_what_the_checkpoints_own_does(
     # A network below the bound is refused before it is palettized; its figure is against the 16-bit one.
     transformer = without_t5.variants["original"].components["transformer"]
     assert transformer.palettization is not None
-    assert transformer.palettization.nbits == 8
+    assert transformer.palettization.nbits == 6
     assert "text_encoder_t5" not in without_t5.variants["original"].components
 
 
