@@ -16,6 +16,7 @@ from random import Random
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderKL,
     ControlNetModel,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
@@ -99,8 +100,10 @@ def as_hint(outlines: Tensor) -> Tensor:
 
 def build_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
     """An untrained one, which knows what the UNet knows of pictures."""
-    names = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "attention_head_dim")
-    names += ("cross_attention_dim", "norm_num_groups", "flip_sin_to_cos", "freq_shift")
+    names = [
+        *("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "attention_head_dim"),
+        *("cross_attention_dim", "norm_num_groups", "flip_sin_to_cos", "freq_shift"),
+    ]
     controlnet = ControlNetModel(
         **{name: unet.config[name] for name in names},
         mid_block_type="UNetMidBlock2D",
@@ -131,7 +134,7 @@ class Steering:
         self.fit = Fit(plan, [self.controlnet])
 
     @torch.no_grad()
-    def draw_pool(self, vae: torch.nn.Module, random: Random) -> tuple[Tensor, Tensor]:
+    def draw_pool(self, vae: AutoencoderKL, random: Random) -> tuple[Tensor, Tensor]:
         """Latents (captions, pictures, 4, 8, 8), scaled, and outlines (captions, pictures, 64, 64), bytes."""
         latents, outlines = [], []
         for caption in self.captions:
