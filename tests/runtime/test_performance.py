@@ -80,7 +80,8 @@ class Mac:
         mac, units = self, import_coremltools().ComputeUnit
 
         class CompiledMLModel:
-            def __init__(self, path: str, compute_units: Any = units.ALL) -> None:
+            def __init__(self, path: str, compute_units: Any = units.ALL, function_name: Any = None) -> None:
+                assert function_name is None  # these models have one function
                 if compute_units.name == mac.failing:
                     raise RuntimeError(f"{path}: Error Domain=com.apple.CoreML Code=0")
                 self.units = compute_units.name

@@ -131,12 +131,16 @@ def generate(
     control: Annotated[
         list[str] | None,
         option(
-            "Steer by a ControlNet: NAME=PICTURE[:SCALE[:START[:END]]], as canny=edges.png:0.8. Several at once."
+            "Steer by a ControlNet: NAME=PICTURE:SCALE:START:END, as canny=edges.png:0.8; the numbers "
+            "may be left out. Several at once."
         ),
     ] = None,
     prepare: Annotated[
         list[str] | None,
-        option("Make a control's picture of the one given: [NAME=]canny, depth or tile.", "--prepare"),
+        option(
+            "Make a control's picture of the one given: canny, depth or tile; NAME=canny is for that ControlNet.",
+            "--prepare",
+        ),
     ] = None,
     depth_estimator: Annotated[
         Path | None, option("Folder of models that have one, for --prepare depth, where MODELS has none.")
@@ -150,12 +154,16 @@ def generate(
     adapter: Annotated[
         list[str] | None,
         option(
-            "Steer by a T2I-Adapter: NAME=PICTURE[:SCALE[:FACTOR]], FACTOR the part of the steps. Several at once."
+            "Steer by a T2I-Adapter: NAME=PICTURE:SCALE:FACTOR, FACTOR the part of the steps; the numbers "
+            "may be left out. Several at once."
         ),
     ] = None,
     ip_adapter_image: Annotated[
         list[str] | None,
-        option("Draw after a picture, by an IP-Adapter: [NAME=]PICTURE[:SCALE]; one for each adapter."),
+        option(
+            "Draw after a picture, by an IP-Adapter: PICTURE, PICTURE:SCALE or NAME=PICTURE:SCALE; one for "
+            "each adapter."
+        ),
     ] = None,
     preview: Annotated[
         bool, option("Keep NAME-preview.png up to date while working, checked as pictures are.", "--preview")
