@@ -91,6 +91,19 @@ def test_converted_models_draw_diffusers_picture(
     assert worst_db(psnr_db, ours, theirs, **given, **theirs_size) >= PARITY_DB
 
 
+def test_six_bits_draw_diffusers_picture(
+    reference: Load, tiny_checkpoint: Callable[[str], Path], psnr_db: Psnr, tmp_path: Path
+) -> None:
+    theirs = unchecked(reference("sd1-pix2pix").diffusers)
+    theirs.set_progress_bar_config(disable=True)
+    parts = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
+    options = ConvertOptions("original", nbits=6, components=parts, zip=False)
+    convert(tiny_checkpoint("sd1-pix2pix"), tmp_path / "models", options)
+    ours = load_pipeline(tmp_path / "models" / "original" / "compiled", "torch")
+    given = {"image": picture(64), "guidance_scale": 5.0, "image_guidance_scale": 1.2}
+    assert worst_db(psnr_db, ours, theirs, **given) >= PARITY_DB
+
+
 @pytest.mark.parametrize("change", ["single file", "another scale", "CosXL edit"])
 def test_what_the_unet_sees_is_scaled_as_in_diffusers(
     tiny_checkpoint: Callable[[str], Path], psnr_db: Psnr, tmp_path: Path, change: str
