@@ -91,6 +91,7 @@ class Pipeline:
         is. Raises InputError for what is no scheduler of diffusers."""
         if self._scheduler is None or self._scheduler[0] != self.scheduler_name:
             config = {**self.manifest.scheduler, "prediction_type": self.manifest.prediction_type}
+            schedulers.check_family(config, self.manifest.family)
             imposed = schedulers.imposed_on(self.manifest.family)
             self._scheduler = self.scheduler_name, schedulers.build(config, self.scheduler_name, imposed)
         return self._scheduler[1]

@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.families import FAMILIES, PLAIN_SETTINGS
+from diffusion_runtime.families import FAMILIES, PLAIN_SETTINGS, UNET
 from diffusion_runtime.later import import_diffusers
 
 if TYPE_CHECKING:
@@ -99,6 +99,16 @@ def canonical(name: str) -> str:
 def imposed_on(family: str) -> Mapping[str, Any]:
     """The settings that a family's pipeline imposes on every scheduler."""
     return FAMILIES[family].scheduler_settings if family in FAMILIES else PLAIN_SETTINGS
+
+
+def check_family(config: Mapping[str, Any], family: str) -> None:
+    """Raise InputError for a checkpoint's configuration that networks of its family cannot be run with."""
+    own = FAMILIES.get(family)
+    if own is not None and own.denoiser == UNET and is_flow_match(config):
+        raise InputError(
+            f"scheduler {config['_class_name']}: does not scale what the network is given, which UNets, as these "
+            "models', need; diffusers cannot run it with them either"
+        )
 
 
 def settled(config: Mapping[str, Any], imposed: Mapping[str, Any]) -> dict[str, Any]:

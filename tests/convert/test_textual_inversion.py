@@ -207,11 +207,13 @@ def test_folders_of_other_tools_have_their_tokenizer_anywhere(
     for name in TOKENIZER_FILES:
         if (source / name).is_file() and name not in left_out:
             shutil.copyfile(source / name, target / name)
-    expected = tokenizer.load(target).encode("a cat in <style>").ids.tolist()
+    # Without its settings' files a tokenizer knows no added tokens, and refuses their names.
+    prompt = "a cat in <style>" if not left_out else r"a cat in \<style>"
+    expected = tokenizer.load(target).encode(prompt).ids.tolist()
     found = load_pipeline(variant / "packages", "torch")
-    assert found.tokenizer.encode("a cat in <style>").ids.tolist() == expected
+    assert found.tokenizer.encode(prompt).ids.tolist() == expected
     for _ in add_manifests(tmp_path, {}, Assumed(), None, Hashes(), lambda _: None):
         pass
     assert (variant / "packages" / "manifest.json").is_file() and (variant / "packages" / "vocab.json").is_file()
     bundled = load_pipeline(variant / "packages", "torch")
-    assert bundled.tokenizer.encode("a cat in <style>").ids.tolist() == expected
+    assert bundled.tokenizer.encode(prompt).ids.tolist() == expected

@@ -352,7 +352,8 @@ def test_sigterm_finishes_what_runs_and_refuses_what_waits(serve: Serve, toy_fol
 def test_a_deadline_and_keys(serve: Serve, toy_folder: Path, tmp_path: Path) -> None:
     key = "k" * 20
     (tmp_path / "keys.txt").write_text(f"{'a' * 20}\n{key}\n")
-    one = serve(f"toy={toy_folder}", "--api-key-file", tmp_path / "keys.txt", "--deadline", 1, "--host", EVERYWHERE)
+    options = ("--api-key-file", tmp_path / "keys.txt", "--deadline", 1, "--max-steps", 1000)
+    one = serve(f"toy={toy_folder}", *options, "--host", EVERYWHERE)
     url = one.url.replace(EVERYWHERE, "127.0.0.1")
     with httpx.Client(base_url=url, trust_env=False, timeout=100) as client:
         assert client.get("/health/ready").status_code == 200
@@ -362,7 +363,7 @@ def test_a_deadline_and_keys(serve: Serve, toy_folder: Path, tmp_path: Path) -> 
         for headers in ({"Authorization": f"Bearer {key}"}, {"api-key": key}, {"Authorization": f"Basic {basic}"}):
             assert client.get("/metrics", headers=headers).status_code == 200
         late = client.post(
-            "/score", json=score(["prompt"], *["a"] * 10, num_inference_steps=150), headers={"api-key": key}
+            "/score", json=score(["prompt"], *["a"] * 10, num_inference_steps=900), headers={"api-key": key}
         )
         assert late.status_code == 504 and "1 s" in late.text
     assert one.stop() == 0

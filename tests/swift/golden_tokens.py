@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -94,7 +95,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _case(tokenizer: Any, padding: str, prompt: str, pieces: int) -> dict[str, Any]:
-    tokens = tokenizer.encode(prompt, pieces)
+    # Python refuses names of embeddings that it does not know; to Swift, and escaped to Python, they are letters.
+    tokens = tokenizer.encode(re.sub(r"<(?=style>|raw>|lora:)", r"\\<", prompt), pieces)
     ids = [] if len(prompt) > 5000 else tokenizer.clip(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     weights = [] if not tokens.is_weighted else [[float(weight) for weight in row] for row in tokens.weights]
     return {

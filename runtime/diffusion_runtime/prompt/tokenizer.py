@@ -78,7 +78,7 @@ class Tokenizer:
         <sks>", and is none of these models': its letters would be drawn as words, and nobody would know why."""
         added = self.clip.added_tokens_encoder
         for name in _EMBEDDING.findall(text):
-            if not added.keys() & set(self.clip.tokenize(name)):
+            if name not in added and not added.keys() & set(self.clip.tokenize(name)):
                 special = set(self.clip.all_special_tokens)
                 known = sorted(token for token in added if token not in special)
                 shown = f"known are {', '.join(known[:_SHOWN])}" if known else "they know none"

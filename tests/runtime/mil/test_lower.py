@@ -79,10 +79,10 @@ def test_every_value_is_shown_in_order_with_its_op(network: Path) -> None:
     torch.testing.assert_close(outputs["pooled"], values(package)["pooled"])
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("reused", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
 def test_large_scores_are_shown_in_parts_and_never_held(
-    turned: bool, shared: bool, save_program: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    turned: bool, reused: bool, save_program: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = {"query": (2, 3, 4, 10), "key": (2, 3, 4, 7), "mask": (2, 1, 10, 7)}
     shapes["value"] = (2, 3, 4, 7) if turned else (2, 3, 7, 4)
@@ -93,7 +93,7 @@ def test_large_scores_are_shown_in_parts_and_never_held(
         weights = mb.softmax(x=masked, axis=-1, name="weights")
         operands = {"x": value, "y": weights, "transpose_y": True} if turned else {"x": weights, "y": value}
         mixed = mb.matmul(**operands, name="mixed")
-        return (mixed, mb.relu(x=scores, name="needed")) if shared else mixed
+        return (mixed, mb.relu(x=scores, name="needed")) if reused else mixed
 
     module = lower(open_package(save_program(body, **shapes)))
     inputs = [torch.randn(shape) for shape in shapes.values()]
@@ -102,7 +102,7 @@ def test_large_scores_are_shown_in_parts_and_never_held(
     expected = intermediates(module, inputs, names)  # a value by its name is whole, however large
     shown: dict[str, list[torch.Tensor]] = {}
     outputs = observe(module, inputs, lambda name, _, value: shown.setdefault(name, []).append(value))
-    assert [len(shown[name]) for name in names] == ([1] * 5 if shared else [3, 3, 3, 3, 1])
+    assert [len(shown[name]) for name in names] == ([1] * 5 if reused else [3, 3, 3, 3, 1])
     torch.testing.assert_close(outputs, module(*inputs))
     for name in names:
         torch.testing.assert_close(torch.cat(shown[name], dim=-2), expected[name])
