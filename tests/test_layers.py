@@ -84,6 +84,14 @@ def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
     assert shown.strip() == "[]"
 
 
+def test_the_command_begins_without_numpy() -> None:
+    """`--help` takes twice as long with it."""
+    heavy = "[m for m in ('numpy', 'pydantic', 'PIL') if m in sys.modules]"
+    code = f"import sys, diffusion_convert.cli.main; print({heavy})"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"
+
+
 HEAVY = frozenset(
     {
         *("coremltools", "diffusers", "fastapi", "google", "gradio", "huggingface_hub", "matplotlib", "rich"),

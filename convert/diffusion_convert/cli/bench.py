@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffusion_runtime.atomic import unfinished_file
-from diffusion_runtime.backends import ComputeUnits, load_backend, resolve
-from diffusion_runtime.bundle.find import find, parse_units
 from diffusion_runtime.cli import interruption
 from diffusion_runtime.cli.options import Backend
 from diffusion_runtime.errors import InputError
@@ -59,6 +57,8 @@ def bench(
     ] = None,
 ) -> None:
     from diffusion_runtime import performance
+    from diffusion_runtime.backends import ComputeUnits, load_backend, resolve
+    from diffusion_runtime.bundle.find import find, parse_units
 
     name = resolve(backend)
     if compute_units is not None and name != "coreml":
