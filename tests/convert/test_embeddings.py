@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusion_convert import ConvertOptions, Embedding, convert
+from diffusion_convert.checkpoint import unpickle
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.cli import main as program
 from diffusion_convert.conversion.plan import fingerprint
@@ -281,3 +282,12 @@ def test_two_of_one_name_are_refused(tiny_checkpoint: Callable[[str], Path], tmp
     second = stored(tmp_path / "b.safetensors", x_1=vectors(1))
     with pytest.raises(InputError, match="the token 'x_1' is given twice"):
         open_checkpoint(str(tiny_checkpoint("sd1")), embeddings=(Embedding(first), Embedding(second)))
+
+
+def test_parameters_that_torch_holds_in_a_module_are_read(tmp_path: Path) -> None:
+    """The first textual inversions were saved with torch's ParameterDict, which diffusers no longer opens."""
+    values = torch.randn(3, 8)
+    held = torch.nn.ParameterDict({"*": torch.nn.Parameter(values)})
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": held}, tmp_path / "style.pt")
+    (found,) = unpickle.load(tmp_path / "style.pt").tensors.values()
+    assert torch.equal(found, values)

@@ -42,6 +42,12 @@ class Items(dict[object, object]):
             super().__setitem__(key, value)
 
 
+class Parameters(Items):
+    """torch's ParameterDict, whose parameters are among its attributes."""
+
+    __slots__ = ()
+
+
 class Inert:
     """See `INERT`."""
 
@@ -111,6 +117,15 @@ class Interpreter(pickle._Unpickler):
         self.append(Items())
         self._fill(items)
 
+    def _build(self) -> None:
+        """Attributes are dropped, but for those that hold weights."""
+        state = self.stack.pop()
+        target = self.stack[-1]
+        held = state.get("_parameters") if isinstance(target, Parameters) and isinstance(state, Items) else None
+        if isinstance(held, Items):
+            for key, value in held.items():
+                target[key] = value
+
     def _frozenset(self) -> None:
         self.pop_mark()
         self.append(INERT)
@@ -126,7 +141,7 @@ class Interpreter(pickle._Unpickler):
         pickle.REDUCE[0]: _reduce,
         pickle.NEWOBJ[0]: _reduce,  # a class and its arguments, as a function and its own
         pickle.NEWOBJ_EX[0]: _new_with_keywords,
-        pickle.BUILD[0]: lambda self: self.stack.pop(),  # attributes are dropped
+        pickle.BUILD[0]: _build,
         pickle.OBJ[0]: _object,
         pickle.INST[0]: _instance,
         pickle.EMPTY_SET[0]: lambda self: self.append(INERT),  # no weights are in sets

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_convert.checkpoint.archive import MAX_PICKLE_BYTES, Archive
-from diffusion_convert.checkpoint.pickle_interpreter import INERT, MALFORMED, Inert, Interpreter, Items
+from diffusion_convert.checkpoint.pickle_interpreter import INERT, MALFORMED, Inert, Interpreter, Items, Parameters
 from diffusion_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -305,6 +305,7 @@ _KNOWN: Mapping[tuple[str, str], Callable[..., object] | _StorageType] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _first,
     ("torch.nn.parameter", "Parameter"): _first,
     ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
+    ("torch.nn.modules.container", "ParameterDict"): lambda *_: Parameters(),
     ("collections", "OrderedDict"): _items,
     ("collections", "defaultdict"): lambda *_: Items(),
     ("builtins", "dict"): _items,
