@@ -22,7 +22,7 @@ final class Child: @unchecked Sendable {
     private let process = Process()
     private let requests: FileHandle
     private let answers: FileHandle
-    private let words: URL
+    private let words: FileHandle
     private let lock = NSLock()
 
     var processIdentifier: Int32? { process.isRunning ? process.processIdentifier : nil }
@@ -41,21 +41,22 @@ final class Child: @unchecked Sendable {
         // Writing to a child that has died must be an error, not the end of this program.
         signal(SIGPIPE, SIG_IGN)
         let (input, output) = (Pipe(), Pipe())
-        words = FileManager.default.temporaryDirectory.appendingPathComponent("run-models-\(UUID().uuidString).txt")
-        guard FileManager.default.createFile(atPath: words.path, contents: nil) else {
-            throw MLModelError(.io, "\(words.path): cannot be written")
+        let file = FileManager.default.temporaryDirectory.appendingPathComponent("run-models-\(UUID().uuidString).txt")
+        guard FileManager.default.createFile(atPath: file.path, contents: nil) else {
+            throw MLModelError(.io, "\(file.path): cannot be written")
         }
+        // Without a name from here on, so that nothing is left behind however this program ends.
+        defer { try? FileManager.default.removeItem(at: file) }
+        words = try FileHandle(forReadingFrom: file)
         process.executableURL = try Self.command()
         process.arguments = ["run-models"]
         process.standardInput = input
         process.standardOutput = output
-        process.standardError = try FileHandle(forWritingTo: words)
+        process.standardError = try FileHandle(forWritingTo: file)
         requests = input.fileHandleForWriting
         answers = output.fileHandleForReading
         try process.run()
     }
-
-    deinit { try? FileManager.default.removeItem(at: words) }
 
     private static func command() throws -> URL {
         let environment = ProcessInfo.processInfo.environment
@@ -110,7 +111,7 @@ final class Child: @unchecked Sendable {
     private func died() -> MLModelError {
         process.terminate()
         process.waitUntilExit()
-        let text = (try? String(contentsOf: words, encoding: .utf8)) ?? ""
+        let text = String(decoding: (try? words.readToEnd()) ?? Data(), as: UTF8.self)
         let last = text.split(whereSeparator: \.isNewline).last.map { ": \($0)" } ?? ""
         return MLModelError(
             .generic, "the process that runs the models ended with code \(process.terminationStatus)\(last)")
