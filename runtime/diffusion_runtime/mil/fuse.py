@@ -26,7 +26,7 @@ from diffusion_runtime.mil.match import (
     value_of,
 )
 from diffusion_runtime.mil.memory_format import reuse_memory, use_channels_last
-from diffusion_runtime.mil.ops import activation, normalization
+from diffusion_runtime.mil.ops import OPS, normalization
 
 Pass = Callable[[fx.GraphModule], None]
 
@@ -173,7 +173,7 @@ def fuse_silu(module: fx.GraphModule) -> None:
             continue
         for side in (operand(node, "x"), operand(node, "y")):
             if operation(side) == "sigmoid" and others(node, side) == [operand(side, "x")]:
-                put(module, node, activation.silu, {"x": operand(side, "x")}, "silu")
+                put(module, node, OPS["silu"].function, {"x": operand(side, "x")}, "silu")
                 break
 
 

@@ -5,7 +5,6 @@ To add one: a function with ``@mil_op`` in the file where it belongs, and a row 
 coremltools evaluates the op, else in ``test_ops_torch.py``."""
 
 from diffusion_runtime.mil.ops import (
-    activation,
     convolution,
     elementwise,
     extras,
@@ -25,7 +24,6 @@ __all__ = [
     "Kind",
     "Op",
     "Parameter",
-    "activation",
     "convolution",
     "elementwise",
     "extras",

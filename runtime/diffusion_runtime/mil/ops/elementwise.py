@@ -1,10 +1,12 @@
-"""Elementwise arithmetic, comparisons, logic and casts."""
+"""Elementwise arithmetic, comparisons, logic, activations and casts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_runtime.errors import UnsupportedError
@@ -13,61 +15,67 @@ from diffusion_runtime.mil.ops.registry import mil_op
 Castable = Literal[
     "fp16", "fp32", "fp64", "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"
 ]
+_GELU = {"EXACT": "none", "TANH_APPROXIMATION": "tanh"}
 
 
-@mil_op("abs")
-def abs_(x: Tensor) -> Tensor:
-    return torch.abs(x)
+def ops_of_one(functions: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+    """Register functions of one tensor as the MIL ops of these names: MIL calls the tensor ``x``."""
+    for name, function in functions.items():
+        mil_op(name)(_of_one(name, function))
 
 
-@mil_op("cos")
-def cos(x: Tensor) -> Tensor:
-    return torch.cos(x)
+def ops_of_two(functions: Mapping[str, Callable[[Tensor, Tensor], Tensor]]) -> None:
+    """The same of functions of two tensors, ``x`` and ``y``."""
+    for name, function in functions.items():
+        mil_op(name)(_of_two(name, function))
 
 
-@mil_op("sin")
-def sin(x: Tensor) -> Tensor:
-    return torch.sin(x)
+def _of_one(name: str, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def compute(x: Tensor) -> Tensor:
+        return function(x)
+
+    # torch.fx writes a call by the function's name, and takes no two functions of one name.
+    compute.__name__ = name
+    return compute
 
 
-@mil_op("sqrt")
-def sqrt(x: Tensor) -> Tensor:
-    return torch.sqrt(x)
+def _of_two(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def compute(x: Tensor, y: Tensor) -> Tensor:
+        return function(x, y)
+
+    compute.__name__ = name
+    return compute
 
 
-@mil_op("square")
-def square(x: Tensor) -> Tensor:
-    return x * x
+ops_of_one(
+    {
+        "abs": torch.abs,
+        "cos": torch.cos,
+        "relu": torch.relu,
+        "sigmoid": torch.sigmoid,
+        "silu": F.silu,
+        "sin": torch.sin,
+        "sqrt": torch.sqrt,
+        "square": torch.square,
+    }
+)
+ops_of_two(
+    {
+        "add": torch.add,
+        "equal": torch.eq,
+        "greater": torch.gt,
+        "mul": torch.mul,
+        "pow": torch.pow,
+        "sub": torch.sub,
+    }
+)
 
 
-@mil_op("add")
-def add(x: Tensor, y: Tensor) -> Tensor:
-    return x + y
-
-
-@mil_op("equal")
-def equal(x: Tensor, y: Tensor) -> Tensor:
-    return x == y
-
-
-@mil_op("greater")
-def greater(x: Tensor, y: Tensor) -> Tensor:
-    return x > y
-
-
-@mil_op("mul")
-def mul(x: Tensor, y: Tensor) -> Tensor:
-    return x * y
-
-
-@mil_op("pow")
-def pow_(x: Tensor, y: Tensor) -> Tensor:
-    return torch.pow(x, y)
-
-
-@mil_op("sub")
-def sub(x: Tensor, y: Tensor) -> Tensor:
-    return x - y
+@mil_op("gelu")
+def gelu(x: Tensor, mode: Literal["EXACT", "TANH_APPROXIMATION", "SIGMOID_APPROXIMATION"] = "EXACT") -> Tensor:
+    if mode == "SIGMOID_APPROXIMATION":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate=_GELU[mode])
 
 
 @mil_op("real_div")

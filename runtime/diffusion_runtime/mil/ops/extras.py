@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,16 +13,32 @@ from torch import Tensor
 
 from diffusion_runtime.errors import UnsupportedError
 from diffusion_runtime.mil.ops.convolution import spatial_rank
+from diffusion_runtime.mil.ops.elementwise import ops_of_one, ops_of_two
 from diffusion_runtime.mil.ops.registry import Ints, check_count, ints, mil_op, positive
 
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "relu": F.relu,
-    "linear": torch.clone,
-}
-Activation = Literal["sigmoid", "tanh", "relu", "linear"]
+ops_of_one(
+    {
+        "erf": torch.erf,
+        "exp": torch.exp,
+        "floor": torch.floor,
+        "identity": lambda x: x,
+        "tanh": torch.tanh,
+    }
+)
+ops_of_two(
+    {
+        "floor_div": torch.floor_divide,
+        "greater_equal": torch.ge,
+        "less": torch.lt,
+        "less_equal": torch.le,
+        "logical_and": torch.logical_and,
+        "logical_or": torch.logical_or,
+        "maximum": torch.maximum,
+        "minimum": torch.minimum,
+        "not_equal": torch.ne,
+    }
+)
 
 
 @mil_op("conv_transpose")
@@ -63,76 +79,6 @@ def conv_transpose(
     if any(missing):
         y = F.pad(y, [size for count in reversed(missing) for size in (0, count)])
     return y if bias is None else y + bias.reshape(-1, *[1] * spatial)
-
-
-@mil_op("erf")
-def erf(x: Tensor) -> Tensor:
-    return torch.erf(x)
-
-
-@mil_op("exp")
-def exp(x: Tensor) -> Tensor:
-    return torch.exp(x)
-
-
-@mil_op("floor")
-def floor(x: Tensor) -> Tensor:
-    return torch.floor(x)
-
-
-@mil_op("identity")
-def identity(x: Tensor) -> Tensor:
-    return x
-
-
-@mil_op("tanh")
-def tanh(x: Tensor) -> Tensor:
-    return torch.tanh(x)
-
-
-@mil_op("floor_div")
-def floor_div(x: Tensor, y: Tensor) -> Tensor:
-    return torch.floor_divide(x, y)
-
-
-@mil_op("greater_equal")
-def greater_equal(x: Tensor, y: Tensor) -> Tensor:
-    return x >= y
-
-
-@mil_op("less")
-def less(x: Tensor, y: Tensor) -> Tensor:
-    return x < y
-
-
-@mil_op("less_equal")
-def less_equal(x: Tensor, y: Tensor) -> Tensor:
-    return x <= y
-
-
-@mil_op("logical_and")
-def logical_and(x: Tensor, y: Tensor) -> Tensor:
-    return torch.logical_and(x, y)
-
-
-@mil_op("logical_or")
-def logical_or(x: Tensor, y: Tensor) -> Tensor:
-    return torch.logical_or(x, y)
-
-
-@mil_op("maximum")
-def maximum(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(x, y)
-
-
-@mil_op("minimum")
-def minimum(x: Tensor, y: Tensor) -> Tensor:
-    return torch.minimum(x, y)
-
-
-@mil_op("not_equal")
-def not_equal(x: Tensor, y: Tensor) -> Tensor:
-    return x != y
 
 
 @mil_op("inverse")
@@ -218,57 +164,37 @@ def lstm(
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias: Tensor | None = None,
-    peephole: Tensor | None = None,
     weight_ih_back: Tensor | None = None,
     weight_hh_back: Tensor | None = None,
     bias_back: Tensor | None = None,
-    peephole_back: Tensor | None = None,
     direction: Literal["forward", "reverse", "bidirectional"] = "forward",
     output_sequence: bool = False,
-    recurrent_activation: Activation = "sigmoid",
-    cell_activation: Activation = "tanh",
-    activation: Activation = "tanh",
-    clip: float | None = None,
+    recurrent_activation: Literal["sigmoid"] = "sigmoid",
+    cell_activation: Literal["tanh"] = "tanh",
+    activation: Literal["tanh"] = "tanh",
 ) -> tuple[Tensor, ...]:
     """Outputs (sequence or 1, batch, hidden), last hidden and last cell state (batch, hidden); of two directions
-    side by side. Weights hold the input, forget, output and cell gate, in this order."""
-    if peephole is not None or peephole_back is not None or clip is not None:
-        raise UnsupportedError("lstm: peephole and clip are not covered")
-    activations = tuple(_ACTIVATIONS[name] for name in (recurrent_activation, cell_activation, activation))
-    width = weight_hh.shape[1]
-    first = _lstm_pass(
-        x,
-        (initial_h[:, :width], initial_c[:, :width]),
-        (weight_ih, weight_hh, bias),
-        activations,
-        direction == "reverse",
-    )
-    passes = [first]
+    side by side. The activations are those of torch's LSTM: no other is covered."""
+    ways = [(weight_ih, weight_hh, bias)]
     if direction == "bidirectional":
         if weight_ih_back is None or weight_hh_back is None:
             raise UnsupportedError("lstm: bidirectional without weights for the way back is not covered")
-        weights = (weight_ih_back, weight_hh_back, bias_back)
-        passes.append(_lstm_pass(x, (initial_h[:, width:], initial_c[:, width:]), weights, activations, True))
-    hidden = torch.cat([item[1] for item in passes], -1)
-    sequence = torch.cat([item[0] for item in passes], -1) if output_sequence else hidden.unsqueeze(0)
-    return sequence, hidden, torch.cat([item[2] for item in passes], -1)
+        ways.append((weight_ih_back, weight_hh_back, bias_back))
+    weights = []
+    for of_input, of_hidden, added in ways:
+        weights += [_gates_as_torch(of_input), _gates_as_torch(of_hidden)]
+        weights += [torch.zeros_like(of_input[:, 0]) if added is None else _gates_as_torch(added)]
+        weights += [torch.zeros_like(of_input[:, 0])]  # torch has two biases, which it adds up
+    states = [state.reshape(len(state), len(ways), -1).transpose(0, 1) for state in (initial_h, initial_c)]
+    steps = x.flip(0) if direction == "reverse" else x
+    sequence, hidden, cell = torch.lstm(steps, states, weights, True, 1, 0.0, False, len(ways) > 1, False)
+    hidden, cell = (state.transpose(0, 1).flatten(1) for state in (hidden, cell))
+    if not output_sequence:
+        return hidden[None], hidden, cell
+    return sequence.flip(0) if direction == "reverse" else sequence, hidden, cell
 
 
-def _lstm_pass(
-    x: Tensor,
-    state: tuple[Tensor, Tensor],
-    weights: tuple[Tensor, Tensor, Tensor | None],
-    activations: tuple[Callable[[Tensor], Tensor], ...],
-    backwards: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    weight_ih, weight_hh, bias = weights
-    gate, cell, output = activations
-    hidden, memory = state
-    steps = list(F.linear(x, weight_ih, bias).unbind(0))
-    outputs = []
-    for step in reversed(steps) if backwards else steps:
-        i, f, o, z = (step + F.linear(hidden, weight_hh)).chunk(4, -1)
-        memory = gate(f) * memory + gate(i) * cell(z)
-        hidden = gate(o) * output(memory)
-        outputs.append(hidden)
-    return torch.stack(outputs[::-1] if backwards else outputs), hidden, memory
+def _gates_as_torch(weight: Tensor) -> Tensor:
+    """MIL has the input, forget, output and cell gate, torch the cell gate before the output's."""
+    i, f, o, c = weight.chunk(4)
+    return torch.cat([i, f, c, o])

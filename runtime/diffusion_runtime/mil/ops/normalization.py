@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,3 +37,8 @@ def layer_norm(
     order = rest + over
     normal = F.layer_norm(x.permute(order), [x.shape[axis] for axis in over], gamma, beta, epsilon)
     return normal.permute([order.index(axis) for axis in range(x.ndim)])
+
+
+@mil_op("softmax")
+def softmax(x: Tensor, axis: int = -1) -> Tensor:
+    return torch.softmax(x, axis)
