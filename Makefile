@@ -66,8 +66,6 @@ fuzz: $(READY)  ## damaged inputs, kills and races: half an hour (make fuzz CASE
 	@PYTHONPATH=tests $(BIN)/python -m fuzz.inputs --cases $(CASES)
 	@PYTHONPATH=tests $(BIN)/python -m fuzz.kills --kills $(KILLS) --races $(RACES)
 
-# Two minutes of load are for make test: CI has half an hour for everything, the installation included.
-check: export LOAD_SECONDS ?= 20
 check: format-check lint  ## format, lint, types (mypy --strict), tests: what CI runs
 	@$(MAKE) --no-print-directory --jobs 2 types test
 

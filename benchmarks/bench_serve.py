@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,14 +81,14 @@ def memory_mb(pid: int) -> float:
 
 @dataclass(slots=True)
 class Load:
-    """What clients saw: answers by status (0: none came), wrong pictures; the server's count of pictures."""
+    """What clients saw: answers by status (0: none came), wrong pictures; the server's count of pictures, and its
+    memory at the end."""
 
     statuses: dict[int, int] = field(default_factory=dict)
     wrong: int = 0
     served: int = 0
     seconds: float = 0.0
-    early_mb: float = 0.0
-    late_mb: float = 0.0
+    memory_mb: float = 0.0
 
     def faults(self) -> list[str]:
         found = []
@@ -98,24 +98,22 @@ class Load:
             found.append(f"{self.wrong} pictures are of another request")
         if self.served != self.statuses.get(200):
             found.append(f"{self.served} pictures were made for {self.statuses.get(200)} answers")
-        if self.late_mb > MAX_GROWTH * self.early_mb:
-            found.append(f"{self.late_mb:.0f} MB at the end, {self.early_mb:.0f} MB at the beginning")
         return found
 
 
-def press(
-    one: Served, pictures: Mapping[Key, bytes], seconds: float, clients: int = 8, early: float = 60.0
-) -> Load:
-    """Clients that ask, each as soon as it was answered, for ``seconds``; memory is looked at after ``early``, or
-    after half of the time where there is less."""
+def press(one: Served, pictures: Mapping[Key, bytes], goes_on: Callable[[int], bool], clients: int = 8) -> Load:
+    """Clients that ask, each as soon as it was answered, while ``goes_on(requests so far)``."""
     load, lock, begun = Load(), threading.Lock(), time.monotonic()
+    keys = itertools.takewhile(lambda asked: goes_on(asked[0]), enumerate(itertools.cycle(pictures)))
     before = one.metric("pictures_total")
 
-    def ask(number: int) -> None:
-        keys = itertools.islice(itertools.cycle(pictures), number, None)
+    def ask() -> None:
         with httpx.Client(base_url=one.url, timeout=120, trust_env=False) as client:
-            while time.monotonic() - begun < seconds:
-                key = next(keys)
+            while True:
+                with lock:
+                    _, key = next(keys, (0, None))
+                if key is None:
+                    return
                 try:
                     answer = request(client, key)
                     status = answer.status_code
@@ -126,16 +124,20 @@ def press(
                     load.statuses[status] = load.statuses.get(status, 0) + 1
                     load.wrong += status == 200 and not is_right
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
     for thread in threads:
         thread.start()
-    time.sleep(min(early, seconds / 2))
-    load.early_mb = memory_mb(one.process.pid)
     for thread in threads:
         thread.join()
-    load.seconds, load.late_mb = time.monotonic() - begun, memory_mb(one.process.pid)
+    load.seconds, load.memory_mb = time.monotonic() - begun, memory_mb(one.process.pid)
     load.served = round(one.metric("pictures_total") - before)
     return load
+
+
+def lasting(seconds: float) -> Callable[[int], bool]:
+    """For `press`: from now on, for that long."""
+    end = time.monotonic() + seconds
+    return lambda _: time.monotonic() < end
 
 
 def processor_seconds(pids: Sequence[int]) -> float:
@@ -197,11 +199,18 @@ def main() -> None:
     pipeline = load_pipeline(models, "torch")
     pictures = expected(pipeline)
     with serving(options.folder / "log.txt", f"shapes={models}", "--backend", "torch") as one:
-        load = press(one, pictures, options.seconds, options.clients)
+        early = min(60.0, options.seconds / 2)
+        loads = [
+            press(one, pictures, lasting(seconds), options.clients) for seconds in (early, options.seconds - early)
+        ]
         beyond = overhead(one, pipeline, list(pictures), options.rounds)
-    rate = {"served_per_second": load.served / load.seconds, "bare_per_second": 1000 / beyond.pipeline_ms}
-    print(json.dumps({"load": asdict(load), "overhead": asdict(beyond), **rate}, indent=2))
-    faults = load.faults()
+    rate = sum(load.served for load in loads) / sum(load.seconds for load in loads)
+    rates = {"served_per_second": rate, "bare_per_second": 1000 / beyond.pipeline_ms}
+    print(json.dumps({"loads": list(map(asdict, loads)), "overhead": asdict(beyond), **rates}, indent=2))
+    first, last = (load.memory_mb for load in loads)
+    faults = [fault for load in loads for fault in load.faults()]
+    if last > MAX_GROWTH * first:
+        faults.append(f"{last:.0f} MB at the end, {first:.0f} MB after {early:.0f} s")
     if beyond.median_ms > MAX_MS:
         faults.append(f"a request takes {beyond.median_ms:.1f} ms longer than the pipeline, at most {MAX_MS:g}")
     if faults:
