@@ -78,7 +78,7 @@ class Arguments(Others, total=False):
     depth_map: Image.Image | torch.Tensor | None
     height: int | None
     width: int | None
-    num_inference_steps: int
+    num_inference_steps: int | None
     guidance_scale: float | None
     image_guidance_scale: float | None
     strength: float | None

@@ -151,7 +151,8 @@ class Family:
     published configurations of the first checkpoints lack it or say otherwise.
     ``encoders``: which of `TEXT_ENCODERS` it has.
     ``added_conditions``: the UNet takes time_ids and text_embeds, as SDXL's does.
-    ``guidance_scale``, ``strength``, ``inpainting_…``: what diffusers' pipelines take where none is given.
+    ``steps``, ``image_steps`` (with a picture), ``guidance_scale``, ``strength``, ``inpainting_…``: what diffusers'
+    pipelines take where none is given.
     ``image_guidance_scale``: the same of a second guidance, by a picture that the UNet sees; None: it has none.
     ``control_scale``, ``…_control_scale``: the same for each control image, by the task; ``controlled``: those of
     the others that are other in its pipelines with ControlNets.
@@ -175,6 +176,8 @@ class Family:
     scheduler_settings: Mapping[str, Any] = field(default_factory=lambda: PLAIN_SETTINGS)
     encoders: tuple[str, ...] = TEXT_ENCODERS[:1]
     added_conditions: bool = False
+    steps: int = 50
+    image_steps: int = 50
     guidance_scale: float = 7.5
     strength: float = 0.8
     inpainting_guidance_scale: float = 7.5
@@ -234,6 +237,7 @@ FAMILIES: Mapping[str, Family] = {
             in_channels=8,
             safety_checker=True,
             scheduler_settings={},
+            image_steps=100,
             image_guidance_scale=1.5,
         ),
         Family("sd2-base", "Stable Diffusion 2 base", 4, "open_clip"),
@@ -257,6 +261,8 @@ FAMILIES: Mapping[str, Family] = {
             latent_scale=0.08333,
             noise_scheduler=_LOW_RES_SCHEDULER,
             scheduler_settings={},
+            image_steps=75,
+            guidance_scale=9.0,
         ),
         _SDXL,
         replace(_SDXL, name="sdxl-inpainting", title="Stable Diffusion XL in-painting", in_channels=9),
@@ -265,6 +271,7 @@ FAMILIES: Mapping[str, Family] = {
             name="sdxl-pix2pix",
             title="Stable Diffusion XL InstructPix2Pix",
             in_channels=8,
+            image_steps=100,
             image_guidance_scale=1.5,
         ),
         replace(
@@ -286,8 +293,11 @@ FAMILIES: Mapping[str, Family] = {
             size=1024,
             scheduler_settings={},
             encoders=TEXT_ENCODERS,
+            steps=28,
             guidance_scale=7.0,
             strength=0.6,
+            inpainting_guidance_scale=7.0,
+            inpainting_strength=0.6,
             attention=MMDIT.attention,
             denoiser=MMDIT,
             joint_text=True,

@@ -288,7 +288,8 @@ def _as_used(settings: Settings, run: Run) -> dict[str, Any]:
 
 
 def filled_in(run: Run) -> dict[str, Any]:
-    """The guidance scale that was used; strength, noise level and that of the image, where the task has them."""
+    """The steps and guidance scale that were used; strength, noise level and that of the image, where the task has
+    them."""
     request = run.job.request
     used = {
         "strength": request.change,
@@ -296,7 +297,7 @@ def filled_in(run: Run) -> dict[str, Any]:
         "image_guidance_scale": request.image_guidance_scale,
     }
     taken = {name: value if name in run.task.takes else None for name, value in used.items()}
-    return {"guidance_scale": request.scale, **taken}
+    return {"steps": request.step_count, "guidance_scale": request.scale, **taken}
 
 
 def _inputs(settings: Settings) -> Inputs:

@@ -185,7 +185,7 @@ class Pipeline:
         depth_map: Image.Image | torch.Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
         strength: float | None = None,
@@ -219,7 +219,8 @@ class Pipeline:
             mask_image: white where ``image`` is painted anew.
             depth_map: depth of ``image``, brighter (or larger) is nearer: a picture, or (…, height, width) float32.
             height, width: in pixels; None: the first of `sizes`, and others than those cannot be made.
-            num_inference_steps: denoising steps, 1 to the scheduler's number of training steps.
+            num_inference_steps: denoising steps, 1 to the scheduler's number of training steps. None: as many as
+                diffusers' pipeline for these models takes, mostly 50.
             guidance_scale: how closely to follow the prompt; 1 or less: no guidance. None: 7.5; 5 for SDXL, 7.5
                 with its mask; 8.5 for latent consistency models, which take it as an input.
             image_guidance_scale: how closely to follow ``image``, for models that edit it; None: 1.5.
@@ -334,7 +335,7 @@ class Pipeline:
         scheduler = schedulers.own(self.scheduler, task.scheduler_settings)
         height, width = unet["sample"][2:]
         patches = (height // self._family.denoiser.patch_size) * (width // self._family.denoiser.patch_size)
-        schedulers.set_steps(scheduler, int(request.steps), patches)  # diffusers' loops want Python's own
+        schedulers.set_steps(scheduler, request.step_count, patches)
         job = tasks.Job(request, self.manifest, self.models, (height, width), scheduler, noise)
         task.check(job)
         picture_prompts.check(self.manifest, self.models, request.picture_prompts, self.is_guided(request))

@@ -46,7 +46,7 @@ class Settings:
     seed: int = 0
     rng: str = "torch"
     scheduler: str | None = None
-    steps: int = 50
+    steps: int | None = None
     guidance_scale: float | None = None
     image_guidance_scale: float | None = None
     eta: float = 0.0

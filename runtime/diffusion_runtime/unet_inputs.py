@@ -58,7 +58,7 @@ def whole(job: Job, unet: Shapes, timesteps: int) -> dict[int, dict[str, torch.T
     ``timesteps``: those of the run, more than the request's steps with some schedulers."""
     found: dict[int, dict[str, torch.Tensor]] = {}
     if any(name.startswith(FEATURE) for name in unet):  # not of a refiner beside such a UNet
-        found |= t2i_adapters.features(job, min(timesteps, int(job.request.steps)))
+        found |= t2i_adapters.features(job, min(timesteps, job.request.step_count))
     if picture_prompts.SCALE in unet:
         scales = picture_prompts.scales(job.manifest, job.request.picture_prompts)
         found[0] = {**found.get(0, {}), picture_prompts.SCALE: scales}

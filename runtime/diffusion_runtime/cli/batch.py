@@ -53,7 +53,9 @@ def batch(
         str, typer.Option("--output", "-o", help="Folder, or a URI of object storage.", show_default=False)
     ],
     negative_prompt: Annotated[str | None, option("What not to draw.")] = None,
-    steps: Annotated[int | None, option("Denoising steps. Default: 50.")] = None,
+    steps: Annotated[
+        int | None, option("Denoising steps. Default: diffusers' for these models, mostly 50.")
+    ] = None,
     guidance_scale: Annotated[
         float | None, option("How closely to follow the prompt. Default: the models'.")
     ] = None,

@@ -85,7 +85,9 @@ def generate(
     ] = None,
     negative_prompt: Annotated[str | None, option("What not to draw.")] = None,
     prompts_file: Annotated[Path | None, option("Text file with one prompt per line, instead of --prompt.")] = None,
-    steps: Annotated[int | None, option("Denoising steps. Default: 50.")] = None,
+    steps: Annotated[
+        int | None, option("Denoising steps. Default: diffusers' for these models, mostly 50.")
+    ] = None,
     guidance_scale: Annotated[
         float | None,
         option("How closely to follow the prompt; 1 or less: off. Default: the models' (7.5; 5 for SDXL)."),

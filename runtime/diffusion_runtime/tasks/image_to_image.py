@@ -56,7 +56,7 @@ def _timesteps(job: Job) -> torch.Tensor:
     """From the strength on, or from ``denoising_start``, which then says how strong the change is."""
     request, scheduler = job.request, job.scheduler
     if request.denoising_start is None:
-        remaining = last_part(scheduler, request.steps, request.change)
+        remaining = last_part(scheduler, request.step_count, request.change)
         return between(scheduler, remaining, None, request.denoising_end)
     return between(scheduler, scheduler.timesteps, request.denoising_start, request.denoising_end)
 

@@ -8,23 +8,21 @@ from torch.nn.functional import interpolate
 from diffusion_runtime import images
 from diffusion_runtime.denoising import AfterStep, Start
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.schedulers import last_part, matches_flow
+from diffusion_runtime.schedulers import first_level, last_part, noised
 from diffusion_runtime.tasks.image_to_image import encode
 from diffusion_runtime.tasks.job import Job, Prepared, Task
 
 
 def check(job: Job) -> None:
     """Picture and mask must be there, the mask show what to paint, and the strength leave a step."""
-    if matches_flow(job.scheduler):
-        raise InputError("a mask: models of flow matching (Stable Diffusion 3) do not paint in; leave it out")
     _image_and_mask(job)
-    last_part(job.scheduler, job.request.steps, job.request.change)
+    last_part(job.scheduler, job.request.step_count, job.request.change)
 
 
 def prepare_seeing(job: Job) -> Prepared:
     """For a UNet with 9 channels: latents, mask, latents of the picture with the masked part grey."""
     image, mask = _image_and_mask(job)
-    timesteps = last_part(job.scheduler, job.request.steps, job.request.change)
+    timesteps = last_part(job.scheduler, job.request.step_count, job.request.change)
     full = job.request.change == 1.0
     clean = None if full else encode(job, image)
     latents, _ = _first_latents(job, clean, timesteps)
@@ -38,7 +36,7 @@ def prepare_seeing(job: Job) -> Prepared:
 def prepare_blending(job: Job) -> Prepared:
     """For a plain UNet: after every step the part that stays is replaced by the picture at that noise level."""
     image, mask = _image_and_mask(job)
-    timesteps = last_part(job.scheduler, job.request.steps, job.request.change)
+    timesteps = last_part(job.scheduler, job.request.step_count, job.request.change)
     clean = encode(job, image)
     latents, noise = _first_latents(job, clean, timesteps)
     # Diffusers encodes the masked picture here too and throws it away. Drawing what that draws keeps the noise of
@@ -58,7 +56,7 @@ def _blend(
     def blend(index: int, latents: torch.Tensor) -> torch.Tensor:
         kept = clean
         if index + 1 < len(timesteps):
-            kept = job.scheduler.add_noise(clean, noise, timesteps[index + 1 : index + 2])
+            kept = noised(job.scheduler, clean, noise, timesteps[index + 1 : index + 2])
         return (1 - mask) * kept + mask * latents
 
     return blend
@@ -79,10 +77,10 @@ def _first_latents(
     noise = job.noise.normal(job.latent_shape)
     # As diffusers: pure noise at full strength, though add_noise would leave a trace of the picture.
     if job.request.change == 1.0 or clean is None:
-        return noise * job.scheduler.init_noise_sigma, noise
+        return noise * first_level(job.scheduler), noise
     clean = clean.expand(job.request.pictures, *clean.shape[1:])
     first = timesteps[:1].repeat(job.request.pictures)
-    return job.scheduler.add_noise(clean, noise, first), noise
+    return noised(job.scheduler, clean, noise, first), noise
 
 
 def _at_latent_size(job: Job, mask: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from diffusion_runtime.numbers import is_number, is_whole
 from diffusion_runtime.picture_prompts import PicturePrompt
 
 MAX_GUIDANCE = 1000.0  # beyond it nothing is left of a picture, and float32 ends
-DEFAULT_GUIDANCE, DEFAULT_STRENGTH, DEFAULT_NOISE_LEVEL = 7.5, 0.8, 20
+DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_STRENGTH, DEFAULT_NOISE_LEVEL = 50, 7.5, 0.8, 20
 GIVEN: Mapping[str, str] = {
     "image": "an image",
     "mask": "a mask",
@@ -54,7 +54,7 @@ class Request:
     ``image`` and ``mask`` are PIL pictures, ``depth`` a picture or (height, width) float32 depths, nearer larger;
     ``strength`` None is 0.8, and 1 with a mask; ``noise_level`` None is 20; ``latents`` are start values drawn by
     the caller, or, with ``denoising_start``, what another model left at its ``denoising_end`` (parts of the steps).
-    ``refiner_start`` is the part of the steps after which a refiner goes on. ``guidance_scale`` and
+    ``refiner_start`` is the part of the steps after which a refiner goes on. ``steps``, ``guidance_scale`` and
     ``image_guidance_scale`` None are the models' own defaults; ``sizes`` are what SDXL's UNets are told;
     ``picture_prompts`` are for IP-Adapters, ``adapters`` for T2I-Adapters, ``controls`` pictures for ControlNets;
     in ``guess_mode`` these add nothing to the unconditional half, and less to the features of the first layers.
@@ -64,7 +64,7 @@ class Request:
     negative_prompts: tuple[str, ...] = ()
     height: int | None = None
     width: int | None = None
-    steps: int = 50
+    steps: int | None = None
     guidance_scale: float | None = None
     image_guidance_scale: float | None = None
     eta: float = 0.0
@@ -101,7 +101,7 @@ class Request:
         self._check_pictures()
 
     def _check_numbers(self) -> None:
-        if not is_whole(self.steps) or self.steps < 1:
+        if self.steps is not None and (not is_whole(self.steps) or self.steps < 1):
             raise InputError(f"{self.steps!r} steps: expected a whole number, at least 1")
         for what, scale, usual in (
             ("guidance scale", self.guidance_scale, "1 to 15"),
@@ -144,6 +144,11 @@ class Request:
     def given(self) -> frozenset[str]:
         """Which of the keys of `GIVEN` are there."""
         return frozenset(name for name in GIVEN if getattr(self, name) is not None)
+
+    @property
+    def step_count(self) -> int:
+        """The steps, Stable Diffusion 1's default filled in."""
+        return DEFAULT_STEPS if self.steps is None else int(self.steps)  # diffusers' loops want Python's own
 
     @property
     def scale(self) -> float:

@@ -127,10 +127,11 @@ public final class Pipeline: Sendable {
     func settled(_ request: Request) -> Request {
         let family = Family.named(manifest.family)
         var settled = request
-        var scale = family.guidanceScale
-        // The default of diffusers' LatentConsistencyModelPipeline.
-        if takesGuidance, !family.hasAddedConditions, request.mask == nil { scale = 8.5 }
+        var (scale, steps) = (family.guidanceScale, family.steps)
+        // The defaults of diffusers' LatentConsistencyModelPipeline.
+        if takesGuidance, !family.hasAddedConditions, request.mask == nil { (scale, steps) = (8.5, 4) }
         if request.mask != nil { scale = 7.5 }
+        settled.numInferenceSteps = request.numInferenceSteps ?? steps
         settled.guidanceScale = request.guidanceScale ?? scale
         if request.image != nil, request.strength == nil {
             settled.strength = request.mask == nil ? family.strength : family.inPaintingStrength

@@ -67,7 +67,7 @@ public struct Record: Sendable {
         var request = Request(prompt: prompt, negativePrompt: try value("negative_prompt") { $0.string }, seed: seed)
         request.randomSource = try value("rng") { $0.string.flatMap { RandomSource(rawValue: $0) } } ?? .torch
         request.scheduler = try value("scheduler") { $0.string }.map { try SchedulerKind(named: $0) }
-        request.numInferenceSteps = try value("steps") { $0.integer } ?? request.numInferenceSteps
+        request.numInferenceSteps = try value("steps") { $0.integer }
         request.guidanceScale = try value("guidance_scale") { $0.number }
         request.eta = try value("eta") { $0.number } ?? request.eta
         request.strength = try value("strength") { $0.number }
@@ -131,7 +131,7 @@ extension Pipeline {
             ("seed", Int(exactly: seed).map(JSON.integer) ?? .unsigned(seed)),
             ("rng", .string(request.randomSource.rawValue)),
             ("scheduler", .string(scheduler)),
-            ("steps", .integer(request.numInferenceSteps)),
+            ("steps", settled.numInferenceSteps.map(JSON.integer) ?? .null),
             ("guidance_scale", settled.guidanceScale.map(JSON.number) ?? .null),
             ("eta", .number(request.eta)),
             ("strength", strength.map(JSON.number) ?? .null),

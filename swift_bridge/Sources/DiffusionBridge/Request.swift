@@ -4,10 +4,10 @@ public struct Request: Sendable {
     public var prompts: [String]
     /// What not to draw: none, or one for each prompt.
     public var negativePrompts: [String]
-    /// How many steps to make.
-    public var numInferenceSteps = 50
+    /// How many steps to make. Nil: 50, 75 for the x4 upscaler, 4 for latent consistency models.
+    public var numInferenceSteps: Int?
     /// How closely to follow the prompt; 1 or less: off, and half the work. Nil: 7.5, 5 for Stable Diffusion XL, 8.5 for
-    /// latent consistency models.
+    /// latent consistency models, 9 for the x4 upscaler.
     public var guidanceScale: Double?
     /// One for all pictures, or one each: then every picture depends on its own seed alone.
     public var seeds: [UInt64]
@@ -77,8 +77,8 @@ public struct Request: Sendable {
         guard refinerStart == nil || denoisingEnd == nil else {
             throw DiffusionError.input("refinerStart and denoisingEnd are both given: give one")
         }
-        guard numInferenceSteps > 0 else {
-            throw DiffusionError.input("\(numInferenceSteps) steps: expected a whole number, at least 1")
+        if let steps = numInferenceSteps, steps < 1 {
+            throw DiffusionError.input("\(steps) steps: expected a whole number, at least 1")
         }
         if let scale = guidanceScale, !(abs(scale) <= 1000) {
             throw DiffusionError.input("guidance scale \(scale): expected a number, usually 1 to 15")

@@ -12,8 +12,8 @@ let help = """
       --prompts-file FILE      one prompt per line, instead of --prompt
       -o, --output FILE.png    several pictures become NAME-1.png, NAME-2.png, …
       --negative-prompt TEXT   what not to draw
-      --steps N                denoising steps (50)
-      --guidance-scale N       how closely to follow the prompt; 1 or less: off (7.5; 5 for SDXL)
+      --steps N                denoising steps (diffusers' for the models, mostly 50)
+      --guidance-scale N       how closely to follow the prompt; 1 or less: off (diffusers' for the models, mostly 7.5)
       --seed N                 same seed, same picture (random, printed)
       --rng NAME               torch, numpy or nvidia (torch)
       --scheduler NAME         pndm, ddim, euler, … (the checkpoint's)

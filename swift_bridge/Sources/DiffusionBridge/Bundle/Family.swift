@@ -18,6 +18,7 @@ struct Family: Sendable {
     var schedulerSettings = Family.plainSettings
     /// The UNet is told sizes and takes the whole text's state, as SDXL's.
     var hasAddedConditions = false
+    var steps = 50
     var guidanceScale = 7.5
     var strength = 0.8
     var inPaintingStrength = 1.0
@@ -45,7 +46,8 @@ struct Family: Sendable {
         Family(name: "sd2-depth", channels: 5, textWidth: 1024, schedulerSettings: [:]),
         Family(
             name: "x4-upscaler", channels: 7, textWidth: 1024, predictionType: "v_prediction", latentFactor: 4,
-            latentScale: 0.08333, noiseScheduler: lowResolutionScheduler, schedulerSettings: [:]),
+            latentScale: 0.08333, noiseScheduler: lowResolutionScheduler, schedulerSettings: [:], steps: 75,
+            guidanceScale: 9),
         xl("sdxl", channels: 4, textWidth: 2048),
         xl("sdxl-inpainting", channels: 9, textWidth: 2048),
         xl("sdxl-pix2pix", channels: 8, textWidth: 2048),

@@ -14,10 +14,11 @@ struct Job {
         try request.check()
         purpose = try Purpose(channels: pipeline.sample[1], request)
         self.request = pipeline.settled(request)
+        let steps = self.request.numInferenceSteps ?? 50
         self.pipeline = pipeline
         let own = pipeline.manifest.schedulerConfiguration.imposing(purpose.schedulerSettings)
         scheduler = try (request.scheduler?.applied(to: own) ?? own).scheduler(
-            steps: request.numInferenceSteps, eta: request.eta)
+            steps: steps, eta: request.eta)
         noise = Noise(seeds: request.seeds, source: request.randomSource)
         try check()
     }
@@ -27,6 +28,7 @@ struct Job {
     /// Height and width of latents.
     var latentSize: (height: Int, width: Int) { (pipeline.sample[2], pipeline.sample[3]) }
     var strength: Double { request.strength ?? 0.8 }
+    private var steps: Int { request.numInferenceSteps ?? 50 }
 
     /// How many pictures are drawn for: one for all where they share their noise.
     private var drawn: Int { noise.isPerPicture ? request.count : 1 }
@@ -83,7 +85,7 @@ struct Job {
             if scheduler.order == 2, count % 2 == 0 { count += 1 }
             first = all.count - count
         } else if request.image != nil, purpose != .upscaling {
-            first = try scheduler.firstCall(steps: request.numInferenceSteps, strength: strength)
+            first = try scheduler.firstCall(steps: steps, strength: strength)
         }
         var last = all.count
         if let end = request.end {
