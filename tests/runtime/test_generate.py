@@ -344,7 +344,7 @@ def test_help_answers_without_loading_anything_heavy() -> None:
         "upscaling",
         "--from",
         "Examples",
-        "Default: 50.",
+        "mostly 50.",
     ):
         assert taught in shown
 
