@@ -116,10 +116,10 @@ def _ends(checkpoint: Checkpoint, encoder: str) -> tuple[int, int]:
     with scratch() as folder:
         write_vocabulary(files, folder, checkpoint.added_tokens)
         try:
-            clip = tokenizers.load(folder, pad_token=default).clip
+            clip = tokenizers.load(folder, pad_token=default)
         except DiffusionError as error:
             raise CheckpointError(f"{checkpoint.name}: {error}") from error
-    return int(clip.eos_token_id), int(clip.pad_token_id)
+    return clip.number("eos_token"), clip.number("pad_token")
 
 
 def _tokenizer(checkpoint: Checkpoint, encoder: str) -> tuple[Mapping[str, Path], str | None]:

@@ -137,7 +137,7 @@ class TextStates:
         if size is None or not (unknown := sorted({int(n) for one in tokens for n in one.ids.flat if n >= size})):
             return
         raise InputError(
-            f"the tokenizer gives {tokenizer.clip.convert_ids_to_tokens(unknown[0])!r} the number {unknown[0]}, "
+            f"the tokenizer gives {tokenizer.backend.id_to_token(unknown[0])!r} the number {unknown[0]}, "
             f"but the {name} knows {size} tokens only: leave it out of the prompt, or name the tokenizer that "
             "belongs to these models with --tokenizer"
         )

@@ -1,10 +1,12 @@
-"""Prompts to token numbers: transformers' CLIPTokenizer, with weights per token and a word on what was cut off."""
+"""Prompts to token numbers, those of transformers' CLIPTokenizer, with weights per token and a word on what was cut
+off."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.prompt import emphasis
+from diffusion_runtime.prompt import clip, emphasis
 from diffusion_runtime.real_path import is_there
 
 LENGTH = 77
@@ -23,7 +25,7 @@ _EMBEDDING = re.compile(r"(?<!\\)<[A-Za-z][^<>\s]*>")
 _ESCAPED = re.compile(r"\\<(?=[A-Za-z])")
 _SHOWN = 8
 T5_TOKENS = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SETTINGS = (clip.CONFIG, clip.MAP, clip.ADDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +41,37 @@ class Tokens:
         return bool((self.weights != 1.0).any())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tokenizer:
-    """``clip`` is a CLIPTokenizer, or T5's, which has no ``start`` of texts; ``length`` is what the text encoder
-    takes, start and end included."""
+    """``backend`` is a tokenizer of the tokenizers library, ``special`` its special tokens by transformers' names.
+    T5's has no ``start`` of texts. ``length`` is what the text encoder takes, start and end included."""
 
-    clip: Any
+    backend: Any
+    special: Mapping[str, str]
+    load_clip: Callable[[], Any]
     length: int = LENGTH
     start: bool = True
+
+    @cached_property
+    def clip(self) -> Any:
+        """The same as a tokenizer of transformers, which is imported for it."""
+        return self.load_clip()
+
+    @cached_property
+    def added(self) -> dict[str, int]:
+        """The tokens that were added to the vocabulary, special ones too."""
+        decoder = self.backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in sorted(decoder.items())}
 
     @property
     def room(self) -> int:
         """How many tokens of a prompt a piece has place for."""
         return self.length - 1 - self.start
+
+    def number(self, name: str) -> int:
+        """Of a special token: "bos_token", "eos_token" or "pad_token"."""
+        number: int = self.backend.token_to_id(self.special[name])
+        return number
 
     def encode(self, prompt: str, pieces: int = 1) -> Tokens:
         """Up to ``pieces`` pieces of ``length`` tokens; pieces without text are those of an empty prompt."""
@@ -61,11 +81,11 @@ class Tokenizer:
             # T5 knows no textual inversions: to it, their names are letters, as in diffusers.
             known = self._all_vectors(self._checked(fragment.text)) if self.start else fragment.text
             text = _ESCAPED.sub("<", known)
-            part = self.clip(text, add_special_tokens=False, verbose=False)["input_ids"]
+            part = self.backend.encode(text, add_special_tokens=False).ids
             ids += part
             weights += [fragment.weight] * len(part)
         room = self.room
-        lost = self.clip.decode(ids[room * pieces :]) if len(ids) > room * pieces else ""
+        lost = self._text(ids[room * pieces :]) if len(ids) > room * pieces else ""
         rows = [self._piece(ids[start : start + room]) for start in range(0, room * pieces, room)]
         counts = np.ones((pieces, self.length), np.float32)
         for row, start in zip(counts, range(0, room * pieces, room), strict=True):
@@ -76,11 +96,9 @@ class Tokenizer:
     def _checked(self, text: str) -> str:
         """``text``. Raises InputError for what is written as the name of a textual inversion, as in "a photo of
         <sks>", and is none of these models': its letters would be drawn as words, and nobody would know why."""
-        added = self.clip.added_tokens_encoder
         for name in _EMBEDDING.findall(text):
-            if name not in added and not added.keys() & set(self.clip.tokenize(name)):
-                special = set(self.clip.all_special_tokens)
-                known = sorted(token for token in added if token not in special)
+            if name not in self.added and not self.added.keys() & set(self._words(name)):
+                known = sorted(self.added.keys() - self.special.values())
                 shown = f"known are {', '.join(known[:_SHOWN])}" if known else "they know none"
                 how = "--lora FILE" if name[1:6].lower() == "lora:" else f"--embedding FILE:{name}"
                 raise InputError(
@@ -92,16 +110,23 @@ class Tokenizer:
     def _all_vectors(self, text: str) -> str:
         """A textual inversion of several vectors is the tokens ``<name>``, ``<name>_1``, …: the prompt names the
         first alone, and diffusers' pipelines put the others after it, wherever the prompt has its letters."""
-        added = self.clip.added_tokens_encoder
-        for token in dict.fromkeys(self.clip.tokenize(text)):
-            if token in added and f"{token}_1" in added:
-                vectors = takewhile(added.__contains__, (f"{token}_{number}" for number in count(1)))
+        for token in dict.fromkeys(self._words(text)):
+            if token in self.added and f"{token}_1" in self.added:
+                vectors = takewhile(self.added.__contains__, (f"{token}_{number}" for number in count(1)))
                 text = text.replace(token, " ".join([token, *vectors]))
         return text
 
+    def _words(self, text: str) -> list[str]:
+        words: list[str] = self.backend.encode(text, add_special_tokens=False).tokens
+        return words
+
+    def _text(self, ids: list[int]) -> str:
+        text: str = self.backend.decode(ids, skip_special_tokens=False)
+        return text.replace(clip.WORD_END, " ").strip() if self.start else text
+
     def _piece(self, ids: list[int]) -> list[int]:
-        filled = [*([self.clip.bos_token_id] if self.start else []), *ids, self.clip.eos_token_id]
-        return filled + [self.clip.pad_token_id] * (self.length - len(filled))
+        filled = [*([self.number("bos_token")] if self.start else []), *ids, self.number("eos_token")]
+        return filled + [self.number("pad_token")] * (self.length - len(filled))
 
 
 def load(folder: Path, length: int = LENGTH, pad_token: str | None = None) -> Tokenizer:
@@ -116,18 +141,32 @@ def load(folder: Path, length: int = LENGTH, pad_token: str | None = None) -> To
             f"{folder}: no {' and no '.join(missing)}: name the tokenizer's folder with --tokenizer "
             "(the checkpoint's `tokenizer` folder has both files)"
         )
-    _check(folder, () if missing else VOCABULARY_FILES)
-    from transformers import CLIPTokenizer
-
-    configured = any(is_there(folder / name, PackageError) for name in (FAST, *SETTINGS[:2]))
-    extra = {"pad_token": pad_token} if pad_token and not configured else {}
+    settings = _read(folder, () if missing else VOCABULARY_FILES)
+    configured = settings.keys() & {FAST, *SETTINGS[:2]}
+    given = {"pad_token": pad_token} if pad_token and not configured else {}
+    load_clip = partial(_of_transformers, folder, given)
     try:
-        clip = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **extra)
+        made = None if FAST in settings else clip.plain(folder, settings, given)
+        made = made or _made(load_clip())
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise PackageError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
-    if None in (clip.bos_token_id, clip.eos_token_id, clip.pad_token_id):
+    needed = (made.special.get(name, "") for name in ("bos_token", "eos_token", "pad_token"))
+    if None in map(made.backend.token_to_id, needed):
         raise PackageError(f"{folder / 'vocab.json'}: lacks the start, end or padding token of CLIP")
-    return Tokenizer(clip, length)
+    return Tokenizer(made.backend, made.special, load_clip, length)
+
+
+def _of_transformers(folder: Path, given: Mapping[str, str]) -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **given)
+
+
+def _made(of_transformers: Any) -> clip.Made:
+    backend = of_transformers.backend_tokenizer
+    backend.no_truncation()  # which a tokenizer.json may ask for; transformers does what each call says
+    backend.no_padding()
+    return clip.Made(backend, dict(of_transformers.special_tokens_map))
 
 
 def load_t5(folder: Path, length: int) -> Tokenizer:
@@ -135,7 +174,7 @@ def load_t5(folder: Path, length: int) -> Tokenizer:
     it is damaged."""
     if not is_there(folder / FAST, PackageError):
         raise InputError(f"{folder}: no {FAST}, which T5's text encoder needs: convert again, or leave T5 out")
-    _check(folder, ())
+    _read(folder, ())
     from transformers import PreTrainedTokenizerFast
 
     try:
@@ -143,16 +182,20 @@ def load_t5(folder: Path, length: int) -> Tokenizer:
         t5 = PreTrainedTokenizerFast(tokenizer_file=str(folder / FAST), **T5_TOKENS)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise PackageError(f"{folder / FAST}: the tokenizer cannot be read: {_first_line(error)}") from error
-    return Tokenizer(t5, length, start=False)
+    made = _made(t5)
+    return Tokenizer(made.backend, made.special, lambda: t5, length, start=False)
 
 
-def _check(folder: Path, slow: Sequence[str]) -> None:
-    """Raise PackageError for files that cannot be read or are of another kind. ``slow``: the vocabulary files."""
-    for name in (FAST, *SETTINGS):
-        if is_there(folder / name, PackageError):
-            strict_json.read(folder / name, PackageError, strict_json.MAX_VOCABULARY_BYTES)
-    if not slow:
-        return
+def _read(folder: Path, vocabulary_files: Sequence[str]) -> dict[str, Any]:
+    """The settings' files' values by name. Raises PackageError for files that cannot be read or are of another
+    kind."""
+    settings = {
+        name: strict_json.read(folder / name, PackageError, strict_json.MAX_VOCABULARY_BYTES)
+        for name in (FAST, *SETTINGS)
+        if is_there(folder / name, PackageError)
+    }
+    if not vocabulary_files:
+        return settings
     path = folder / "vocab.json"
     vocabulary = strict_json.read_object(path, PackageError, strict_json.MAX_VOCABULARY_BYTES)
     try:
@@ -161,6 +204,7 @@ def _check(folder: Path, slow: Sequence[str]) -> None:
         raise PackageError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
     if not all(isinstance(number, int) for number in vocabulary.values()):
         raise PackageError(f"{path}: not a vocabulary: expected an object of token -> number")
+    return settings
 
 
 def _first_line(error: Exception) -> str:
