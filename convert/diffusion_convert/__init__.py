@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from diffusion_convert.options import ConvertOptions, Embedding, Lora, Precision
+from diffusion_convert.option_values import Embedding, Lora
+from diffusion_convert.options import ConvertOptions, Precision
 from diffusion_runtime.errors import (
     CheckpointError,
     DiffusionError,

@@ -1,20 +1,29 @@
-"""What a conversion is asked to do: validated once, frozen after."""
+"""What a conversion is asked to do: validated once, frozen after. The command's options are these fields."""
 
 from __future__ import annotations
 
 import enum
-import math
 import os
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from diffusion_convert import option_values as check
+from diffusion_convert.option_values import Check, Embedding, Lora
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.families import DEFAULT_TARGET, PALETTE_BITS, TARGETS, AttentionKind, Layout
+from diffusion_runtime.families import (
+    DEFAULT_TARGET,
+    FAMILIES,
+    PALETTE_BITS,
+    PROCESSORS,
+    TARGETS,
+    AttentionKind,
+    Layout,
+)
 from diffusion_runtime.folding import Folding
-from diffusion_runtime.picture_size import Size, parse_size
+from diffusion_runtime.picture_size import Size
 
 
 class Precision(enum.Enum):
@@ -25,66 +34,34 @@ class Precision(enum.Enum):
     FLOAT32 = "float32"
 
 
-E = TypeVar("E", bound=enum.Enum)
-
-
-LORA_PARTS = re.compile(r"unet|te|te1|te2|mid|(?:in|out)\d\d")
-"""What a LoRA can have a weight of its own for: networks, and the UNet's blocks as trainers count them."""
-
-
 @dataclass(frozen=True, slots=True)
-class Lora:
-    """A LoRA file or folder and the weight at which it is fused. A path's text is taken for the path.
+class Option:
+    """What stands beside an option's type and default: the check of its value, the command's help and name for it
+    (empty: the field's), and whether it says how the checkpoint is opened, which `verify` must be told again."""
 
-    ``parts`` are other weights by part: "unet", "te" (text encoders; "te1" and "te2" for one of them) and the
-    UNet's blocks ("in00" …, "mid", "out00" …). The most particular one counts, and takes the place of the others.
-    """
-
-    path: Path
-    weight: float = 1.0
-    parts: tuple[tuple[str, float], ...] = ()
-
-    if TYPE_CHECKING:  # what is taken for the fields' types
-
-        def __init__(
-            self,
-            path: str | os.PathLike[str],
-            weight: float = 1.0,
-            parts: Mapping[str, float] | Iterable[tuple[str, float]] = (),
-        ) -> None: ...
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(_typed("LoRA path", self.path, (str, os.PathLike), "a path")))
-        check_path("--lora ", self.path)
-        given = self.parts.items() if isinstance(self.parts, Mapping) else self.parts
-        parts = dict(_typed("LoRA parts", given, (Iterable,), 'weights by part, as {"te": 0.5}'))
-        for name, weight in {"": self.weight, **parts}.items():
-            if not math.isfinite(_typed("LoRA weight", weight, (int, float), "a number")):
-                raise InputError(f"{self.path}: LoRA weight {weight}: expected a number")
-            if name and LORA_PARTS.fullmatch(name) is None:
-                raise InputError(
-                    f"{self.path}: LoRA weight for {name!r}: expected unet, te, te1, te2, mid or a block as in04"
-                )
-        object.__setattr__(self, "parts", tuple(parts.items()))
+    check: Check
+    help: str
+    flag: str
+    opening: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Embedding:
-    """A file of textual inversion (or a folder with learned_embeds.safetensors) and what prompts call it. ``token``
-    None: as the file calls it, else the file's name. A path's text is taken for the path."""
+def about(one: Field[Any]) -> Option:
+    found: Option = one.metadata["option"]
+    return found
 
-    path: Path
-    token: str | None = None
 
-    if TYPE_CHECKING:  # what is taken for the fields' types
+def _option(checked: Check, help_text: str, default: Any = None, flag: str = "", opening: bool = False) -> Any:
+    metadata = {"option": Option(checked, help_text, flag, opening)}
+    if default == {}:
+        return field(default_factory=dict, hash=False, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
-        def __init__(self, path: str | os.PathLike[str], token: str | None = None) -> None: ...
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(_typed("embedding", self.path, (str, os.PathLike), "a path")))
-        check_path("--embedding ", self.path)
-        if self.token is not None and not _typed("embedding token", self.token, (str,), "a text").strip():
-            raise InputError(f"--embedding {self.path}: the token after the colon is empty")
+_opening = partial(_option, opening=True)
+_KINDS = ", ".join(f"{kind.value} ({PROCESSORS[kind.about.compute_units]})" for kind in AttentionKind)
+_DEFAULT_KINDS = " and ".join(kind.value for kind in FAMILIES["sd1"].attention)
+_FOLDED = " or ".join(folding.value for folding in Folding if folding.about.by_default)
+_BITS = ", ".join(map(str, PALETTE_BITS))
 
 
 SizeLike = Size | tuple[int, int] | str
@@ -116,43 +93,131 @@ class ConvertOptions:
     cannot be used.
     """
 
-    attention: tuple[AttentionKind, ...] = ()
-    nbits: int | None = None
-    nbits_for: Mapping[str, int] = field(default_factory=dict, hash=False)
-    target_bits: float | None = None
-    recipe: Path | None = None
-    components: tuple[str, ...] = ()
-    height: int | None = None
-    width: int | None = None
-    sizes: tuple[Size, ...] = ()
-    batch_size: int | None = None
-    context_length: int | None = None
-    target: str = DEFAULT_TARGET
-    chunk_unet: bool = False
-    vae: str | None = None
-    preview_vae: str | None = None
-    fold: tuple[Folding, ...] = ()
-    no_fold: tuple[Folding, ...] = ()
-    loras: tuple[Lora, ...] = ()
-    lora_partial: bool = False
-    embeddings: tuple[Embedding, ...] = ()
-    clip_skip: int = 0
-    revision: str | None = None
-    family: str | None = None
-    variant: str | None = None
-    base: str | None = None
-    refiner: str | None = None
-    controlnets: tuple[str, ...] = ()
-    only_controlled: bool = False
-    ip_adapters: tuple[str, ...] = ()
-    image_encoder: str | None = None
-    no_t5: bool = False
-    t2i_adapters: tuple[str, ...] = ()
-    layout: Layout = Layout.APPLE
-    precision: Precision = Precision.AUTO
-    compiled: bool = True
-    zip: bool = True
-    verify: bool = True
+    attention: tuple[AttentionKind, ...] = _option(
+        check.several(check.one_of(AttentionKind)),
+        f"{_KINDS}; may be given several times. Default: {_DEFAULT_KINDS}; for SDXL original.",
+        (),
+    )
+    nbits: int | None = _option(check.whole, f"Palettize weights to so many bits ({_BITS}). Default: 16-bit.")
+    nbits_for: Mapping[str, int] = _option(
+        check.bits_by_name, "Bits of one component, as in unet=6; may be given several times.", {}
+    )
+    target_bits: float | None = _option(
+        check.number, "Average bits, as in 4.5; each weight gets its own, for the least damage."
+    )
+    recipe: Path | None = _option(
+        check.path, "Bits by weight, from a file of palettize --save-recipe; what it does not name is kept."
+    )
+    components: tuple[str, ...] = _option(
+        check.names, "Only these, as in text_encoder,unet; may be given several times. Default: all.", ()
+    )
+    height: int | None = _option(check.whole, "Height of the picture in pixels. Default: the checkpoint's.")
+    width: int | None = _option(check.whole, "Width of the picture in pixels. Default: the checkpoint's.")
+    sizes: tuple[Size, ...] = _option(
+        check.several(check.size),
+        "Size of the picture, width x height, as 768x512; may be given several times: one set of weights for all. "
+        "Sizes are added to those that the same source and options have left in the folder.",
+        (),
+        "--size",
+    )
+    batch_size: int | None = _option(
+        check.whole,
+        "Of the UNet: 2 (InstructPix2Pix: 3) for guidance in one call, or 1. Default: that; 1 for LCM UNets.",
+    )
+    context_length: int | None = _option(
+        check.whole,
+        "Text tokens that the UNet takes: 154 or 231 for long prompts, which are encoded in pieces of 77. Other "
+        "apps don't do this. Of SD 3, CLIP's 77 and T5's: 333 take 256 of T5, as diffusers. Default: the text "
+        "encoder's 77; for SD 3 154, as Apple's apps.",
+    )
+    target: str = _option(
+        check.text, f"Oldest system: {', '.join(TARGETS)}. Default: {DEFAULT_TARGET}.", DEFAULT_TARGET
+    )
+    chunk_unet: bool = _option(check.flag, "Cut the UNet into two packages, for iOS.", False)
+    vae: str | None = _opening(
+        check.source, "Another VAE, for encoder and decoder, TAESD too: folder, file or Hub id."
+    )
+    preview_vae: str | None = _opening(
+        check.source, "A VAE (TAESD) whose decoder makes previews, as a component of its own."
+    )
+    fold: tuple[Folding, ...] = _option(
+        check.several(check.one_of(Folding)),
+        "Also put into the models what apps have fixed: prediction (v to epsilon, for apps that know no v).",
+        (),
+    )
+    no_fold: tuple[Folding, ...] = _option(
+        check.several(check.one_of(Folding)),
+        f"Keep the checkpoint's own {_FOLDED}, which is put into the models so that apps draw right; may be given "
+        "several times.",
+        (),
+    )
+    loras: tuple[Lora, ...] = _opening(
+        check.several(check.lora),
+        "LoRA to fuse: PATH, PATH:WEIGHT or PATH:WEIGHT,PART=WEIGHT,… with parts unet, te (te1, te2) and blocks "
+        "in00 …, mid, out00 …; may be given several times.",
+        (),
+        "--lora",
+    )
+    lora_partial: bool = _opening(check.flag, "Leave out what of a LoRA has no place in the checkpoint.", False)
+    embeddings: tuple[Embedding, ...] = _opening(
+        check.several(check.embedding),
+        "Textual inversion to put in: FILE or FILE:TOKEN, as prompts call it (default: the name in the file, else "
+        "the file's); may be given several times.",
+        (),
+        "--embedding",
+    )
+    clip_skip: int = _option(
+        check.whole, "Text states from so many layers earlier, as diffusers' clip_skip. Default: 0.", 0
+    )
+    revision: str | None = _opening(check.text, "Branch, tag or commit of a Hub repository.")
+    family: str | None = _opening(check.text, "sd1, sd2-base, …; an unknown one lists all. Default: detected.")
+    variant: str | None = _opening(
+        check.text, "Of a folder's weights, as in diffusers: fp16, bf16, ema, non_ema. Default: the best."
+    )
+    base: str | None = _opening(check.source, "Checkpoint that gives what a file or a UNet alone lacks.")
+    refiner: str | None = _opening(
+        check.source, "SDXL refiner (folder, file or Hub id): a second UNet, for the last steps."
+    )
+    controlnets: tuple[str, ...] = _opening(
+        check.sources,
+        "ControlNets (folder, file or Hub id), and a UNet that they steer; A,B or given several times.",
+        (),
+        "--controlnet",
+    )
+    only_controlled: bool = _option(check.flag, "No UNet but the one that ControlNets steer.", False)
+    ip_adapters: tuple[str, ...] = _opening(
+        check.sources,
+        "IP-Adapter, to draw after a picture: a file, or OWNER/NAME/FILE on the Hub; several with commas, or the "
+        "option several times.",
+        (),
+        "--ip-adapter",
+    )
+    image_encoder: str | None = _opening(
+        check.source,
+        "The IP-Adapters' image encoder (folder, or on the Hub). Default: image_encoder beside the file.",
+    )
+    no_t5: bool = _opening(
+        check.flag, "Leave out T5, the largest text encoder of SD 3: zeros stand for its states.", False
+    )
+    t2i_adapters: tuple[str, ...] = _opening(
+        check.sources,
+        "T2I-Adapters (folder or Hub id) that steer the UNet; several with commas, or given several times.",
+        (),
+        "--t2i-adapter",
+    )
+    layout: Layout = _option(
+        check.one_of(Layout),
+        "Whose interface: apple, or comfyui (ComfyUI-CoreMLSuite 2.x). Default: apple.",
+        Layout.APPLE,
+    )
+    precision: Precision = _option(
+        check.one_of(Precision),
+        "auto (float32 where float16 would overflow), float16 or float32. Default: auto.",
+        Precision.AUTO,
+    )
+    compiled: bool = _option(check.flag, "Compile the packages, for apps. Default: yes.", True)
+    zip: bool = _option(check.flag, "Zip the compiled models, for publishing. Default: yes.", True)
+    verify: bool = _option(check.flag, "Verify every model. Default: yes.", True)
 
     if TYPE_CHECKING:  # what is taken for the fields' types
 
@@ -198,8 +263,11 @@ class ConvertOptions:
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        for name, value in _settled(self).items():
-            object.__setattr__(self, name, value)
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None or one.default is not None:
+                # The way in which a frozen dataclass settles its own fields: assignment is closed, to itself, too.
+                object.__setattr__(self, one.name, about(one).check(one.name, value))
         if self.target not in TARGETS:
             raise InputError(f"unknown target {self.target!r}: expected one of {', '.join(TARGETS)}")
         for name, bits in {"nbits": self.nbits, **self.nbits_for}.items():
@@ -236,175 +304,3 @@ class ConvertOptions:
         """What apps have fixed and is put into the models, where the checkpoint needs it."""
         chosen = {folding for folding in Folding if folding.about.by_default} | set(self.fold)
         return frozenset(chosen - set(self.no_fold))
-
-
-def _settled(options: ConvertOptions) -> dict[str, Any]:
-    """The fields whose values may be given in other forms than they are declared, as declared. Raises InputError
-    for a value of a wrong type in any field."""
-    for name in ("nbits", "height", "width", "batch_size", "context_length", "clip_skip"):
-        if getattr(options, name) is not None:
-            _typed(name, getattr(options, name), (int,), "a whole number")
-    if options.target_bits is not None:
-        _typed("target_bits", options.target_bits, (int, float), "a number")
-    for name in ("chunk_unet", "only_controlled", "lora_partial", "no_t5", "compiled", "zip", "verify"):
-        _typed(name, getattr(options, name), (bool,), "True or False")
-    for name in ("target", "revision", "family", "variant"):
-        if name == "target" or getattr(options, name) is not None:
-            _typed(name, getattr(options, name), (str,), "a text")
-    for name, bits in _typed("nbits_for", options.nbits_for, (Mapping,), 'a mapping as {"unet": 6}').items():
-        _typed(f"nbits_for {name}", bits, (int,), "a whole number")
-    return {
-        "attention": tuple(
-            _member(AttentionKind, "attention", value) for value in _several("attention", options.attention)
-        ),
-        "sizes": tuple(_size(value) for value in _several("sizes", options.sizes)),
-        "layout": _member(Layout, "layout", options.layout),
-        "precision": _member(Precision, "precision", options.precision),
-        **{
-            name: tuple(_member(Folding, name, value) for value in _several(name, getattr(options, name)))
-            for name in ("fold", "no_fold")
-        },
-        "components": parse_list(
-            _typed("components", value, (str,), "names of components")
-            for value in _several("components", options.components)
-        ),
-        "loras": tuple(_lora(value) for value in _several("loras", options.loras)),
-        "embeddings": tuple(_embedding(value) for value in _several("embeddings", options.embeddings)),
-        "controlnets": tuple(
-            source
-            for value in _several("controlnets", options.controlnets)
-            for source in _sources("controlnet", value)
-        ),
-        "recipe": _path("recipe", options.recipe),
-        **{
-            name: parse_list(_source(name, value) or "" for value in _several(name, getattr(options, name)))
-            for name in ("ip_adapters", "t2i_adapters")
-        },
-        **{
-            name: _source(name, getattr(options, name))
-            for name in ("vae", "preview_vae", "base", "refiner", "image_encoder")
-        },
-    }
-
-
-def _path(name: str, value: Any) -> Path | None:
-    if value is None:
-        return None
-    check_path(f"--{name} ", _typed(name, value, (str, os.PathLike), "a path"))
-    return Path(value)
-
-
-def _source(name: str, value: Any) -> str | None:
-    return None if value is None else os.fspath(_typed(name, value, (str, os.PathLike), "a path or Hub id"))
-
-
-def _sources(name: str, value: Any) -> tuple[str, ...]:
-    """``A,B`` -> ``("A", "B")``; a path with a comma in it is taken as it is where it exists."""
-    text = str(_source(name, value))
-    return (text,) if isinstance(value, os.PathLike) or Path(text).exists() else parse_list([text])
-
-
-def check_path(option: str, path: str | os.PathLike[str] | None) -> None:
-    """Raises InputError for a text that no file system takes for a path. ``option``: what it was given as."""
-    try:
-        usable = path is None or b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:
-        usable = False
-    if not usable:
-        raise InputError(f"{option}{os.fspath(path or '')!a}: no path: it holds a NUL or half a surrogate pair")
-
-
-def _typed(name: str, value: Any, types: tuple[type, ...], expected: str) -> Any:
-    """``value``, if it is of one of the types; True is no number. Raises InputError otherwise."""
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise InputError(f"{name} {value!r}: expected {expected}")
-    return value
-
-
-def _several(name: str, value: Any) -> tuple[Any, ...]:
-    """``value`` as a tuple: one text, path, kind or LoRA stands for a tuple of one."""
-    if isinstance(value, (str, os.PathLike, enum.Enum, Lora, Embedding, Size)):
-        return (value,)
-    return tuple(_typed(name, value, (Iterable,), "one value or several"))
-
-
-def _member(kind: type[E], name: str, value: Any) -> E:
-    return value if isinstance(value, kind) else parse_choice(kind, name, value)
-
-
-def _size(value: Any) -> Size:
-    if isinstance(value, str):
-        return parse_size(value)
-    width, height = _typed("size", value, (tuple,), "WIDTHxHEIGHT in pixels, as 768x512")
-    return Size(*(_typed(f"size {value!r}", side, (int,), "whole numbers of pixels") for side in (width, height)))
-
-
-def _lora(value: Any) -> Lora:
-    if isinstance(value, Lora):
-        return value
-    return parse_lora(value) if isinstance(value, str) else Lora(value)
-
-
-def _embedding(value: Any) -> Embedding:
-    if isinstance(value, Embedding):
-        return value
-    return parse_embedding(value) if isinstance(value, str) else Embedding(value)
-
-
-def parse_embedding(text: str) -> Embedding:
-    """``FILE`` or ``FILE:TOKEN``; a path with a colon in it is taken as it is where it exists."""
-    path, colon, token = text.rpartition(":")
-    return Embedding(path, token) if colon and not Path(text).exists() else Embedding(text)
-
-
-def parse_choice(kind: type[E], name: str, text: str) -> E:
-    """The member of ``kind`` whose value is ``text``. Raises InputError, with the known ones."""
-    try:
-        return kind(text)
-    except ValueError:
-        known = ", ".join(str(member.value) for member in kind)
-        raise InputError(f"unknown {name} {text!r}: expected one of {known}") from None
-
-
-def parse_lora(text: str) -> Lora:
-    """``PATH``, ``PATH:WEIGHT``, ``PATH:PART=WEIGHT,…`` or ``PATH:WEIGHT,PART=WEIGHT,…``; a path with a colon in it
-    is taken as it is where it exists."""
-    path, colon, told = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Lora(Path(text))
-    first, *others = told.split(",")
-    whole, pairs = ("1", [first, *others]) if "=" in first else (first, others)
-    try:
-        weight = float(whole)
-        parts = [(name.strip(), float(value)) for name, _, value in (pair.partition("=") for pair in pairs)]
-    except ValueError:
-        raise InputError(
-            f"--lora {text!r}: expected PATH, PATH:WEIGHT or PATH:WEIGHT,PART=WEIGHT, as in "
-            "style.safetensors:0.8,te=0"
-        ) from None
-    names = [_block(name) for name, _ in parts]
-    if len(set(names)) < len(names):
-        raise InputError(f"--lora {text!r}: a part has two weights: expected one")
-    return Lora(Path(path), weight, tuple(zip(names, (value for _, value in parts), strict=True)))
-
-
-def _block(part: str) -> str:
-    """``in4`` -> ``in04``."""
-    found = re.fullmatch(r"(in|out)(\d)", part)
-    return f"{found[1]}0{found[2]}" if found is not None else part
-
-
-def parse_list(texts: Iterable[str]) -> tuple[str, ...]:
-    """``["a,b", "c"]`` -> ``("a", "b", "c")``."""
-    return tuple(name for text in texts for part in text.split(",") if (name := part.strip()))
-
-
-def parse_nbits(texts: Iterable[str]) -> dict[str, int]:
-    """``["unet=6"]`` -> ``{"unet": 6}``."""
-    found = {}
-    for text in parse_list(texts):
-        name, _, bits = text.partition("=")
-        if not name or not (bits.isascii() and bits.isdecimal()):
-            raise InputError(f"--nbits-for {text!r}: expected COMPONENT=BITS, as in unet=6")
-        found[name] = int(bits)
-    return found

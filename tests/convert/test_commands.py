@@ -26,7 +26,8 @@ from diffusion_convert.compile import compile_package
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
 from diffusion_convert.export.export import ExportOptions, export
-from diffusion_convert.options import Lora
+from diffusion_convert.option_values import Lora
+from diffusion_convert.options import ConvertOptions
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.palettize.palettize_package import palettize_package
 from diffusion_runtime.bundle import integrity, manifest
@@ -220,7 +221,9 @@ def test_verify_compares_with_the_loras_that_were_fused(
     layer = "lora_te_text_model_encoder_layers_0_self_attn_v_proj"
     parts = {f"{layer}.lora_down.weight": torch.ones(1, width), f"{layer}.lora_up.weight": torch.ones(width, 1)}
     save_file({**parts, f"{layer}.alpha": torch.tensor(1.0)}, lora)
-    folder = write_text_encoder(tmp_path / "out", open_checkpoint(str(source), loras=[Lora(lora, 0.5)]))
+    folder = write_text_encoder(
+        tmp_path / "out", open_checkpoint(str(source), ConvertOptions(loras=[Lora(lora, 0.5)]))
+    )
     result = CliRunner().invoke(app, ["verify", str(folder), "--against", str(source)])
     assert result.exit_code == 1
     assert "converted with --vae or --lora or --embedding?" in result.stderr

@@ -109,9 +109,13 @@ def test_they_are_verified_against_their_sources(
     source = str(tiny_checkpoint("sd1"))
     with pytest.raises(InputError, match="sd1: has no ControlNet_tile"):
         list(
-            verify_models(folder, open_checkpoint(source, controlnets=[str(controlnets("sd1") / "shuffle")]), print)
+            verify_models(
+                folder,
+                open_checkpoint(source, ConvertOptions(controlnets=[str(controlnets("sd1") / "shuffle")])),
+                print,
+            )
         )
-    with_tile = open_checkpoint(source, controlnets=[str(controlnets("sd1") / "tile")])
+    with_tile = open_checkpoint(source, ConvertOptions(controlnets=[str(controlnets("sd1") / "tile")]))
     compared = {one.component: one.holds for one in verify_models(folder, with_tile, print)}
     assert compared == {"control_unet": True, "ControlNet_tile": True}
 

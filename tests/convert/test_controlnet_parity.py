@@ -47,7 +47,7 @@ def case(
     net = tiny_controlnets.build(kind, tmp_path_factory.mktemp("nets") / "net", **overrides)
     folder = tiny_checkpoint(family)
     source = f"{net}:{UNION_TYPE}" if kind == "sdxl-union" else str(net)
-    return open_checkpoint(str(folder), controlnets=[source]), folder, net
+    return open_checkpoint(str(folder), ConvertOptions(controlnets=[source])), folder, net
 
 
 def test_what_is_given_and_what_becomes_of_it(case: tuple[Checkpoint, Path, Path]) -> None:

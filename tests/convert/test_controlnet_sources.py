@@ -16,6 +16,7 @@ import tiny_controlnets
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.open import open_checkpoint
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.errors import DiffusionError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -34,7 +35,7 @@ def nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(tiny_checkpoint: Callable[[str], Path]) -> Callable[..., Checkpoint]:
     """``opened("sd1", source, …)``: the tiny checkpoint of a family with these ControlNets."""
     return lambda family, *sources: open_checkpoint(
-        str(tiny_checkpoint(family)), controlnets=[str(source) for source in sources]
+        str(tiny_checkpoint(family)), ConvertOptions(controlnets=[str(source) for source in sources])
     )
 
 

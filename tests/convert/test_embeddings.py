@@ -141,7 +141,7 @@ def test_another_file_or_token_is_another_conversion(
 
     def stamp(*embeddings: Embedding) -> str:
         options = ConvertOptions("original", embeddings=embeddings)
-        return fingerprint(open_checkpoint(str(source), embeddings=options.embeddings), options)
+        return fingerprint(open_checkpoint(str(source), ConvertOptions(embeddings=options.embeddings)), options)
 
     stamps = [stamp(), stamp(Embedding(file)), stamp(Embedding(file, "<y>"))]
     pickled(file, {"<x>": vectors(2)})
@@ -272,7 +272,7 @@ def test_what_cannot_be_put_in_is_refused(
     family, made, message = WRONG[kind]
     with pytest.raises((InputError, CheckpointError)) as caught:
         embeddings = ConvertOptions(embeddings=made(tmp_path)).embeddings  # type: ignore[arg-type]
-        open_checkpoint(str(tiny_checkpoint(family)), embeddings=embeddings)
+        open_checkpoint(str(tiny_checkpoint(family)), ConvertOptions(embeddings=embeddings))
     said = str(caught.value)
     assert message in said and said.startswith("--embedding") and "\n" not in said
 
@@ -281,7 +281,9 @@ def test_two_of_one_name_are_refused(tiny_checkpoint: Callable[[str], Path], tmp
     first = stored(tmp_path / "a.safetensors", x=vectors(2))
     second = stored(tmp_path / "b.safetensors", x_1=vectors(1))
     with pytest.raises(InputError, match="the token 'x_1' is given twice"):
-        open_checkpoint(str(tiny_checkpoint("sd1")), embeddings=(Embedding(first), Embedding(second)))
+        open_checkpoint(
+            str(tiny_checkpoint("sd1")), ConvertOptions(embeddings=(Embedding(first), Embedding(second)))
+        )
 
 
 def test_parameters_that_torch_holds_in_a_module_are_read(tmp_path: Path) -> None:

@@ -56,11 +56,11 @@ def test_inputs_that_no_family_has_are_refused(key: str, value: object, expected
 
 
 def test_family_can_be_named(tiny_checkpoint: Callable[[str], Path]) -> None:
-    assert open_checkpoint(str(tiny_checkpoint("sd2-base")), family="sd2-v").family == "sd2-v"
+    assert open_checkpoint(str(tiny_checkpoint("sd2-base")), ConvertOptions(family="sd2-v")).family == "sd2-v"
     with pytest.raises(InputError, match="sd1-inpainting"):
-        open_checkpoint(str(tiny_checkpoint("sd1")), family="sd9")
+        open_checkpoint(str(tiny_checkpoint("sd1")), ConvertOptions(family="sd9"))
     with pytest.raises(InputError, match=r"'sd2-depth' does not fit .* 4 input channels: expected sd1 or sd2-base"):
-        open_checkpoint(str(tiny_checkpoint("sd1")), family="sd2-depth")
+        open_checkpoint(str(tiny_checkpoint("sd1")), ConvertOptions(family="sd2-depth"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.conversion.plan import fingerprint
-from diffusion_convert.options import ConvertOptions, Lora
+from diffusion_convert.option_values import Lora
+from diffusion_convert.options import ConvertOptions
 
 READ = (
     "checkpoint/unet/diffusion_pytorch_model.safetensors",
@@ -45,7 +46,7 @@ def place(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
 
 def of(place: Path) -> str:
     options = ConvertOptions(vae=place / "vae", loras=(Lora(place / "lora"),))
-    opened = open_checkpoint(str(place / "checkpoint"), vae=options.vae, loras=options.loras)
+    opened = open_checkpoint(str(place / "checkpoint"), ConvertOptions(vae=options.vae, loras=options.loras))
     return fingerprint(opened, options)
 
 

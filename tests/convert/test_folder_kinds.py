@@ -18,7 +18,7 @@ from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.conversion.plan import make_plan
-from diffusion_convert.options import Lora
+from diffusion_convert.option_values import Lora
 from diffusion_runtime.errors import CheckpointError, InputError
 from folders import WEIGHTS, configure
 
@@ -60,7 +60,7 @@ def test_a_variant_that_is_all_there_is_is_taken(variant: str, folder: Path) -> 
 def test_a_variant_that_is_asked_for_is_taken(variant: str, folder: Path) -> None:
     """diffusers takes weights without a variant for the parts that lack it."""
     add_variant(folder, "unet", variant, 0.5)
-    checkpoint = open_checkpoint(str(folder), variant=variant)
+    checkpoint = open_checkpoint(str(folder), ConvertOptions(variant=variant))
     assert_unet(checkpoint, diffusers_unet(folder, variant))
     assert checkpoint.notes == ()
     make_plan(checkpoint, ConvertOptions())
@@ -80,15 +80,15 @@ def test_several_variants_ask_which(folder: Path) -> None:
     (folder / "unet" / WEIGHTS["unet"]).unlink()
     with pytest.raises(CheckpointError, match=r"unet: weights of several variants.*: ema, non_ema; --variant"):
         open_checkpoint(str(folder))
-    assert_unet(open_checkpoint(str(folder), variant="ema"), diffusers_unet(folder, "ema"))
+    assert_unet(open_checkpoint(str(folder), ConvertOptions(variant="ema")), diffusers_unet(folder, "ema"))
     with pytest.raises(CheckpointError, match="several variants"):
-        open_checkpoint(str(folder), variant="bf16")
+        open_checkpoint(str(folder), ConvertOptions(variant="bf16"))
 
 
 def test_a_variant_that_is_not_there(folder: Path) -> None:
     add_variant(folder, "unet", "ema", 0.5)
     with pytest.raises(InputError, match=r"--variant bf16: .* has no such weights; it has ema"):
-        open_checkpoint(str(folder), variant="bf16")
+        open_checkpoint(str(folder), ConvertOptions(variant="bf16"))
 
 
 def test_shards_of_a_variant(folder: Path) -> None:
@@ -100,7 +100,7 @@ def test_shards_of_a_variant(folder: Path) -> None:
     network.save_pretrained(folder / "unet", variant="bf16", max_shard_size="100KB")
     assert len(list((folder / "unet").glob("*-of-*"))) > 1
     for variant in (None, "bf16"):
-        assert_unet(open_checkpoint(str(folder), variant=variant), diffusers_unet(folder, "bf16"))
+        assert_unet(open_checkpoint(str(folder), ConvertOptions(variant=variant)), diffusers_unet(folder, "bf16"))
 
 
 @pytest.mark.parametrize("left", [1, 2])
@@ -204,7 +204,7 @@ def test_a_unet_alone_takes_the_rest_from_its_base(source: str, folder: Path, tm
         "averaged": {"model_ema." + n.removeprefix("model.").replace(".", ""): v for n, v in unet.items()},
     }
     save_file(changed[source], path)
-    checkpoint = open_checkpoint(str(path), base=str(folder))
+    checkpoint = open_checkpoint(str(path), ConvertOptions(base=str(folder)))
     assert_unet(checkpoint, diffusers_unet(other, None))
     base = open_checkpoint(str(folder))
     assert checkpoint.tokenizer == base.tokenizer
@@ -214,9 +214,9 @@ def test_a_unet_alone_takes_the_rest_from_its_base(source: str, folder: Path, tm
     assert checkpoint.schedulers == base.schedulers
     make_plan(checkpoint, ConvertOptions())
     with pytest.raises(InputError, match=r"--base .*is no single file"):
-        open_checkpoint(str(folder), base=str(folder))
+        open_checkpoint(str(folder), ConvertOptions(base=str(folder)))
     with pytest.raises(CheckpointError, match=r"--base .*no such file"):
-        open_checkpoint(str(path), base=str(tmp_path / "nowhere"))
+        open_checkpoint(str(path), ConvertOptions(base=str(tmp_path / "nowhere")))
 
 
 NO_COUNTS: tuple[Any, ...] = ("32", [1], {}, None, 0, -4)
@@ -310,9 +310,10 @@ def test_texts_that_are_no_paths(given: str, text: str, folder: Path, tmp_path: 
             convert(str(folder), Path(text))
         elif given == "lora":
             convert(str(folder), tmp_path / "models", ConvertOptions(loras=(Lora(Path(text)),)))
+        elif given == "source":
+            open_checkpoint(text)
         else:
-            given_as = {"source": str(folder), given: text}
-            open_checkpoint(**given_as)  # type: ignore[arg-type]
+            ConvertOptions(**{given: text})  # type: ignore[arg-type]
     assert str(caught.value).isascii()
 
 

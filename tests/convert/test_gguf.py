@@ -57,7 +57,7 @@ def test_weights_are_those_that_the_package_decodes(
     kind: str, prefix: str, ldm: Tensors, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
     path = gguf_files.write(tmp_path / "mine.gguf", {f"{prefix}{name}": value for name, value in ldm.items()}, kind)
-    checkpoint = open_checkpoint(str(path), base=str(tiny_checkpoint("sdxl")))
+    checkpoint = open_checkpoint(str(path), ConvertOptions(base=str(tiny_checkpoint("sdxl"))))
     assert (checkpoint.name, checkpoint.family) == ("mine", "sdxl")
     found = checkpoint.models["unet"].tensors()
     config = checkpoint.models["unet"].config
@@ -91,7 +91,9 @@ def test_the_unet_computes_what_diffusers_does(
         local_files_only=True,
         torch_dtype=torch.float32,
     )
-    ours = torch_networks.build(open_checkpoint(str(path), base=str(tiny_checkpoint("sdxl"))), "unet").float()
+    ours = torch_networks.build(
+        open_checkpoint(str(path), ConvertOptions(base=str(tiny_checkpoint("sdxl")))), "unet"
+    ).float()
     torch.manual_seed(0)
     asked = {
         "sample": torch.randn(1, 4, 8, 8),
@@ -123,7 +125,7 @@ def test_without_the_package_one_line_says_how_to_install_it(
     with pytest.raises(
         InstallationError, match=r"^GGUF files need the package gguf: pip install 'coreml-sd\[gguf\]'$"
     ):
-        open_checkpoint(str(path), base=str(tiny_checkpoint("sdxl")))
+        open_checkpoint(str(path), ConvertOptions(base=str(tiny_checkpoint("sdxl"))))
 
 
 def test_what_is_missing_must_be_given(
@@ -135,7 +137,7 @@ def test_what_is_missing_must_be_given(
     with pytest.raises(
         CheckpointError, match=r"^--vae .*is a GGUF file, which is read as a checkpoint's UNet only$"
     ):
-        open_checkpoint(str(tiny_checkpoint("sdxl")), vae=str(path))
+        open_checkpoint(str(tiny_checkpoint("sdxl")), ConvertOptions(vae=str(path)))
 
 
 def test_a_model_of_another_architecture(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import tiny_adapters
 from diffusion_convert.checkpoint.open import is_repository_id, open_checkpoint
 from diffusion_convert.checkpoint.repository import checkpoint_files, fetch_network, network_files
 from diffusion_convert.hub import client
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.errors import CheckpointError, HubError, InputError
 from hub_server import Hub, serving
 
@@ -70,32 +71,34 @@ def test_an_ip_adapter_with_the_image_encoder_beside_it(
     hub.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
     needed = set(hub.files)
     hub.files |= {"models/ip-adapter_sd15.bin": b"not needed", "models/image_encoder/model.bin": b"not needed"}
-    checkpoint = open_checkpoint(str(source), ip_adapters=[f"{REPO}/{name}"])
+    checkpoint = open_checkpoint(str(source), ConvertOptions(ip_adapters=[f"{REPO}/{name}"]))
     assert [one.name for one in checkpoint.ip_adapters] == ["ip-adapter_sd15"]
     assert {"image_encoder", "image_projection"} <= set(checkpoint.models)
     fetched = {path.split(f"{hub.commit}/")[1] for path in hub.requests if "/resolve/" in path}
     assert fetched == needed
     apart = f"{REPO}/models/image_encoder"
-    again = open_checkpoint(str(source), ip_adapters=[str(folder / name)], image_encoder=apart)
+    again = open_checkpoint(str(source), ConvertOptions(ip_adapters=[str(folder / name)], image_encoder=apart))
     assert again.models["image_encoder"].config == checkpoint.models["image_encoder"].config
     with pytest.raises(CheckpointError, match=r"has no file models/none\.bin"):
-        open_checkpoint(str(source), ip_adapters=[f"{REPO}/models/none.bin"])
+        open_checkpoint(str(source), ConvertOptions(ip_adapters=[f"{REPO}/models/none.bin"]))
     with pytest.raises(CheckpointError, match=r"has no folder other with a config\.json"):
-        open_checkpoint(str(source), ip_adapters=[str(folder / name)], image_encoder=f"{REPO}/other")
+        open_checkpoint(
+            str(source), ConvertOptions(ip_adapters=[str(folder / name)], image_encoder=f"{REPO}/other")
+        )
 
 
 @pytest.mark.parametrize("revision", [None, "fp16", "refs/pr/1"])
 def test_without_a_connection_the_cache_is_used(
     revision: str | None, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    online = open_checkpoint(REPO, revision=revision)
+    online = open_checkpoint(REPO, ConvertOptions(revision=revision))
     by_name = [path for path in hub.requests if hub.commit not in path]
     assert len(by_name) == 1, f"the name was resolved more than once: {by_name}"
     monkeypatch.setattr(client, "open_api", lambda *_: HfApi(endpoint="http://127.0.0.1:9"))
-    offline = open_checkpoint(REPO, revision=revision)
+    offline = open_checkpoint(REPO, ConvertOptions(revision=revision))
     assert offline.source == online.source
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert open_checkpoint(REPO, revision=revision).source == online.source
+    assert open_checkpoint(REPO, ConvertOptions(revision=revision)).source == online.source
 
 
 def test_without_a_connection_and_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +124,7 @@ def test_a_controlnet(hub: Hub, tiny_checkpoint: Callable[[str], Path], controln
         "README.md": hub.files["README.md"],
     }
     hub.files |= {"diffusion_pytorch_model.bin": b"not needed", "images/bird.png": b"not needed"}
-    opened = open_checkpoint(str(tiny_checkpoint("sd1")), controlnets=[REPO])
+    opened = open_checkpoint(str(tiny_checkpoint("sd1")), ConvertOptions(controlnets=[REPO]))
     ((name, told),) = opened.controlnets.items()
     assert name == REPO.replace("/", "_")
     assert (told.source.name, told.source.revision, told.source.license) == (REPO, hub.commit, "openrail++")

@@ -19,7 +19,8 @@ from diffusion_convert.checkpoint.lora.settings import METADATA_KEY
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.single_file import open_single_file
-from diffusion_convert.options import Lora
+from diffusion_convert.option_values import Lora
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.errors import CheckpointError, InputError
 
 Tensors = Mapping[str, torch.Tensor]
@@ -432,6 +433,6 @@ def test_what_is_no_file_of_tensors_is_named_with_its_option(
     path.write_text("<!DOCTYPE html>")
     vae, loras = (str(path), []) if option == "--vae" else (None, [Lora(path)])
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(str(tiny_checkpoint("sd1")), vae=vae, loras=loras)
+        open_checkpoint(str(tiny_checkpoint("sd1")), ConvertOptions(vae=vae, loras=loras))
     assert str(caught.value).startswith(f"{option} {path}: damaged, or no file of tensors: expected a whole")
     assert "deserializ" not in str(caught.value), "the library's words"

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from diffusion_convert.checkpoint.lora.settings import METADATA_KEY
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.open import open_checkpoint
-from diffusion_convert.options import Lora
+from diffusion_convert.option_values import Lora
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.errors import DiffusionError
 
 Tensors = dict[str, torch.Tensor]
@@ -60,7 +61,7 @@ def pipelines(tiny_checkpoint: Callable[[str], Path]) -> Pipelines:
 
 def assert_as_diffusers(pipelines: Pipelines, path: Path, family: str = "sd1", scale: float = 0.7) -> Checkpoint:
     """That our weights and diffusers' are equal to a rounding, and that the LoRA changed what it names."""
-    found = open_checkpoint(str(pipelines.folder(family)), loras=[Lora(path, scale)])
+    found = open_checkpoint(str(pipelines.folder(family)), ConvertOptions(loras=[Lora(path, scale)]))
     wanted = pipelines.fused(family, path, scale)
     before = open_checkpoint(str(pipelines.folder(family)))
     changed = 0
@@ -291,7 +292,7 @@ def test_what_a_lora_began_as(pipelines: Pipelines, tmp_path: Path, start: str) 
     with pytest.raises((RuntimeError, ValueError)):
         pipelines.fused("sd1", path, 1.0)
     with pytest.raises(DiffusionError, match="changes the checkpoint's weights as well"):
-        open_checkpoint(str(pipelines.folder("sd1")), loras=[Lora(path)])
+        open_checkpoint(str(pipelines.folder("sd1")), ConvertOptions(loras=[Lora(path)]))
 
 
 def test_patterns_that_are_none(pipelines: Pipelines, tmp_path: Path) -> None:
@@ -310,5 +311,5 @@ def test_patterns_that_are_none(pipelines: Pipelines, tmp_path: Path) -> None:
     ):
         save_file(tensors, path, metadata={METADATA_KEY: json.dumps(settings)})
         with pytest.raises(DiffusionError, match=said) as caught:
-            open_checkpoint(str(pipelines.folder("sd1")), loras=[Lora(path)])
+            open_checkpoint(str(pipelines.folder("sd1")), ConvertOptions(loras=[Lora(path)]))
         assert str(path) in str(caught.value)

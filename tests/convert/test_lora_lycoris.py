@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from diffusion_convert.checkpoint.open import open_checkpoint
-from diffusion_convert.options import Lora
+from diffusion_convert.option_values import Lora
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.errors import DiffusionError
 
 lycoris: Any = pytest.importorskip("lycoris.modules", reason="needs the package lycoris-lora")
@@ -105,7 +106,7 @@ def trained(kind: str, layer: torch.nn.Module, multiplier: float) -> tuple[Any, 
 
 
 def weights(folder: Path, loras: list[Lora]) -> dict[str, dict[str, torch.Tensor]]:
-    opened = open_checkpoint(str(folder), loras=loras)
+    opened = open_checkpoint(str(folder), ConvertOptions(loras=loras))
     return {
         name: {key.removeprefix("text_model."): value for key, value in opened.models[name].tensors().items()}
         for name in PREFIXES
@@ -184,7 +185,7 @@ def test_norms_that_are_misnamed_or_of_another_size(
     path = tmp_path / "lora.safetensors"
     save_file({f"lora_unet_{module.replace('.', '_')}.{key}": torch.ones(size)}, path)
     with pytest.raises(DiffusionError, match=said) as caught:
-        open_checkpoint(str(folder), loras=[Lora(path)])
+        open_checkpoint(str(folder), ConvertOptions(loras=[Lora(path)]))
     assert str(caught.value).startswith(f"--lora {path}")
 
 
@@ -255,5 +256,5 @@ def test_what_lacks_or_misnames_something(
     assert broken.keys() != tensors.keys()
     save_file(broken, tmp_path / "lora.safetensors")
     with pytest.raises(DiffusionError, match=said) as caught:
-        open_checkpoint(str(folder), loras=[Lora(tmp_path / "lora.safetensors")])
+        open_checkpoint(str(folder), ConvertOptions(loras=[Lora(tmp_path / "lora.safetensors")]))
     assert str(caught.value).startswith(f"--lora {tmp_path / 'lora.safetensors'}")

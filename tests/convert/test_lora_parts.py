@@ -18,7 +18,8 @@ from diffusion_convert.checkpoint.lora import fuse
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.cli.main import BAD_INPUT
-from diffusion_convert.options import ConvertOptions, Lora, parse_lora
+from diffusion_convert.option_values import Lora, parse_lora
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import AttentionKind
@@ -72,7 +73,9 @@ def strengths(checkpoint: Checkpoint, before: Checkpoint) -> tuple[float, float]
 )
 def test_weights_by_part(source: Path, tmp_path: Path, told: str, unet: float, text: float) -> None:
     path = saved(tmp_path / "style.safetensors", layer(Q), layer(V))
-    before, after = (open_checkpoint(str(source), loras=loras) for loras in ([], [parse_lora(f"{path}{told}")]))
+    before, after = (
+        open_checkpoint(str(source), ConvertOptions(loras=loras)) for loras in ([], [parse_lora(f"{path}{told}")])
+    )
     assert strengths(after, before) == pytest.approx((unet, text), abs=2e-3)
     if not text:
         weights = before.models["text_encoder"].tensors()
@@ -121,10 +124,10 @@ def test_in_part(source: Path, tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"5 of its 11 tensors match nothing .*bundle_emb.x.*--lora-partial"
     ) as caught:
-        open_checkpoint(str(source), loras=[Lora(path)])
+        open_checkpoint(str(source), ConvertOptions(loras=[Lora(path)]))
     assert "\n" not in str(caught.value)
     before = open_checkpoint(str(source))
-    after = open_checkpoint(str(source), loras=[Lora(path, 0.5)], lora_partial=True)
+    after = open_checkpoint(str(source), ConvertOptions(loras=[Lora(path, 0.5)], lora_partial=True))
     assert strengths(after, before) == pytest.approx((0.5, 0.5), abs=2e-3)
     (record,) = after.source.loras
     assert (record.name, record.weight, set(record.left_out)) == ("style.safetensors", 0.5, set(STRANGE))
@@ -132,25 +135,25 @@ def test_in_part(source: Path, tmp_path: Path) -> None:
     assert note.startswith("style.safetensors: fused in part; left out 7 tensors: bundle_emb.x")
     only = saved(tmp_path / "other.safetensors", STRANGE)
     with pytest.raises(InputError, match="tensors match nothing"):
-        open_checkpoint(str(source), loras=[Lora(only)], lora_partial=True)
+        open_checkpoint(str(source), ConvertOptions(loras=[Lora(only)], lora_partial=True))
 
 
 def test_layers_beyond_a_shortened_text_encoder(source: Path, tmp_path: Path) -> None:
     beyond = layer(V.replace("layers_0", "layers_5"))
     path = saved(tmp_path / "style.safetensors", layer(Q), layer(V), beyond)
-    after = open_checkpoint(str(source), loras=[Lora(path)])
+    after = open_checkpoint(str(source), ConvertOptions(loras=[Lora(path)]))
     assert strengths(after, open_checkpoint(str(source))) == pytest.approx((1, 1), abs=2e-3)
     (note,) = after.notes
     assert "for a text encoder with more layers; left out: lora_te_text_model_encoder_layers_5_" in note
     assert set(after.source.loras[0].left_out) == set(beyond)
     alone = saved(tmp_path / "alone.safetensors", beyond)
     with pytest.raises(InputError, match="match nothing"):
-        open_checkpoint(str(source), loras=[Lora(alone)])
+        open_checkpoint(str(source), ConvertOptions(loras=[Lora(alone)]))
 
 
 def test_an_alpha_in_the_header_alone(source: Path, tmp_path: Path) -> None:
     path = saved(tmp_path / "style.safetensors", layer(Q), ss_network_alpha="0.25", ss_network_dim="1")
-    after = open_checkpoint(str(source), loras=[Lora(path)])
+    after = open_checkpoint(str(source), ConvertOptions(loras=[Lora(path)]))
     assert strengths(after, open_checkpoint(str(source)))[0] == pytest.approx(1, abs=2e-3)
     (note,) = after.notes
     assert (
@@ -159,14 +162,14 @@ def test_an_alpha_in_the_header_alone(source: Path, tmp_path: Path) -> None:
     )
     alpha = {f"{Q}.alpha": torch.tensor(0.25)}
     path = saved(tmp_path / "style.safetensors", layer(Q), alpha, ss_network_alpha="0.25", ss_network_dim="1")
-    after = open_checkpoint(str(source), loras=[Lora(path)])
+    after = open_checkpoint(str(source), ConvertOptions(loras=[Lora(path)]))
     assert strengths(after, open_checkpoint(str(source)))[0] == pytest.approx(0.25, abs=2e-3)
     assert after.notes == ()
 
 
 def test_an_alpha_that_is_a_plain_number(source: Path, tmp_path: Path) -> None:
     torch.save({**layer(Q), f"{Q}.alpha": 0.25}, tmp_path / "style.pt")
-    after = open_checkpoint(str(source), loras=[Lora(tmp_path / "style.pt")])
+    after = open_checkpoint(str(source), ConvertOptions(loras=[Lora(tmp_path / "style.pt")]))
     assert strengths(after, open_checkpoint(str(source)))[0] == pytest.approx(0.25, abs=2e-3)
 
 
@@ -187,7 +190,7 @@ def test_damage_is_the_loras(source: Path, tmp_path: Path, case: str) -> None:
     tensors, said = DAMAGED[case]
     healthy = saved(tmp_path / "healthy.safetensors", layer(Q))
     path = saved(tmp_path / "style.safetensors", tensors)
-    found = open_checkpoint(str(source), loras=[Lora(healthy), Lora(path, 2.0), Lora(healthy)])
+    found = open_checkpoint(str(source), ConvertOptions(loras=[Lora(healthy), Lora(path, 2.0), Lora(healthy)]))
     with pytest.raises(InputError, match=said) as caught:
         found.models["unet"].tensors()[Q_WEIGHT]
     assert str(caught.value).startswith(f"--lora {path}: ")

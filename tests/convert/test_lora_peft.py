@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusion_convert.checkpoint.open import open_checkpoint
-from diffusion_convert.options import Lora
+from diffusion_convert.option_values import Lora
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.errors import DiffusionError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -94,7 +95,7 @@ def networks(tiny_checkpoint: Callable[[str], Path]) -> Networks:
 
 
 def assert_fused(networks: Networks, lora: Lora, wanted: dict[str, dict[str, torch.Tensor]]) -> None:
-    found, before = (open_checkpoint(str(networks.folder), loras=loras) for loras in ([lora], []))
+    found, before = (open_checkpoint(str(networks.folder), ConvertOptions(loras=loras)) for loras in ([lora], []))
     for subfolder in ("unet", "text_encoder"):
         old = before.models[subfolder].tensors()
         changed = 0
@@ -237,7 +238,7 @@ def test_what_lacks_or_misnames_something(networks: Networks, tmp_path: Path, ca
     saved(networks.unet(), kind, UNET if "IA" in kind else r".*(attn1\.to_q|conv1)", tmp_path / "unet", 1.0)
     change(tmp_path / "unet")
     with pytest.raises(DiffusionError, match=said) as caught:
-        open_checkpoint(str(networks.folder), loras=[Lora(tmp_path)])
+        open_checkpoint(str(networks.folder), ConvertOptions(loras=[Lora(tmp_path)]))
     assert str(caught.value).startswith(f"--lora {tmp_path}")
 
 
@@ -245,7 +246,7 @@ def test_without_settings_alpha_is_the_rank(networks: Networks, tmp_path: Path) 
     merged = saved(networks.unet(), "LoRA", UNET, tmp_path / "unet", 4 / 6)
     (tmp_path / "unet" / "adapter_config.json").unlink()
     assert_fused(networks, Lora(tmp_path), {"unet": merged})
-    (note,) = open_checkpoint(str(networks.folder), loras=[Lora(tmp_path)]).notes
+    (note,) = open_checkpoint(str(networks.folder), ConvertOptions(loras=[Lora(tmp_path)])).notes
     assert (
         note
         == "adapter_model.safetensors: has no adapter_config.json next to it: its alpha is taken to be its rank"

@@ -16,7 +16,7 @@ from diffusion_convert.checkpoint.diffusers_unet import ldm_modules
 from diffusion_convert.checkpoint.lora import fuse
 from diffusion_convert.checkpoint.lora.places import places
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
-from diffusion_convert.options import Lora
+from diffusion_convert.option_values import Lora
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import InputError
 

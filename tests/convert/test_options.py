@@ -10,14 +10,8 @@ import pytest
 
 from diffusion_convert import convert
 from diffusion_convert.components import table
-from diffusion_convert.options import (
-    ConvertOptions,
-    Lora,
-    Precision,
-    parse_choice,
-    parse_lora,
-    parse_nbits,
-)
+from diffusion_convert.option_values import Lora, parse_choice, parse_lora, parse_nbits
+from diffusion_convert.options import ConvertOptions, Precision
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import PALETTE_BITS, TARGETS, AttentionKind

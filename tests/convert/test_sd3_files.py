@@ -16,6 +16,7 @@ from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.ldm_mmdit import mmdit
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.open import open_checkpoint
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.errors import CheckpointError, InputError
 
 Write = Callable[[str, Callable[[Path], object]], Path]
@@ -98,10 +99,10 @@ def test_a_file_without_text_encoders_takes_a_base(folders: Callable[[str], Path
     with pytest.raises(CheckpointError, match=r"has no text_encoder and no text_encoder_2: give .* with --base"):
         open_checkpoint(str(path))
     base = open_checkpoint(str(folders("sd3")))
-    found = open_checkpoint(str(path), base=str(folders("sd3")))
+    found = open_checkpoint(str(path), ConvertOptions(base=str(folders("sd3"))))
     same(found, base)
     assert found.tokenizer_3
-    same(open_checkpoint(str(path), base=str(folders("sd3")), no_t5=True), base, "text_encoder_3")
+    same(open_checkpoint(str(path), ConvertOptions(base=str(folders("sd3")), no_t5=True)), base, "text_encoder_3")
 
 
 def test_t5_is_left_out_without_its_tokenizer(folders: Callable[[str], Path], tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_t5_is_left_out_without_its_tokenizer(folders: Callable[[str], Path], tm
 def test_other_families_and_unknown_parts_are_refused(folders: Callable[[str], Path], tmp_path: Path) -> None:
     path = tiny_sd3.write_file(folders("sd3"), tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="family 'sdxl' does not fit a Stable Diffusion 3 model: expected sd3"):
-        open_checkpoint(str(path), family="sdxl")
+        open_checkpoint(str(path), ConvertOptions(family="sdxl"))
     extra = {**load_file(path), "model.diffusion_model.joint_blocks.0.x_block.extra.weight": torch.zeros(2)}
     save_file(extra, path)
     with pytest.raises(CheckpointError, match=r"x_block\.extra: no part of Stable Diffusion 3's transformer"):

@@ -25,6 +25,7 @@ from diffusion_convert.checkpoint import (
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.single_file import CLIP_VOCABULARY_SIZE, open_single_file
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import FAMILIES
 from shared_data import CLIP_TOKENIZER, needs_clip_tokenizer
@@ -209,10 +210,10 @@ def test_a_file_without_a_vae(write: Callable[..., Path], tiny_checkpoint: Calla
     save_file({n: v for n, v in load_file(path).items() if not n.startswith("first_stage_model.")}, path)
     with pytest.raises(CheckpointError, match="has no vae: give one with --vae or --base"):
         open_checkpoint(str(path))
-    found = open_checkpoint(str(path), vae=str(tiny_checkpoint("sd1") / "vae"))
+    found = open_checkpoint(str(path), ConvertOptions(vae=str(tiny_checkpoint("sd1") / "vae")))
     assert_same(found, tiny_checkpoint("sd1"))
     with pytest.raises(InputError, match="pixels per latent 4, expected 8"):
-        open_checkpoint(str(path), vae=str(tiny_checkpoint("x4-upscaler")))
+        open_checkpoint(str(path), ConvertOptions(vae=str(tiny_checkpoint("x4-upscaler"))))
 
 
 @pytest.mark.parametrize(("parameterization", "family"), [("v", "sd2-v"), ("eps", "sd2-base")])

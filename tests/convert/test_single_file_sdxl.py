@@ -17,6 +17,7 @@ from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.single_file import open_single_file
 from diffusion_convert.checkpoint.torch_networks import build, check, empty
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.errors import CheckpointError, InputError
 
 Tensors = dict[str, torch.Tensor]
@@ -161,12 +162,12 @@ def test_a_missing_vae_or_encoder_is_asked_for(write: Write, tiny_checkpoint: Ca
     path = write("sdxl", without(VAE))
     with pytest.raises(CheckpointError, match="has no vae: give one with --vae or --base"):
         open_checkpoint(str(path))
-    assert_weights(open_checkpoint(str(path), vae=str(folder / "vae")), folder)
+    assert_weights(open_checkpoint(str(path), ConvertOptions(vae=str(folder / "vae"))), folder)
     for prefix, missing in ((SECOND, "text_encoder_2"), (FIRST, "text_encoder")):
         path = write("sdxl", without(prefix))
         with pytest.raises(CheckpointError, match=f"has no {missing}: give what is missing with --base"):
-            open_checkpoint(str(path), family="sdxl")
-        found = open_checkpoint(str(path), family="sdxl", base=str(folder))
+            open_checkpoint(str(path), ConvertOptions(family="sdxl"))
+        found = open_checkpoint(str(path), ConvertOptions(family="sdxl", base=str(folder)))
         assert_weights(found, folder)
         assert found.tokenizer_2["vocab.json"].parent.name == "tokenizer_2"
 
@@ -202,7 +203,7 @@ def test_a_unet_alone_takes_the_rest_from_a_base(
     with pytest.raises(CheckpointError, match="--base"):
         open_checkpoint(str(path))
     asked = family if family == "sdxl-refiner" else None  # as its base has both encoders and its width is no one's
-    found = open_checkpoint(str(path), family=asked, base=str(base))
+    found = open_checkpoint(str(path), ConvertOptions(family=asked, base=str(base)))
     assert_weights(found, folder, "unet")
     encoders = [name for name in found.models if name.startswith("text_encoder")]
     assert encoders == (["text_encoder_2"] if family == "sdxl-refiner" else [*ENCODERS[family[:3] == "sdx"]])
@@ -215,7 +216,7 @@ ENCODERS = (("text_encoder",), ("text_encoder", "text_encoder_2"))
 def test_a_base_of_another_kind_is_refused(write: Write, tiny_checkpoint: Callable[[str], Path]) -> None:
     path = write("sdxl", bare)
     with pytest.raises(CheckpointError, match="text_encoder"):
-        open_checkpoint(str(path), family="sdxl", base=str(tiny_checkpoint("sd1")))
+        open_checkpoint(str(path), ConvertOptions(family="sdxl", base=str(tiny_checkpoint("sd1"))))
 
 
 def test_marks_of_v_prediction_and_zero_snr(write: Write) -> None:

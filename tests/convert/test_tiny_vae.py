@@ -166,5 +166,5 @@ def test_what_is_not_whole_is_refused(
 
         save_file({name: value for name, value in load_file(file).items() if name != "19.weight"}, file)
     with pytest.raises(CheckpointError, match=message) as caught:
-        open_checkpoint(str(tiny_checkpoint("sd1")), preview_vae=str(file))
+        open_checkpoint(str(tiny_checkpoint("sd1")), ConvertOptions(preview_vae=str(file)))
     assert str(caught.value).startswith("--preview-vae") and "\n" not in str(caught.value)

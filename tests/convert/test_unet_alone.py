@@ -94,7 +94,7 @@ def test_a_file_under_any_name(
     if layout == "LDM":
         tensors = compvis_layout.unet_tensors(tensors, compvis_layout.read_config(folder, "unet"))
     save_file({f"{prefix}{name}": value for name, value in tensors.items()}, tmp_path / "mine.safetensors")
-    found = open_checkpoint(str(tmp_path / "mine.safetensors"), base=str(tiny_checkpoint(family)))
+    found = open_checkpoint(str(tmp_path / "mine.safetensors"), ConvertOptions(base=str(tiny_checkpoint(family))))
     assert (found.family, found.name) == (family, "mine")
     assert_draws_as(found, theirs(folder / "unet"))
     make_plan(found, ConvertOptions(attention="original"))
@@ -104,7 +104,7 @@ def test_a_file_under_any_name(
 def test_heads_are_those_of_the_base(tiny_checkpoint: Callable[[str], Path], tmp_path: Path, heads: int) -> None:
     base = tiny_checkpoints.build("sd1", tmp_path / "base", attention_head_dim=heads, act_fn="gelu")
     path = shutil.copyfile(tiny_checkpoint("sd1") / "unet" / FILE, tmp_path / "mine.safetensors")
-    assert_draws_as(open_checkpoint(str(path), base=str(base)), theirs(path, base))
+    assert_draws_as(open_checkpoint(str(path), ConvertOptions(base=str(base))), theirs(path, base))
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "folder of the checkpoint"])
@@ -115,7 +115,7 @@ def test_a_configuration_beside_the_weights_counts(
     if kind != "folder of the checkpoint":
         shutil.move(made / "unet", tmp_path / "alone")
     place = {"file": tmp_path / "alone" / FILE, "folder": tmp_path / "alone"}.get(kind, made / "unet")
-    found = open_checkpoint(str(place), base=str(tiny_checkpoint("sd2-v")))
+    found = open_checkpoint(str(place), ConvertOptions(base=str(tiny_checkpoint("sd2-v"))))
     assert found.name == ("mine" if kind == "folder of the checkpoint" else "alone")
     assert_draws_as(found, theirs(place if place.is_dir() else place.parent))
 
@@ -131,14 +131,14 @@ def test_variants(tiny_checkpoint: Callable[[str], Path], tmp_path: Path, varian
     changed = {key: value * 1.5 for key, value in load_file(folder / name).items() if value.is_floating_point()}
     save_file(changed, folder / name.replace(".", f".{variant}.", 1))
     source = folder if which == "the folder's" else mine / "unet" / FILE
-    found = open_checkpoint(str(source), base=str(base), variant=variant)
+    found = open_checkpoint(str(source), ConvertOptions(base=str(base), variant=variant))
     part = "unet" if which == "the folder's" else "text_encoder"
     tensors = found.models[part].tensors()
     assert all(torch.equal(tensors[key], value) for key, value in changed.items())
     with pytest.raises(CheckpointError, match=r"has no model_index\.json.*for a UNet alone, --base gives the rest"):
         open_checkpoint(str(mine / "unet"))
     with pytest.raises(InputError, match=rf"--variant nothing: .*it has {variant}$"):
-        open_checkpoint(str(source), base=str(base), variant="nothing")
+        open_checkpoint(str(source), ConvertOptions(base=str(base), variant="nothing"))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_unet_for_something_else_is_refused(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises((CheckpointError, InputError), match=message) as caught:
-        open_checkpoint(str(folder), base=str(tiny_checkpoint("sd1")))
+        open_checkpoint(str(folder), ConvertOptions(base=str(tiny_checkpoint("sd1"))))
     assert "\n" not in str(caught.value)
 
 
@@ -192,12 +192,12 @@ def test_a_repository_of_a_unet_alone(
     if variant:
         hub.files[f"diffusion_pytorch_model.{variant}.safetensors"] = hub.files.pop(FILE)
     base = str(tiny_checkpoint("sd1"))
-    found = open_checkpoint("maker/unet", base=base, variant=variant)
+    found = open_checkpoint("maker/unet", ConvertOptions(base=base, variant=variant))
     assert (found.source.name, found.source.revision, found.source.license) == ("maker/unet", hub.commit, "mit")
     assert_draws_as(found, theirs(other("sd1") / "unet"))
     assert not [path for path in hub.requests if "x.bin" in path]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert open_checkpoint("maker/unet", base=base, variant=variant).source == found.source
+    assert open_checkpoint("maker/unet", ConvertOptions(base=base, variant=variant)).source == found.source
 
 
 @pytest.mark.parametrize("variant", [None, "non_ema"])
@@ -212,12 +212,12 @@ def test_a_base_on_the_hub(
     if variant:
         hub.files[f"vae/diffusion_pytorch_model.{variant}.safetensors"] = hub.files[f"vae/{FILE}"]
     path = shutil.copyfile(other("sd2-base") / "unet" / FILE, tmp_path / "mine.safetensors")
-    found = open_checkpoint(str(path), base="maker/model", variant=variant)
+    found = open_checkpoint(str(path), ConvertOptions(base="maker/model", variant=variant))
     assert_draws_as(found, theirs(other("sd2-base") / "unet"))
     assert [file.name for file in found.models["vae"].files] == [
         f"diffusion_pytorch_model.{variant}.safetensors" if variant else FILE
     ]
     with pytest.raises(InputError, match=r"--base maker/model: maker/model is no single file and no UNet alone"):
-        open_checkpoint("maker/model", base="maker/model")
+        open_checkpoint("maker/model", ConvertOptions(base="maker/model"))
     with pytest.raises(InputError, match=r"--base --variant nothing: .*it has "):
-        open_checkpoint(str(path), base="maker/model", variant="nothing")
+        open_checkpoint(str(path), ConvertOptions(base="maker/model", variant="nothing"))

@@ -206,7 +206,7 @@ def test_generate_and_its_record(sd1: Path, tmp_path: Path, psnr_db: Psnr) -> No
 
 def refused(files: Path, checkpoint: Path, **options: Any) -> str:
     with pytest.raises(DiffusionError) as error:
-        open_checkpoint(str(checkpoint), ip_adapters=[str(files)], **options)
+        open_checkpoint(str(checkpoint), ConvertOptions(ip_adapters=[str(files)], **options))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -234,7 +234,7 @@ def test_what_is_refused(
     said = refused(tmp_path / "other.safetensors", sd1, image_encoder=str(files / "image_encoder"))
     assert "projection_dim 9, but this one's is 24" in said
     with pytest.raises(InputError, match="is for --ip-adapter"):
-        open_checkpoint(str(sd1), image_encoder=str(files))
+        open_checkpoint(str(sd1), ConvertOptions(image_encoder=str(files)))
     with pytest.raises(InputError, match="comfyui and --ip-adapter"):
         convert(sd1, tmp_path / "out", ConvertOptions(layout="comfyui", ip_adapters=plain))
     cases: list[tuple[dict[str, Any], str]] = [

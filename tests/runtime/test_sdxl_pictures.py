@@ -172,7 +172,7 @@ def test_what_stands_for_no_negative_prompt_is_diffusers_choice(
     assert made.variants["original"].force_zeros_for_empty_prompt == expected
     path = compvis_layout.write(folder, tmp_path / "model.safetensors")
     save_file({name: value for name, value in load_file(path).items() if name.startswith("model.")}, path)
-    alone = open_checkpoint(str(path), base=str(folder))
+    alone = open_checkpoint(str(path), ConvertOptions(base=str(folder)))
     assert alone.pipeline_config == open_checkpoint(str(folder)).pipeline_config
 
 

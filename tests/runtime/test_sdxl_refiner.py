@@ -205,9 +205,9 @@ def test_a_refiner_in_one_file(tiny_checkpoint: Callable[[str], Path], tmp_path:
 
     base, folder = (tiny_checkpoint(name) for name in ("sdxl", "sdxl-refiner"))
     path = compvis_layout.write(folder, tmp_path / "refiner.safetensors")
-    whole = open_checkpoint(str(base), refiner=str(path))
+    whole = open_checkpoint(str(base), ConvertOptions(refiner=str(path)))
     save_file({name: value for name, value in load_file(path).items() if name.startswith("model.")}, path)
-    alone = open_checkpoint(str(base), refiner=str(path))
+    alone = open_checkpoint(str(base), ConvertOptions(refiner=str(path)))
     theirs = compvis_layout.read_weights(folder, "unet")
     for found in (whole, alone):
         ours = found.models["refiner"].tensors()
@@ -223,7 +223,7 @@ def test_what_cannot_be_is_said(models: Path, tiny_checkpoint: Callable[[str], P
         (sdxl, "nowhere", "--refiner nowhere: no such file"),
     ):
         with pytest.raises(Exception, match=message):
-            open_checkpoint(source, refiner=second)
+            open_checkpoint(source, ConvertOptions(refiner=second))
     pipeline: Pipeline = load_pipeline(models, "torch")
     failing: tuple[tuple[dict[str, Any], str], ...] = (
         ({"refiner_start": 1.0}, "more than 0 and less than 1"),

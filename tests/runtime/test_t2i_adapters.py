@@ -191,7 +191,7 @@ def test_generate_and_its_record(sd1: Path, tmp_path: Path, psnr_db: Psnr) -> No
 
 def refused(checkpoint: Path, *sources: Path) -> str:
     with pytest.raises(DiffusionError) as error:
-        open_checkpoint(str(checkpoint), t2i_adapters=[str(one) for one in sources])
+        open_checkpoint(str(checkpoint), ConvertOptions(t2i_adapters=[str(one) for one in sources]))
     assert "\n" not in str(error.value)
     return str(error.value)
 

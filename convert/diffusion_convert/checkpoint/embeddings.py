@@ -15,7 +15,7 @@ from diffusion_convert.checkpoint.computed import Computed
 from diffusion_convert.checkpoint.family import text_length
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.vocabulary import numbers_of
-from diffusion_convert.options import Embedding
+from diffusion_convert.option_values import Embedding
 from diffusion_runtime.bundle.manifest import AddedEmbedding
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import TEXT_ENCODERS

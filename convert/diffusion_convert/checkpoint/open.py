@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,112 +18,87 @@ from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.refiner import FAMILY, with_refiner
 from diffusion_convert.checkpoint.t2i_adapter import IN_PIPELINE, with_t2i_adapters
 from diffusion_convert.checkpoint.vae import PREVIEW, with_vae
-from diffusion_convert.options import Embedding, Lora, check_path
+from diffusion_convert.option_values import check_path
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, DiffusionError, InputError
 from diffusion_runtime.families import COMPONENTS, FAMILIES, T5, TEXT_ENCODERS, UNET
 from diffusion_runtime.real_path import real_path
 
 
-def open_checkpoint(
-    source: str,
-    *,
-    revision: str | None = None,
-    family: str | None = None,
-    variant: str | None = None,
-    base: str | None = None,
-    refiner: str | None = None,
-    controlnets: Sequence[str] = (),
-    vae: str | None = None,
-    preview_vae: str | None = None,
-    loras: Sequence[Lora] = (),
-    lora_partial: bool = False,
-    embeddings: Sequence[Embedding] = (),
-    ip_adapters: Sequence[str] = (),
-    image_encoder: str | None = None,
-    no_t5: bool = False,
-    t2i_adapters: Sequence[str] = (),
-) -> Checkpoint:
+def open_checkpoint(source: str, options: ConvertOptions | None = None) -> Checkpoint:
     """The checkpoint that ``source`` names: a folder in diffusers' layout, a single .safetensors, .ckpt or .gguf
-    file, or the id of a repository on the Hugging Face Hub, with another VAE and LoRAs put in.
-    ``variant``: of a folder's weights, as in diffusers; with a single file, of those of ``base``. ``base``: another
-    checkpoint, which gives what a single file, or a UNet's folder or repository, lacks. ``refiner``: of an SDXL
-    base, taken along. ``controlnets``: folders or ids of ControlNets for its UNet. ``no_t5``: of Stable Diffusion
-    3, T5 is left out. ``lora_partial``: what of a LoRA has no place in the checkpoint is left out, and is no error.
-    ``embeddings``: textual inversions. ``ip_adapters``: files, or OWNER/NAME/FILE on the Hub; ``image_encoder``:
-    theirs, None: the folder of that name beside the first. ``t2i_adapters``: folders or ids.
+    file, or the id of a repository on the Hugging Face Hub, with what ``options`` put in: another VAE, LoRAs and
+    so on. Of the options those are looked at that `Option.opening` marks. ``variant``: of a folder's weights, as in
+    diffusers; with a single file, of those of ``base``.
 
     No weight is read. Raises CheckpointError or InputError, in one line, for what cannot be used.
     """
-    named = (
-        ("--vae ", vae),
-        ("--preview-vae ", preview_vae),
-        ("--base ", base),
-        ("--refiner ", refiner),
-        *(("--controlnet ", one) for one in controlnets),
-    )
-    for option, given in (("", source), *named):
-        check_path(option, given)
-    checkpoint = _open_source(source, revision, family, variant, base, vae is not None, no_t5)
-    for option, of_vae, subfolder in (("--vae", vae, "vae"), ("--preview-vae", preview_vae, PREVIEW)):
+    check_path("", source)
+    options = options or ConvertOptions()
+    checkpoint = _open_source(source, options)
+    for option, of_vae, subfolder in (
+        ("--vae", options.vae, "vae"),
+        ("--preview-vae", options.preview_vae, PREVIEW),
+    ):
         if of_vae is not None:
             with _given_as(option):
                 fetch = partial(repository.fetch_network, part="vae") if is_repository_id(of_vae) else None
                 checkpoint = with_vae(checkpoint, of_vae, fetch, subfolder)
-    checkpoint = _without_t5(checkpoint) if no_t5 else checkpoint
-    for_unets = {"--refiner": refiner, "--controlnet": controlnets, "--lora": loras, "--embedding": embeddings}
-    _refuse_without_unet(checkpoint, {**for_unets, "--ip-adapter": ip_adapters})
+    checkpoint = _without_t5(checkpoint) if options.no_t5 else checkpoint
+    _refuse_without_unet(checkpoint, options)
     _check_fits(checkpoint)
     refuse_other_uses(checkpoint)
-    if refiner is not None:
-        checkpoint = with_refiner(checkpoint, refiner, _open_refiner(refiner, checkpoint))
-    if controlnets:
+    return _with_networks(checkpoint, options)
+
+
+def _with_networks(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
+    """With what is put beside the checkpoint's own networks, or into them."""
+    if options.refiner is not None:
+        checkpoint = with_refiner(checkpoint, options.refiner, _open_refiner(options.refiner, checkpoint))
+    if options.controlnets:
         with _given_as("--controlnet"):
-            checkpoint = with_controlnets(checkpoint, controlnets, partial(_fetch_network, part=KIND))
-    with _given_as("--lora"):
-        checkpoint = lora.fuse(checkpoint, loras, lora_partial) if loras else checkpoint
-    with _given_as("--embedding"):
-        checkpoint = with_embeddings(checkpoint, embeddings) if embeddings else checkpoint
-    if t2i_adapters:
-        checkpoint = with_t2i_adapters(checkpoint, t2i_adapters, partial(_fetch_network, part=IN_PIPELINE))
-    return _with_ip_adapters(checkpoint, ip_adapters, image_encoder)
+            checkpoint = with_controlnets(checkpoint, options.controlnets, partial(_fetch_network, part=KIND))
+    if options.loras:
+        with _given_as("--lora"):
+            checkpoint = lora.fuse(checkpoint, options.loras, options.lora_partial)
+    if options.embeddings:
+        with _given_as("--embedding"):
+            checkpoint = with_embeddings(checkpoint, options.embeddings)
+    if options.t2i_adapters:
+        fetch = partial(_fetch_network, part=IN_PIPELINE)
+        checkpoint = with_t2i_adapters(checkpoint, options.t2i_adapters, fetch)
+    return _with_ip_adapters(checkpoint, options.ip_adapters, options.image_encoder)
 
 
-def _open_source(
-    source: str,
-    revision: str | None,
-    family: str | None,
-    variant: str | None,
-    base: str | None,
-    has_vae: bool,
-    no_t5: bool,
-) -> Checkpoint:
-    """What is named, without what users add to it. ``has_vae``: a file need not hold one, as another is given."""
-    path, without = Path(source).expanduser(), diffusers_folder.T5_PARTS if no_t5 else ()
+def _open_source(source: str, options: ConvertOptions) -> Checkpoint:
+    """What is named, without what users add to it."""
+    revision, family, variant, base = options.revision, options.family, options.variant, options.base
+    path, without = Path(source).expanduser(), diffusers_folder.T5_PARTS if options.no_t5 else ()
     if revision is not None and path.exists():
         raise InputError(f"--revision {revision}: {source} is on this machine, where there is but one")
     if path.is_file() and variant is not None and base is None:
         raise InputError(f"--variant {variant}: {source} is one file, whose weights have no variants")
     if base is not None and not path.is_file():
-        return _open_unet(source, path, _open_base(base), revision, family, variant)
+        return _open_unet(source, path, _open_base(base), options)
     if path.is_dir():
         origin = Source(name=real_path(path).name, license=diffusers_folder.read_license(path))
         return diffusers_folder.open_folder(path, origin, family, variant, without)
     if path.is_file():
         rest = None if base is None else _open_base(base, variant)
-        return single_file.open_single_file(path, family, has_vae, rest)
-    if is_repository_id(source):
-        return repository.open_repository(source, revision, family, variant, without)
-    raise CheckpointError(f"{source}: no such file or folder")
+        return single_file.open_single_file(path, family, options.vae is not None, rest)
+    return repository.open_repository(_repository_id(source), revision, family, variant, without)
 
 
-def _refuse_without_unet(checkpoint: Checkpoint, for_unets: Mapping[str, object]) -> None:
-    """Raise InputError for the first of these options that is given, where the models have no UNet."""
+def _refuse_without_unet(checkpoint: Checkpoint, options: ConvertOptions) -> None:
+    """Raise InputError for the first option that is for UNets alone, where the models have none."""
     family = FAMILIES[checkpoint.family]
     if family.denoiser is UNET:
         return
-    for option in (option for option, asked in for_unets.items() if asked):
-        raise InputError(f"{option}: it is for models with a UNet, and {family.title} has none: leave it out")
+    for option in ("refiner", "controlnets", "loras", "embeddings", "ip_adapters"):
+        if getattr(options, option):
+            flag = f"--{option.removesuffix('s').replace('_', '-')}"
+            raise InputError(f"{flag}: it is for models with a UNet, and {family.title} has none: leave it out")
 
 
 def _with_ip_adapters(checkpoint: Checkpoint, sources: Sequence[str], image_encoder: str | None) -> Checkpoint:
@@ -160,27 +135,29 @@ def _without_t5(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _fetch_network(source: str, part: str) -> Path:
+    return repository.fetch_network(_repository_id(source), part)
+
+
+def _repository_id(source: str) -> str:
+    """``source``, which is on this machine no file or folder, if it is of the form of an id."""
     if not is_repository_id(source):
         raise CheckpointError(f"{source}: no such file or folder")
-    return repository.fetch_network(source, part)
+    return source
 
 
 def _open_base(base: str, variant: str | None = None) -> Checkpoint:
     with _given_as("--base"):
-        return open_checkpoint(base, variant=variant)
+        return open_checkpoint(base, ConvertOptions(variant=variant))
 
 
-def _open_unet(
-    source: str, path: Path, base: Checkpoint, revision: str | None, family: str | None, variant: str | None
-) -> Checkpoint:
+def _open_unet(source: str, path: Path, base: Checkpoint, options: ConvertOptions) -> Checkpoint:
     if path.is_dir():
-        origin = Source(name=diffusers_unet.name_of(real_path(path)), license=diffusers_folder.read_license(path))
-        return unet_alone.open_unet(path, origin, base, family, variant)
-    if not is_repository_id(source):
-        raise CheckpointError(f"{source}: no such file or folder")
-    folder = repository.fetch_unet(source, revision, variant)
-    origin = Source(name=source, revision=folder.name, license=diffusers_folder.read_license(folder))
-    return unet_alone.open_unet(folder, origin, base, family, variant)
+        folder, name, revision = path, diffusers_unet.name_of(real_path(path)), None
+    else:
+        folder = repository.fetch_unet(_repository_id(source), options.revision, options.variant)
+        name, revision = source, folder.name
+    origin = Source(name=name, revision=revision, license=diffusers_folder.read_license(folder))
+    return unet_alone.open_unet(folder, origin, base, options.family, options.variant)
 
 
 def _open_refiner(source: str, checkpoint: Checkpoint) -> Checkpoint:

@@ -21,7 +21,8 @@ from diffusion_convert.conversion.plan import Part, Plan, identify, make_plan, s
 from diffusion_convert.conversion.previous import Kept, Previous, kept_of, read
 from diffusion_convert.conversion.workspace import Workspace, check_space, clear, workspace
 from diffusion_convert.export import export
-from diffusion_convert.options import ConvertOptions, check_path
+from diffusion_convert.option_values import check_path
+from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.atomic import check_writable, commit, locked, work
 from diffusion_runtime.bundle.integrity import Hashes
 from diffusion_runtime.bundle.manifest import Manifest
@@ -94,24 +95,7 @@ def _locked(source: str, output: Path, options: ConvertOptions, progress: Progre
 
 def _plan(source: str, options: ConvertOptions, previous: Previous, progress: Progress) -> Plan:
     progress(Event("", Phase.OPEN, 0.0))
-    checkpoint = open_checkpoint(
-        source,
-        revision=options.revision,
-        family=options.family,
-        variant=options.variant,
-        base=options.base,
-        refiner=options.refiner,
-        controlnets=options.controlnets,
-        vae=options.vae,
-        preview_vae=options.preview_vae,
-        loras=options.loras,
-        lora_partial=options.lora_partial,
-        embeddings=options.embeddings,
-        ip_adapters=options.ip_adapters,
-        t2i_adapters=options.t2i_adapters,
-        image_encoder=options.image_encoder,
-        no_t5=options.no_t5,
-    )
+    checkpoint = open_checkpoint(source, options)
     checkpoint = replace(checkpoint, clip_skip=options.clip_skip)
     options = replace(
         options,

@@ -16,7 +16,7 @@ from diffusion_convert.checkpoint.lora.kinds import Layer
 from diffusion_convert.checkpoint.lora.places import TEXT_LAYER, Place, places, text_layers
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.torch_networks import listed
-from diffusion_convert.options import Lora
+from diffusion_convert.option_values import Lora
 from diffusion_runtime.bundle.manifest import FusedLora
 from diffusion_runtime.errors import InputError
 
