@@ -256,11 +256,7 @@ def _crossing(variable: Variable) -> Crossing | None:
 
 def _stored_bytes(operation: Operation) -> int:
     """Bytes that a constant's values take in a weight file, their records included."""
-    values = [
-        *operation.attributes.values(),
-        *(item for bindings in operation.inputs.values() for item in bindings),
-    ]
-    kinds = [value.type for value in values if isinstance(value, Value) and isinstance(value.data, Blob)]
+    kinds = [value.type for _, value in operation.values if isinstance(value.data, Blob)]
     return sum(ALIGNMENT * (1 + -(-_size(kind) // ALIGNMENT)) for kind in kinds if isinstance(kind, TensorType))
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from diffusion_convert.bundle.clients import CLIENTS, TASKS, Needs, compatibility_table, needs_of
+from diffusion_convert.bundle.clients import CLIENTS, Client, Needs
 from diffusion_convert.bundle.model_card import model_card
+from diffusion_convert.bundle.needs import needs_of
 from diffusion_runtime.bundle.manifest import Component, Manifest, Tensor
-from diffusion_runtime.families import FAMILIES
+from diffusion_runtime.families import FAMILIES, Layout
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 SWIFT, MOCHI, HUGGING_FACE, PYTHON = (client.name for client in CLIENTS[:4])
@@ -24,6 +26,51 @@ SCHEDULE = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A column of README's table: kinds of models as `convert` writes them, and what they ask of an app."""
+
+    title: str
+    needs: frozenset[Needs] = field(default_factory=frozenset)
+
+
+TASKS: tuple[Task, ...] = (
+    Task("SD 1", frozenset({Needs.NOT_FOR_PADDING_0})),
+    Task("SD 2 base", frozenset({Needs.STATES_1024})),
+    Task("SD 2 768-v", frozenset({Needs.STATES_1024, Needs.V_PREDICTION})),
+    Task("the same with `--fold prediction`", frozenset({Needs.STATES_1024, Needs.FOLDED_PREDICTION})),
+    Task("v, zero SNR", frozenset({Needs.ZERO_SNR})),
+    Task("SDXL", frozenset({Needs.SDXL})),
+    Task("SD 3", frozenset({Needs.SD3})),
+    Task("refiner", frozenset({Needs.REFINER})),
+    Task("LCM with a guidance input", frozenset({Needs.NOT_FOR_PADDING_0, Needs.GUIDANCE_INPUT})),
+    Task("from a picture", frozenset({Needs.PICTURE})),
+    Task("ControlNets of SD 1", frozenset({Needs.CONTROLNETS})),
+    Task("ControlNets of SDXL", frozenset({Needs.CONTROLNETS, Needs.CONTROLNETS_XL})),
+    Task("in-painting models", frozenset({Needs.IN_PAINTING})),
+    Task("depth", frozenset({Needs.DEPTH})),
+    Task("x4 upscaler", frozenset({Needs.UPSCALING})),
+    Task("InstructPix2Pix", frozenset({Needs.EDITING})),
+)
+
+
+def compatibility_table() -> str:
+    """README's table of apps and tasks, in Markdown."""
+    rows = [
+        ("", *(task.title for task in TASKS)),
+        ("---", *("---" for _ in TASKS)),
+        *(
+            (_named(client), *("no" if client.obstacles(task.needs) else "yes" for task in TASKS))
+            for client in CLIENTS
+        ),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _named(client: Client) -> str:
+    return client.name if client.layout is Layout.APPLE else f"{client.name} (`--layout {client.layout.value}`)"
 
 
 def made(family: str, scale: float | None = None, **changes: object) -> Manifest:

@@ -8,15 +8,8 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from diffusion_convert.bundle.clients import (
-    Needs,
-    Place,
-    needs_of,
-    running,
-    steering,
-    tokens_of_encoder,
-    tokens_of_unet,
-)
+from diffusion_convert.bundle.how_to_run import REPOSITORY, place_of, running, steering, title_of
+from diffusion_convert.bundle.needs import tokens_of_encoder, tokens_of_unet
 from diffusion_convert.bundle.zip_names import zip_names
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.bundle.find import KINDS
@@ -29,13 +22,10 @@ from diffusion_runtime.families import (
     AttentionKind,
     Layout,
     compiled_names,
-    preferred,
 )
 from diffusion_runtime.images import load
 
 CARD_NAME = "README.md"
-REPOSITORY = "REPOSITORY"
-"""Stands in the card for the repository's id until it is published."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _SAMPLE = "sample"
 _HUB_LICENSES = frozenset(
@@ -110,7 +100,7 @@ def model_card(
     first = next(iter(variants.values()))
     sections = [
         "\n".join(_header(first)),
-        f"# {_title(first)} for Core ML",
+        f"# {title_of(first)} for Core ML",
         _origin(first),
         *_folded(first),
         *([f"![A picture made with these models]({picture})"] if picture else []),
@@ -145,10 +135,6 @@ def _header(made: Manifest) -> Iterator[str]:
     yield "tags:"
     yield from (f"- {tag}" for tag in ("core-ml", "coreml", "stable-diffusion", task))
     yield "---"
-
-
-def _title(made: Manifest) -> str:
-    return made.name.rstrip("/").rpartition("/")[2]
 
 
 def _is_hub_id(name: str) -> bool:
@@ -261,7 +247,7 @@ coreml-sd generate models --prompt "a photograph of an astronaut riding a horse"
 
 """
     shown = ours if made.layout is Layout.APPLE else ""
-    return f"{_long_prompts(made)}{shown}{running(made, _place(made, variants, units), kinds)}"
+    return f"{_long_prompts(made)}{shown}{running(made, place_of(made, variants, units), kinds)}"
 
 
 def _controlnets(variants: Collection[str], made: Manifest, kinds: Collection[str]) -> Iterator[str]:
@@ -279,46 +265,7 @@ def _controlnets(variants: Collection[str], made: Manifest, kinds: Collection[st
     units = AttentionKind(next(iter(variants))).about.compute_units
     yield f"""Pictures that steer are of {made.width}x{made.height} pixels.
 
-{steering(made, _place(made, variants, units), kinds)}"""
-
-
-def _place(made: Manifest, variants: Collection[str], units: str) -> Place:
-    """Where the models are and what they are called, for `Client.how`."""
-    needs = needs_of(made)
-    kind = "3" if Needs.SD3 in needs else "XL" if needs & {Needs.SDXL, Needs.REFINER} else ""
-    name = next(iter(made.controlnets), "")
-    scale = f"encoderScaleFactor and decoderScaleFactor at {made.latents.scale:g}"
-    if made.latents.shift:
-        scale += f", and decoderShiftFactor at {made.latents.shift:g}"
-    return Place(
-        repository=REPOSITORY,
-        title=_title(made),
-        source=made.source.name,
-        attention=next(iter(variants)),
-        camel_units=_camel(units),
-        upper_units=units.upper().replace("-", "_"),
-        by_processor=_by_processor(variants),
-        pipeline=f"StableDiffusion{kind}Pipeline",
-        scale=f" with {scale}," if kind else "",
-        kind_option={"3": " --sd3", "XL": " --xl"}.get(kind, ""),
-        is_kind={"3": ", isSD3: true", "XL": ", isXL: true"}.get(kind, ""),
-        controlnet=name,
-        controlnet_title=compiled_names(f"{COMPONENTS['controlnet'].several}{name}")[0].rpartition("/")[2],
-    )
-
-
-def _by_processor(variants: Collection[str]) -> str:
-    """The best of the variants for each processor, as a choice."""
-    best = {
-        name: next((kind.value for kind in preferred(units) if kind.value in variants), "")
-        for units, name in PROCESSORS.items()
-    }
-    return ", ".join(f"`{kind}` for the {name}" for name, kind in best.items() if kind)
-
-
-def _camel(units: str) -> str:
-    first, *rest = units.split("-")
-    return first + "".join({"ne": "NeuralEngine", "gpu": "GPU"}.get(part, part.capitalize()) for part in rest)
+{steering(made, place_of(made, variants, units), kinds)}"""
 
 
 def _quality_note(variants: Mapping[str, Manifest]) -> str:

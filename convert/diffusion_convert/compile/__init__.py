@@ -21,7 +21,7 @@ from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.links import share_file
 from diffusion_runtime.mil.package import Package, open_package, resolve, specification_path
-from diffusion_runtime.mil.program import Blob, Function, Value, operations
+from diffusion_runtime.mil.program import Blob, Function, operations
 from diffusion_runtime.mil.text import TEXT_NAME, write_text
 from diffusion_runtime.real_path import real_path
 
@@ -111,8 +111,7 @@ def check_weights(package: Package, function: Function) -> frozenset[str]:
     """The weight files of ``function``, as its blobs name them. Raises PackageError for one that is not whole."""
     paths = set()
     for operation in operations(function.block):
-        inline = [item for bindings in operation.inputs.values() for item in bindings if isinstance(item, Value)]
-        for value in (*operation.attributes.values(), *inline):
+        for _, value in operation.values:
             if isinstance(value.data, Blob):
                 package.check_blob(value)
                 paths.add(value.data.path)

@@ -11,7 +11,7 @@ from diffusion_convert.compile.op_versions import histogram_key
 from diffusion_runtime.errors import UnsupportedError
 from diffusion_runtime.families import SYSTEMS, compiles
 from diffusion_runtime.mil.model import Model
-from diffusion_runtime.mil.program import Feature, Function, Value, operations
+from diffusion_runtime.mil.program import Feature, Function, operations
 from diffusion_runtime.mil.text import OPSETS
 
 UNCOUNTED = frozenset({"const"})
@@ -93,20 +93,11 @@ def _unsupported_function(function: Function) -> Iterator[str]:
 
 
 def _strings(function: Function) -> Iterator[str]:
-    for operation in operations(function.block):
-        for value in operation.attributes.values():
-            yield from _texts(value)
-        for bindings in operation.inputs.values():
-            for binding in bindings:
-                if isinstance(binding, Value):
-                    yield from _texts(binding)
-
-
-def _texts(value: Value) -> Iterator[str]:
-    if isinstance(value.data, str):
-        yield value.data
-    elif isinstance(value.data, np.ndarray) and value.data.dtype.kind == "O":
-        yield from value.data.ravel().tolist()
+    for _, value in (pair for operation in operations(function.block) for pair in operation.values):
+        if isinstance(value.data, str):
+            yield value.data
+        elif isinstance(value.data, np.ndarray) and value.data.dtype.kind == "O":
+            yield from value.data.ravel().tolist()
 
 
 def _plain(text: str) -> bool:

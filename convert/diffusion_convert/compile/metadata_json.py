@@ -79,7 +79,7 @@ def palette_bits(operation: Operation) -> int | None:
     """
     if operation.type not in _PALETTES:
         return None
-    table = next(value for name, value in _values(operation) if name == "lut")
+    table = next(value for name, value in operation.values if name == "lut")
     shape = table.type.shape if isinstance(table.type, TensorType) else ()
     # The last axis of the iOS 18 form holds vectors; palettes of ours have vectors of one element.
     entries = shape[0] if len(shape) == 1 else shape[-2]
@@ -145,7 +145,7 @@ def _schema(feature: Feature) -> dict[str, str]:
 
 def _stored(operation: Operation) -> Iterator[str]:
     """Names of the forms in which an operation keeps values in a weight file."""
-    blobs = [value for _, value in _values(operation) if isinstance(value.data, Blob)]
+    blobs = [value for _, value in operation.values if isinstance(value.data, Blob)]
     if not blobs:
         return
     bits = palette_bits(operation)
@@ -163,12 +163,6 @@ def _stored_name(value: Value) -> str:
     # What is no tensor in a weight file is bytes.
     kind = value.type.dtype if isinstance(value.type, TensorType) else DType.UINT8
     return kind.value.replace("fp", "Float").replace("uint", "UInt").replace("int", "Int")
-
-
-def _values(operation: Operation) -> Iterator[tuple[str, Value]]:
-    yield from operation.attributes.items()
-    for name, bindings in operation.inputs.items():
-        yield from ((name, binding) for binding in bindings if isinstance(binding, Value))
 
 
 def _joined(names: Iterable[str]) -> str:

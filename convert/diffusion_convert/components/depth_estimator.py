@@ -11,6 +11,7 @@ from torch import nn
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
+from diffusion_convert.components.vae_encoder import plain_patches
 from diffusion_convert.networks import depth_estimator
 from diffusion_runtime.families import AttentionKind
 
@@ -39,17 +40,9 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
         module=Reference(model) if attention is None else depth_estimator(model, attention),
         inputs=(Port("pixel_values", pixels, description="The picture, resized, in -1..1"),),
         outputs=(Port("predicted_depth", (1, size, size), "float32", "Inverse depth: the larger, the nearer"),),
-        sample=lambda seed: {"pixel_values": _picture(pixels, seed).astype(np.float16)},
+        sample=lambda seed: {"pixel_values": plain_patches(pixels, PLAIN_SIZE, seed).astype(np.float16)},
         description="Estimates how near everything in a picture is.",
     )
-
-
-def _picture(size: tuple[int, ...], seed: int) -> np.ndarray:
-    """Patches of plain colour with some noise, in -1..1."""
-    rng = np.random.default_rng(seed)
-    patches = rng.uniform(-1, 1, (*size[:2], size[2] // PLAIN_SIZE, size[3] // PLAIN_SIZE))
-    smooth = patches.repeat(PLAIN_SIZE, axis=2).repeat(PLAIN_SIZE, axis=3)
-    return np.clip(smooth + 0.1 * rng.standard_normal(size), -1, 1)
 
 
 DEPTH_ESTIMATOR = Component(

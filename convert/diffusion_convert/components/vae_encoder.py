@@ -81,17 +81,17 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
                 "The mean and the log-variance of the latents, not scaled",
             ),
         ),
-        sample=lambda seed: {"x": _picture(size, factor, seed).astype(np.float16).astype(dtype)},
+        sample=lambda seed: {"x": plain_patches(size, factor, seed).astype(np.float16).astype(dtype)},
         description="Encodes a picture into the mean and log-variance of its latents.",
         exact=wide_parts(checkpoint, "encoder", "quant_conv"),
     )
 
 
-def _picture(size: tuple[int, ...], factor: int, seed: int) -> np.ndarray:
-    """Blocks of plain colour with some noise, in -1..1."""
+def plain_patches(size: tuple[int, ...], side: int, seed: int) -> np.ndarray:
+    """A picture of plain patches of so many pixels, with some noise, in -1..1."""
     rng = np.random.default_rng(seed)
-    blocks = rng.uniform(-1, 1, (*size[:2], size[2] // factor, size[3] // factor))
-    smooth = blocks.repeat(factor, axis=2).repeat(factor, axis=3)
+    patches = rng.uniform(-1, 1, (*size[:2], size[2] // side, size[3] // side))
+    smooth = patches.repeat(side, axis=2).repeat(side, axis=3)
     return np.clip(smooth + 0.1 * rng.standard_normal(size), -1, 1)
 
 

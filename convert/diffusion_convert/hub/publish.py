@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusion_convert.bundle.model_card import CARD_NAME, PICTURES, REPOSITORY, card_of
+from diffusion_convert.bundle.how_to_run import REPOSITORY
+from diffusion_convert.bundle.model_card import CARD_NAME, PICTURES, card_of
 from diffusion_convert.bundle.sizes import size_folder
 from diffusion_convert.bundle.variants import required_variants, sweep_variants
 from diffusion_convert.bundle.zip_names import stem_of, zip_names

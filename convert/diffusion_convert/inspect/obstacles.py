@@ -8,6 +8,7 @@ shapes; published compute plans, in which table look-ups and selections stay on 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -115,7 +116,4 @@ def _attends_at_once(everything: list[Operation]) -> bool:
 
 
 def _counted(types: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for kind in types:
-        counts[kind] = counts.get(kind, 0) + 1
-    return dict(sorted(counts.items()))
+    return dict(sorted(Counter(types).items()))

@@ -115,9 +115,8 @@ def _faults(op: Op, given: Mapping[str, tuple[str | Value, ...]], strings: Mappi
 def _bad_blobs(package: Package, block: Block) -> list[str]:
     faults = []
     for operation in operations(block):
-        literals = [*operation.attributes.values(), *(v for bound in operation.inputs.values() for v in bound)]
-        for value in literals:
-            if isinstance(value, Value) and isinstance(value.data, Blob) and isinstance(value.type, TensorType):
+        for _, value in operation.values:
+            if isinstance(value.data, Blob) and isinstance(value.type, TensorType):
                 try:
                     package.check_blob(value)
                 except PackageError as error:

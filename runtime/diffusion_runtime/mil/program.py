@@ -145,6 +145,12 @@ class Operation:
     attributes: Mapping[str, Value] = field(default_factory=dict)
     blocks: tuple[Block, ...] = ()
 
+    @property
+    def values(self) -> tuple[tuple[str, Value], ...]:
+        """Those that the operation itself holds, by attribute or parameter."""
+        bound = ((name, one) for name, bindings in self.inputs.items() for one in bindings)
+        return (*self.attributes.items(), *((name, one) for name, one in bound if isinstance(one, Value)))
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
