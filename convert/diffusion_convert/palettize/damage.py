@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffusion_convert.palettize.outputs import Samples, seeded_inputs, token_count
+from diffusion_convert.palettize.palette import TOGETHER
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.palettize.palettize_package import errors_as, stored_array
 from diffusion_convert.palettize.select import Weight, palettizable
@@ -89,11 +90,14 @@ def _dtype(elements: int) -> str:
 def _squared_errors(
     package: Package, options: PalettizeOptions, weights: Mapping[str, Weight], candidates: Sequence[int]
 ) -> dict[str, dict[int, float]]:
-    def errors(weight: Weight) -> dict[int, float]:
-        return errors_as(options, weight, stored_array(package, weight.value), candidates)
+    def errors(batch: Sequence[Weight]) -> list[dict[int, float]]:
+        return errors_as(options, [(weight, stored_array(package, weight.value)) for weight in batch], candidates)
 
+    every = list(weights.values())
+    batches = [every[start : start + TOGETHER] for start in range(0, len(every), TOGETHER)]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return dict(zip(weights, pool.map(errors, weights.values()), strict=True))
+        found = [one for batch in pool.map(errors, batches) for one in batch]
+    return dict(zip(weights, found, strict=True))
 
 
 def _sensitivities(

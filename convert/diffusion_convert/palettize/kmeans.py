@@ -1,4 +1,4 @@
-"""Exact one-dimensional k-means over weighted values.
+"""Exact one-dimensional k-means over weighted values, for many sets of values at once.
 
 Clusters of an optimum are intervals of the sorted values, so a clustering is a path from node 0 to node n over the
 gaps between values, where the edge (j, i) costs the weighted squared error of the values j … i - 1 about their
@@ -8,63 +8,63 @@ mean. That cost has the concave Monge property, from which follows all that is u
   minimum-weight k-link path in graphs with the concave Monge property and applications", 1994; for k-means
   Grønlund, Larsen, Mathiasen, Nielsen, Schneider, Song: "Fast exact k-means, k-medians and Bregman divergence
   clustering in 1D", 2017, section 3);
-- where several lengths tie at one penalty, a path of each length between is spliced from two found ones (ibid.);
+- where a penalty finds e edges instead of k, it has shown where the best k-edge path runs: node m of that lies
+  between nodes m - |k - e| and m of the shorter of both. What is left is searched node by node;
 - the best last edge to a node moves right as the node does, which prunes the search for it.
 
 The shortest path of one penalty is found for whole blocks of nodes at once, so that numpy does the work: up to a
 node whose distance is at most one penalty more than the block's start, no edge that begins inside the block is of
-use. A run takes about one and a half blocks per cluster. The result is the optimum up to float64's rounding.
+use. A run takes about one and a half blocks per cluster. Blocks of many sets of values are one call of numpy, which
+otherwise would cost more than its work. The result is the optimum up to float64's rounding.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-_FANOUT = 8
-_INTERPOLATIONS = 12
+_FANOUT = 4
+_RUNS = 12
+_WIDE = 2
+"""Times all nodes: searching so many node by node takes about as long as a run with another penalty."""
 _NEAR = 16
 
-
-def cluster(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
-    """The boundaries of the best ``k`` clusters: int array b of ``k + 1`` with cluster m = values[b[m]:b[m + 1]].
-
-    ``values`` (float64) are finite, distinct and ascending, ``counts`` their positive weights; where there are no
-    more than ``k`` values, each is a cluster of its own.
-    """
-    count = len(values)
-    if k >= count:
-        return np.arange(count + 1)
-    if k == 1:
-        return np.array([0, count])
-    line = _Line.of(values, counts)
-    few, many = _Found(np.array([0, count])), _Found(np.arange(count + 1))
-    penalty = 2 * line.cost(_companded(values, counts, k)) / k
-    for attempt in itertools.count():
-        chord = (line.cost(few.path) - line.cost(many.path)) / (many.edges - few.edges)
-        at_chord = attempt >= _INTERPOLATIONS or not 0 < penalty < np.inf
-        found = _Found(_shortest_path(line, chord if at_chord else penalty), penalty)
-        if found.edges == k:
-            return found.path
-        if at_chord and not few.edges < found.edges < many.edges:
-            break  # both ends are optimal at the penalty of their chord, and so is every length between
-        few, many = (few, found) if found.edges > k else (found, many)
-        penalty = _next_penalty(k, few, many)
-    return _splice(few.path, many.path, k)
+Problem = tuple[np.ndarray, np.ndarray, int]
+"""Values (float64, finite, distinct, ascending), their positive weights (float64), and k."""
 
 
-def nearly(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
+def cluster(problems: Sequence[Problem]) -> list[np.ndarray]:
+    """For each problem the boundaries of the best k clusters: int array b of k + 1 with cluster m =
+    values[b[m]:b[m + 1]]; where there are no more than k values, each is a cluster of its own."""
+    searches = [_Search.of(*problem) for problem in problems]
+    for _ in range(_RUNS):
+        if not (wide := [search for search in searches if search.is_wide]):
+            break
+        paths = _shortest_paths([search.line for search in wide], [search.penalty for search in wide])
+        for search, path in zip(wide, paths, strict=True):
+            search.learn(path)
+    if unfinished := [search for search in searches if search.path is None]:
+        for search, path in zip(unfinished, _paths_within(unfinished), strict=True):
+            search.path = path
+    return [search.path for search in searches if search.path is not None]
+
+
+def nearly(problems: Sequence[Problem]) -> list[np.ndarray]:
     """As `cluster`, with an error at most a percent above the best: where choices are made by it, not palettes.
     Values are taken together, `_NEAR` for each cluster, where they lie closest."""
+    taken = [_taken_together(*problem) for problem in problems]
+    found = cluster([problem for _, problem in taken])
+    return [bounds[boundaries] for (bounds, _), boundaries in zip(taken, found, strict=True)]
+
+
+def _taken_together(values: np.ndarray, counts: np.ndarray, k: int) -> tuple[np.ndarray, Problem]:
+    """The boundaries of small groups of values, and the problem of the groups' means."""
     if len(values) <= _NEAR * k:
-        return cluster(values, counts, k)
+        return np.arange(len(values) + 1), (values, counts, k)
     bounds = _companded(values, counts, _NEAR * k, rounds=0)
-    starts = bounds[:-1]
-    taken = cluster(centroids(values, counts, bounds), np.add.reduceat(counts, starts), k)
-    result: np.ndarray = bounds[taken]
-    return result
+    return bounds, (centroids(values, counts, bounds), np.add.reduceat(counts, bounds[:-1]), k)
 
 
 def centroids(values: np.ndarray, counts: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
@@ -100,6 +100,17 @@ class _Line:
         sums = (counts, counts * centred, counts * centred**2)
         return _Line(*(np.concatenate([[0.0], np.cumsum(terms)]) for terms in sums))
 
+    @staticmethod
+    def joined(lines: Sequence[_Line]) -> tuple[_Line, np.ndarray]:
+        """One after the other, and where each begins."""
+        bases = _begins(np.array([len(line.zeroth) for line in lines]))
+        parts = zip(*((line.zeroth, line.first, line.second) for line in lines), strict=True)
+        return _Line(*(np.concatenate(part) for part in parts)), bases
+
+    def at(self, nodes: np.ndarray) -> _Line:
+        """The sums at ``nodes`` alone."""
+        return _Line(self.zeroth[nodes], self.first[nodes], self.second[nodes])
+
     def cost(self, path: np.ndarray) -> float:
         """The squared error of the clustering ``path``."""
         sizes, firsts = np.diff(self.zeroth[path]), np.diff(self.first[path])
@@ -130,59 +141,152 @@ def _next_penalty(k: int, few: _Found, many: _Found) -> float:
     return float(known.penalty * (known.edges / k) ** 3)
 
 
-def _shortest_path(line: _Line, penalty: float) -> np.ndarray:
-    """The cheapest path from the first node to the last where each edge costs ``penalty`` more."""
-    count = len(line.zeroth) - 1
-    distance = np.zeros(count + 1)
-    reduced = np.zeros(count + 1)  # distance less the second sums, which cancel in all comparisons
-    parent = np.zeros(count + 1, np.int64)
-    settled, step = 0, 1
-    while settled < count:
-        last = min(settled + step, count)
-        rows = np.arange(settled + 1, last + 1)
-        best, value = _row_minima(line, reduced, rows, int(parent[settled]), settled)
-        reached = value + penalty + line.second[rows]
-        beyond = reached > distance[settled] + penalty
-        keep = max(1, int(beyond.argmax())) if beyond.any() else len(rows)
-        block = slice(settled + 1, settled + keep + 1)
-        distance[block], parent[block] = reached[:keep], best[:keep]
-        reduced[block] = value[:keep] + penalty
-        step = 2 * step if keep == len(rows) else keep + keep // 4 + 1
-        settled += keep
-    return _walk(parent)
+@dataclass(slots=True)
+class _Search:
+    """What is known of one problem: optimal paths of fewer and of more edges than ``k``, and ``path``, the best of
+    ``k`` edges, once it is found."""
+
+    line: _Line
+    k: int
+    few: _Found
+    many: _Found
+    penalty: float = 0.0
+    path: np.ndarray | None = None
+
+    @staticmethod
+    def of(values: np.ndarray, counts: np.ndarray, k: int) -> _Search:
+        count, line = len(values), _Line.of(values, counts)
+        search = _Search(line, k, _Found(np.array([0, count])), _Found(np.arange(count + 1)))
+        if k >= count:
+            search.path = search.many.path
+        elif k == 1:
+            search.path = search.few.path
+        else:
+            search.penalty = 2 * line.cost(_companded(values, counts, k)) / k
+        return search
+
+    @property
+    def is_wide(self) -> bool:
+        """True where a run with another penalty is worth its time."""
+        if self.path is not None or not 0 < self.penalty < np.inf:
+            return False
+        lowest, highest = self.bounds()
+        return int((highest - lowest).sum()) > _WIDE * len(self.line.zeroth)
+
+    def learn(self, path: np.ndarray) -> None:
+        """Take in the shortest path at ``penalty``."""
+        found = _Found(path, self.penalty)
+        if found.edges == self.k:
+            self.path = path
+        elif found.edges < self.k:
+            self.few = found
+        else:
+            self.many = found
+        self.penalty = _next_penalty(self.k, self.few, self.many)
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first and the last place of each node of a best path."""
+        few, many = self.few.path, self.many.path
+        missing, surplus = self.k - self.few.edges, self.many.edges - self.k
+        lowest = np.maximum(np.concatenate([np.zeros(missing, np.int64), few]), many[: self.k + 1])
+        highest = np.minimum(np.concatenate([few, np.full(missing, few[-1])]), many[surplus:])
+        # Among paths that tie, rounding may have chosen two that do not go together.
+        return np.minimum(lowest, highest), np.maximum(lowest, highest)
 
 
-def _walk(parent: np.ndarray) -> np.ndarray:
-    path = [len(parent) - 1]
-    while path[-1] > 0:
-        path.append(int(parent[path[-1]]))
+def _shortest_paths(lines: Sequence[_Line], penalties: Sequence[float]) -> list[np.ndarray]:
+    """For each line the cheapest path from its first node to its last where each edge costs its penalty more."""
+    line, bases = _Line.joined(lines)
+    ends = bases + np.array([len(each.zeroth) for each in lines]) - 1
+    distance = np.zeros(len(line.zeroth))
+    reduced = np.zeros(len(line.zeroth))  # distance less the second sums, which cancel in all comparisons
+    parent = np.zeros(len(line.zeroth), np.int64)
+    parent[bases] = bases
+    settled, last, penalty, step = bases, ends, np.array(penalties), np.ones(len(bases), np.int64)
+    while len(settled):
+        lengths = np.minimum(step, last - settled)
+        rows = _ranges(settled + 1, lengths)
+        left, right = parent[settled].repeat(lengths), settled.repeat(lengths)
+        best, value = _row_minima(line, reduced, rows, lengths, left, right)
+        value += penalty.repeat(lengths)
+        reached = value + line.second[rows]
+        numbers = _ranges(np.zeros_like(lengths), lengths)
+        beyond = reached > (distance[settled] + penalty).repeat(lengths)
+        begins = lengths.cumsum() - lengths
+        keep = np.minimum.reduceat(np.where(beyond, numbers, lengths.repeat(lengths)), begins).clip(1)
+        kept = numbers < keep.repeat(lengths)
+        block = rows[kept]
+        distance[block], parent[block], reduced[block] = reached[kept], best[kept], value[kept]
+        step = np.where(keep == lengths, 2 * step, keep + keep // 4 + 1)
+        settled = settled + keep
+        on = settled < last
+        settled, last, penalty, step = settled[on], last[on], penalty[on], step[on]
+    return [_walk(parent, end) - base for base, end in zip(bases.tolist(), ends.tolist(), strict=True)]
+
+
+def _paths_within(searches: Sequence[_Search]) -> list[np.ndarray]:
+    """For each search the best path within its bounds. The places of all nodes stand one after the other."""
+    bounds = [search.bounds() for search in searches]
+    places = [_ranges(lowest, highest - lowest + 1) for lowest, highest in bounds]
+    line, bases = _Line.joined([search.line.at(nodes) for search, nodes in zip(searches, places, strict=True)])
+    reduced, parent = np.zeros(len(line.zeroth)), np.zeros(len(line.zeroth), np.int64)
+    begins = [base + _begins(highest - lowest + 1) for base, (lowest, highest) in zip(bases, bounds, strict=True)]
+    place = np.concatenate(places)
+    parent[bases] = bases
+    for node in range(1, max(search.k for search in searches) + 1):
+        on = [index for index, search in enumerate(searches) if node <= search.k]
+        first, before = (np.array([begins[index][which] for index in on]) for which in (node, node - 1))
+        lengths = np.array([bounds[index][1][node] - bounds[index][0][node] + 1 for index in on])
+        rows = _ranges(first, lengths)
+        left = before.repeat(lengths)
+        right = np.minimum(first.repeat(lengths) - 1, left + place[rows] - 1 - place[left])
+        parent[rows], reduced[rows] = _row_minima(line, reduced, rows, lengths, left, right)
+    return [place[_walk(parent, int(begin[-1]))] for begin in begins]
+
+
+def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """begin … begin + length - 1 for each, one after the other."""
+    result: np.ndarray = (begins - _begins(lengths)).repeat(lengths)
+    result += np.arange(len(result))
+    return result
+
+
+def _begins(lengths: np.ndarray) -> np.ndarray:
+    result: np.ndarray = lengths.cumsum() - lengths
+    return result
+
+
+def _walk(parent: np.ndarray, end: int) -> np.ndarray:
+    path = [end]
+    while (before := int(parent[path[-1]])) != path[-1]:
+        path.append(before)
     return np.array(path[::-1])
 
 
 def _row_minima(
-    line: _Line, reduced: np.ndarray, rows: np.ndarray, left: int, right: int
+    line: _Line, reduced: np.ndarray, rows: np.ndarray, lengths: np.ndarray, left: np.ndarray, right: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each end node in ``rows``, which lie right of ``right``: the best start in left … right, and its value.
+    """For each end node in ``rows`` (of each line so many as ``lengths`` says) the best start in left … right, and
+    its value.
 
     Coarse to fine: of every block of rows the last is solved first, and bounds those before it.
     """
-    best = np.empty(len(rows), np.int64)
+    best = np.zeros(len(rows), np.int64)
     value = np.empty(len(rows))
+    number, count = _ranges(np.ones_like(lengths), lengths), lengths.repeat(lengths)
     stride = 1
-    while stride * _FANOUT <= len(rows):
+    while stride * _FANOUT <= lengths.max():
         stride *= _FANOUT
-    bounds = np.array([left, right])
     while stride:
-        at = np.arange(stride - 1, len(rows), stride)
-        coarse = (at + 1) // (stride * _FANOUT)
-        if len(bounds) > 2:
-            unsolved = (at + 1) % (stride * _FANOUT) != 0
-            at, coarse = at[unsolved], coarse[unsolved]
-        else:
-            coarse[:] = 0
-        if len(at):
-            best[at], value[at] = _ranges_minima(line, reduced, rows[at], bounds[coarse], bounds[coarse + 1])
-        bounds = np.concatenate([[left], best[stride - 1 :: stride], [right]])
+        block = stride * _FANOUT
+        at = ((number % stride == 0) & (number % block != 0)).nonzero()[0]
+        back = number[at] % block
+        first = np.where(back < number[at], best[at - back], left[at])
+        after = at - back + block
+        solved = number[at] - back + block <= count[at]
+        last = np.minimum(np.where(solved, best[after.clip(max=len(best) - 1)], right[at]), right[at])
+        # Rounding may have put the best starts of two rows that tie the wrong way round.
+        best[at], value[at] = _ranges_minima(line, reduced, rows[at], first, np.maximum(first, last))
         stride //= _FANOUT
     return best, value
 
@@ -191,12 +295,9 @@ def _ranges_minima(
     line: _Line, reduced: np.ndarray, rows: np.ndarray, first: np.ndarray, last: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The leftmost best start in first … last (inclusive) for each of ``rows``, and its value."""
-    # Called very often with little to do: array methods, which cost half of what numpy's functions around them do.
     lengths = last - first + 1
-    ends = lengths.cumsum()
-    begins = ends - lengths
-    start = (first - begins).repeat(lengths)
-    start += np.arange(len(start))
+    begins = _begins(lengths)
+    start = _ranges(first, lengths)
     sums = line.first[rows].repeat(lengths)
     sums -= line.first[start]
     sums *= sums
@@ -209,13 +310,3 @@ def _ranges_minima(
     # The leftmost of equal ones, as the Monge property needs it.
     hits = (values == lowest.repeat(lengths)).nonzero()[0]
     return start[hits[hits.searchsorted(begins)]], lowest
-
-
-def _splice(few: np.ndarray, many: np.ndarray, k: int) -> np.ndarray:
-    """A path of ``k`` edges from two that are optimal at one penalty: ``many``'s beginning, ``few``'s end, changed
-    over where an edge of ``few`` spans an edge of ``many`` (the Monge property keeps the sum of both costs)."""
-    shift = k - (len(few) - 1)
-    edges = np.arange(len(few) - 1)
-    spans = (few[edges] <= many[edges + shift]) & (many[edges + shift + 1] <= few[edges + 1])
-    change = int(np.flatnonzero(spans)[0])
-    return np.concatenate([many[: change + shift + 1], few[change + 1 :]])

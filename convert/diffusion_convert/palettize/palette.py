@@ -12,7 +12,6 @@ Entries are stored in the weight's own type. They are rounded from the exact opt
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,14 +24,13 @@ _CHUNK = 1 << 20
 _CACHED = 1 << 16
 _PATTERNS = 1 << 16
 
-_CLUSTERING = threading.Lock()
-"""Clustering is many short calls that need Python's lock: two threads at it took twice the processor's time of one.
-Meanwhile the other counts values, looks them up and packs them."""
+TOGETHER = 12
+"""Weights whose palettes are looked for together: with more, what numpy works on leaves the processor's cache."""
 
 _HALVES = np.arange(_PATTERNS, dtype=np.uint16).view(np.float16).astype(np.float32)
 """float16's values by their bits."""
 
-Cluster = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+Cluster = Callable[[Sequence[kmeans.Problem]], list[np.ndarray]]
 """`kmeans.cluster`, or what does nearly the same."""
 
 
@@ -56,6 +54,18 @@ class _Histogram:
     infinities: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The entries of a palette, as `Palette` has them, and the values that they are for."""
+
+    lut: np.ndarray
+    histogram: _Histogram
+
+
+Part = tuple[np.ndarray, int, str]
+"""A weight or a group of its channels, the bits that its indices shall have, and the weight's name."""
+
+
 def palettize(weight: np.ndarray, bits: int, name: str = "weight") -> Palette:
     """The palette of ``2 ** bits`` entries with the least squared error, and the nearest entry to each element.
 
@@ -63,18 +73,32 @@ def palettize(weight: np.ndarray, bits: int, name: str = "weight") -> Palette:
     is taken. Raises InputError, naming the weight, for NaN, for other types than float16 and float32, and where
     infinities leave no entry for the finite values.
     """
-    histogram = _read_histogram(weight, name)
-    lut = _table(histogram, bits, weight.dtype, name)
-    indices = _nearest(weight, lut)
-    return Palette(lut, indices, _noise(weight, histogram, lut, indices))
+    return indexed(weight, tables([(weight, bits, name)])[0])
 
 
-def squared_errors(weight: np.ndarray, widths: Iterable[int], name: str = "weight") -> dict[int, float]:
-    """Close above what `palettize` gives at each of ``widths``: its palettes are the best ones, these nearly so.
-    The weight is read once, and one of float16 is not indexed."""
-    histogram = _read_histogram(weight, name)
-    tables = {bits: _table(histogram, bits, weight.dtype, name, kmeans.nearly) for bits in widths}
-    return {bits: _noise(weight, histogram, lut) for bits, lut in tables.items()}
+def tables(parts: Iterable[Part]) -> list[Table]:
+    """The tables of `palettize`, of all parts together: a few at a time take less than one by one (`kmeans`)."""
+    described = [(_read_histogram(weight, name), bits, weight.dtype, name) for weight, bits, name in parts]
+    return _tables(described, kmeans.cluster)
+
+
+def indexed(weight: np.ndarray, table: Table) -> Palette:
+    """The nearest entry of its ``table`` to each element."""
+    indices = _nearest(weight, table.lut)
+    return Palette(table.lut, indices, _noise(weight, table, indices))
+
+
+def squared_errors(parts: Sequence[tuple[np.ndarray, str]], widths: Sequence[int]) -> list[dict[int, float]]:
+    """For each weight, given with its name, close above what `palettize` gives at each of ``widths``: its palettes
+    are the best ones, these nearly so. Each weight is read once, and one of float16 is not indexed."""
+    errors = []
+    for start in range(0, len(parts), TOGETHER):
+        taken = parts[start : start + TOGETHER]
+        read = [(_read_histogram(weight, name), weight.dtype, name) for weight, name in taken]
+        described = [(histogram, bits, dtype, name) for histogram, dtype, name in read for bits in widths]
+        made = iter(_tables(described, kmeans.nearly))
+        errors += [{bits: _noise(weight, next(made)) for bits in widths} for weight, _ in taken]
+    return errors
 
 
 def _read_histogram(weight: np.ndarray, name: str) -> _Histogram:
@@ -83,22 +107,34 @@ def _read_histogram(weight: np.ndarray, name: str) -> _Histogram:
     return _half_histogram(weight, name) if weight.dtype == np.float16 else _single_histogram(weight, name)
 
 
-def _table(
-    histogram: _Histogram, bits: int, dtype: np.dtype, name: str, cluster: Cluster = kmeans.cluster
-) -> np.ndarray:
-    """The ``2 ** bits`` entries of the best palette, or of what else ``cluster`` finds."""
-    room = (1 << bits) - len(histogram.infinities)
-    if room < 1 and len(histogram.values):
-        raise InputError(f"{name}: holds both infinities and finite values, for which {bits} bit has no room")
-    lut = _entries(histogram, room, dtype, cluster)
-    return np.concatenate([lut, np.repeat(lut[-1:], (1 << bits) - len(lut))])
+def _tables(described: Sequence[tuple[_Histogram, int, np.dtype, str]], cluster: Cluster) -> list[Table]:
+    """The ``2 ** bits`` entries of the best palette of each histogram, or of what else ``cluster`` finds."""
+    for histogram, bits, _, name in described:
+        if len(histogram.values) and _room(histogram, bits) < 1:
+            raise InputError(f"{name}: holds both infinities and finite values, for which {bits} bit has no room")
+    finite = [(one, _room(one, bits), dtype) for one, bits, dtype, _ in described if len(one.values)]
+    clusters = iter(cluster([(one.values, one.counts, room) for one, room, _ in finite]))
+    made = []
+    for histogram, bits, dtype, _ in described:
+        lut = np.array(histogram.infinities, dtype)
+        if len(histogram.values):
+            means = kmeans.centroids(histogram.values, histogram.counts, next(clusters))
+            between = _refined(histogram.values, histogram.counts, means, dtype)
+            lut = np.concatenate([lut[lut < 0], between, lut[lut > 0]])
+        made.append(Table(np.concatenate([lut, np.repeat(lut[-1:], (1 << bits) - len(lut))]), histogram))
+    return made
 
 
-def _noise(weight: np.ndarray, histogram: _Histogram, lut: np.ndarray, indices: np.ndarray | None = None) -> float:
+def _room(histogram: _Histogram, bits: int) -> int:
+    """The entries of ``bits`` that infinities leave."""
+    return (1 << bits) - len(histogram.infinities)
+
+
+def _noise(weight: np.ndarray, table: Table, indices: np.ndarray | None = None) -> float:
     """The squared error of all elements. float16's distinct values are all in the histogram."""
     if weight.dtype == np.float16:
-        return _squared_error(histogram.values, histogram.counts, lut.astype(np.float64))
-    return energies(weight, lut[_nearest(weight, lut) if indices is None else indices])[1]
+        return _squared_error(table.histogram.values, table.histogram.counts, table.lut.astype(np.float64))
+    return energies(weight, table.lut[_nearest(weight, table.lut) if indices is None else indices])[1]
 
 
 def palettize_groups(weight: np.ndarray, bits: int, axis: int, group_size: int, name: str = "weight") -> Palette:
@@ -108,10 +144,13 @@ def palettize_groups(weight: np.ndarray, bits: int, axis: int, group_size: int, 
     luts = np.empty((len(parts), 1 << bits), weight.dtype)
     indices = np.empty(weight.shape, np.uint8)
     noise = 0.0
-    for group, part in enumerate(parts):
-        palette = palettize(np.ascontiguousarray(weight[part]), bits, name)
-        luts[group], indices[part] = palette.lut, palette.indices
-        noise += palette.squared_error
+    for start in range(0, len(parts), TOGETHER):
+        taken = [np.ascontiguousarray(weight[part]) for part in parts[start : start + TOGETHER]]
+        made = tables((one, bits, name) for one in taken)
+        for group, (one, table) in enumerate(zip(taken, made, strict=True), start):
+            palette = indexed(one, table)
+            luts[group], indices[parts[group]] = palette.lut, palette.indices
+            noise += palette.squared_error
     shape = [1] * weight.ndim
     shape[axis] = len(parts)
     return Palette(luts.reshape(*shape, 1 << bits, 1), indices, noise)
@@ -229,18 +268,6 @@ def _histogram(patterns: np.ndarray, counts: np.ndarray, values: np.ndarray, nam
     weights = np.bincount(inverse, weights=counts[finite], minlength=len(distinct))
     infinities = np.unique(patterns[used[np.isinf(patterns[used])]])
     return _Histogram(distinct, weights, tuple(infinities.tolist()))
-
-
-def _entries(histogram: _Histogram, room: int, dtype: np.dtype, cluster: Cluster) -> np.ndarray:
-    """At most ``room`` finite entries and the infinities, ascending, in ``dtype``."""
-    values, counts = histogram.values, histogram.counts
-    finite = np.empty(0, dtype)
-    if len(values):
-        with _CLUSTERING:
-            means = kmeans.centroids(values, counts, cluster(values, counts, room))
-            finite = _refined(values, counts, means, dtype)
-    infinities = np.array(histogram.infinities, dtype)
-    return np.concatenate([infinities[infinities < 0], finite, infinities[infinities > 0]])
 
 
 def _refined(values: np.ndarray, counts: np.ndarray, means: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -13,13 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_convert.palettize.palette import (
+    TOGETHER,
     Palette,
+    Table,
     group_slices,
+    indexed,
     palettize,
     palettize_groups,
     snr_db,
     squared_errors,
     stored_energies,
+    tables,
 )
 from diffusion_convert.palettize.palettize_options import (
     PER_GROUPED_CHANNEL,
@@ -127,17 +131,41 @@ def _palettes(
     """The palettes of ``targets`` in order, made by ``pool`` but a few ahead of what is taken."""
     by_type = packs_by_type(package)
     pending: deque[Future[_Packed]] = deque()
-    for weight, bits in targets.values():
-        pending.append(pool.submit(_palette, package, options, weight, bits, by_type))
+    for (weight, bits), table in _tables(package, options, list(targets.values()), pool):
+        pending.append(pool.submit(_palette, package, options, weight, bits, by_type, table))
         if len(pending) > _threads():
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
 
 
-def _palette(package: Package, options: PalettizeOptions, weight: Weight, bits: int, by_type: bool) -> _Packed:
+def _tables(
+    package: Package, options: PalettizeOptions, targets: Sequence[tuple[Weight, int]], pool: ThreadPoolExecutor
+) -> Iterator[tuple[tuple[Weight, int], Table | None]]:
+    """Each target with its table, None where it has several; a few weights' tables are made together."""
+
+    def made(batch: Sequence[tuple[Weight, int]]) -> list[Table]:
+        return tables(
+            (stored_array(package, weight.value), bits, weight.name)
+            for weight, bits in batch
+            if _group_axis(options, weight) is None
+        )
+
+    batches = [targets[start : start + TOGETHER] for start in range(0, len(targets), TOGETHER)]
+    ahead = deque(pool.submit(made, batch) for batch in batches[: _threads()])
+    for number, batch in enumerate(batches, len(ahead)):
+        found = iter(ahead.popleft().result())
+        if number < len(batches):
+            ahead.append(pool.submit(made, batches[number]))
+        for target in batch:
+            yield target, next(found) if _group_axis(options, target[0]) is None else None
+
+
+def _palette(
+    package: Package, options: PalettizeOptions, weight: Weight, bits: int, by_type: bool, table: Table | None
+) -> _Packed:
     array = stored_array(package, weight.value)
-    palette = palettize_as(options, weight, array, bits)
+    palette = indexed(array, table) if table is not None else palettize_as(options, weight, array, bits)
     if by_type:
         return _Packed(_as_blocks(palette), palette.indices, palette.squared_error)
     packed = palette.indices.reshape(-1) if bits == 8 else pack(palette.indices, bits)
@@ -153,17 +181,24 @@ def palettize_as(options: PalettizeOptions, weight: Weight, array: np.ndarray, b
 
 
 def errors_as(
-    options: PalettizeOptions, weight: Weight, array: np.ndarray, widths: Sequence[int]
-) -> dict[int, float]:
-    """`palettize_as`'s squared error at each of ``widths``, nearly, for a small part of its time."""
+    options: PalettizeOptions, weights: Sequence[tuple[Weight, np.ndarray]], widths: Sequence[int]
+) -> list[dict[int, float]]:
+    """For each weight and its values `palettize_as`'s squared error at each of ``widths``, nearly, for a small part
+    of its time."""
+    split = [_parts(options, weight, array) for weight, array in weights]
+    named = [(part, weight.name) for (weight, _), parts in zip(weights, split, strict=True) for part in parts]
+    found = iter(squared_errors(named, widths))
+    by_weight = [[next(found) for _ in parts] for parts in split]
+    return [{bits: sum(part[bits] for part in parts) for bits in widths} for parts in by_weight]
+
+
+def _parts(options: PalettizeOptions, weight: Weight, array: np.ndarray) -> list[np.ndarray]:
+    """What shares a palette."""
     axis = _group_axis(options, weight)
     if axis is None:
-        return squared_errors(array, widths, weight.name)
-    parts = [
-        squared_errors(np.ascontiguousarray(array[part]), widths, weight.name)
-        for part in group_slices(array.shape, axis, options.group_size, weight.name)
-    ]
-    return {bits: sum(part[bits] for part in parts) for bits in widths}
+        return [array]
+    slices = group_slices(array.shape, axis, options.group_size, weight.name)
+    return [np.ascontiguousarray(array[part]) for part in slices]
 
 
 def _group_axis(options: PalettizeOptions, weight: Weight) -> int | None:

@@ -50,7 +50,7 @@ def test_error_is_the_least_in_exact_arithmetic(histogram: dict[int, int], k: in
     values = sorted(histogram)
     counts = [histogram[value] for value in values]
     k = min(k, len(values))
-    boundaries = kmeans.cluster(np.array(values, float), np.array(counts, float), k)
+    [boundaries] = kmeans.cluster([(np.array(values, float), np.array(counts, float), k)])
     assert len(boundaries) == k + 1
     assert boundaries[0] == 0
     assert boundaries[-1] == len(values)
@@ -63,7 +63,7 @@ def test_error_is_the_least_in_exact_arithmetic(histogram: dict[int, int], k: in
 def test_every_length_is_found_where_many_tie(k: int) -> None:
     """Evenly spaced equal counts: only the splice of two paths gives most lengths."""
     values, counts = np.arange(32, dtype=float), np.ones(32)
-    boundaries = kmeans.cluster(values, counts, k)
+    [boundaries] = kmeans.cluster([(values, counts, k)])
     assert len(boundaries) == k + 1
     expected = least_error(list(range(32)), [1] * 32, k)
     assert squared_error(values, counts, boundaries) == pytest.approx(float(expected), rel=1e-12)
@@ -83,9 +83,20 @@ def test_never_worse_than_kmeans1d_on_large_histograms(law: str, k: int) -> None
     values, counts = np.unique(drawn.astype(np.float16).astype(np.float64), return_counts=True)
     theirs = kmeans1d.cluster(values, k, weights=counts.astype(float))
     entries = np.array(theirs.centroids)[np.array(theirs.clusters)]
-    ours = squared_error(values, counts.astype(float), kmeans.cluster(values, counts.astype(float), k))
+    [boundaries] = kmeans.cluster([(values, counts.astype(float), k)])
+    ours = squared_error(values, counts.astype(float), boundaries)
     assert ours <= float(np.sum(counts * (values - entries) ** 2)) * (1 + 1e-9)
 
 
 def test_no_more_clusters_than_values() -> None:
-    assert kmeans.cluster(np.array([1.0, 2.0]), np.ones(2), 5).tolist() == [0, 1, 2]
+    assert kmeans.cluster([(np.array([1.0, 2.0]), np.ones(2), 5)])[0].tolist() == [0, 1, 2]
+
+
+def test_many_problems_together_are_each_solved_as_if_alone() -> None:
+    random = np.random.default_rng(3)
+    problems: list[kmeans.Problem] = []
+    for index, k in enumerate((1, 2, 64, 7, 256, 3, 16, 64)):
+        values, counts = np.unique(random.normal(index, 1, 40 << index).astype(np.float16), return_counts=True)
+        problems.append((values.astype(float), counts.astype(float), k))
+    together = kmeans.cluster(problems)
+    assert [found.tolist() for found in together] == [kmeans.cluster([one])[0].tolist() for one in problems]

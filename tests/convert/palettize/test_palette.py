@@ -164,7 +164,7 @@ def test_errors_alone_are_nearly_those_of_the_palettes(dtype: type, granularity:
     array[3, 5] = np.inf
     weight = Weight("weight", Value(TensorType(DType.FLOAT16, array.shape), array), array.shape, 0)
     options = PalettizeOptions(granularity=granularity, group_size=8)
-    found = errors_as(options, weight, array, PALETTE_BITS[1:])
+    [found] = errors_as(options, [(weight, array)], PALETTE_BITS[1:])
     best = {bits: palettize_as(options, weight, array, bits).squared_error for bits in PALETTE_BITS[1:]}
     assert found.keys() == best.keys()
     assert all(best[bits] * (1 - 1e-9) <= found[bits] <= best[bits] * 1.01 for bits in best)
