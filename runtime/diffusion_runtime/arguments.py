@@ -65,15 +65,33 @@ class AdapterArguments(TypedDict, total=False):
     adapter_conditioning_factor: float
 
 
-class Others(SizeArguments, ControlArguments, AdapterArguments, callbacks.Neutral, total=False):
-    """What `Pipeline.__call__` takes and passes on."""
+class PicturePromptArguments(TypedDict, total=False):
+    """What IP-Adapters are asked to draw after; see `Pipeline.__call__`."""
+
+    ip_adapter_image: Pictures | None
+    ip_adapter_image_embeds: Sequence[torch.Tensor | None] | None
+    ip_adapter_scale: float | Sequence[float] | None
 
 
-class Arguments(Others, total=False):
-    """All arguments but the prompt and ``output_type``, for type checkers."""
+class NoiseArguments(TypedDict, total=False):
+    """Where random numbers come from."""
 
-    negative_prompt: Texts | None
-    image: Image.Image | torch.Tensor | None
+    generator: Generators | None
+    seed: int | Sequence[int] | None
+    rng: str
+
+
+class StepArguments(TypedDict, total=False):
+    """Who is told of each step."""
+
+    on_step: Callable[[Step], None] | None
+    callback_on_step_end: callbacks.AtStepEnd | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
+
+
+class RequestArguments(TypedDict, total=False):
+    """Fields of a `Request`, which has the defaults, by their names or those of `RENAMED`."""
+
     mask_image: Image.Image | None
     depth_map: Image.Image | torch.Tensor | None
     height: int | None
@@ -83,22 +101,38 @@ class Arguments(Others, total=False):
     image_guidance_scale: float | None
     strength: float | None
     noise_level: int | None
-    num_images_per_prompt: int
     eta: float
-    generator: Generators | None
-    seed: int | Sequence[int] | None
-    rng: str
     latents: torch.Tensor | None
     long_prompt: bool
     denoising_start: float | None
     denoising_end: float | None
     refiner_start: float | None
-    ip_adapter_image: Pictures | None
-    ip_adapter_image_embeds: Sequence[torch.Tensor | None] | None
-    ip_adapter_scale: float | Sequence[float] | None
-    on_step: Callable[[Step], None] | None
-    callback_on_step_end: callbacks.AtStepEnd | None
-    callback_on_step_end_tensor_inputs: Sequence[str]
+
+
+RENAMED: Mapping[str, str] = {"mask_image": "mask", "depth_map": "depth", "num_inference_steps": "steps"}
+
+
+class Arguments(
+    RequestArguments,
+    NoiseArguments,
+    StepArguments,
+    PicturePromptArguments,
+    SizeArguments,
+    ControlArguments,
+    AdapterArguments,
+    callbacks.Neutral,
+    total=False,
+):
+    """All arguments of `Pipeline.__call__` but the prompt and ``output_type``."""
+
+    negative_prompt: Texts | None
+    image: Image.Image | torch.Tensor | None
+    num_images_per_prompt: int
+
+
+def taken(given: dict[str, Any], kind: Any) -> dict[str, Any]:
+    """The arguments of one of the kinds above, which are left out of ``given`` then."""
+    return {name: given.pop(name) for name in kind.__annotations__ if name in given}
 
 
 class Result(NamedTuple, Generic[Images]):
@@ -161,7 +195,9 @@ def _for_each(name: str, value: Any, count: int) -> list[Any]:
     return values
 
 
-def noise_of(generator: Generators | None, seed: int | Sequence[int] | None, rng: str) -> Noise:
+def noise_of(
+    generator: Generators | None = None, seed: int | Sequence[int] | None = None, rng: str = "torch"
+) -> Noise:
     if generator is not None and seed is not None:
         raise InputError("generator and seed are both given: give one")
     if generator is not None:

@@ -71,15 +71,16 @@ def run_steps(
     control: Control,
     steps: Generator[Step, torch.Tensor | None, None],
     start: Start,
-    on_step: Callable[[Step], None] | None,
-    at_step_end: AtStepEnd | None,
-    tensors: Sequence[str] = ("latents",),
+    on_step: Callable[[Step], None] | None = None,
+    callback_on_step_end: AtStepEnd | None = None,
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
 ) -> torch.Tensor:
     """Go through the steps of a run that begins at ``start`` and tell both callbacks of each; the last latents.
 
     Raises InputError where a callback asks for other tensors than the latents or gives latents that do not fit."""
+    tensors = list(callback_on_step_end_tensor_inputs)
     if set(tensors) - {"latents"}:
-        raise InputError(f"callback_on_step_end_tensor_inputs {list(tensors)}: only 'latents' can be had")
+        raise InputError(f"callback_on_step_end_tensor_inputs {tensors}: only 'latents' can be had")
     latents, changed = start.latents, None
     try:
         while not control.interrupt:
@@ -87,9 +88,9 @@ def run_steps(
             latents, changed = step.latents, None
             if on_step is not None:
                 on_step(step)
-            if at_step_end is not None:
+            if callback_on_step_end is not None:
                 given = dict.fromkeys(tensors, latents)
-                result = at_step_end(control, step.index, start.timesteps[step.index], given)
+                result = callback_on_step_end(control, step.index, start.timesteps[step.index], given)
                 changed = latents = _checked((result or {}).get("latents", latents), latents)
     except StopIteration:
         pass

@@ -63,15 +63,16 @@ class PicturePrompt:
             raise InputError(f"IP-Adapter scale {self.scale!r}: expected a number, usually 0 to 1")
 
 
-def of_arguments(images: Any, embeds: Any, scales: Any) -> tuple[PicturePrompt, ...]:
-    """What diffusers' arguments ask for: one picture or tensor of embeds for each adapter, None for one that is not
+def of_arguments(given: Mapping[str, Any]) -> tuple[PicturePrompt, ...]:
+    """What `arguments.PicturePromptArguments` ask for: one picture or tensor of embeds for each adapter, None for one that is not
     used, and one scale, or one for each. Raises InputError."""
+    images, embeds = given.get("ip_adapter_image"), given.get("ip_adapter_image_embeds")
+    scales, used = given.get("ip_adapter_scale"), images if embeds is None else embeds
     if images is not None and embeds is not None:
         raise InputError("ip_adapter_image and ip_adapter_image_embeds are both given: give one")
-    given = images if embeds is None else embeds
-    if given is None:
+    if used is None:
         return ()
-    several = list(given) if isinstance(given, (list, tuple)) else [given]
+    several = list(used) if isinstance(used, (list, tuple)) else [used]
     if isinstance(scales, dict) or (isinstance(scales, (list, tuple)) and any(isinstance(s, dict) for s in scales)):
         raise InputError("ip_adapter_scale by block: converted models take one number for each IP-Adapter")
     each = list(scales) if isinstance(scales, (list, tuple)) else [scales] * len(several)

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Unpack, overload
 
@@ -35,18 +35,22 @@ from diffusion_runtime import (
 )
 from diffusion_runtime.added_conditions import SizeConditioning
 from diffusion_runtime.arguments import (
+    RENAMED,
     AdapterArguments,
     Arguments,
     ControlArguments,
-    Generators,
-    Others,
+    NoiseArguments,
+    PicturePromptArguments,
+    RequestArguments,
     Result,
     SizeArguments,
+    StepArguments,
     Texts,
     as_output_type,
     check_output_type,
     controls_of,
     noise_of,
+    taken,
     texts_of,
 )
 from diffusion_runtime.bundle.manifest import Manifest, of_refiner
@@ -175,44 +179,12 @@ class Pipeline:
         self, prompt: Texts, *, output_type: Literal["pt", "latent"], **arguments: Unpack[Arguments]
     ) -> Result[torch.Tensor]: ...
 
-    def __call__(
-        self,
-        prompt: Texts,
-        *,
-        negative_prompt: Texts | None = None,
-        image: Image.Image | torch.Tensor | None = None,
-        mask_image: Image.Image | None = None,
-        depth_map: Image.Image | torch.Tensor | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        image_guidance_scale: float | None = None,
-        strength: float | None = None,
-        noise_level: int | None = None,
-        num_images_per_prompt: int = 1,
-        eta: float = 0.0,
-        generator: Generators | None = None,
-        seed: int | Sequence[int] | None = None,
-        rng: str = "torch",
-        latents: torch.Tensor | None = None,
-        long_prompt: bool = False,
-        denoising_start: float | None = None,
-        denoising_end: float | None = None,
-        refiner_start: float | None = None,
-        ip_adapter_image: picture_prompts.Pictures | None = None,
-        ip_adapter_image_embeds: Sequence[torch.Tensor | None] | None = None,
-        ip_adapter_scale: float | Sequence[float] | None = None,
-        output_type: str = "pil",
-        on_step: Callable[[Step], None] | None = None,
-        callback_on_step_end: callbacks.AtStepEnd | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        **others: Unpack[Others],
-    ) -> Result[Any]:
+    def __call__(self, prompt: Texts, *, output_type: str = "pil", **arguments: Unpack[Arguments]) -> Result[Any]:
         """Make pictures. Names and defaults are those of diffusers' pipelines, where they have the argument.
 
         Args:
             prompt: what to draw, one text or several; "(word:1.3)" draws more attention to word.
+            output_type: "pil", "np", "pt" or "latent", see `Result`.
             negative_prompt: what not to draw, one for all prompts or one for each. Needs a guidance scale above 1.
             image: to start from, paint in or enlarge; resized where its size is not the models'. Latents with
                 ``denoising_start``.
@@ -227,11 +199,11 @@ class Pipeline:
             strength: how much of ``image`` may change, above 0 to 1; None: 0.8, and 1 with a mask; 0.3 and 0.9999
                 for SDXL.
             noise_level: upscaling: the noise that is put on ``image``, 0 to 350; None: 20.
-            num_images_per_prompt: pictures of each prompt.
-            eta: the share of fresh noise in every step of a DDIM scheduler, 0 to 1.
+            num_images_per_prompt: pictures of each prompt; 1 unless given.
+            eta: the share of fresh noise in every step of a DDIM scheduler, 0 (unless given) to 1.
             generator: torch's, one for all pictures or one for each.
             seed: stands for a generator, 0 to 2^64-1; one for all pictures or one for each. None: a random one.
-            rng: what ``seed`` is for: "torch" (as diffusers), "numpy" (as Apple's client) or "nvidia".
+            rng: what ``seed`` is for: "torch" (unless given; as diffusers), "numpy" (as Apple's client) or "nvidia".
             latents: noise to start from, (pictures, channels, height, width) of latents.
             long_prompt: refuse a prompt that is too long for the models, rather than cut it.
             denoising_start: the part of the steps that another model has done, whose latents are ``image``.
@@ -243,7 +215,6 @@ class Pipeline:
             ip_adapter_image_embeds: in its place, what diffusers' `prepare_ip_adapter_image_embeds` gives.
             ip_adapter_scale: how much of it, for all adapters or for each, as diffusers' `set_ip_adapter_scale`
                 has it. None: 1.
-            output_type: "pil", "np", "pt" or "latent", see `Result`.
             on_step: called after each step; raise in it to cancel.
             callback_on_step_end: diffusers' callback: it may give other latents, or set ``_interrupt``.
             callback_on_step_end_tensor_inputs: what that callback is given; only "latents" can be had.
@@ -262,7 +233,9 @@ class Pipeline:
             adapter: the names of their T2I-Adapters; None: in the models' order.
             adapter_conditioning_scale: how strongly they steer, one for all or one for each.
             adapter_conditioning_factor: in which first part of the steps, 0 to 1.
-            others: arguments of diffusers that do nothing here: any but their defaults are refused.
+            clip_skip: that of the models' conversion: another one is refused.
+
+        Arguments of diffusers that can do nothing here (`callbacks.Neutral`) are taken where they change nothing.
 
         Returns:
             One picture for each prompt and repetition. What the safety checker flags is black.
@@ -272,51 +245,34 @@ class Pipeline:
             DiffusionError: where a model computes NaN.
 
         Notes for the user are issued as `RuntimeNote` warnings."""
-        rest: dict[str, Any] = {**others}
-        self.check_clip_skip(rest.pop("clip_skip", None))
-        sizes = SizeConditioning(**{name: rest.pop(name) for name in SizeArguments.__annotations__ if name in rest})
-        steered = {name: rest.pop(name) for name in ControlArguments.__annotations__ if name in rest}
-        adapted = {name: rest.pop(name) for name in AdapterArguments.__annotations__ if name in rest}
-        callbacks.refuse(rest)
+        given: dict[str, Any] = {**arguments}
+        self.check_clip_skip(given.pop("clip_skip", None))
+        negative, count = given.pop("negative_prompt", None), given.pop("num_images_per_prompt", 1)
+        steered, adapted = taken(given, ControlArguments), taken(given, AdapterArguments)
+        sizes, pictured = SizeConditioning(**taken(given, SizeArguments)), taken(given, PicturePromptArguments)
+        drawn, told, asked = (taken(given, kind) for kind in (NoiseArguments, StepArguments, RequestArguments))
+        image = given.pop("image", None)
+        callbacks.refuse(given)
         check_output_type(output_type)
-        prompts, negatives = texts_of(prompt, negative_prompt, num_images_per_prompt)
+        if isinstance(image, torch.Tensor):
+            asked["latents"] = image
+        else:
+            asked["image"] = image
+        prompts, negatives = texts_of(prompt, negative, count)
         request = Request(
             prompts,
             negatives,
-            height=height,
-            width=width,
-            steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            image_guidance_scale=image_guidance_scale,
-            eta=eta,
-            image=None if isinstance(image, torch.Tensor) else image,
-            mask=mask_image,
-            depth=depth_map,
-            strength=strength,
-            noise_level=noise_level,
-            latents=image if isinstance(image, torch.Tensor) else latents,
-            long_prompt=long_prompt,
-            denoising_start=denoising_start,
-            denoising_end=denoising_end,
-            refiner_start=refiner_start,
-            picture_prompts=picture_prompts.of_arguments(
-                ip_adapter_image, ip_adapter_image_embeds, ip_adapter_scale
-            ),
+            **{RENAMED.get(name, name): value for name, value in asked.items()},
+            picture_prompts=picture_prompts.of_arguments(pictured),
             sizes=sizes,
             controls=controls_of(steered, plan.names(self.manifest)),
             guess_mode=steered.get("guess_mode", False),
             adapters=t2i_adapters.of_arguments(adapted, self.manifest),
         )
-        run = self.prepare(request, noise_of(generator, seed, rng))
+        run = self.prepare(request, noise_of(**drawn))
         control = callbacks.Control(self, run.job.scheduler, run.total, run.job.request.scale)
-        finished = callbacks.run_steps(
-            control,
-            self.denoise(run),
-            replace(run.start, timesteps=run.timesteps),
-            on_step,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
+        start = replace(run.start, timesteps=run.timesteps)
+        finished = callbacks.run_steps(control, self.denoise(run), start, **told)
         result = self.finish(run, finished, output_type)
         for note in result.notes:
             warnings.warn(note, RuntimeNote, stacklevel=2)
