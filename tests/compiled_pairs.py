@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from diffusion_runtime.mil.text import CONTAINER, read_text
+from diffusion_runtime.mil.text import CONTAINER
+from diffusion_runtime.mil.text_parse import read_text
 from diffusion_runtime.mil.wire import fields
 
 APPLES_OWN = ("coremlc-component-MIL", "coremlc-version")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from diffusion_convert.compile import compile_package
 from diffusion_runtime.mil.package import open_package
-from diffusion_runtime.mil.text import Dialect, parse_text, program_text
+from diffusion_runtime.mil.text_parse import parse_text
+from diffusion_runtime.mil.text_print import Dialect, program_text
 
 
 def check_read_back(package: Path, folder: Path, name: str | None = None) -> Path:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from diffusion_runtime.families import FAMILIES, Family
+from diffusion_runtime.families import Family
 from diffusion_runtime.tasks import Request
 
 LCM_GUIDANCE_SCALE, LCM_STEPS = 8.5, 4
 """The defaults of diffusers' LatentConsistencyModelPipeline."""
-
-
-def family(name: str) -> Family:
-    """The family of that name; Stable Diffusion 1 for one that is not known."""
-    return FAMILIES.get(name) or next(iter(FAMILIES.values()))
 
 
 def settled(request: Request, family: Family, takes_guidance: bool) -> Request:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from diffusion_runtime.errors import InputError
+from diffusion_runtime.errors import InputError, first_line
 from diffusion_runtime.guidance import Predict
 from diffusion_runtime.noise import Noise
-from diffusion_runtime.schedulers import ANOTHER, REFUSALS, denoised, name_of, reason, scaled_input, step_arguments
+from diffusion_runtime.schedulers import ANOTHER, REFUSALS, denoised, name_of, scaled_input, step_arguments
 
 AfterStep = Callable[[int, torch.Tensor], torch.Tensor]
 """(index, latents) -> latents that the next step starts from."""
@@ -68,7 +68,7 @@ def denoise(
                 else:
                     latents = scheduler.step(prediction, timestep, latents, **arguments)[0]
             except REFUSALS as error:
-                raise InputError(f"scheduler {name_of(scheduler)}: {reason(error)}; {ANOTHER}") from error
+                raise InputError(f"scheduler {name_of(scheduler)}: {first_line(error)}; {ANOTHER}") from error
             if start.after_step is not None:
                 latents = start.after_step(index, latents)
         changed = yield Step(index, total, number, latents, model_input, prediction, scheduler)

@@ -49,3 +49,8 @@ class HubError(DiffusionError):
 
 class InstallationError(DiffusionError):
     """An installation that lacks something."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

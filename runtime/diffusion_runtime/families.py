@@ -306,6 +306,13 @@ FAMILIES: Mapping[str, Family] = {
 }
 """The families by name. To add one: an entry here; for single files, its configurations in
 `diffusion_convert/checkpoint/configs/NAME.json`; for other pictures to start from, a task."""
+
+
+def family_named(name: str) -> Family:
+    """The family of that name; Stable Diffusion 1, whose values are the usual ones, for one that is not known."""
+    return FAMILIES.get(name) or FAMILIES["sd1"]
+
+
 DENOISERS = tuple(dict.fromkeys(family.denoiser.component for family in FAMILIES.values()))
 """The components of which one runs in each step."""
 TEXT_WIDTHS: Mapping[int, str] = {
@@ -329,7 +336,7 @@ def family_of(in_channels: int, context: int, latent_size: int, added_conditions
     ]
     alike = [family for family in alike if family.text_encoder == encoder] or alike
     if not alike:
-        return next(iter(FAMILIES.values()))
+        return FAMILIES["sd1"]
     by_size = sorted(alike, key=lambda family: family.size)
     return [by_size[0], *(one for one in by_size if one.size <= latent_size * one.latent_factor)][-1]
 

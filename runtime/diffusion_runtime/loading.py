@@ -12,7 +12,7 @@ from diffusion_runtime.bundle import find, manifest
 from diffusion_runtime.bundle.find import Bundle
 from diffusion_runtime.bundle.without_manifest import Assumed
 from diffusion_runtime.errors import InputError, PackageError
-from diffusion_runtime.families import FAMILIES, T5
+from diffusion_runtime.families import T5, family_named
 from diffusion_runtime.models import Models
 from diffusion_runtime.pipeline import Pipeline
 from diffusion_runtime.prompt import tokenizer as tokenizers
@@ -108,8 +108,7 @@ def _clips(
             f"{found.folder}: no vocab.json and merges.txt next to the models: name their folder with --tokenizer"
         )
     length, *second = found.text_lengths() or (tokenizers.LENGTH,)
-    pad = FAMILIES[found.manifest.family].pad_token if found.manifest.family in FAMILIES else None
-    first = tokenizers.load(place, length, pad)
+    first = tokenizers.load(place, length, family_named(found.manifest.family).pad_token)
     if not second:
         return first, None
     # SDXL's second encoder, OpenCLIP's, pads with "!" whatever its files say.

@@ -64,8 +64,8 @@ class PicturePrompt:
 
 
 def of_arguments(given: Mapping[str, Any]) -> tuple[PicturePrompt, ...]:
-    """What `arguments.PicturePromptArguments` ask for: one picture or tensor of embeds for each adapter, None for one that is not
-    used, and one scale, or one for each. Raises InputError."""
+    """What `arguments.PicturePromptArguments` ask for: a picture or a tensor of embeds for each adapter, None for
+    one that is not used, and one scale, or one for each. Raises InputError."""
     images, embeds = given.get("ip_adapter_image"), given.get("ip_adapter_image_embeds")
     scales, used = given.get("ip_adapter_scale"), images if embeds is None else embeds
     if images is not None and embeds is not None:

@@ -57,7 +57,7 @@ from diffusion_runtime.bundle.manifest import Manifest, of_refiner
 from diffusion_runtime.control import plan
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.families import T5, TEXT_ENCODERS, UNETS, Family
+from diffusion_runtime.families import T5, TEXT_ENCODERS, UNETS, Family, family_named
 from diffusion_runtime.models import Models
 from diffusion_runtime.noise import Noise
 from diffusion_runtime.picture_size import Size
@@ -203,7 +203,7 @@ class Pipeline:
             eta: the share of fresh noise in every step of a DDIM scheduler, 0 (unless given) to 1.
             generator: torch's, one for all pictures or one for each.
             seed: stands for a generator, 0 to 2^64-1; one for all pictures or one for each. None: a random one.
-            rng: what ``seed`` is for: "torch" (unless given; as diffusers), "numpy" (as Apple's client) or "nvidia".
+            rng: what ``seed`` is for: "torch" (as diffusers; unless given), "numpy" (Apple's client's) or "nvidia".
             latents: noise to start from, (pictures, channels, height, width) of latents.
             long_prompt: refuse a prompt that is too long for the models, rather than cut it.
             denoising_start: the part of the steps that another model has done, whose latents are ``image``.
@@ -329,7 +329,7 @@ class Pipeline:
 
     @property
     def _family(self) -> Family:
-        return defaults.family(self.manifest.family)
+        return family_named(self.manifest.family)
 
     def is_guided(self, request: Request) -> bool:
         """Whether each picture needs several rows of the UNet's work. A UNet that takes the scale as an input needs

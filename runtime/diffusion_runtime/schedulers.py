@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from diffusion_runtime.errors import InputError
-from diffusion_runtime.families import FAMILIES, PLAIN_SETTINGS, UNET
+from diffusion_runtime.errors import InputError, first_line
+from diffusion_runtime.families import UNET, family_named
 from diffusion_runtime.later import import_diffusers
 
 if TYPE_CHECKING:
@@ -98,13 +98,12 @@ def canonical(name: str) -> str:
 
 def imposed_on(family: str) -> Mapping[str, Any]:
     """The settings that a family's pipeline imposes on every scheduler."""
-    return FAMILIES[family].scheduler_settings if family in FAMILIES else PLAIN_SETTINGS
+    return family_named(family).scheduler_settings
 
 
 def check_family(config: Mapping[str, Any], family: str) -> None:
     """Raise InputError for a checkpoint's configuration that networks of its family cannot be run with."""
-    own = FAMILIES.get(family)
-    if own is not None and own.denoiser == UNET and is_flow_match(config):
+    if family_named(family).denoiser == UNET and is_flow_match(config):
         raise InputError(
             f"scheduler {config['_class_name']}: does not scale what the network is given, which UNets, as these "
             "models', need; diffusers cannot run it with them either"
@@ -152,7 +151,7 @@ def build(config: Mapping[str, Any], name: str | None = None, imposed: Mapping[s
     try:
         made = kind.from_config({key: value for key, value in wanted.items() if key in understood})
     except REFUSALS as error:
-        raise InputError(f"scheduler {name or class_name}: {reason(error)}; {ANOTHER}") from error
+        raise InputError(f"scheduler {name or class_name}: {first_line(error)}; {ANOTHER}") from error
     if not _steps(made):
         raise InputError(f"scheduler {class_name} is for another kind of pipeline: choose one of {known()}")
     return made
@@ -310,7 +309,7 @@ def set_steps(scheduler: Any, steps: int, patches: int = 0) -> None:
     try:
         scheduler.set_timesteps(steps, device="cpu", **_shift(scheduler, patches))
     except REFUSALS as error:
-        said = f"scheduler {name_of(scheduler)} with {steps} steps: {reason(error)}"
+        said = f"scheduler {name_of(scheduler)} with {steps} steps: {first_line(error)}"
         raise InputError(f"{said}; {ANOTHER}") from error
     # All but the last one, where there is no step any more: some solvers repeat their last noise level there.
     # A configuration may keep another class's solver_order.
@@ -333,11 +332,6 @@ def _shift(scheduler: Any, patches: int) -> dict[str, float]:
     least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.16)
     slope = (most - least) / (high - low)
     return {"mu": patches * slope + least - slope * low}
-
-
-def reason(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def last_part(scheduler: Any, steps: int, strength: float) -> torch.Tensor:

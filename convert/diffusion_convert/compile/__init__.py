@@ -22,7 +22,8 @@ from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.links import share_file
 from diffusion_runtime.mil.package import Package, open_package, resolve, specification_path
 from diffusion_runtime.mil.program import Blob, Function, operations
-from diffusion_runtime.mil.text import TEXT_NAME, write_text
+from diffusion_runtime.mil.text import TEXT_NAME
+from diffusion_runtime.mil.text_print import program_text
 from diffusion_runtime.real_path import real_path
 
 COMPILER_VERSIONS = {"coremlc-component-MIL": "3500.14.1", "coremlc-version": "3500.32.1"}
@@ -73,7 +74,8 @@ def compile_package(
     specification = specification_path(package) if package.is_dir() else package
     with unfinished_folder(target) as unfinished:
         program = compiled_program(opened.model, versions)
-        write_text(program, unfinished / TEXT_NAME, dialect(opened.model.specification_version))
+        text = program_text(program, dialect(opened.model.specification_version))
+        (unfinished / TEXT_NAME).write_text(text, encoding="utf-8", newline="\n")
         (unfinished / "coremldata.bin").write_bytes(coremldata.container(opened.model))
         (unfinished / "analytics").mkdir()
         analytics = coremldata.analytics(specification.read_bytes(), specification.stem)

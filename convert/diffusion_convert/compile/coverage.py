@@ -12,7 +12,7 @@ from diffusion_runtime.errors import UnsupportedError
 from diffusion_runtime.families import SYSTEMS, compiles
 from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.program import Feature, Function, operations
-from diffusion_runtime.mil.text import OPSETS
+from diffusion_runtime.mil.text_print import OPSETS
 
 UNCOUNTED = frozenset({"const"})
 """Operations that the histogram leaves out."""

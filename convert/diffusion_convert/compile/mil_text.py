@@ -22,7 +22,7 @@ from diffusion_runtime.mil.program import (
     Value,
     ValueType,
 )
-from diffusion_runtime.mil.text import Dialect
+from diffusion_runtime.mil.text_print import Dialect
 
 _STRING = TensorType(DType.STRING)
 _BUILD_INFO = DictType(_STRING, _STRING)

@@ -23,7 +23,7 @@ from diffusion_runtime.mil.functions import function_names
 from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import Feature, Function, operations
-from diffusion_runtime.mil.text import OPSETS
+from diffusion_runtime.mil.text_print import OPSETS
 from diffusion_runtime.real_path import is_there
 from diffusion_runtime.scratch import scratch
 

@@ -17,7 +17,7 @@ from diffusion_runtime.mil.program import Metadata
 
 
 class ComputeUnits(enum.Enum):
-    """The value is the spelling on the command line."""
+    """The value is the spelling on the command line, the name is coremltools'."""
 
     ALL = "all"
     CPU_AND_GPU = "cpu-and-gpu"

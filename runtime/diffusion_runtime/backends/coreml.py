@@ -22,19 +22,11 @@ from diffusion_runtime.atomic import check_writable, move_into_place, work
 from diffusion_runtime.backends import ComputeUnits, TensorSpec, check_arrays
 from diffusion_runtime.backends.interface import specs
 from diffusion_runtime.coremltools_import import import_coremltools
-from diffusion_runtime.errors import DiffusionError, InstallationError, PackageError
+from diffusion_runtime.errors import DiffusionError, InstallationError, PackageError, first_line
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import Metadata
 
 CACHE_VARIABLE = "COREML_SD_CACHE"
-UNIT_NAMES: Mapping[ComputeUnits, str] = {
-    ComputeUnits.ALL: "ALL",
-    ComputeUnits.CPU_AND_GPU: "CPU_AND_GPU",
-    ComputeUnits.CPU_AND_NE: "CPU_AND_NE",
-    ComputeUnits.CPU_ONLY: "CPU_ONLY",
-}
-
-
 DEVICES: Mapping[str, str] = {
     "MLCPUComputeDevice": "cpu",
     "MLGPUComputeDevice": "gpu",
@@ -63,11 +55,11 @@ class CoreMLBackend:
         described = open_package(path).of(function).model
         interface = described.interface
         coremltools = import_coremltools()
-        units = coremltools.ComputeUnit[UNIT_NAMES[compute_units]]
+        units = coremltools.ComputeUnit[compute_units.name]
         try:
             model = self._open(coremltools, path, {"compute_units": units, "function_name": function})
         except Exception as error:  # coremltools raises bare Exception and whatever Core ML reports
-            raise PackageError(f"{path}: Core ML cannot load it: {_first_line(error)}") from error
+            raise PackageError(f"{path}: Core ML cannot load it: {first_line(error)}") from error
         inputs, outputs = specs(interface.inputs, path), specs(interface.outputs, path)
         return CoreMLModel(path, inputs, outputs, described.metadata, model)
 
@@ -118,7 +110,7 @@ class CoreMLModel:
             results = self.model.predict(dict(arrays))
         except Exception as error:
             raise DiffusionError(
-                f"{self.path.name}: Core ML failed: {_first_line(error)}; try other compute units, for example "
+                f"{self.path.name}: Core ML failed: {first_line(error)}; try other compute units, for example "
                 "--compute-units cpu-and-gpu"
             ) from error
         return {name: np.asarray(results[name]) for name in self.outputs}
@@ -133,7 +125,7 @@ def operation_devices(path: Path, compute_units: ComputeUnits, cache: Path | Non
         return {}
     plans = import_coremltools("models.compute_plan").MLComputePlan
     try:
-        plan = plans.load_from_path(str(compiled), coremltools.ComputeUnit[UNIT_NAMES[compute_units]])
+        plan = plans.load_from_path(str(compiled), coremltools.ComputeUnit[compute_units.name])
         program = plan.model_structure.program
     except Exception:  # ValueError before macOS 14.4; whatever Core ML reports for a model that it cannot plan
         return {}
@@ -158,7 +150,3 @@ def content_key(package: Path) -> str:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         digest.update(f"{file.relative_to(data).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

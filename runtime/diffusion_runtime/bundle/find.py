@@ -18,12 +18,12 @@ from diffusion_runtime.bundle.manifest import Component, Manifest
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import (
     ATTENTIONS,
-    FAMILIES,
     PROCESSORS,
     TEXT_ENCODERS,
     UNET,
     AttentionKind,
     Layout,
+    family_named,
     preferred,
 )
 from diffusion_runtime.models import Load, Models, chained, renamed, sized
@@ -102,7 +102,7 @@ def open_models(
         loads[name] = load(component.sizes.get(first, component), component.compute_units)
         for size in others:
             loads[sized(name, size)] = load(component.sizes[size], component.compute_units)
-    denoiser = FAMILIES[bundle.manifest.family].denoiser if bundle.manifest.family in FAMILIES else UNET
+    denoiser = family_named(bundle.manifest.family).denoiser
     if denoiser is UNET or denoiser.component not in loads:
         return Models(loads, keep)
     for size in ("", *bundle.manifest.components[denoiser.component].sizes):

@@ -25,7 +25,7 @@ from pydantic import (
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import PackageError
-from diffusion_runtime.families import FAMILIES, UNET, UNETS, Layout, several
+from diffusion_runtime.families import UNET, UNETS, Layout, family_named, several
 from diffusion_runtime.folding import Folding
 from diffusion_runtime.picture_size import PATTERN, Size, parse_size
 
@@ -371,7 +371,7 @@ def of_refiner(made: Manifest) -> Manifest | None:
 def as_unet(made: Manifest) -> Manifest:
     """The manifest of a bundle with another network in place of a UNet, as if it was one: its component and its
     inputs by the UNet's names. The manifest itself where there is a UNet."""
-    denoiser = FAMILIES[made.family].denoiser if made.family in FAMILIES else UNET
+    denoiser = family_named(made.family).denoiser
     if denoiser.component not in made.components or denoiser is UNET:
         return made
     known = {own: name for name, own in denoiser.names.items()}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import graph_module
 
-from diffusion_runtime.errors import DiffusionError, PackageError, UnsupportedError
+from diffusion_runtime.errors import DiffusionError, PackageError, UnsupportedError, first_line
 from diffusion_runtime.later import no_compiler
 from diffusion_runtime.mil.check import CONST, budget, check_package, operands, output_name
 from diffusion_runtime.mil.constants import Constant, literal, torch_dtype
@@ -370,7 +370,7 @@ def _apply(op: Op, arguments: dict[str, Any]) -> Any:
 
 def refusal(error: Exception) -> str:
     """What to say of an error that torch raises for operands that do not fit."""
-    return f"operands do not fit: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return f"operands do not fit: {first_line(error)}"
 
 
 def check_value(kind: ValueType, value: Tensor, dtype: torch.dtype) -> None:

@@ -8,22 +8,8 @@ from pathlib import Path
 from diffusion_runtime.errors import PackageError, UnsupportedError
 from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.proto import ML_PROGRAM
-from diffusion_runtime.mil.text_parse import parse_text, read_text
-from diffusion_runtime.mil.text_print import OPSETS, Dialect, program_text, write_text
+from diffusion_runtime.mil.text_parse import read_text
 from diffusion_runtime.real_path import is_there
-
-__all__ = [
-    "CONTAINER",
-    "ML_PROGRAM",
-    "OPSETS",
-    "TEXT_NAME",
-    "Dialect",
-    "parse_text",
-    "program_text",
-    "read_compiled",
-    "read_text",
-    "write_text",
-]
 
 TEXT_NAME = "model.mil"
 CONTAINER = struct.Struct("<II20xQ7sQ24xQ")

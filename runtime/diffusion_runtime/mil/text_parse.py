@@ -130,7 +130,7 @@ class _Parser:
                 outputs.append(self._variable())
             self._mark("=")
             operator = self._expect(_OPERATOR, "an operation's type and (")
-        inputs = self._inputs()
+        inputs = self._once("operand", self._until(")", self._operand))
         attributes = self._attributes()
         if self._accept(_PUNCTUATION[";"]) is None:
             if self._accept(_PUNCTUATION["{"]) or self._accept(_PUNCTUATION["("]):
@@ -139,23 +139,10 @@ class _Parser:
             raise self._error("; after an operation")
         return Operation(operator.group(1), inputs, tuple(outputs), attributes)
 
-    def _inputs(self) -> dict[str, tuple[str | Value, ...]]:
-        """The operands after an operation's opening parenthesis, up to its closing one."""
-        inputs: dict[str, tuple[str | Value, ...]] = {}
-        if self._accept(_PUNCTUATION[")"]):
-            return inputs
-        while True:
-            if simple := self._accept(_SIMPLE_ARGUMENT):
-                key = str(simple.group(1))
-                bindings: tuple[str | Value, ...] = (str(simple.group(2)),)
-            else:
-                key, bindings = self._expect(_KEY, "an operand's name and =").group(1), self._bindings()
-            if key in inputs:
-                raise self._error(f"operand {key} only once")
-            inputs[key] = bindings
-            if not self._accept(_PUNCTUATION[","]):
-                self._mark(")")
-                return inputs
+    def _operand(self) -> tuple[str, tuple[str | Value, ...]]:
+        if simple := self._accept(_SIMPLE_ARGUMENT):  # nearly all are
+            return simple.group(1), (simple.group(2),)
+        return self._expect(_KEY, "an operand's name and =").group(1), self._bindings()
 
     def _bindings(self) -> tuple[str | Value, ...]:
         if self._accept(_PUNCTUATION["("]):
@@ -167,17 +154,19 @@ class _Parser:
         return name.group(1) if name else self._literal()
 
     def _attributes(self) -> dict[str, Value]:
-        attributes: dict[str, Value] = {}
         if not self._accept(_PUNCTUATION["["]):
-            return attributes
-        while True:
-            key = self._expect(_KEY, "an attribute's name and =").group(1)
-            if key in attributes:
-                raise self._error(f"attribute {key} only once")
-            attributes[key] = self._literal()
-            if not self._accept(_PUNCTUATION[","]):
-                self._mark("]")
-                return attributes
+            return {}
+        return self._once("attribute", self._until("]", self._attribute))
+
+    def _attribute(self) -> tuple[str, Value]:
+        return self._expect(_KEY, "an attribute's name and =").group(1), self._literal()
+
+    def _once(self, what: str, pairs: list[tuple[str, T]]) -> dict[str, T]:
+        named = dict(pairs)
+        if len(named) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise self._error(f"{what} {next(name for name in names if names.count(name) > 1)} only once")
+        return named
 
     def _variable(self) -> Variable:
         kind = self._type()

@@ -11,8 +11,6 @@ import enum
 import math
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
@@ -52,20 +50,9 @@ class Dialect(enum.Enum):
     V1_3 = "1.3"
 
 
-def write_text(program: Program, path: Path, dialect: Dialect) -> None:
-    """Write ``program`` to ``path``. Raises UnsupportedError for what MIL text is not known to express."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        _Printer(dialect).program(program, file)
-
-
-def text_lines(program: Program, dialect: Dialect) -> Iterator[str]:
-    """The pieces whose concatenation is the text; at most one operation each."""
-    return _Printer(dialect).pieces(program)
-
-
 def program_text(program: Program, dialect: Dialect) -> str:
-    """The whole text at once; see ``write_text``."""
-    return "".join(text_lines(program, dialect))
+    """The text of ``model.mil``. Raises UnsupportedError for what MIL text is not known to express."""
+    return "".join(_Printer(dialect).pieces(program))
 
 
 class _Printer:
@@ -74,9 +61,6 @@ class _Printer:
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
         self._types: dict[ValueType, str] = {}
-
-    def program(self, program: Program, file: TextIO) -> None:
-        file.writelines(self.pieces(program))
 
     def pieces(self, program: Program) -> Iterator[str]:
         yield f"program({self._dialect.value})\n"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.families import FAMILIES, T5, TEXT_ENCODERS
+from diffusion_runtime.families import T5, TEXT_ENCODERS, family_named
 
 if TYPE_CHECKING:
     from diffusion_runtime.bundle.manifest import Manifest
@@ -97,7 +97,7 @@ class TextStates:
 
     @property
     def joint(self) -> bool:
-        return self.manifest.family in FAMILIES and FAMILIES[self.manifest.family].joint_text
+        return family_named(self.manifest.family).joint_text
 
     def _joined(self, clip: Sequence[torch.Tensor], texts: Sequence[str], notes: dict[str, None]) -> torch.Tensor:
         """CLIP's states side by side, filled with zeros to the width of T5's, which follow; zeros where there is no

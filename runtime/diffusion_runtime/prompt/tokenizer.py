@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_runtime import strict_json
-from diffusion_runtime.errors import InputError, PackageError
+from diffusion_runtime.errors import InputError, PackageError, first_line
 from diffusion_runtime.prompt import clip, emphasis
 from diffusion_runtime.real_path import is_there
 
@@ -149,7 +149,7 @@ def load(folder: Path, length: int = LENGTH, pad_token: str | None = None) -> To
         made = None if FAST in settings else clip.plain(folder, settings, given)
         made = made or _made(load_clip())
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise PackageError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
+        raise PackageError(f"{folder}: the tokenizer cannot be read: {first_line(error)}") from error
     needed = (made.special.get(name, "") for name in ("bos_token", "eos_token", "pad_token"))
     if None in map(made.backend.token_to_id, needed):
         raise PackageError(f"{folder / 'vocab.json'}: lacks the start, end or padding token of CLIP")
@@ -181,7 +181,7 @@ def load_t5(folder: Path, length: int) -> Tokenizer:
         # By its own file alone: CLIP's vocabulary, which apps look for there, may lie beside it.
         t5 = PreTrainedTokenizerFast(tokenizer_file=str(folder / FAST), **T5_TOKENS)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise PackageError(f"{folder / FAST}: the tokenizer cannot be read: {_first_line(error)}") from error
+        raise PackageError(f"{folder / FAST}: the tokenizer cannot be read: {first_line(error)}") from error
     made = _made(t5)
     return Tokenizer(made.backend, made.special, lambda: t5, length, start=False)
 
@@ -201,11 +201,7 @@ def _read(folder: Path, vocabulary_files: Sequence[str]) -> dict[str, Any]:
     try:
         (folder / "merges.txt").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise PackageError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
+        raise PackageError(f"{folder}: the tokenizer cannot be read: {first_line(error)}") from error
     if not all(isinstance(number, int) for number in vocabulary.values()):
         raise PackageError(f"{path}: not a vocabulary: expected an object of token -> number")
     return settings
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -15,8 +15,9 @@ import pytest
 from compiled_pairs import compiler_versions, differences
 from diffusion_convert.compile import compile_package
 from diffusion_runtime.mil.package import open_package
-from diffusion_runtime.mil.text import parse_text, program_text, read_compiled
-from diffusion_runtime.mil.text_print import Dialect
+from diffusion_runtime.mil.text import read_compiled
+from diffusion_runtime.mil.text_parse import parse_text
+from diffusion_runtime.mil.text_print import Dialect, program_text
 from diffusion_runtime.mil.wire import message_field, varint_field
 from shared_data import PAIRS, needs_pairs
 

@@ -33,7 +33,7 @@ from diffusion_runtime.mil.program import (
     Value,
     Variable,
 )
-from diffusion_runtime.mil.text import parse_text
+from diffusion_runtime.mil.text_parse import parse_text
 
 F32, I32 = DType.FLOAT32, DType.INT32
 
