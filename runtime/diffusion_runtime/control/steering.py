@@ -111,11 +111,16 @@ def _net(
             array[...] = steer.hint.numpy()
         elif name not in ("sample", "timestep"):
             array[...] = unet_arrays[name]
-    first = 10.0 ** np.linspace(WEAKEST_GUESS, 0.0, len(residuals)) if steer.guesses else np.ones(len(residuals))
     rows = np.array([0.0 if steer.text_alone and blind else 1.0 for blind in unconditional]).reshape(-1, 1, 1, 1)
     ordered = sorted(residuals, key=lambda name: int(name.removeprefix(RESIDUAL)))
-    factors = {name: (factor * rows).astype(np.float32) for name, factor in zip(ordered, first, strict=True)}
+    weights = zip(ordered, guessed(len(ordered), steer.guesses), strict=True)
+    factors = {name: (factor * rows).astype(np.float32) for name, factor in weights}
     return _Net(model, arrays, torch.from_numpy(arrays["sample"]), arrays["timestep"], steer.weights, factors)
+
+
+def guessed(count: int, guesses: bool) -> Sequence[float]:
+    """How much each of the residuals counts."""
+    return [10.0**power for power in np.linspace(WEAKEST_GUESS, 0.0, count)] if guesses else [1.0] * count
 
 
 def check_fits(

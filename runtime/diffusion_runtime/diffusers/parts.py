@@ -12,12 +12,14 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKLOutput
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.controlnets.controlnet import ControlNetModel, ControlNetOutput
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling, DepthEstimatorOutput
 
 from diffusion_runtime.backends import TensorSpec
 from diffusion_runtime.bundle.manifest import Latents
-from diffusion_runtime.control.steering import RESIDUAL
+from diffusion_runtime.control.steering import HINT, RESIDUAL, guessed
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.models import Timed
 from diffusion_runtime.safety import is_flagged
@@ -25,13 +27,20 @@ from diffusion_runtime.safety import is_flagged
 
 class Part(torch.nn.Module):
     """A converted model as a module without parameters. It computes on Core ML or the torch backend, whatever
-    ``device`` says: tensors come from the CPU in float32 and go back there. It can't be moved, trained or saved."""
+    ``device`` says: tensors come from the CPU in float32 and go back there. It can't be moved, trained or saved.
+    ``remedy``: what to do about a size that it does not take."""
 
-    def __init__(self, model: Timed, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.config = FrozenDict(config)
+    def __init__(
+        self, model: Timed, config: Mapping[str, Any], remedy: str = "convert again for another size"
+    ) -> None:
+        torch.nn.Module.__init__(self)  # a class of diffusers, where one comes after this, would make a network
+        self.model, self.remedy = model, remedy
+        self._internal_dict = FrozenDict(config)
         self.eval()
+
+    @property
+    def config(self) -> FrozenDict:
+        return self._internal_dict
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,7 +103,7 @@ class Part(torch.nn.Module):
             if tuple(tensor.shape[1:]) != specs[name].shape[1:]:
                 self._refuse(
                     f"has fixed sizes: {name} is {tuple(tensor.shape)}, expected (rows, "
-                    f"{', '.join(map(str, specs[name].shape[1:]))}); convert again for another size"
+                    f"{', '.join(map(str, specs[name].shape[1:]))}); {self.remedy}"
                 )
 
 
@@ -138,11 +147,7 @@ class CoreMLUNet(Part):
         _told("encoder_attention_mask", encoder_attention_mask)
         _told("down_intrablock_additional_residuals", down_intrablock_additional_residuals)
         rows = len(sample)
-        inputs = {
-            "sample": sample,
-            "timestep": torch.as_tensor(timestep, dtype=torch.float32).reshape(-1).expand(rows),
-            "encoder_hidden_states": encoder_hidden_states.transpose(1, 2)[:, :, None],
-        }
+        inputs = _trio(sample, timestep, encoder_hidden_states)
         optional = {"class_labels": class_labels, "timestep_cond": timestep_cond, **(added_cond_kwargs or {})}
         inputs |= {name: value for name, value in optional.items() if value is not None}
         inputs |= self._residuals(down_block_additional_residuals, mid_block_additional_residual, rows)
@@ -161,6 +166,69 @@ class CoreMLUNet(Part):
             self._refuse(f"takes {len(taken)} residuals; got {len(given)}")
         shapes = [self.model.inputs[name].shape[1:] for name in taken]
         return dict(zip(taken, given or [torch.zeros((rows, *shape)) for shape in shapes], strict=True))
+
+
+def _trio(sample: torch.Tensor, timestep: torch.Tensor | float, states: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What every denoising network takes, in Core ML's shapes."""
+    return {
+        "sample": sample,
+        "timestep": torch.as_tensor(timestep, dtype=torch.float32).reshape(-1).expand(len(sample)),
+        "encoder_hidden_states": states.transpose(1, 2)[:, :, None],
+    }
+
+
+class CoreMLControlNet(Part, ControlNetModel):  # type: ignore[misc]
+    """In the place of diffusers' ControlNetModel, which its pipelines insist on."""
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        encoder_hidden_states: torch.Tensor,
+        controlnet_cond: torch.Tensor,
+        conditioning_scale: float = 1.0,
+        added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
+        guess_mode: bool = False,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> ControlNetOutput | tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """As `CoreMLUNet.forward`; ``controlnet_cond`` (rows, 3, height, width) in 0..1."""
+        for name, value in others.items():
+            _told(name, value or None)
+        given = {HINT: controlnet_cond, **(added_cond_kwargs or {})}
+        inputs = _trio(sample, timestep, encoder_hidden_states)
+        inputs |= {name: value for name, value in given.items() if name in self.model.inputs}
+        found = self._run({name: value.float() for name, value in inputs.items()}, len(sample))
+        names = sorted(found, key=lambda name: int(name.removeprefix(RESIDUAL)))
+        factors = guessed(len(names), guess_mode and not self.config["global_pool_conditions"])
+        *down, middle = (
+            found[name] * factor * conditioning_scale for name, factor in zip(names, factors, strict=True)
+        )
+        output = ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=middle)
+        return output if return_dict else (tuple(down), middle)
+
+
+class CoreMLTransformer(Part):
+    """In the place of diffusers' SD3Transformer2DModel."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor,
+        joint_attention_kwargs: Mapping[str, Any] | None = None,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """hidden_states (rows, channels, height, width), encoder_hidden_states (rows, tokens, width),
+        pooled_projections (rows, width). Raises InputError for what the converted model has no input for."""
+        for name, value in {"joint_attention_kwargs": joint_attention_kwargs, **others}.items():
+            _told(name, value or None)
+        inputs = _trio(hidden_states, timestep, encoder_hidden_states)
+        inputs["text_embeds"] = pooled_projections[:, :, None, None]
+        (output,) = self._run({name: value.float() for name, value in inputs.items()}, len(hidden_states)).values()
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
 class CoreMLVAE(torch.nn.Module):
@@ -227,7 +295,8 @@ class CoreMLVAE(torch.nn.Module):
 
 
 class CoreMLTextEncoder(Part):
-    """In the place of transformers' CLIPTextModel (SDXL's encoders: of its states before the last layer alone)."""
+    """In the place of transformers' CLIPTextModel (SDXL's encoders: of its states before the last layer alone), and
+    of its T5EncoderModel."""
 
     def forward(
         self,
@@ -244,6 +313,8 @@ class CoreMLTextEncoder(Part):
             hidden = (found["hidden_embeds"], None)  # [-2] is all that SDXL's pipelines look at
             return _Encoded(found["hidden_embeds"], pooled, hidden, self.config["projects"])
         states = found.get("last_hidden_state", next(iter(found.values())))
+        if states.ndim == 4:  # T5's, which come as the transformer takes them
+            states = states[:, :, 0].transpose(1, 2)
         if output_hidden_states:
             self._refuse("gives its last states alone: clip_skip needs a conversion of its own")
         output = BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
