@@ -128,6 +128,32 @@ def test_the_picture_is_diffusers(case: str, drawn: Callable[..., Any], steered:
     assert psnr_db(np.asarray(ours(steered(kind), names, told)), np.asarray(expected)) < CHANGED_DB
 
 
+@pytest.mark.parametrize(
+    ("case", "task"),
+    [
+        ("of three, each its own scale and interval", None),
+        ("one that is pooled", None),
+        ("guess mode", "text-to-image"),
+        ("in a mask", "inpainting"),
+        ("SDXL, from a picture", "image-to-image"),
+    ],
+)
+def test_diffusers_own_pipelines_take_converted_controlnets(
+    case: str, task: str | None, drawn: Callable[..., Any], steered: Kind, psnr_db: Psnr
+) -> None:
+    kind, class_name, names, given = CASES[case]
+    told = asked(kind, names, **given)
+    expected = drawn(kind, class_name, names, **told)
+    asks = names if len(names) > 1 else names[0]
+    pipe = load_diffusers_pipeline(steered(kind), task, "torch", controlnet=asks, check_safety=False)
+    assert type(pipe).__name__ == class_name
+    told |= {} if "image" in told else {"image": told.pop("control_image")}
+    found = pipe(**told, generator=seeded()).images[0]
+    assert psnr_db(np.asarray(found), np.asarray(expected)) >= PARITY_DB
+    with pytest.raises(InputError, match="'sketch' is none of these models' ControlNets"):
+        load_diffusers_pipeline(steered(kind), task, "torch", controlnet="sketch")
+
+
 def test_without_controls_the_unet_that_is_steered_draws_what_the_plain_one_does(
     tiny_checkpoint: Kind, steered: Kind, psnr_db: Psnr
 ) -> None:

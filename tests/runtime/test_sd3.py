@@ -27,6 +27,7 @@ from diffusion_convert.conversion.convert import Conversion
 from diffusion_convert.export import placeholders
 from diffusion_runtime import load_pipeline
 from diffusion_runtime.bundle.manifest import as_unet
+from diffusion_runtime.diffusers import load_diffusers_pipeline
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.folding import Folding
 from diffusion_runtime.mil.package import Package, open_package
@@ -290,6 +291,21 @@ def test_pictures_from_a_picture_equal_diffusers(
     expected = pipeline(PROMPT, generator=seeded(8), max_sequence_length=T5_LENGTH, **settings).images
     found = load_pipeline(with_t5.output)(PROMPT, seed=8, **settings).images
     assert psnr_db(found, expected) >= MIN_PSNR_DB
+    ours = load_diffusers_pipeline(with_t5.output, {"Img2Img": "image-to-image", "Inpaint": "inpainting"}[task])
+    again = ours(PROMPT, generator=seeded(8), max_sequence_length=T5_LENGTH, **settings).images
+    assert psnr_db(again, expected) >= MIN_PSNR_DB
+
+
+def test_diffusers_own_pipeline_takes_the_models(without_t5: Conversion, theirs: Callable[..., Any]) -> None:
+    ours = load_diffusers_pipeline(without_t5.output)
+    settings: dict[str, Any] = {"height": 64, "width": 96, "num_inference_steps": STEPS, "output_type": "np"}
+    pipes = ours, theirs("sd3.5", text_encoder_3=None, tokenizer_3=None)
+    found, expected = (
+        pipe(PROMPT, generator=seeded(7), max_sequence_length=13, **settings).images for pipe in pipes
+    )
+    assert psnr_db(found, expected) >= MIN_PSNR_DB
+    with pytest.raises(InputError, match="give max_sequence_length=13, as converted"):
+        ours(PROMPT, **settings)
 
 
 def test_previews_come_near_the_picture(with_t5: Conversion) -> None:

@@ -180,6 +180,12 @@ def _trio(sample: torch.Tensor, timestep: torch.Tensor | float, states: torch.Te
 class CoreMLControlNet(Part, ControlNetModel):  # type: ignore[misc]
     """In the place of diffusers' ControlNetModel, which its pipelines insist on."""
 
+    def __init__(self, model: Timed, config: Mapping[str, Any]) -> None:
+        super().__init__(model, config)
+        self.unused = torch.nn.Parameter(
+            torch.zeros(0), requires_grad=False
+        )  # MultiControlNetModel asks for its type
+
     def forward(
         self,
         sample: torch.Tensor,
