@@ -22,10 +22,12 @@ import openai
 import pytest
 from PIL import Image
 
+from diffusion_runtime import tasks
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.loading import load_pipeline
 from diffusion_runtime.schedulers import SCHEDULERS
 from diffusion_runtime.serve import pages, server
+from diffusion_runtime.serve.apis import web_ui
 from diffusion_runtime.serve.apis.web_ui import KARRAS, SAMPLERS
 from diffusion_runtime.serve.guard import Rules
 from serving import COMMAND, SHORT, Served, in_base64, left_mask, pixels, score, serving, start_image
@@ -415,3 +417,10 @@ def test_rules_know_their_hosts() -> None:
     assert Rules(any_address=True).knows("192.0.2.1")
     with pytest.raises(InputError, match="cannot be read"):
         server.read_keys(Path("nowhere"))
+
+
+def test_the_web_uis_numbers_reach_the_models_that_take_them() -> None:
+    """Its clients send a strength to all of them."""
+    asked = web_ui.Image2Image(init_images=["…"], denoising_strength=0.4, image_cfg_scale=1.2)
+    told = {kind: web_ui._numbers(asked, tasks.uses(kind)) for kind in (4, 7, 8)}
+    assert told == {4: {"strength": 0.4}, 7: {}, 8: {"image_guidance_scale": 1.2}}

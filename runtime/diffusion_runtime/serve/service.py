@@ -47,6 +47,7 @@ class Service:
         scheduler: str | None = None,
         eta: float = 0.0,
         strength: float | None = None,
+        image_guidance_scale: float | None = None,
         noise_level: int | None = None,
         image: bytes | None = None,
         mask: bytes | None = None,
@@ -73,6 +74,7 @@ class Service:
             guidance_scale=guidance_scale,
             eta=eta,
             strength=strength if image is not None else None,
+            image_guidance_scale=image_guidance_scale,
             noise_level=noise_level,
         )
         return Wanted(settings, image, mask, mask_is_alpha)

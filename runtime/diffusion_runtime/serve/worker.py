@@ -151,6 +151,7 @@ class _Worker:
             negative_prompts=() if one.negative_prompt is None else (one.negative_prompt,),
             steps=one.steps,
             guidance_scale=one.guidance_scale,
+            image_guidance_scale=one.image_guidance_scale,
             eta=one.eta,
             image=image,
             mask=mask,

@@ -78,6 +78,7 @@ class Text2Image(BaseModel):
 class Image2Image(Text2Image):
     init_images: list[str] = Field(min_length=1, max_length=1, description="A picture in base64.")
     denoising_strength: Annotated[float, Field(gt=0, le=1)] = 0.75
+    image_cfg_scale: Annotated[float, Field(ge=-1000, le=1000, description="InstructPix2Pix.")] | None = None
     mask: str | None = Field(default=None, description="In base64; white is painted anew.")
     inpainting_mask_invert: Annotated[int, Field(ge=0, le=1)] = 0
     inpaint_full_res: bool = False
@@ -150,7 +151,8 @@ def routes(service: Service) -> APIRouter:
             raise Refused("inpainting_mask_invert: is not there; send the mask as it is to be used")
         image = decoded(asked.init_images[0], "init_images")
         mask = decoded(asked.mask, "mask") if asked.mask else None  # "" is none in the web UI, too
-        wanted = _wanted(service, asked, image=image, mask=mask, strength=asked.denoising_strength)
+        numbers = _numbers(asked, (await service.about(model)).uses)
+        wanted = _wanted(service, asked, image=image, mask=mask, **numbers)
         return await _answer(service, request, asked, wanted, model, _not_followed(asked))
 
     @router.get("/progress")
@@ -256,6 +258,12 @@ def _check(service: Service, asked: Text2Image) -> str | None:
     if name is not None:
         service.engine.find(str(name))
     return None if name is None else str(name)
+
+
+def _numbers(asked: Image2Image, uses: Sequence[str]) -> dict[str, float | None]:
+    """What models that use these keys of `GIVEN` are told; clients send all of it to all models."""
+    sent = {"strength": asked.denoising_strength, "image_guidance_scale": asked.image_cfg_scale}
+    return {name: value for name, value in sent.items() if name in uses}
 
 
 def _not_followed(asked: Image2Image) -> list[str]:
