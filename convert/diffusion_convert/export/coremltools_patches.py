@@ -47,6 +47,8 @@ def patched_coremltools(
 ) -> Iterator[None]:
     """In this context, one ``ct.convert`` is fast, and its large constants go to ``write`` one by one: a
     placeholder as itself, for the caller to look up."""
+    import torch
+
     passes = import_coremltools("converters.mil.mil.passes.pass_pipeline")
     block = import_coremltools("converters.mil.mil.block")
     quantization = import_coremltools("converters.mil.mil.passes.defs.quantization")
@@ -76,6 +78,8 @@ def patched_coremltools(
         replace(helper, "_get_offset_by_writing_data", lambda var, _: write(var.val))
         node = import_coremltools("converters.mil.frontend.torch.internal_graph").InternalTorchIRNode
         replace(node, "from_torchscript_node", classmethod(_placed(node.from_torchscript_node.__func__)))
+        # It would compare each weight of the trace with itself, element by element.
+        replace(torch, "equal", _equal(torch.equal))
         # They describe a type anew each time that they ask whether it is a tensor, half a million times.
         for module in ASK_FOR_TYPES:
             types = import_coremltools(f"converters.mil.mil.{module}")
@@ -170,6 +174,14 @@ def _underflow(original: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any,
             original(self, new_var, var)
 
     return check_underflow_to_zero
+
+
+def _equal(original: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    def equal(one: Any, other: Any) -> bool:
+        same = one.data_ptr() == other.data_ptr() and one.stride() == other.stride() and one.shape == other.shape
+        return (same and one.dtype == other.dtype) or original(one, other)
+
+    return equal
 
 
 def _remembered(original: Callable[[Any], Any]) -> Callable[[Any], Any]:

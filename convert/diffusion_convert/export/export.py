@@ -17,7 +17,7 @@ from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.tensor_file import let_go
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.export.coremltools_patches import patched_coremltools, temporary_files_in
-from diffusion_convert.export.placeholders import Misplaced, Placeholders
+from diffusion_convert.export.placeholders import Misplaced, Placeholders, is_finite
 from diffusion_convert.export.split_attention import COPY, in_one_piece, split
 from diffusion_convert.export.trace import trace
 from diffusion_convert.options import Precision
@@ -189,11 +189,11 @@ def _stored(array: np.ndarray, weight: tuple[str, torch.Tensor] | None) -> np.nd
     if weight is None:
         return np.ascontiguousarray(array)
     name, tensor = weight
-    stored = tensor.to(torch.float16 if array.dtype == np.float16 else torch.float32)
-    if not bool(torch.isfinite(stored).all()):
-        kind = "an infinite or undefined value" if not bool(torch.isfinite(tensor).all()) else "no room in float16"
+    stored = tensor.to(torch.float16 if array.dtype == np.float16 else torch.float32).contiguous()
+    if not is_finite(stored):
+        kind = "no room in float16" if is_finite(tensor) else "an infinite or undefined value"
         raise CheckpointError(f"the weight {name} has {kind}: the checkpoint is damaged")
-    return stored.contiguous().numpy()
+    return stored.numpy()
 
 
 def _precision(ct: Any, graph: Graph, options: ExportOptions) -> Any:
