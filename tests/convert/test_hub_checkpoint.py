@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from diffusion_convert.hub import client
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.errors import CheckpointError, HubError, InputError
 from hub_server import Hub, serving
+from tiny_checkpoints import SD1_TEXT
 
 REPO = "maker/model"
 TOKEN = "hf_test"  # noqa: S105  no secret: the server here takes any
@@ -132,6 +134,26 @@ def test_a_controlnet(hub: Hub, tiny_checkpoint: Callable[[str], Path], controln
     assert file.name == weights
     fetched = {path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path}
     assert fetched == {"config.json", weights, "README.md"}
+
+    alone = "control_v11f1e_sd15_tile.safetensors"
+    hub.files = {alone: data, "other.pth": b"not needed"}
+    hub.commits.append("second")
+    again = open_checkpoint(str(tiny_checkpoint("sd1")), ConvertOptions(controlnets=[f"{REPO}/{alone}"]))
+    assert list(again.controlnets) == ["control_v11f1e_sd15_tile"]
+
+
+def test_a_textual_inversion(hub: Hub, tiny_checkpoint: Callable[[str], Path]) -> None:
+    data = io.BytesIO()
+    torch.save({"<toy>": torch.ones(int(SD1_TEXT["hidden_size"]))}, data)
+    hub.files = {name: data.getvalue() for name in ("learned_embeds.bin", "more/late.bin")}
+    hub.files |= {"README.md": b"", "concept_images/1.jpeg": b"not needed"}
+    for place in (REPO, f"{REPO}/more/late.bin"):
+        opened = open_checkpoint(str(tiny_checkpoint("sd1")), ConvertOptions(embeddings=[place]))
+        assert opened.added_tokens == ("<toy>",)
+    hub.files.pop("learned_embeds.bin")
+    hub.commits.append("second")
+    with pytest.raises(CheckpointError, match=r"no learned_embeds\.bin: name a file"):
+        open_checkpoint(str(tiny_checkpoint("sd1")), ConvertOptions(embeddings=[REPO]))
 
 
 def test_no_checkpoint_in_the_repository(hub: Hub) -> None:

@@ -31,7 +31,7 @@ UNION_TYPES = ("openpose", "depth", "scribble", "canny", "normal", "segment", "t
 """What the published unions (xinsir's; the last two of "promax" alone) call their kinds of pictures, by number."""
 
 Fetch = Callable[[str], Path]
-"""Makes a folder of a Hub id."""
+"""Makes a folder of a Hub id, a file of OWNER/NAME/FILE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,9 @@ def controlnets(networks: Iterable[str]) -> dict[str, str]:
 
 
 def with_controlnets(checkpoint: Checkpoint, sources: Sequence[str], fetch: Fetch) -> Checkpoint:
-    """The checkpoint with the ControlNets of ``sources`` in addition: folders, files, or Hub ids, of which
-    ``fetch`` makes folders; of a union with the kind of pictures after a colon (`UNION_TYPES`). No weight is read.
+    """The checkpoint with the ControlNets of ``sources`` in addition: folders, files, or what is on
+    the Hub, which ``fetch`` brings; of a union with the kind of pictures after a colon (`UNION_TYPES`). No weight is
+    read.
 
     Raises InputError for one that does not fit the checkpoint's UNet and for two of one name, CheckpointError for
     what is damaged or no ControlNet; both name the source.
@@ -79,25 +80,21 @@ def _described(one: Opened) -> ControlNet:
 
 def _open(source: str, fetch: Fetch, unet: Mapping[str, Any]) -> Opened:
     place, kind = _apart(source)
-    path, notes = Path(place).expanduser(), tuple[str, ...]()
-    # A file in the Hub's cache is a link to one that is called by its hash.
-    name = (
-        place
-        if not path.exists()
-        else diffusers_unet.name_of(real_path(path) if path.is_dir() else path.absolute())
-    )
+    own, notes = Path(place).expanduser(), tuple[str, ...]()
+    is_here = own.exists()
+    path = own if is_here else fetch(place)
     if path.is_dir():
         network = _from_folder(_inner(path))
-        origin = Source(name=name, license=diffusers_folder.read_license(path))
-    elif path.is_file():
+        name = diffusers_unet.name_of(real_path(path)) if is_here else place
+        license_ = diffusers_folder.read_license(path)
+        origin = Source(name=name, revision=None if is_here else path.name, license=license_)
+    else:
         network = controlnet_file.read(path, unet)
+        # A file in the Hub's cache is a link to one that is called by its hash.
+        name = diffusers_unet.name_of(path.absolute())
         origin = Source(name=path.name, sha256=sha256(path))
         if controlnet_file.is_guess(path, network.config):
             notes = (f"{path.name} is taken for a ControlNet that gives means over the picture, by its name",)
-    else:
-        fetched = fetch(place)
-        network = _from_folder(_inner(fetched))
-        origin = Source(name=place, revision=fetched.name, license=diffusers_folder.read_license(fetched))
     control_type = _control_type(source, kind, network)
     return Opened(name_of(f"{name}-{kind}" if kind else name), network, origin, control_type, notes)
 

@@ -11,19 +11,22 @@ from pathlib import Path
 from diffusion_convert.checkpoint import diffusers_folder, diffusers_unet, lora, repository, single_file, unet_alone
 from diffusion_convert.checkpoint.controlnet import with_controlnets
 from diffusion_convert.checkpoint.controlnet_file import KIND
-from diffusion_convert.checkpoint.embeddings import with_embeddings
+from diffusion_convert.checkpoint.embeddings import NAMES_IN_FOLDERS, with_embeddings
 from diffusion_convert.checkpoint.family import refuse_other_uses
 from diffusion_convert.checkpoint.ip_adapter import ENCODER, with_ip_adapters
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.refiner import FAMILY, with_refiner
 from diffusion_convert.checkpoint.t2i_adapter import IN_PIPELINE, with_t2i_adapters
 from diffusion_convert.checkpoint.vae import PREVIEW, with_vae
-from diffusion_convert.option_values import check_path
+from diffusion_convert.option_values import Embedding, check_path
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, DiffusionError, InputError
 from diffusion_runtime.families import COMPONENTS, FAMILIES, T5, TEXT_ENCODERS, UNET
 from diffusion_runtime.real_path import real_path
+
+FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf")
+"""How names of files end, which are no names of repositories."""
 
 
 def open_checkpoint(source: str, options: ConvertOptions | None = None) -> Checkpoint:
@@ -64,7 +67,7 @@ def _with_networks(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoin
             checkpoint = lora.fuse(checkpoint, options.loras, options.lora_partial)
     if options.embeddings:
         with _given_as("--embedding"):
-            checkpoint = with_embeddings(checkpoint, options.embeddings)
+            checkpoint = with_embeddings(checkpoint, [_fetched(one) for one in options.embeddings])
     if options.t2i_adapters:
         fetch = partial(_fetch_network, part=IN_PIPELINE)
         checkpoint = with_t2i_adapters(checkpoint, options.t2i_adapters, fetch)
@@ -135,7 +138,20 @@ def _without_t5(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _fetch_network(source: str, part: str) -> Path:
+    if source.count("/") > 1 and source.endswith(FILES):
+        return repository.fetch_file(source)
     return repository.fetch_network(_repository_id(source), part)
+
+
+def _fetched(embedding: Embedding) -> Embedding:
+    """Of a concept's repository, or a file in one, what is downloaded of it; any other as it is."""
+    place = embedding.path.as_posix()
+    if embedding.path.exists() or not (is_repository_id(place) or place.count("/") > 1):
+        return embedding
+    found = (
+        repository.fetch_one(place, NAMES_IN_FOLDERS) if is_repository_id(place) else repository.fetch_file(place)
+    )
+    return replace(embedding, path=found)
 
 
 def _repository_id(source: str) -> str:
@@ -218,4 +234,4 @@ def is_repository_id(source: str) -> bool:
     """Whether ``source`` is of the form owner/name, and nothing about it says that a path is meant."""
     owner, slash, name = source.partition("/")
     plain = all(part and part[0] not in ".~" and "/" not in part for part in (owner, name))
-    return bool(slash) and plain and not name.endswith((".safetensors", ".ckpt", ".bin", ".pt", ".gguf"))
+    return bool(slash) and plain and not name.endswith(FILES)

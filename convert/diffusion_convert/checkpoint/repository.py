@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,19 @@ def fetch_file(place: str, folder: str | None = None) -> Path:
         return (path, *(_network_files(names, read_json, beside) if beside else ()))
 
     return _found(_fetch(repo_id, None, needed) / path, place)
+
+
+def fetch_one(repo_id: str, known: Sequence[str]) -> Path:
+    """The first of the ``known`` files that a repository has. Raises CheckpointError where it has none."""
+
+    def needed(names: frozenset[str], _: ReadJson) -> tuple[str, ...]:
+        found = tuple(name for name in known if name in names)[:1]
+        if not found:
+            raise CheckpointError(f"{repo_id}: has no {' and no '.join(known)}: name a file, {repo_id}/FILE")
+        return found
+
+    folder = _fetch(repo_id, None, needed)
+    return next(folder / name for name in known if (folder / name).exists())
 
 
 def fetch_folder(place: str) -> Path:
