@@ -52,9 +52,8 @@ def controlnets(networks: Iterable[str]) -> dict[str, str]:
 
 
 def with_controlnets(checkpoint: Checkpoint, sources: Sequence[str], fetch: Fetch) -> Checkpoint:
-    """The checkpoint with the ControlNets of ``sources`` in addition: folders, files, or what is on
-    the Hub, which ``fetch`` brings; of a union with the kind of pictures after a colon (`UNION_TYPES`). No weight is
-    read.
+    """The checkpoint with the ControlNets of ``sources`` in addition: folders, files, or what is on the Hub, which
+    ``fetch`` brings; of a union with the kind of pictures after a colon (`UNION_TYPES`). No weight is read.
 
     Raises InputError for one that does not fit the checkpoint's UNet and for two of one name, CheckpointError for
     what is damaged or no ControlNet; both name the source.
