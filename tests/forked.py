@@ -81,6 +81,7 @@ def _forked(asker: socket.socket, listener: socket.socket) -> int:
 def _run(asked: dict, streams: list[int]) -> None:  # type: ignore[type-arg]
     """What `python -c` does with it, to the end of the process."""
     import atexit
+    import tempfile
     import threading
     import traceback
 
@@ -97,6 +98,7 @@ def _run(asked: dict, streams: list[int]) -> None:  # type: ignore[type-arg]
         os.chdir(asked["folder"])
         os.environ.clear()
         os.environ.update(asked["environment"])
+        tempfile.tempdir = None  # TMPDIR may be another
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for path in reversed(os.environ.get("PYTHONPATH", "").split(os.pathsep)):
             sys.path.insert(0, path)

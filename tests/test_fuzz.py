@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,16 +26,16 @@ def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_damaged_inputs_are_refused_in_one_line_or_read(seeded: Path) -> None:
-    results = list(inputs.run(seeded, 0, len(TARGETS)))
+def test_damaged_inputs_are_refused_in_one_line_or_read(seeded: Path, forked_python: Path) -> None:
+    results = list(inputs.run(seeded, 0, len(TARGETS), python=forked_python))
     assert {result["target"] for result in results} == set(TARGETS)
     assert [(result["case"], result["problems"]) for result in results if result["problems"]] == []
 
 
 @pytest.mark.slow
-def test_what_is_no_file_is_refused_or_not_needed(seeded: Path) -> None:
+def test_what_is_no_file_is_refused_or_not_needed(seeded: Path, forked_python: Path) -> None:
     """Of every kind of file that the commands read: nothing is waited for, nothing is read without an end."""
-    results = list(inputs.run(seeded, 0, len(WAYS) * len(TARGETS), ways=WAYS))
+    results = list(inputs.run(seeded, 0, len(WAYS) * len(TARGETS), ways=WAYS, python=forked_python))
     assert [result["target"] for result in results] == [*TARGETS] * len(WAYS)
     shown = [(WAYS[result["case"] // len(TARGETS)], result["target"], result["problems"]) for result in results]
     assert [one for one in shown if one[-1]] == []
@@ -49,9 +48,10 @@ NOT_READ = {"safety-config", "depth-config", "toy-package", "compiled", "toy-com
 
 
 @pytest.mark.slow
-def test_kills_and_races_lose_nothing_and_leave_nothing(tmp_path: Path) -> None:
+def test_kills_and_races_lose_nothing_and_leave_nothing(forked_python: Path, tmp_path: Path) -> None:
     """In a process of its own: what is forked must have no other threads."""
-    command = [sys.executable, "-m", "fuzz.kills", "--kills", "10", "--races", "4"]
+    code = "import sys; from fuzz.kills import main; sys.exit(main())"
+    command = [forked_python, "-c", code, "--kills", "10", "--races", "4"]
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
@@ -72,7 +72,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("code", "problem"), FAULTS.items(), ids=FAULTS)
-def test_the_harness_sees_what_it_looks_for(code: str, problem: str, tmp_path: Path) -> None:
+def test_the_harness_sees_what_it_looks_for(code: str, problem: str, forked_python: Path, tmp_path: Path) -> None:
     """A command that does wrong in each way: what finds nothing must be able to find something."""
     program = f"""
 import json, sys
@@ -89,7 +89,7 @@ print(json.dumps(worker.run_case(worker.Case(0), Path(sys.argv[1]).resolve())["p
     (tmp_path / "seeds" / "seed" / "file.json").write_text("{}")
     environment = inputs._environment()
     run = subprocess.run(
-        [sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True, check=False
+        [forked_python, "-c", program, tmp_path], env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
     assert any(found.startswith(problem) for found in json.loads(run.stdout.splitlines()[-1])), run.stdout

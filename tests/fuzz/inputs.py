@@ -27,28 +27,35 @@ from fuzz.targets import TARGETS
 
 BATCH = 250
 """Cases of one process: what one of them leaves in memory must not hide in thousands."""
+WORKER = "from fuzz.worker import main; main()"
 MAX_SILENCE_SECONDS = 180.0
 """Of a worker, by the wall clock: longer, and it waits for something that does not come."""
 
 
 def run(
-    root: Path, first: int, last: int, batch: int = BATCH, ways: Sequence[str] = ()
+    root: Path,
+    first: int,
+    last: int,
+    batch: int = BATCH,
+    ways: Sequence[str] = (),
+    python: str | Path = sys.executable,
 ) -> Iterator[dict[str, Any]]:
     """The outcome of every case, in order. ``root`` holds the seeds, and the folders of cases that failed after.
-    ``ways``: what stands in the files' place, of `worker.INSTEAD`, each for as many cases as there are targets."""
+    ``ways``: what stands in the files' place, of `worker.INSTEAD`, each for as many cases as there are targets.
+    ``python`` runs the worker."""
     if not (root / "seeds").is_dir():
         seeds.write(root / "seeds")
     at = first
     while at < last:
         end = min(at + batch, last)
-        for result in _worker(root, at, end, ways):
+        command = [str(python), "-c", WORKER, str(root), str(at), str(end), *ways]
+        for result in _worker(command):
             yield result
             at = result["case"] + 1
 
 
-def _worker(root: Path, first: int, last: int, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _worker(command: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Outcomes until the process ends; one that died or fell silent has its last case's outcome made here."""
-    command = [sys.executable, "-m", "fuzz.worker", str(root), str(first), str(last), *ways]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
     )

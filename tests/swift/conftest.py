@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-RELEASE = ("-c", "release", "-Xswiftc", "-enable-testing")
 PACKAGE = Path(__file__).resolve().parents[2] / "swift_bridge"
+BUILT = PACKAGE / ".build" / "debug"
+"""Not as for use: the optimizer takes as long as all these tests, and they look at results."""
 
 Swift = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -46,8 +47,8 @@ def swift_environment(coreml_sd: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def built_swift_environment(swift_environment: dict[str, str]) -> dict[str, str]:
-    """The same, with the package, its program and its tests built: as they are for use, and once for all."""
-    build = ["swift", "build", "--build-tests", *RELEASE, "-j", "2", "-Xswiftc", "-warnings-as-errors"]
+    """The same, with the package, its program and its tests built once for all."""
+    build = ["swift", "build", "--build-tests", "-j", "2", "-Xswiftc", "-gnone", "-Xswiftc", "-warnings-as-errors"]
     built = subprocess.run(build, cwd=PACKAGE, capture_output=True, text=True, check=False)
     assert built.returncode == 0, (built.stdout + built.stderr)[-6000:]
     return swift_environment
@@ -56,7 +57,7 @@ def built_swift_environment(swift_environment: dict[str, str]) -> dict[str, str]
 @pytest.fixture(scope="session")
 def swift_program(built_swift_environment: dict[str, str]) -> Swift:
     """``swift_program("generate", …)`` runs `coreml-sd-swift` with these arguments."""
-    program = PACKAGE / ".build" / "release" / "coreml-sd-swift"
+    program = BUILT / "coreml-sd-swift"
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

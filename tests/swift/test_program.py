@@ -16,7 +16,7 @@ from PIL import Image
 import toy_models
 from diffusion_runtime import images
 from diffusion_runtime.bundle import manifest
-from swift.conftest import PACKAGE, Swift
+from swift.conftest import BUILT, PACKAGE, Swift
 
 PROMPT = "a large (red:1.3) circle, on a white background"
 MODES = {"image": "RGB", "mask": "L"}
@@ -85,7 +85,7 @@ def test_the_readmes_quick_start_compiles(swift_program: Swift, tmp_path: Path) 
     names = ("folder", "sketch", "file")
     given = "".join(f'let {name} = URL(fileURLWithPath: "{name}")\n' for name in names)
     source = tmp_path / "main.swift"
-    modules = PACKAGE / ".build" / "release" / "Modules"
+    modules = BUILT / "Modules"
     checks = ["swiftc", "-typecheck", "-swift-version", "6", "-warnings-as-errors", "-I", str(modules), str(source)]
     for text, is_right in ((printed, True), (printed.replace("generate(", "paint("), False)):
         source.write_text(f"import Foundation\n{given}{text}", encoding="utf-8")
@@ -129,8 +129,8 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing_half_written(
     toy_folder: Path, swift_environment: dict[str, str], swift_program: Swift, tmp_path: Path
 ) -> None:
     assert swift_program("help").returncode == 0
-    program = PACKAGE / ".build" / "release" / "coreml-sd-swift"
-    options = ["--prompt", "x", "--steps", "300", "--count", "100", "--preview", "-o", "picture.png"]
+    program = BUILT / "coreml-sd-swift"
+    options = ["--prompt", "x", "--steps", "40", "--count", "100", "--preview", "-o", "picture.png"]
     running = subprocess.Popen(
         [program, "generate", str(toy_folder), *options],
         cwd=tmp_path,

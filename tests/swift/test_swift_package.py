@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 import toy_models
-from swift.conftest import PACKAGE, RELEASE
+from swift.conftest import PACKAGE
 
 
 @pytest.mark.slow
 def test_the_swift_package_passes_its_tests(
     toy_folder: Path, toy_with_refiner: Path, built_swift_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    command = ["swift", "test", "--skip-build", *RELEASE, "--no-parallel"]
+    command = ["swift", "test", "--skip-build", "--no-parallel"]
     # These tests kill the process that runs the models: it must be that process, not the one that stands for it in
     # `coreml_sd` and can be outlived for a moment by what it started.
     alone = tmp_path / "coreml-sd"
