@@ -1,8 +1,8 @@
 """Imports that a picture does not need, put off until something needs them.
 
 Half of the time until the first step of a small model went into them: torch's compiler, which diffusers and torch
-import to say that a function is none of its business, and scipy's statistics and integrals, of which two schedulers
-use a function each, where they are told to.
+import to say that a function is none of its business, sympy, which torch imports to ask whether a size is a number,
+and scipy's statistics and integrals, of which two schedulers use a function each, where they are told to.
 """
 
 from __future__ import annotations
@@ -17,6 +17,37 @@ from typing import Any
 
 COMPILER = "torch._dynamo"
 FOR_SCHEDULERS = ("scipy.stats", "scipy.integrate")
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other)
+
+
+WITHOUT_SYMBOLS: Mapping[str, Mapping[str, Any]] = {
+    "sympy": {"Basic": type("Basic", (), {})},  # of which nothing is an instance
+    "torch.fx.experimental.symbolic_shapes": {
+        **dict.fromkeys(
+            (
+                *("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious"),
+                *("guarding_hint_or_throw", "statically_known_true"),
+            ),
+            _itself,
+        ),
+        "has_guarding_hint": lambda _: True,
+        "is_nested_int": lambda _: False,
+        "sym_eq": _equal,
+        "sym_and": lambda *values: all(values),
+        "sym_or": lambda *values: any(values),
+    },
+}
+"""What torch's functions for meta tensors ask of sizes, answered for those that are numbers: all are, as long as
+sympy is not there."""
 
 
 def import_diffusers() -> ModuleType:
@@ -39,14 +70,14 @@ def no_compiler() -> Iterator[None]:
         left_alone.append(function)
         return function
 
-    content = {"disable": disable, "allow_in_graph": lambda function: function}
-    stand_in = None if COMPILER in sys.modules else _Later(COMPILER, content)
-    if stand_in is not None:
+    contents = {COMPILER: {"disable": disable, "allow_in_graph": lambda function: function}, **WITHOUT_SYMBOLS}
+    stand_ins = [_Later(name, content) for name, content in contents.items() if name not in sys.modules]
+    for stand_in in stand_ins:
         stand_in.put()
     try:
         yield
     finally:
-        if stand_in is not None:
+        for stand_in in stand_ins:
             stand_in.remove()
         for function in left_alone:  # torch remembers what it was answered
             vars(function).pop("__dynamo_disable", None)
@@ -74,11 +105,12 @@ class _Later(ModuleType):
     def put(self) -> None:
         sys.modules[self.__name__] = self
         parent, _, child = self.__name__.rpartition(".")
-        setattr(importlib.import_module(parent), child, self)
+        if parent:
+            setattr(importlib.import_module(parent), child, self)
 
     def remove(self) -> None:
         parent, _, child = self.__name__.rpartition(".")
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
-        if vars(sys.modules[parent]).get(child) is self:
+        if parent and vars(sys.modules[parent]).get(child) is self:
             delattr(sys.modules[parent], child)
