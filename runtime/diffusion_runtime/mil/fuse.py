@@ -27,6 +27,7 @@ from diffusion_runtime.mil.match import (
 )
 from diffusion_runtime.mil.memory_format import reuse_memory, use_channels_last
 from diffusion_runtime.mil.ops import OPS, normalization
+from diffusion_runtime.mil.winograd import use_winograd
 
 Pass = Callable[[fx.GraphModule], None]
 
@@ -187,4 +188,4 @@ DIFFERENTIABLE: tuple[Pass, ...] = (fuse_norms, fuse_silu, fuse_attention)
 WATCHABLE: tuple[Pass, ...] = (fuse_plain_attention, use_channels_last)
 """Passes after which every value can still be watched, or is known by a bound (`observe.SCORES`)."""
 
-PASSES: tuple[Pass, ...] = (*DIFFERENTIABLE, use_channels_last, reuse_memory)
+PASSES: tuple[Pass, ...] = (*DIFFERENTIABLE, use_channels_last, use_winograd, reuse_memory)
