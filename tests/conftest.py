@@ -70,14 +70,17 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _networks_are_converted_once(shared: Path) -> Iterator[None]:
-    """What coremltools makes of a network is kept for the run (`remembered`). Weights as small as the tests' have
-    placeholders, as if they had the sizes of real ones."""
+    """What `remembered` describes is kept for the run. Weights as small as the tests' have placeholders, as if they
+    had the sizes of real ones."""
     if "diffusion_convert.export.export" not in sys.modules:  # nothing is converted, and torch takes a second
         yield
         return
     import remembered
     from diffusion_convert.export import placeholders
+    from fuzz.worker import warm_up
 
+    if "PYTEST_XDIST_WORKER" in os.environ:  # or the first conversions collect before the libraries are passed over
+        warm_up()
     folder = shared / "remembered"
     folder.mkdir(exist_ok=True)
     with remembered.conversions(folder), pytest.MonkeyPatch.context() as patch:

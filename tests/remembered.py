@@ -1,8 +1,9 @@
-"""What ``ct.convert`` makes of a network, kept for the length of a run: it takes most of the time of a conversion,
-and most conversions of the tests are of a network that another test has converted.
+"""What ``ct.convert`` makes of a network, and what comes of running a package, kept for the length of a run.
 
-Weights are no part of it, but for what the network is traced with: coremltools sees placeholders. They are written
-anew each time, from the checkpoint at hand. Nothing else of an export is kept.
+They take most of the time of a conversion, and most conversions of the tests are of a network that another test has
+converted. Weights are no part of the first, but for what the network is traced with: coremltools sees placeholders.
+They are written anew each time, from the checkpoint at hand. Of the second they are: the same program with the same
+weights computes the same of the same inputs. Nothing else of an export is kept.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -25,10 +26,13 @@ import torch
 from diffusion_convert.components.component import Graph
 from diffusion_convert.export import export
 from diffusion_convert.export.placeholders import Placeholders, thin
+from diffusion_convert.verification import compare
+from diffusion_runtime.coremltools_import import import_messages
 from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.weights import WeightWriter
 
 Convert = Callable[..., tuple[Model, dict[str, str]]]
+Measure = Callable[..., compare.Verdict]
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,18 @@ class Kept:
 
 @contextmanager
 def conversions(folder: Path) -> Iterator[None]:
-    """In this context, exports look in ``folder`` before they call coremltools."""
-    with mock.patch.object(export, "_convert", _remembering(export._convert, folder)):
+    """In this context, exports look in ``folder`` before they call coremltools, and verification before it runs."""
+    with (
+        mock.patch.object(export, "_convert", _remembering(export._convert, folder)),
+        mock.patch.object(compare, "_measure", _measuring(compare._measure, folder)),
+    ):
         yield
+
+
+def _keep(value: object, path: Path) -> None:
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_bytes(pickle.dumps(value))
+    unfinished.replace(path)
 
 
 def _remembering(convert: Convert, folder: Path) -> Convert:
@@ -75,13 +88,46 @@ def _remembering(convert: Convert, folder: Path) -> Convert:
         written = export.write_constant
         with mock.patch.object(export, "write_constant", write):
             model, modules = convert(graph, traced, options, placeholders, writer, clock)
-        kept = Kept(model, modules, constants, dict(placeholders._exceeding))
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_bytes(pickle.dumps(kept))
-        unfinished.replace(path)
+        _keep(Kept(model, modules, constants, dict(placeholders._exceeding)), path)
         return model, modules
 
     return remembering
+
+
+def _measuring(measure: Measure, folder: Path) -> Measure:
+    @wraps(measure)
+    def measuring(
+        package: Path, expected: compare.Expected, progress: compare.OnFraction, passes: Sequence[Any]
+    ) -> compare.Verdict:
+        path = folder / verdict_key(package, expected, passes)
+        if path.is_file():
+            progress(0.0)
+            progress(1.0)
+            kept: compare.Verdict = pickle.loads(path.read_bytes())  # noqa: S301 (our own)
+            return kept
+        verdict = measure(package, expected, progress, passes)
+        _keep(verdict, path)
+        return verdict
+
+    return measuring
+
+
+def verdict_key(package: Path, expected: compare.Expected, passes: Sequence[Any]) -> str:
+    """Of everything that the package computes from, and what it is compared with. Not of the description, which has
+    the checkpoint's name."""
+    model = import_messages("Model_pb2").Model()
+    told = hashlib.sha256(repr([one.__qualname__ for one in passes]).encode())
+    for file in sorted(path for path in (package / "Data").rglob("*") if path.is_file()):
+        data = file.read_bytes()
+        if file.suffix == ".mlmodel":
+            model.ParseFromString(data)
+            model.description.metadata.Clear()
+            data = model.SerializeToString(deterministic=True)
+        told.update(file.name.encode() + hashlib.sha256(data).digest())
+    for run in (*expected.inputs, *expected.outputs):
+        for name, array in sorted(run.items()):
+            told.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return told.hexdigest()
 
 
 def key(graph: Graph, traced: torch.jit.ScriptModule, options: export.ExportOptions) -> str:
