@@ -93,7 +93,7 @@ def test_the_16_bit_forms_own_noise_is_allowed_for(
 @pytest.mark.parametrize("name", table())
 def test_no_component_is_published_below_60_db(name: str) -> None:
     def passes(psnr_db: float) -> None:
-        verdict = compare.Verdict({"good": 90.0, "other": psnr_db}, {})
+        verdict = compare.Verdict({"good": 90.0, "other": psnr_db}, {}, ())
         compare.check(table()[name], Path("a.mlpackage"), verdict, lambda: "")
 
     passes(60.0)

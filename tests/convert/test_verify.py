@@ -23,7 +23,9 @@ from diffusion_convert.export import export as export_module
 from diffusion_convert.export.export import Exported, ExportOptions, export
 from diffusion_convert.networks.attention import ATTENTION, original
 from diffusion_convert.options import ConvertOptions
+from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.outputs import seeded_inputs
+from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.verification import compare
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.errors import VerificationError
@@ -168,6 +170,30 @@ def test_widened_network_is_the_float32_one(checkpoint: Checkpoint) -> None:
 def test_psnr(expected: list[float], found: list[float], psnr: float) -> None:
     value = compare.psnr_db(np.array(expected, np.float32), np.array(found, np.float32))
     assert value == pytest.approx(psnr, abs=1e-4)
+
+
+def test_palettization_takes_the_outputs_of_the_verdict(
+    tiny_unet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 16-bit package is not run once more."""
+    model = TorchBackend().load(tiny_unet)
+    inputs = seeded_inputs(model.inputs, 2)
+    expected = compare.Expected(tuple(inputs), tuple(model(**arrays) for arrays in inputs))
+    outputs = compare.measure(tiny_unet, expected, silent).outputs
+    anew = palettize_checked(tiny_unet, tmp_path / "anew.mlpackage", PalettizeOptions(6), samples=inputs)
+    run: list[Path] = []
+    load = TorchBackend.load
+
+    def watched(backend: TorchBackend, path: Path, **named: Any) -> Any:
+        run.append(path)
+        return load(backend, path, **named)
+
+    monkeypatch.setattr(TorchBackend, "load", watched)
+    output = tmp_path / "known.mlpackage"
+    known = palettize_checked(tiny_unet, output, PalettizeOptions(6), samples=inputs, expected=outputs)
+    assert len(run) == 1
+    assert tiny_unet not in run
+    assert known.psnr_db == pytest.approx(anew.psnr_db, abs=0.01)
 
 
 def test_large_scores_are_traced_to_their_operations(tiny_unet: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_convert.layouts import LAYOUTS
 from diffusion_convert.options import Precision
 from diffusion_convert.palettize.checked import palettize_checked
+from diffusion_convert.palettize.outputs import Samples
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.palettize.recipe import mix
 from diffusion_convert.verification import compare
@@ -88,10 +89,8 @@ def make(
     with unfinished_folder(place.part(part.name)) as folder:
         other = None if like is None else read_record(place.part(like.name))
         job = Job(part, plan, folder, expected, known, report, other)
-        record = _convert(job)
-        for stage in (_palettize, _cut):
-            record = stage(job, record)
-        record = _hashed(job, record)
+        record, outputs = _convert(job)
+        record = _hashed(job, _cut(job, _palettize(job, record, outputs)))
         if like is not None and other is not None:
             _share_equal(place.part(like.name), other, folder, record)
         write_record(record, folder)
@@ -124,9 +123,9 @@ def _reference(part: Part, plan: Plan, references: Path, report: export.OnPhase)
     return compare.Expected.load(path)
 
 
-def _convert(job: Job) -> Record:
-    """Write the package. Where float16 has no room for an operation's values, it is converted anew with that
-    operation in float32."""
+def _convert(job: Job) -> tuple[Record, Samples | None]:
+    """Write the package, and tell what it computes of the reference's inputs, where it is verified. Where float16
+    has no room for an operation's values, it is converted anew with that operation in float32."""
     part, options = job.part, job.plan.options
     export_options = export.ExportOptions(part.attention, part.shape, options.target, options.precision)
     seconds: dict[str, float] = {}
@@ -143,7 +142,7 @@ def _convert(job: Job) -> Record:
         _add(seconds, made.seconds)
         _refuse_wide_weights(job, made)
         if job.expected is None:
-            return _record(job, made, export_options, {}, seconds)
+            return _record(job, made, export_options, {}, seconds), None
         started = time.perf_counter()
         verdict = compare.measure(job.package, job.expected, partial(job.report, "verify"))
         gc.collect()  # so is the package's program: its weights stay mapped beside the next network's
@@ -152,7 +151,7 @@ def _convert(job: Job) -> Record:
         limit = FLOAT16_MAX if options.precision is Precision.FLOAT16 else compare.NEAR_LIMIT
         hot = compare.overflowing(job.package, verdict.largest, limit)
         if not hot:
-            return _record(job, made, export_options, verdict.psnr_db, seconds)
+            return _record(job, made, export_options, verdict.psnr_db, seconds), verdict.outputs
         if options.precision is Precision.FLOAT16:
             raise VerificationError(
                 f"{part.component.name}: float16 overflows at {_listed(hot, made.modules)}; use --precision auto"
@@ -249,7 +248,7 @@ def _notes(job: Job, made: export.Exported, kept: list[str]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _palettize(job: Job, record: Record) -> Record:
+def _palettize(job: Job, record: Record, outputs: Samples | None) -> Record:
     """The package with palettized weights in place of the package. Its PSNR is against the 16-bit package."""
     started = time.perf_counter()
     asked = _palettize_options(job)
@@ -260,6 +259,7 @@ def _palettize(job: Job, record: Record) -> Record:
         job.package,
         asked,
         samples=job.expected.inputs if job.expected else None,
+        expected=outputs,
         bounds=job.part.component.min_palettized_psnr_db,
         compare=job.expected is not None,
         progress=lambda _, done, total: job.report("palettize", done / total),

@@ -30,13 +30,15 @@ def palettize_checked(
     options: PalettizeOptions,
     *,
     samples: Samples | None = None,
+    expected: Samples | None = None,
     bounds: Mapping[int, float] = MIN_PSNR_DB,
     compare: bool = True,
     progress: OnWeight | None = None,
 ) -> Checked:
     """`palettize_package`, and then run both packages with the torch backend on ``samples`` (None: seeded ones by
-    the inputs' names), each function of those that have several. ``output`` appears only where every output keeps
-    the bound of its bit width.
+    the inputs' names), each function of those that have several. ``expected``: what ``source`` makes of
+    ``samples``, where it has been run already. ``output`` appears only where every output keeps the bound of its
+    bit width.
 
     Raises what `palettize_package` does, UnsupportedError where the backend does not cover the program, and
     VerificationError below the bound, StorageError where another process is writing ``output``.
@@ -46,8 +48,9 @@ def palettize_checked(
         psnr: dict[str, float] = {}
         functions = function_names(open_package(source).model) or (None,)
         for function in functions if compare else ():
-            drawn = samples if function is functions[0] else None  # given ones have the default function's shapes
-            found = compare_outputs(source, unchecked, drawn, function)
+            first = function is functions[0]  # what is given has the default function's shapes
+            drawn, known = (samples, expected) if first else (None, None)
+            found = compare_outputs(source, unchecked, drawn, function, known)
             bound = bound_db(report.average_bits, bounds)
             if any(not value >= bound for value in found.values()):
                 require_steady(source, drawn, found, bound, function)

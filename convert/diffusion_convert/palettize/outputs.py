@@ -73,23 +73,29 @@ def _draw(spec: TensorSpec, random: np.random.Generator, position: float, tokens
 
 
 def compare_outputs(
-    reference: Path, other: Path, samples: Samples | None = None, function: str | None = None
+    reference: Path,
+    other: Path,
+    samples: Samples | None = None,
+    function: str | None = None,
+    expected: Samples | None = None,
 ) -> dict[str, float]:
     """The lowest PSNR of each output over ``samples`` (None: two seeded ones), both packages run by the torch
     backend, one after the other and with their weights left in the file. ``function``: which of several.
+    ``expected``: what ``reference`` makes of ``samples``, where it has been run already.
 
     Raises VerificationError where an output of ``reference`` itself is not finite: nothing can be compared with it.
     """
     from diffusion_runtime.backends.torch_mil import TorchBackend
 
     backend = TorchBackend(stream_weights=True)
-    model = backend.load(reference, function=function)
-    if samples is None:
-        samples = seeded_inputs(model.inputs, 2, tokens=token_count(open_package(reference)))
-    with np.errstate(over="ignore", invalid="ignore"):  # said below, by name
-        expected = [model(**arrays) for arrays in samples]
+    if samples is None or expected is None:
+        model = backend.load(reference, function=function)
+        if samples is None:
+            samples = seeded_inputs(model.inputs, 2, tokens=token_count(open_package(reference)))
+        with np.errstate(over="ignore", invalid="ignore"):  # said below, by name
+            expected = [model(**arrays) for arrays in samples]
+        del model
     _require_finite(reference, samples, expected)
-    del model
     model = backend.load(other, function=function)
     found = [model(**arrays) for arrays in samples]
     return {

@@ -78,10 +78,11 @@ class Expected:
 class Verdict:
     """``psnr_db`` by output, the worst over all runs: the largest magnitude of the reference over the root mean
     squared difference. ``largest`` is the largest magnitude of each MIL value over all runs, without what is only
-    moved (`MOVES`)."""
+    moved (`MOVES`). ``outputs`` are those of each run."""
 
     psnr_db: Mapping[str, float]
     largest: Mapping[str, float]
+    outputs: tuple[Arrays, ...]
 
 
 def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progress: OnFraction) -> Expected:
@@ -139,12 +140,12 @@ def _measure(path: Path, expected: Expected, progress: OnFraction, passes: Seque
             largest[name] = max(largest.get(name, 0.0), -float(value.amin()), float(value.amax()))
 
     worst: dict[str, float] = {}
-    for run, (inputs, outputs) in enumerate(zip(expected.inputs, expected.outputs, strict=True)):
-        found = model.observe(partial(watch, run), **inputs)
+    made = tuple(model.observe(partial(watch, run), **inputs) for run, inputs in enumerate(expected.inputs))
+    for found, outputs in zip(made, expected.outputs, strict=True):
         for name, array in outputs.items():
             worst[name] = min(worst.get(name, math.inf), psnr_db(array, found[name]))
     progress(1.0)
-    return Verdict(worst, largest)
+    return Verdict(worst, largest, made)
 
 
 def psnr_db(expected: np.ndarray, found: np.ndarray) -> float:
