@@ -21,7 +21,7 @@ def settled(request: Request, family: Family, takes_guidance: bool) -> Request:
     if request.mask is not None:
         scale, strength = family.inpainting_guidance_scale, family.inpainting_strength
         control_scale = family.inpainting_control_scale
-    elif takes_guidance and not family.added_conditions:
+    elif takes_guidance and not family.added_conditions and not request.controls:
         scale, steps = LCM_GUIDANCE_SCALE, LCM_STEPS
     return replace(
         request,

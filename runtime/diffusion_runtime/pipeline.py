@@ -87,6 +87,7 @@ class Pipeline:
     tokenizer_2: Tokenizer | None = None
     tokenizer_3: Tokenizer | None = None
     _scheduler: tuple[str | None, Any] | None = field(default=None, init=False, repr=False)
+    _is_set: bool = field(default=False, init=False, repr=False)
 
     @property
     def scheduler(self) -> Any:
@@ -98,12 +99,13 @@ class Pipeline:
             schedulers.check_family(config, self.manifest.family)
             imposed = schedulers.imposed_on(self.manifest.family)
             self._scheduler = self.scheduler_name, schedulers.build(config, self.scheduler_name, imposed)
+            self._is_set = False
         return self._scheduler[1]
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
         schedulers.check(scheduler, self.manifest.scheduler)
-        self._scheduler = self.scheduler_name, scheduler
+        self._scheduler, self._is_set = (self.scheduler_name, scheduler), True
 
     @property
     def refiner(self) -> Pipeline | None:
@@ -140,7 +142,7 @@ class Pipeline:
             return self
         described, models = stages.of_size(self.manifest, self.models, size)
         made = replace(self, manifest=described, models=models)
-        made._scheduler = self.scheduler_name, self.scheduler
+        made._scheduler, made._is_set = (self.scheduler_name, self.scheduler), self._is_set
         return made
 
     @property
@@ -288,7 +290,9 @@ class Pipeline:
         request, refined = stages.apart(request)
         task = tasks.choose(tasks.kind(unet["sample"][1], self.manifest.latents.channels), request.given)
         request = self.settled(t2i_adapters.named(plan.named(request, self.manifest), self.manifest))
-        scheduler = schedulers.own(self.scheduler, task.scheduler_settings)
+        scheduler = stages.scheduler(
+            self.manifest, self.scheduler_name, self.scheduler, self._is_set, request, task
+        )
         height, width = unet["sample"][2:]
         patches = (height // self._family.denoiser.patch_size) * (width // self._family.denoiser.patch_size)
         schedulers.set_steps(scheduler, request.step_count, patches)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusion_runtime import denoising, guidance, tasks
+from diffusion_runtime import denoising, guidance, schedulers, tasks
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
@@ -57,6 +57,18 @@ def of_size(made: Manifest, models: Models, asked: Size) -> tuple[Manifest, Mode
             "that size"
         )
     return manifest.of_size(made, asked), models.of_size(str(asked))
+
+
+def scheduler(
+    made: Manifest, name: str | None, chosen: Any, is_set: bool, request: Request, task: tasks.Task
+) -> Any:
+    """That of one run. ``chosen``: the pipeline's, ``name``: what it was asked for by; ``is_set``: by its user. On
+    schedulers diffusers' pipelines with ControlNets and T2I-Adapters impose nothing."""
+    if not (request.controls or request.adapters):
+        return schedulers.own(chosen, task.scheduler_settings)
+    if made.steered_scheduler is not None and not is_set:
+        chosen = schedulers.build({**made.steered_scheduler, "prediction_type": made.prediction_type}, name)
+    return schedulers.own(chosen, {})
 
 
 def apart(request: Request) -> tuple[Request, Request | None]:

@@ -52,6 +52,18 @@ def test_the_manifest_says_what_the_pipeline_imposes(
     assert {key: found.get(key) for key in keys} == {key: imposed[key] for key in keys}
 
 
+def test_with_controlnets_the_checkpoints_own_is_kept(
+    tiny_checkpoint: Callable[[str], Path], controlnets: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint("sd1"), tmp_path / "checkpoint")
+    own = {**BETAS, "_class_name": "PNDMScheduler", "clip_sample": True}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(own))
+    convert(folder, tmp_path / "models", replace(OPTIONS, controlnets=(str(controlnets("sd1") / "tile"),)))
+    found = manifest.read(tmp_path / "models" / "original" / "packages")
+    assert (found.scheduler["clip_sample"], found.scheduler["steps_offset"]) == (False, 1)
+    assert found.steered_scheduler == own
+
+
 @pytest.mark.parametrize(
     ("file", "key", "value"),
     [

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffusion_convert import ConvertOptions, convert
-from diffusion_runtime import InputError, Pipeline, images, load_pipeline
+from diffusion_runtime import InputError, Pipeline, images, load_pipeline, schedulers
 from diffusion_runtime.batch import rows
 from diffusion_runtime.batch.tasks import tasks_of
 from diffusion_runtime.batch.worker import Setup, Worker
@@ -52,11 +52,12 @@ def drawn(tiny_checkpoint: Kind, controlnets: Kind) -> Callable[..., Image.Image
     loaded as its users load it, in float32."""
     import diffusers
 
-    def draw(kind: str, class_name: str, names: list[str], **given: Any) -> Image.Image:
+    def draw(kind: str, class_name: str, names: list[str], scheduler: Any = None, **given: Any) -> Image.Image:
         nets = [diffusers.ControlNetModel.from_pretrained(controlnets(kind) / name) for name in names]
-        checks = {"safety_checker": None} if kind == "sd1" else {}
+        parts: dict[str, Any] = {"safety_checker": None} if kind == "sd1" else {}
+        parts |= {} if scheduler is None else {"scheduler": scheduler}
         pipe = getattr(diffusers, class_name).from_pretrained(
-            tiny_checkpoint(kind), controlnet=nets if len(nets) > 1 else nets[0], local_files_only=True, **checks
+            tiny_checkpoint(kind), controlnet=nets if len(nets) > 1 else nets[0], local_files_only=True, **parts
         )
         pipe.to(torch.float32).set_progress_bar_config(disable=True)
         if "image" not in given:  # what is a control image elsewhere
@@ -152,6 +153,33 @@ def test_diffusers_own_pipelines_take_converted_controlnets(
     assert psnr_db(np.asarray(found), np.asarray(expected)) >= PARITY_DB
     with pytest.raises(InputError, match="'sketch' is none of these models' ControlNets"):
         load_diffusers_pipeline(steered(kind), task, "torch", controlnet="sketch")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_nothing_is_imposed_on_the_checkpoints_scheduler(
+    masked: bool, drawn: Callable[..., Any], steered: Kind, psnr_db: Psnr
+) -> None:
+    """As in diffusers' classes with ControlNets, and other than in those without."""
+    import diffusers
+
+    class_name = "StableDiffusionControlNetInpaintPipeline" if masked else "StableDiffusionControlNetPipeline"
+    own: dict[str, Any] = {
+        "_class_name": "PNDMScheduler" if masked else "DDIMScheduler",
+        "beta_schedule": "scaled_linear",
+    }
+    own |= {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+    told = asked("sd1", [TILE], **(start("sd1", masked=True) if masked else {}))
+    theirs = getattr(diffusers, own["_class_name"]).from_config(own)
+    expected = drawn("sd1", class_name, [TILE], scheduler=theirs, **told)
+    pipeline = load_pipeline(steered("sd1"), "torch", check_safety=False)
+    settled = schedulers.settled(own, schedulers.imposed_on("sd1"))
+    assert settled != own
+    pipeline.manifest = pipeline.manifest.model_copy(update={"scheduler": settled, "steered_scheduler": own})
+    pictures = [pipeline(**told, controlnet=TILE, generator=seeded()).images[0]]
+    pipeline.scheduler = type(theirs).from_config(pipeline.scheduler.config)  # what a user sets counts as it is
+    pictures.append(pipeline(**told, controlnet=TILE, generator=seeded()).images[0])
+    found = [psnr_db(np.asarray(one), np.asarray(expected)) for one in pictures]
+    assert found[0] >= max(PARITY_DB, found[1] + 5), found  # half as far away, or nearer
 
 
 def test_without_controls_the_unet_that_is_steered_draws_what_the_plain_one_does(

@@ -50,6 +50,7 @@ def rows(prefix: str, *families: str) -> list[tuple[str, str, dict[str, Any]]]:
         ("sdxl-pix2pix", "StableDiffusionXLInstructPix2PixPipeline", IMAGE),
         ("lcm", "LatentConsistencyModelPipeline", {}),
         ("lcm", "LatentConsistencyModelImg2ImgPipeline", IMAGE),
+        ("lcm", "StableDiffusionControlNetPipeline", CONTROL),
     ],
 )
 def test_defaults_are_those_of_diffusers(family: str, pipeline: str, given: dict[str, Any]) -> None:

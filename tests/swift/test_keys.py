@@ -30,6 +30,7 @@ EDITS = "of InstructPix2Pix, whose UNets of 8 channels are refused"
 FIRST_SIZE = "the first size is drawn; a folder of a further size has a manifest of its own"
 MANIFEST_NOT_NEEDED = {
     "scales_image_latents": EDITS,
+    "steered_scheduler": "of pictures that are steered, which are refused",
     "latents.drawn": "the log-variance that TAESD's encoder is given makes what is drawn too small to be seen",
     "clip_skip": "part of the text encoders; without their output for negative prompts, those skip layers too",
     "name": "messages name the source",

@@ -112,7 +112,8 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
     """The manifest of a variant's packages. Raises CheckpointError for values that no runtime could use."""
     checkpoint, vae = plan.checkpoint, plan.checkpoint.models["vae"].config
     (scale, shift), prediction = folding.latents(checkpoint), folding.prediction(checkpoint)
-    scheduler = settled(checkpoint.schedulers["scheduler"], imposed_on(checkpoint.family))
+    own = checkpoint.schedulers["scheduler"]
+    scheduler = settled(own, imposed_on(checkpoint.family))
     values = {
         "name": checkpoint.name,
         "family": checkpoint.family,
@@ -138,6 +139,9 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
         "prediction_type": prediction,
         "components": dict(entries),
         "scheduler": {**scheduler, "prediction_type": prediction} if "prediction_type" in scheduler else scheduler,
+        "steered_scheduler": own
+        if own != scheduler and (checkpoint.controlnets or checkpoint.t2i_adapters)
+        else None,
         "noise_scheduler": _optional(checkpoint.schedulers.get("low_res_scheduler")),
         "force_zeros_for_empty_prompt": _forces_zeros(checkpoint),
         "clip_skip": checkpoint.clip_skip,

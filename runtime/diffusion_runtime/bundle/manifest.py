@@ -277,6 +277,11 @@ class Manifest(_Frozen):
     prediction_type: Prediction
     components: dict[str, Component]
     scheduler: SchedulerConfig = Field(description="diffusers' scheduler_config.json, `_class_name` included")
+    steered_scheduler: SchedulerConfig | None = Field(
+        default=None,
+        description="what stands in its place with ControlNets and T2I-Adapters, whose pipelines in diffusers take "
+        "the checkpoint's own as it is; null where that is the same",
+    )
     noise_scheduler: SchedulerConfig | None = Field(
         default=None, description="the x4 upscaler's low_res_scheduler: how the picture that it enlarges is noised"
     )
