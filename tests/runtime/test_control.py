@@ -155,6 +155,19 @@ def test_diffusers_own_pipelines_take_converted_controlnets(
         load_diffusers_pipeline(steered(kind), task, "torch", controlnet="sketch")
 
 
+def test_a_controlnet_for_in_painting_does_not_see_what_is_missing() -> None:
+    """The picture for it is as diffusers' documentation makes it."""
+    photo, mask = picture(64), Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64), np.uint8))
+    expected = np.asarray(photo.convert("RGB"), np.float32) / 255.0
+    expected[np.asarray(mask.convert("L"), np.float32) / 255.0 > 0.5] = -1.0
+    job: Any = SimpleNamespace(size=(64, 64), request=SimpleNamespace(mask=mask), note_size=lambda *_: None)
+    control = Control(TILE, photo, prepare="inpaint")
+    assert np.array_equal(hint(control, job)[0].permute(1, 2, 0).numpy(), expected)
+    job.request.mask = None
+    with pytest.raises(InputError, match="there is no mask that says what is missing"):
+        hint(control, job)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_nothing_is_imposed_on_the_checkpoints_scheduler(
     masked: bool, drawn: Callable[..., Any], steered: Kind, psnr_db: Psnr
@@ -258,7 +271,7 @@ ONE: dict[str, Any] = {"control_image": Image.new("RGB", (64, 64)), "controlnet"
         ({"control_guidance_start": -0.1}, "start -0.1: expected a part of the steps, 0 to 1"),
         ({"control_guidance_end": 1.5}, "end 1.5: expected a part of the steps, 0 to 1"),
         ({"control_guidance_start": 0.5, "control_guidance_end": 0.5}, "it steers no step"),
-        ({"control_prepare": "sketch"}, "prepared by canny, depth, tile; got 'sketch'"),
+        ({"control_prepare": "sketch"}, "prepared by canny, depth, inpaint, tile; got 'sketch'"),
         ({"control_prepare": "depth"}, "these models have no depth_estimator"),
         ({"control_image": None}, "there is no control_image"),
         ({"guess_mode": 1}, "guess_mode 1: expected True or False"),
@@ -384,7 +397,10 @@ def test_the_command_steers_records_and_repeats(
         (("--control", "edges"), "expected NAME=PICTURE[:SCALE[:START[:END]]]"),
         (("--control", "edges=none.png:0.5"), "--control edges= none.png: no such file"),
         (("--control", "edges=edges.png", "--prepare", "tile=canny"), "NAME as in --control (there: edges)"),
-        (("--control", "edges=edges.png", "--prepare", "sketch"), "prepared by canny, depth, tile; got 'sketch'"),
+        (
+            ("--control", "edges=edges.png", "--prepare", "sketch"),
+            "prepared by canny, depth, inpaint, tile; got 'sketch'",
+        ),
         (
             ("--control", "scribble=edges.png"),
             "none of these models' ControlNets; there are edges_v1-tiny, shuffle",

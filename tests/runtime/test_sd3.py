@@ -25,6 +25,7 @@ from diffusion_convert.components.vae_decoder import own_latents
 from diffusion_convert.components.vae_encoder import known_latents
 from diffusion_convert.conversion.convert import Conversion
 from diffusion_convert.export import placeholders
+from diffusion_convert.option_values import Lora
 from diffusion_runtime import load_pipeline
 from diffusion_runtime.bundle.manifest import as_unet
 from diffusion_runtime.diffusers import load_diffusers_pipeline
@@ -308,6 +309,36 @@ def test_diffusers_own_pipeline_takes_the_models(without_t5: Conversion, theirs:
         ours(PROMPT, **settings)
 
 
+def test_loras_are_fused_as_diffusers_does(
+    checkpoint: Callable[[str], Path], theirs: Callable[..., Any], tmp_path: Path
+) -> None:
+    pipeline = theirs("sd3")
+    layers = ("attn.to_q", "attn.add_k_proj", "attn.to_out.0", "ff_context.net.0.proj", "norm1.linear")
+    modules = [f"transformer.transformer_blocks.1.{layer}" for layer in layers]
+    modules += ["transformer.proj_out", "text_encoder_2.text_model.encoder.layers.0.self_attn.v_proj"]
+    lora: dict[str, torch.Tensor] = {}
+    for index, module in enumerate(modules):
+        network, _, name = module.partition(".")
+        rows, columns = getattr(pipeline, network).get_submodule(name).weight.shape
+        lora[f"{module}.lora_A.weight"] = torch.randn(4, columns, generator=seeded(index))
+        lora[f"{module}.lora_B.weight"] = torch.randn(rows, 4, generator=seeded(-index - 1))
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(lora, path)
+    pipeline.load_lora_weights(tmp_path)
+    pipeline.fuse_lora(["transformer", "text_encoder_2"], lora_scale=0.5)
+    pipeline.unload_lora_weights()
+    opened = open_checkpoint(str(checkpoint("sd3")), ConvertOptions(loras=[Lora(path, 0.5)]))
+    plain = open_checkpoint(str(checkpoint("sd3")))
+    changed = 0
+    for network in ("transformer", "text_encoder_2"):
+        found, before = (one.models[network].tensors() for one in (opened, plain))
+        for name, value in getattr(pipeline, network).state_dict().items():
+            own = name if name in found else f"text_model.{name}"
+            assert torch.allclose(found[own].float(), value, rtol=2e-3, atol=2e-3), name
+            changed += not torch.equal(found[own], before[own])
+    assert changed == len(modules)
+
+
 def test_previews_come_near_the_picture(with_t5: Conversion) -> None:
     ours = load_pipeline(with_t5.output)
     seen: list[Image.Image] = []
@@ -329,7 +360,10 @@ def test_previews_come_near_the_picture(with_t5: Conversion) -> None:
         ({"height": 72, "width": 72}, "--height 72: expected a multiple of 16"),
         ({"height": 208, "width": 64}, "64x208 pixels: sd3 takes at most 192 on a side"),
         ({"family": "sdxl"}, "family 'sdxl' does not fit a SD3Transformer2DModel: expected sd3"),
-        ({"loras": "style.safetensors"}, "--lora: it is for models with a UNet, and Stable Diffusion 3 has none"),
+        (
+            {"embeddings": "style.safetensors"},
+            "--embedding: it is for models with a UNet, and Stable Diffusion 3 has none",
+        ),
         ({"chunk_unet": True}, "--chunk-unet: unet is not converted"),
     ],
 )

@@ -47,7 +47,7 @@ InstructPix2Pix checkpoint; --image-guidance-scale says how closely to follow th
 * [bold]ControlNets[/bold], with any of the above: --control NAME=PICTURE, as many as you
 like; its NAME is that in the models' folder, or a part of it that says which.
 PICTURE has the size of the result and is what the ControlNet takes (edges,
-depth, …), or any picture with --prepare canny (or depth, tile).
+depth, …), or any picture with --prepare canny (or depth, inpaint, tile).
 
 * [bold]T2I-Adapters and IP-Adapters[/bold], with any of the above, where the models were
 converted with them: --adapter NAME=PICTURE and --ip-adapter-image PICTURE.
@@ -140,7 +140,7 @@ def generate(
     prepare: Annotated[
         list[str] | None,
         option(
-            "Make a control's picture of the one given: canny, depth or tile; NAME=canny is for that ControlNet.",
+            "Make a control's picture of the one given: canny, depth, inpaint or tile; NAME=canny is for that one.",
             "--prepare",
         ),
     ] = None,

@@ -17,8 +17,9 @@ from diffusion_runtime import images
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.numbers import is_number
 
-PREPARATIONS = ("canny", "depth", "tile")
-"""Ways to make a ControlNet's picture of any other (`pictures.PREPARE`): its edges, its depth, itself resized."""
+PREPARATIONS = ("canny", "depth", "inpaint", "tile")
+"""Ways to make a ControlNet's picture of any other (`pictures.PREPARE`): its edges, its depth, itself without
+what a mask covers, itself resized."""
 MAX_SCALE = 100.0
 SYNTAX = "NAME=PICTURE[:SCALE[:START[:END]]]"
 

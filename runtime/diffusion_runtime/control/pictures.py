@@ -34,12 +34,20 @@ def hint(control: Control, job: Job) -> torch.Tensor:
             f"control picture {control.name!r} is {rgb.width}x{rgb.height}, expected {width}x{height} (width x "
             "height), as these models make: make it of a picture of that size, or have it made here (--prepare)"
         )
-    return torch.from_numpy(np.asarray(rgb, np.float32) / 255.0).permute(2, 0, 1)[None].contiguous()
+    pixels = torch.from_numpy(np.asarray(rgb, np.float32) / 255.0).permute(2, 0, 1)[None].contiguous()
+    return unknown_in_mask(pixels, job) if control.prepare == "inpaint" else pixels
 
 
 def edges(image: Image.Image) -> Image.Image:
     """Its edges, white on black."""
     return Image.fromarray(canny(np.asarray(image))).convert("RGB")
+
+
+def unknown_in_mask(pixels: torch.Tensor, job: Job) -> torch.Tensor:
+    """With -1 where the mask is white, as ControlNets for in-painting were trained to see what is missing."""
+    if job.request.mask is None:
+        raise InputError("--prepare inpaint: there is no mask that says what is missing: give one with --mask")
+    return torch.where(images.to_mask(job.request.mask, *job.size) > 0, -1.0, pixels)
 
 
 def depth(image: Image.Image, job: Job) -> Image.Image:
@@ -61,6 +69,7 @@ def depth(image: Image.Image, job: Job) -> Image.Image:
 PREPARE: Mapping[str, Callable[[Image.Image, Job], Image.Image]] = {
     "canny": lambda image, _: edges(image),
     "depth": depth,
+    "inpaint": lambda image, _: image,  # see `unknown_in_mask`
     "tile": lambda image, _: image,  # ControlNets for tiles take the picture whose details they make anew
 }
 """By the names in `PREPARATIONS`, of a picture of the models' size. To add one: a line here, its name there."""

@@ -23,7 +23,7 @@ FILE_NAMES = (
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
-NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+NETWORKS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 """Folders of a folder that peft saved adapters of several networks to."""
 _SGM_BLOCK = re.compile(r"(?:input|output)_blocks[._]|middle_block[._]")
 _DIFFUSERS_BLOCK = re.compile(r"(?:down|up)_blocks[._]|mid_block[._]")

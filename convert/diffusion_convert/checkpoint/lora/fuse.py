@@ -217,7 +217,12 @@ def _check_blocks(lora: Lora, unet: Mapping[str, Place]) -> None:
             )
 
 
-_PARTS = {"unet": ("unet",), "text_encoder": ("te1", "te"), "text_encoder_2": ("te2", "te")}
+_PARTS = {
+    "unet": ("unet",),
+    "transformer": ("unet",),
+    "text_encoder": ("te1", "te"),
+    "text_encoder_2": ("te2", "te"),
+}
 
 
 def _strength(lora: Lora, subfolder: str, block: str) -> float:

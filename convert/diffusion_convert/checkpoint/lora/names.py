@@ -17,6 +17,7 @@ PREFIXES: Mapping[str, str] = {
     r"lora_te1?[_.]": TEXT_ENCODER,
     r"lora_te2[_.]": "text_encoder_2",
     r"unet\.": "unet",
+    r"transformer\.(?!text_model)": "transformer",  # Stable Diffusion 3's, by diffusers
     r"text_encoder\.": TEXT_ENCODER,
     r"text_encoder_2\.": "text_encoder_2",
     r"(?:model\.)?diffusion_model\.": "unet",
@@ -101,6 +102,8 @@ def plain(module: str) -> str:
 
 def guess(module: str) -> str:
     """The network of a module, by how its own name begins, where nothing else tells."""
+    if module.startswith("transformer_blocks."):
+        return "transformer"
     return TEXT_ENCODER if _TEXT_MODULE.match(module.replace(".", "_")) else "unet"
 
 
