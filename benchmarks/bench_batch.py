@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusion_runtime.batch.local import LocalWorkers
+from diffusion_runtime.batch.on_ray import RayWorkers, connect
 from diffusion_runtime.batch.places import Folder
-from diffusion_runtime.batch.run import Batch, LocalWorkers, RayWorkers, connect, prepare, setups
+from diffusion_runtime.batch.run import Batch, prepare, setups
 from shapes_models import packages
 
 PROMPT = "a large red circle on a white background"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -18,11 +18,7 @@ from diffusion_runtime.errors import InputError
 from diffusion_runtime.png_record import Past, Settings
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from diffusion_runtime.control import Control
     from diffusion_runtime.denoising import Step
-    from diffusion_runtime.picture_prompts import PicturePrompt
     from diffusion_runtime.pipeline import Pipeline
     from diffusion_runtime.stages import Run
     from diffusion_runtime.tasks import Request
@@ -54,16 +50,13 @@ OnStep = Callable[[int, "Step", "Run"], None]
 """(index of the first picture of the group, step, run)"""
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """The pictures that settings name, opened."""
-
-    image: Image.Image | None = None
-    mask: Image.Image | None = None
-    depth_image: Image.Image | None = None
-    controls: tuple[Control, ...] = ()
-    adapters: tuple[Control, ...] = ()
-    picture_prompts: tuple[PicturePrompt, ...] = ()
+SHARED = (
+    *("steps", "guidance_scale", "image_guidance_scale", "eta", "height", "width", "strength", "noise_level"),
+    *("long_prompt", "refiner_start", "guess_mode"),
+)
+"""What `Settings` and `tasks.Request` call alike, and both hold as it is."""
+Inputs = Mapping[str, Any]
+"""The pictures that settings name, opened, by the fields of `tasks.Request`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +137,7 @@ def _check(planned: tuple[Planned, ...], inputs: Inputs) -> None:
     """Raise InputError for settings that no models could use."""
 
     one = planned[0].settings
-    _request(planned, inputs)
+    request_of([item.settings for item in planned], inputs)
     noise.from_seeds([one.seed, planned[-1].settings.seed], one.rng)
     if one.scheduler is not None:
         schedulers.canonical(one.scheduler)
@@ -211,7 +204,7 @@ def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
     planned, preview = order.planned, order.preview
     first = planned[0].settings
     record = {**_named(order), **record_of(pipeline), **png_record.hashes(first), **order.extra}
-    group = 1 if pipeline.is_guided(_request(planned[:1], order.inputs)) else pipeline.batch_size
+    group = 1 if pipeline.is_guided(request_of([first], order.inputs)) else pipeline.batch_size
     with nullcontext() if preview is None else passing_file(preview) as show:
         for start in range(0, len(planned), group):
             chosen = planned[start : start + group]
@@ -227,37 +220,19 @@ def make(pipeline: Pipeline, order: Order, on_step: OnStep) -> Iterator[Made]:
 
 def prepare(pipeline: Pipeline, planned: tuple[Planned, ...], inputs: Inputs) -> Run:
     """A run of several pictures that differ in prompt and seed alone."""
-    drawn = noise.from_seeds([item.settings.seed for item in planned], planned[0].settings.rng)
-    return pipeline.prepare(_request(planned, inputs), drawn)
+    settings = [item.settings for item in planned]
+    drawn = noise.from_seeds([one.seed for one in settings], settings[0].rng)
+    return pipeline.prepare(request_of(settings, inputs), drawn)
 
 
-def _request(planned: tuple[Planned, ...], inputs: Inputs) -> Request:
+def request_of(settings: Sequence[Settings], inputs: Inputs) -> Request:
+    """What settings ask for that differ in prompt and seed alone. Raises InputError as `Request` does."""
     from diffusion_runtime.tasks import Request
 
-    one = planned[0].settings
-    return Request(
-        prompts=tuple(item.settings.prompt for item in planned),
-        negative_prompts=()
-        if one.negative_prompt is None
-        else tuple(item.settings.negative_prompt or "" for item in planned),
-        steps=one.steps,
-        guidance_scale=one.guidance_scale,
-        image_guidance_scale=one.image_guidance_scale,
-        eta=one.eta,
-        height=one.height,
-        width=one.width,
-        image=inputs.image,
-        mask=inputs.mask,
-        depth=inputs.depth_image,
-        strength=one.strength,
-        noise_level=one.noise_level,
-        long_prompt=one.long_prompt,
-        refiner_start=one.refiner_start,
-        controls=inputs.controls,
-        guess_mode=one.guess_mode,
-        adapters=inputs.adapters,
-        picture_prompts=inputs.picture_prompts,
-    )
+    one = settings[0]
+    negatives = () if one.negative_prompt is None else tuple(each.negative_prompt or "" for each in settings)
+    shared = {name: getattr(one, name) for name in SHARED}
+    return Request(tuple(each.prompt for each in settings), negatives, **shared, **inputs)
 
 
 def _written(
@@ -303,19 +278,18 @@ def filled_in(run: Run) -> dict[str, Any]:
 def _inputs(settings: Settings) -> Inputs:
     from diffusion_runtime import picture_prompts, t2i_adapters
 
-    modes = {"image": "RGB", "mask": "L", "depth_image": "F"}
-    named = {name: getattr(settings, name) for name in modes}
+    kinds = {"image": ("image", "RGB"), "mask": ("mask", "L"), "depth": ("depth_image", "F")}
     opened = {
-        name: images.load(Path(path), f"--{name.replace('_', '-')}", modes[name])
-        for name, path in named.items()
-        if path is not None
+        field: images.load(Path(getattr(settings, name)), f"--{name.replace('_', '-')}", mode)
+        for field, (name, mode) in kinds.items()
+        if getattr(settings, name) is not None
     }
-    return Inputs(
+    return {
         **opened,
-        controls=tuple(control.opened() for control in settings.controls),
-        adapters=tuple(t2i_adapters.opened(file) for file in settings.adapters),
-        picture_prompts=tuple(picture_prompts.opened(file) for file in settings.ip_adapter_images),
-    )
+        "controls": tuple(control.opened() for control in settings.controls),
+        "adapters": tuple(t2i_adapters.opened(file) for file in settings.adapters),
+        "picture_prompts": tuple(picture_prompts.opened(file) for file in settings.ip_adapter_images),
+    }
 
 
 def _named(order: Order) -> dict[str, Any]:

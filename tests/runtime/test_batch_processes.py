@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from batches import Make, pictures, results, without_time, write
+from diffusion_runtime.batch.local import LocalWorkers
+from diffusion_runtime.batch.on_ray import RayWorkers, connect
 from diffusion_runtime.batch.places import Folder
-from diffusion_runtime.batch.run import Batch, LocalWorkers, RayWorkers, connect, prepare, setups
+from diffusion_runtime.batch.run import Batch, prepare, setups
 from diffusion_runtime.errors import InputError
 
 COMMAND = [sys.executable, "-c", "from diffusion_convert.cli.main import main; main()", "batch"]

@@ -59,7 +59,7 @@ def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
             worker = Worker(self.setups[0])
             yield from map(worker.make, tasks)
 
-    monkeypatch.setattr("diffusion_runtime.batch.run.LocalWorkers", Here)
+    monkeypatch.setattr("diffusion_runtime.evaluate.sweep.LocalWorkers", Here)
 
     def run(*words: object, **given: object) -> Any:
         defaults = {"prompts": tmp_path / "drawn/captions.txt", "output": tmp_path / "out", "clip": CLIP}
@@ -189,7 +189,7 @@ def test_killed_it_goes_on_with_its_own_worker(
 def test_flagged_pictures_are_in_no_other_number(clip: networks.Clip, tmp_path: Path) -> None:
     """A black picture that is flagged changes nothing but its count."""
     chosen = captions()[::17]
-    what = sweep.Sweep({"a": tmp_path, "b": tmp_path}, tmp_path, [1.0], tmp_path, {}, sweep.Work({}, 1))
+    what = sweep.Sweep({"a": tmp_path, "b": tmp_path}, tmp_path, [1.0], tmp_path, {}, lambda *_: [])
     for name, flagged in (("a", ()), ("b", (0, 3))):
         folder = what.folder(name, 1.0)
         folder.mkdir(parents=True)

@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.prompt import tokenizer
-from diffusion_runtime.prompt.emphasis import Fragment, is_weighted, parse
+from diffusion_runtime.prompt.emphasis import Fragment, parse
 from diffusion_runtime.prompt.text_states import TextStates
 
 
@@ -56,7 +56,6 @@ def test_nested_weights_stay_within_the_same_range() -> None:
 @given(st.text(alphabet="ab[]{}.,\n ", max_size=40))
 def test_a_prompt_without_weights_is_kept_as_it_is(prompt: str) -> None:
     assert parse(prompt) == (Fragment(prompt),)
-    assert not is_weighted(prompt)
 
 
 @given(st.text(alphabet="ab():\\1.5 ", max_size=40))

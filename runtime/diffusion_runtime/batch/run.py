@@ -12,9 +12,7 @@ from typing import Any, Protocol
 from diffusion_runtime.backends import resolve
 from diffusion_runtime.batch import rows as tables
 from diffusion_runtime.batch import tasks as planning
-from diffusion_runtime.batch.local import LocalWorkers
-from diffusion_runtime.batch.on_ray import RayWorkers, connect, cores
-from diffusion_runtime.batch.places import Line, Place, open_place
+from diffusion_runtime.batch.places import Line, Place
 from diffusion_runtime.batch.tasks import Answer, Plan, Task
 from diffusion_runtime.batch.worker import Setup
 from diffusion_runtime.bundle import find, manifest
@@ -129,17 +127,3 @@ def _listed(text: str | None) -> list[str]:
 def _order(line: Line) -> tuple[int, int, str]:
     file = line["file"] or ""
     return line["row"], len(file), file
-
-
-__all__ = [
-    "Batch",
-    "LocalWorkers",
-    "RayWorkers",
-    "connect",
-    "cores",
-    "default_threads",
-    "identity",
-    "open_place",
-    "prepare",
-    "setups",
-]

@@ -83,7 +83,9 @@ def batch(
     ignore: options.Ignored = None,
     redo: Annotated[bool, option("Replace pictures that other rows, options or models made.", "--redo")] = False,
 ) -> None:
+    from diffusion_runtime.batch import on_ray, places
     from diffusion_runtime.batch import run as batches
+    from diffusion_runtime.batch.local import LocalWorkers
 
     defaults = options.given(
         negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale, scheduler=scheduler, eta=eta
@@ -92,16 +94,16 @@ def batch(
         backend=backend, dtype=dtype, reduce_memory=reduce_memory, tokenizer=tokenizer, check_safety=safety
     )
     each = threads or batches.default_threads()
-    cluster = None if ray is None else batches.connect(ray)
+    cluster = None if ray is None else on_ray.connect(ray)
     if cluster is not None and workers is None and not (compute_units or device):
-        workers = max(1, batches.cores(cluster) // each)
+        workers = max(1, on_ray.cores(cluster) // each)
     setups = batches.setups(
         str(models.absolute()), loading, _absolute(output), each, workers, compute_units, device
     )
-    place = batches.open_place(_absolute(output))
+    place = places.open_place(_absolute(output))
     with place.hold():
         plan = batches.prepare(prompts, place, defaults, count, setups, set(ignore or ()), redo)
-        made_by = batches.LocalWorkers(setups) if cluster is None else batches.RayWorkers(cluster, setups)
+        made_by = LocalWorkers(setups) if cluster is None else on_ray.RayWorkers(cluster, setups)
         _run(batches.Batch(plan, place, made_by), output)
 
 

@@ -16,6 +16,7 @@ from diffusion_runtime.cli.options import option
 from diffusion_runtime.errors import InputError
 
 if TYPE_CHECKING:
+    from diffusion_runtime.batch.worker import Setup
     from diffusion_runtime.evaluate.measure import Measurement
     from diffusion_runtime.evaluate.sweep import Sweep
 
@@ -89,17 +90,21 @@ def evaluate(
     redo: Annotated[bool, option("Replace pictures that other prompts, options or models made.", "--redo")] = False,
 ) -> None:
     options.check_installed("evaluate", NEEDED, "evaluate")
+    from diffusion_runtime.batch import run as batches
     from diffusion_runtime.evaluate import report, sweep
 
     if reference_images is None and len(models) == 1:
         raise InputError("nothing to take distances from: give --reference-images DIR or a second MODELS")
     ignored = set(ignore or ())
     loading = options.given(backend=backend, dtype=dtype, check_safety=safety)
-    each = sweep.default_threads() if threads is None else threads
-    work = sweep.Work(loading, each, workers, compute_units, device)
+    each = batches.default_threads() if threads is None else threads
+
+    def setups(folder: str, place: str) -> list[Setup]:
+        return batches.setups(folder, loading, place, each, workers, compute_units, device)
+
     chosen = {"steps": steps, "scheduler": scheduler, "seed": seed}
     what = sweep.Sweep(
-        sweep.name_models(models), prompts, sweep.parse_scales(guidance), output, chosen, work, ignored
+        sweep.name_models(models), prompts, sweep.parse_scales(guidance), output, chosen, setups, ignored
     )
     texts = sweep.read_prompts(prompts, ignored)
     atomic.check_writable(output)

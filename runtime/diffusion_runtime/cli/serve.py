@@ -85,16 +85,19 @@ def serve(
     if ui:
         options.check_installed("--ui", FOR_PAGE, "ui")
     from diffusion_runtime.serve import server
+    from diffusion_runtime.serve.engine import Engine
+    from diffusion_runtime.serve.metrics import Metrics
+    from diffusion_runtime.serve.service import Limits, Service
 
     loading = options.given(
         backend=backend, compute_units=compute_units, dtype=dtype, device=device, check_safety=safety
     )
     rules = _rules(host, allow_host or (), cors or (), api_key_file, ui, max_body)
     setups = server.setups(models, loading, threads)
-    limits = server.Limits(pictures=max_pictures, steps=max_steps, seconds=deadline)
+    limits = Limits(pictures=max_pictures, steps=max_steps, seconds=deadline)
     budget = None if memory_budget is None else int(memory_budget * 1e9)
-    metrics = server.Metrics()
-    service = server.Service(server.Engine(setups, metrics, queue, budget), limits)
+    metrics = Metrics()
+    service = Service(Engine(setups, metrics, queue, budget), limits)
     listening = server.listen(host, port)
     shown = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     console = error_console()
@@ -114,14 +117,14 @@ def _rules(
     host: str, allow_host: Sequence[str], cors: Sequence[str], api_key_file: Path | None, ui: bool, max_body: int
 ) -> Rules:
     """Who may ask for what. Raises InputError where others could reach the server without a key."""
-    from diffusion_runtime.serve import server
+    from diffusion_runtime.serve import guard, server
 
     keys = () if api_key_file is None else server.read_keys(api_key_file)
-    if not keys and not server.is_loopback(host):
+    if not keys and not guard.is_loopback(host):
         raise InputError(f"--host {host}: others could reach it: give --api-key-file FILE, with a key on each line")
-    return server.Rules(
-        hosts=(*server.LOCAL_NAMES, *([] if host in ("0.0.0.0", "::") else [host]), *allow_host),  # noqa: S104
-        any_address=not server.is_loopback(host),
+    return guard.Rules(
+        hosts=(*guard.LOCAL_NAMES, *([] if host in ("0.0.0.0", "::") else [host]), *allow_host),  # noqa: S104
+        any_address=not guard.is_loopback(host),
         origins=tuple(cors),
         keys=keys,
         challenge=server.FOR_BROWSERS if ui else "Bearer",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,36 +11,27 @@ from typing import Any
 
 from diffusion_runtime.batch import rows
 from diffusion_runtime.batch import run as batches
+from diffusion_runtime.batch.local import LocalWorkers
 from diffusion_runtime.batch.places import Folder
 from diffusion_runtime.batch.run import Batch
+from diffusion_runtime.batch.worker import Setup
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.numbers import is_number
 
 SWEPT = "guidance_scale"
-default_threads = batches.default_threads
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What workers are to be: as for `batch`."""
-
-    loading: Mapping[str, Any]
-    threads: int
-    workers: int | None = None
-    units: str | None = None
-    devices: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """``models`` are folders by name, ``options`` generate's for every picture, their seed included."""
+    """``models`` are folders by name, ``options`` generate's for every picture, their seed included; ``setups``
+    gives the workers' (`batch.run.setups`) for a folder of models and one of pictures."""
 
     models: Mapping[str, Path]
     prompts: Path
     scales: Sequence[float]
     output: Path
     options: Mapping[str, Any]
-    work: Work
+    setups: Callable[[str, str], list[Setup]]
     ignored: Set[str] = frozenset()
 
     def folder(self, name: str, scale: float) -> Path:
@@ -55,20 +46,12 @@ class Sweep:
         """What is to be made for a set of models at a guidance scale; hold its place meanwhile. Raises InputError
         where other pictures are in the way."""
         place = Folder(self.folder(name, scale).absolute())
-        setups = batches.setups(
-            str(self.models[name].absolute()),
-            self.work.loading,
-            str(place.path),
-            self.work.threads,
-            self.work.workers,
-            self.work.units,
-            self.work.devices,
-        )
+        setups = self.setups(str(self.models[name].absolute()), str(place.path))
         options = {**self.options, SWEPT: scale}
         plan = batches.prepare(self.prompts, place, options, 1, setups, self.ignored, redo)
         if plan.failed:
             raise InputError(_failed(self.prompts, plan.failed[0]))
-        return Batch(plan, place, batches.LocalWorkers(setups))
+        return Batch(plan, place, LocalWorkers(setups))
 
 
 def _failed(prompts: Path, line: Mapping[str, Any]) -> str:

@@ -56,11 +56,6 @@ def parse(prompt: str) -> tuple[Fragment, ...]:
     return tuple(fragment for fragment in fragments if fragment.text) or (Fragment(""),)
 
 
-def is_weighted(prompt: str) -> bool:
-    """Whether any part of the prompt counts differently."""
-    return any(fragment.weight != 1.0 for fragment in parse(prompt))
-
-
 @dataclass(frozen=True, slots=True)
 class _Closings:
     """``openings``: index of a weighted "(" -> its weight. ``ends``: index of its ":" -> index after its ")"."""

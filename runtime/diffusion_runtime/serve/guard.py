@@ -25,12 +25,8 @@ OPEN_PATHS = ("/health/live", "/health/ready")
 
 
 def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    address = _address(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +45,7 @@ class Rules:
     seconds: float = 30.0
 
     def knows(self, name: str) -> bool:
-        return name in self.hosts or (self.any_address and _is_address(name))
+        return name in self.hosts or (self.any_address and _address(name) is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +71,7 @@ class Guard:
         if isinstance(body, tuple):
             await answer(scope, send, *body)
             return
-        await self.app(scope, _replay(body, receive), send)
+        await self.app(scope, replay(body, receive), send)
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
         host = headers.get("host", "")
@@ -84,10 +80,7 @@ class Guard:
         origin = headers.get("origin")
         own = (f"http://{host}", f"https://{host}")  # a proxy before it may speak TLS
         if origin is not None and origin not in own and origin not in self.rules.origins:
-            return (
-                403,
-                "requests from web pages of other servers are refused (--cors ORIGIN allows one)",
-            )
+            return 403, "requests from web pages of other servers are refused (--cors ORIGIN allows one)"
         if self.rules.keys and scope["path"] not in OPEN_PATHS and not self._is_known(_key(headers)):
             return 401, "a key is needed: Authorization: Bearer KEY"
         return None
@@ -121,26 +114,21 @@ class Guard:
             return too_large if is_too_large else (408, f"the body did not arrive within {self.rules.seconds:g} s")
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def replay(body: bytes, receive: Receive) -> Receive:
     """A ``receive`` that gives the body once, and then what really comes: the client going away."""
-    given = False
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def next_message() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return waiting.pop() if waiting else await receive()
 
     return next_message
 
 
-def _is_address(name: str) -> bool:
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        ipaddress.ip_address(name)
+        return ipaddress.ip_address(name)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _name(host: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -11,24 +9,14 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 
 
-@dataclass(slots=True)
 class Metrics:
     """Of one server: its own registry, so that several in one process do not add up."""
 
-    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
-    requests: Counter = field(init=False)
-    waiting: Gauge = field(init=False)
-    loaded: Gauge = field(init=False)
-    stages: Histogram = field(init=False)
-    steps: Histogram = field(init=False)
-    pictures: Counter = field(init=False)
-    deaths: Counter = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         def name(text: str) -> str:
             return f"coreml_sd_{text}"
 
-        own = self.registry
+        self.registry = own = CollectorRegistry()
         self.requests = Counter(name("requests"), "Requests, by path and status.", ["path", "status"], registry=own)
         self.waiting = Gauge(name("queue"), "Requests that wait for a worker.", registry=own)
         self.loaded = Gauge(name("models_loaded"), "1 where the models are loaded.", ["model"], registry=own)

@@ -19,25 +19,11 @@ from diffusion_runtime.bundle.find import find
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.serve.app import build
 from diffusion_runtime.serve.engine import Engine
-from diffusion_runtime.serve.guard import LOCAL_NAMES, App, Rules, is_loopback
+from diffusion_runtime.serve.guard import App, Rules
 from diffusion_runtime.serve.metrics import Metrics
-from diffusion_runtime.serve.service import Limits, Service
+from diffusion_runtime.serve.service import Service
 from diffusion_runtime.serve.worker import Setup
 
-__all__ = [
-    "FOR_BROWSERS",
-    "LOCAL_NAMES",
-    "Engine",
-    "Limits",
-    "Metrics",
-    "Rules",
-    "Service",
-    "is_loopback",
-    "listen",
-    "read_keys",
-    "run",
-    "setups",
-]
 FOR_BROWSERS = 'Basic realm="coreml-sd: any name, and the key as the password"'
 """A browser then asks for the key."""
 MIN_KEY = 16  # characters

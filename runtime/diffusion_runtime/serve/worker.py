@@ -24,7 +24,6 @@ from diffusion_runtime.serve.orders import About, Order, Picture, Progress, Want
 
 if TYPE_CHECKING:
     from diffusion_runtime.pipeline import Pipeline
-    from diffusion_runtime.stages import Run
 
 MAX_PIXELS = 50_000_000
 """Of a picture in a request, which is refused by its header before it is decoded."""
@@ -126,7 +125,8 @@ class _Worker:
         settings = wanted.settings
         name = settings.scheduler
         self.pipeline.scheduler_name = None if name is None else schedulers.canonical(name)
-        run = self._prepared(wanted)
+        request = generation.request_of([settings], _pictures(wanted))
+        run = self.pipeline.prepare(request, from_seeds([settings.seed], settings.rng))
         latents = run.start.latents
         for step in self.pipeline.denoise(run):
             latents = step.latents
@@ -141,26 +141,6 @@ class _Worker:
         record = {**asdict(used), "task": run.task.name, **generation.record_of(self.pipeline), "flagged": flagged}
         return Picture(images.png_bytes(result.images[0], record), flagged, used, result.notes)
 
-    def _prepared(self, wanted: Wanted) -> Run:
-        from diffusion_runtime.tasks import Request
-
-        one = wanted.settings
-        image, mask = _pictures(wanted)
-        request = Request(
-            prompts=(one.prompt,),
-            negative_prompts=() if one.negative_prompt is None else (one.negative_prompt,),
-            steps=one.steps,
-            guidance_scale=one.guidance_scale,
-            image_guidance_scale=one.image_guidance_scale,
-            eta=one.eta,
-            image=image,
-            mask=mask,
-            strength=one.strength,
-            noise_level=one.noise_level,
-            long_prompt=one.long_prompt,
-        )
-        return self.pipeline.prepare(request, from_seeds([one.seed], one.rng))
-
     def _check(self, order: Order) -> None:
         """Raise _Cancelled where somebody has cancelled the order."""
         self.alive()
@@ -173,13 +153,15 @@ class _Worker:
             yield self.connection.recv()
 
 
-def _pictures(wanted: Wanted) -> tuple[Image.Image | None, Image.Image | None]:
+def _pictures(wanted: Wanted) -> dict[str, Image.Image | None]:
+    """By the fields of `tasks.Request`."""
     if wanted.image is None:
-        return None, None
+        return {}
     if not wanted.mask_is_alpha:
-        image = images.decode(wanted.image, "image", "RGB", MAX_PIXELS)
-        return image, None if wanted.mask is None else images.decode(wanted.mask, "mask", "L", MAX_PIXELS)
+        mask = None if wanted.mask is None else images.decode(wanted.mask, "mask", "L", MAX_PIXELS)
+        return {"image": images.decode(wanted.image, "image", "RGB", MAX_PIXELS), "mask": mask}
     image = images.decode(wanted.image, "image", "RGBA", MAX_PIXELS)
     marked = image if wanted.mask is None else images.decode(wanted.mask, "mask", "RGBA", MAX_PIXELS)
     painted = marked.getchannel("A").point(lambda alpha: 255 - alpha)
-    return image.convert("RGB"), painted if painted.getbbox() or wanted.mask is not None else None
+    mask = painted if painted.getbbox() or wanted.mask is not None else None
+    return {"image": image.convert("RGB"), "mask": mask}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from diffusion_runtime.serve.guard import App, Message, Receive, Scope, Send, answer
+from diffusion_runtime.serve.guard import App, Message, Receive, Scope, Send, answer, replay
 
 PAGES = ("", "/", "/theme.css")
 FOLDERS = ("/assets/", "/static/", "/gradio_api/heartbeat/")
@@ -49,7 +49,7 @@ class Gate:
             if not _is_plain(body):
                 await answer(scope, send, 400, "expected plain values, no files and no addresses")
                 return
-            receive = _again(body, receive)
+            receive = replay(body, receive)
         await self.app(scope, receive, _Page(send) if _path(scope) in ("", "/") else _with_headers(send))
 
 
@@ -92,15 +92,6 @@ async def _read(receive: Receive) -> bytes:
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
             return b"".join(parts)
-
-
-def _again(body: bytes, receive: Receive) -> Receive:
-    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def next_message() -> Message:
-        return waiting.pop() if waiting else await receive()
-
-    return next_message
 
 
 def _with_headers(send: Send) -> Send:
