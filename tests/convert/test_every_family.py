@@ -17,7 +17,8 @@ from diffusion_convert.conversion.convert import Conversion
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.bundle.manifest import Component
 from diffusion_runtime.families import FAMILIES, AttentionKind
-from diffusion_runtime.mil.ops import OPS, extras
+from diffusion_runtime.mil.ops import extras
+from diffusion_runtime.mil.ops.registry import OPS
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import operations
 from diffusion_runtime.schedulers import imposed_on, settled

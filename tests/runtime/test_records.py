@@ -39,6 +39,6 @@ def test_records_of_whole_paths_are_understood(tmp_path: Path) -> None:
     (tmp_path / "moved").mkdir()
     images.write_png(Image.new("RGB", (8, 8)), tmp_path / "moved" / "p.png", record)
     order = generation.order(None, {}, from_picture=tmp_path / "moved" / "p.png")
-    assert order.inputs["image"] is not None and order.inputs.image.size == (64, 64)
+    assert order.inputs["image"] is not None and order.inputs["image"].size == (64, 64)
     assert (order.models, order.planned[0].settings.image) == (str(tmp_path), start)
     assert order.loading["tokenizer"] == str(tmp_path)

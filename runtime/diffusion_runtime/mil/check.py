@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from diffusion_runtime.errors import PackageError, UnsupportedError
 from diffusion_runtime.mil.model import undefined
-from diffusion_runtime.mil.ops import OPS, Op
+from diffusion_runtime.mil.ops.registry import OPS, Op
 from diffusion_runtime.mil.package import Package
 from diffusion_runtime.mil.program import Blob, Block, Function, Operation, TensorType, Value, ValueType, operations
 

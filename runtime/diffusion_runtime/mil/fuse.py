@@ -26,7 +26,8 @@ from diffusion_runtime.mil.match import (
     value_of,
 )
 from diffusion_runtime.mil.memory_format import reuse_memory, use_channels_last
-from diffusion_runtime.mil.ops import OPS, normalization
+from diffusion_runtime.mil.ops import normalization
+from diffusion_runtime.mil.ops.registry import OPS
 from diffusion_runtime.mil.winograd import use_winograd
 
 Pass = Callable[[fx.GraphModule], None]

@@ -25,7 +25,7 @@ from diffusion_runtime.errors import DiffusionError, PackageError, UnsupportedEr
 from diffusion_runtime.later import no_compiler
 from diffusion_runtime.mil.check import CONST, budget, check_package, operands, output_name
 from diffusion_runtime.mil.constants import Constant, literal, torch_dtype
-from diffusion_runtime.mil.ops import OPS, Kind, Op, Parameter
+from diffusion_runtime.mil.ops.registry import OPS, Kind, Op, Parameter
 from diffusion_runtime.mil.package import Package
 from diffusion_runtime.mil.program import (
     DType,

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_runtime.errors import UnsupportedError
-from diffusion_runtime.mil.ops import Op
+from diffusion_runtime.mil.ops.registry import Op
 from diffusion_runtime.mil.program import TensorType, ValueType
 
 _UNKNOWN = frozenset({"lstm", "scaled_dot_product_attention"})

@@ -19,7 +19,7 @@ from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.errors import DiffusionError, PackageError, UnsupportedError
 from diffusion_runtime.mil.description import serialize
 from diffusion_runtime.mil.model import Model
-from diffusion_runtime.mil.ops import OPS
+from diffusion_runtime.mil.ops.registry import OPS
 from diffusion_runtime.mil.package import open_package, write_package
 from diffusion_runtime.mil.program import (
     Block,

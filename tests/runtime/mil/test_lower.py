@@ -18,7 +18,7 @@ from diffusion_runtime.mil import by_rows
 from diffusion_runtime.mil.check import check_package
 from diffusion_runtime.mil.lower import Stored, lower
 from diffusion_runtime.mil.observe import explain, intermediates, observe
-from diffusion_runtime.mil.ops import OPS, mil_op
+from diffusion_runtime.mil.ops.registry import OPS, mil_op
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import Block, DType, Operation, TensorType, Value
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusion_runtime.coremltools_import import import_coremltools
-from diffusion_runtime.mil.ops import OPS, Kind, Op
+from diffusion_runtime.mil.ops.registry import OPS, Kind, Op
 
 RANDOM = np.random.default_rng(0)
 A = RANDOM.standard_normal((2, 3, 4, 5)).astype(np.float32)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusion_runtime.mil.ops import OPS
+from diffusion_runtime.mil.ops.registry import OPS
 
 torch.manual_seed(0)
 X = torch.randn(2, 4, 9, 7)

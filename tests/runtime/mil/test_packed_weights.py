@@ -12,8 +12,8 @@ import torch
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import PackageError, UnsupportedError
-from diffusion_runtime.mil.ops import OPS
 from diffusion_runtime.mil.ops.packed import constexpr_lut_to_dense, constexpr_sparse_to_dense
+from diffusion_runtime.mil.ops.registry import OPS
 from diffusion_runtime.mil.packing import pack
 
 RANDOM = np.random.default_rng(0)

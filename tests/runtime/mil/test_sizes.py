@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusion_runtime.errors import UnsupportedError
-from diffusion_runtime.mil.ops import OPS
+from diffusion_runtime.mil.ops.registry import OPS
 from diffusion_runtime.mil.sizes import Sizes
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime.schedulers import SCHEDULERS
@@ -38,72 +39,39 @@ def blocks(service: Service, most: int) -> gradio.Blocks:
     return made
 
 
-@dataclass(frozen=True, slots=True)
-class _Controls:
-    """Gradio's components."""
-
-    model: Any
-    size: Any
-    prompt: Any
-    negative: Any
-    draw: Any
-    cancel: Any
-    start: Any
-    strength: Any
-    noise_level: Any
-    steps: Any
-    guidance: Any
-    scheduler: Any
-    seed: Any
-    made: Any
-
-    @property
-    def asked(self) -> list[Any]:
-        """In the order of `_Page.draw`."""
-        given = [self.start, self.strength, self.noise_level]
-        return [
-            self.model,
-            self.prompt,
-            self.negative,
-            *given,
-            self.steps,
-            self.guidance,
-            self.scheduler,
-            self.seed,
-        ]
-
-
-def _controls(gr: Any, service: Service, most: int) -> _Controls:
+def _controls(gr: Any, service: Service, most: int) -> SimpleNamespace:
+    """Gradio's components by what they are."""
+    of = SimpleNamespace()
     names = list(service.engine.sets)
     gr.HTML("<h1>coreml-sd</h1>")
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
-            prompt = gr.Textbox(label="Prompt", lines=2, max_lines=8)
-            negative = gr.Textbox(label="Negative prompt", info="What the picture should not show")
+            of.prompt = gr.Textbox(label="Prompt", lines=2, max_lines=8)
+            of.negative = gr.Textbox(label="Negative prompt", info="What the picture should not show")
             with gr.Row():
-                draw = gr.Button("Draw", variant="primary", min_width=120)
-                cancel = gr.Button("Cancel", min_width=120)
-            start = _part(gr, "start", most=most)
-            strength = gr.Slider(
+                of.draw = gr.Button("Draw", variant="primary", min_width=120)
+                of.cancel = gr.Button("Cancel", min_width=120)
+            of.start = _part(gr, "start", most=most)
+            of.strength = gr.Slider(
                 0.01, 1, DEFAULT_STRENGTH, step=0.01, label="Strength", visible=False,
                 info="How much of the picture may change",
             )  # fmt: skip
-            noise_level = gr.Slider(0, 350, DEFAULT_NOISE_LEVEL, step=1, label="Noise level", visible=False)
+            of.noise_level = gr.Slider(0, 350, DEFAULT_NOISE_LEVEL, step=1, label="Noise level", visible=False)
             with gr.Row():
-                model = gr.Dropdown(names, value=names[0], label="Models", visible=len(names) > 1, min_width=130)
-                size = gr.Textbox("…", label="Size", interactive=False, min_width=130)
+                of.model = gr.Dropdown(names, value=names[0], label="Models", visible=len(names) > 1, min_width=130)
+                of.size = gr.Textbox("…", label="Size", interactive=False, min_width=130)
             most_steps = service.limits.steps
-            steps = gr.Slider(1, most_steps, min(STEPS, most_steps), step=1, label="Steps")
+            of.steps = gr.Slider(1, most_steps, min(STEPS, most_steps), step=1, label="Steps")
             with gr.Row():
-                guidance = gr.Textbox(label="Guidance", placeholder="the models' own", min_width=130)
-                seed = gr.Textbox(label="Seed", placeholder="new each time", min_width=130)
-            scheduler = gr.Dropdown([OWN_SCHEDULER, *SCHEDULERS], value=OWN_SCHEDULER, label="Scheduler")
+                of.guidance = gr.Textbox(label="Guidance", placeholder="the models' own", min_width=130)
+                of.seed = gr.Textbox(label="Seed", placeholder="new each time", min_width=130)
+            of.scheduler = gr.Dropdown([OWN_SCHEDULER, *SCHEDULERS], value=OWN_SCHEDULER, label="Scheduler")
         with gr.Column(min_width=300):
-            made = _part(gr, "made")
-    return _Controls(
-        model, size, prompt, negative, draw, cancel, start, strength, noise_level, steps, guidance, scheduler, seed,
-        made,
-    )  # fmt: skip
+            of.made = _part(gr, "made")
+    # In the order of `_Page.draw`.
+    of.asked = [of.model, of.prompt, of.negative, of.start, of.strength, of.noise_level]
+    of.asked += [of.steps, of.guidance, of.scheduler, of.seed]
+    return of
 
 
 def _part(gr: Any, name: str, **given: Any) -> Any:
@@ -116,7 +84,7 @@ def _part(gr: Any, name: str, **given: Any) -> Any:
 class _Page:
     service: Service
     drawings: Drawings
-    controls: _Controls
+    controls: SimpleNamespace
 
     def connect(self, gr: Any, page: Any) -> None:
         of, quiet = self.controls, {"show_progress": "hidden", "api_visibility": "private"}
