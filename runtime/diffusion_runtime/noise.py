@@ -76,7 +76,7 @@ def from_generators(generators: torch.Generator | Sequence[torch.Generator]) -> 
 
 
 def from_seeds(seeds: Sequence[int], rng: str = "torch") -> Noise:
-    """Noise of ``rng`` (a key of `RNGS`): of one seed for all pictures, or of one for each."""
+    """Noise of ``rng`` (one of `RNGS`): of one seed for all pictures, or of one for each."""
     import torch
 
     if rng not in RNGS:
@@ -87,7 +87,7 @@ def from_seeds(seeds: Sequence[int], rng: str = "torch") -> Noise:
         _check_seed(seed, rng)
     if rng == "torch":
         return from_generators([torch.Generator().manual_seed(seed) for seed in map(int, seeds)])
-    return Noise(tuple(RNGS[rng](seed) for seed in map(int, seeds)))
+    return Noise(tuple(_SEEDED[rng](seed) for seed in map(int, seeds)))
 
 
 def _check_seed(seed: object, rng: str) -> None:
@@ -106,12 +106,6 @@ def _torch_source(generator: torch.Generator) -> Source:
         return torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32).cpu()
 
     return draw
-
-
-def _seeded_torch(seed: int) -> Source:
-    import torch
-
-    return _torch_source(torch.Generator().manual_seed(seed))
 
 
 def _seeded_numpy(seed: int) -> Source:
@@ -146,11 +140,8 @@ def _seeded_nvidia(seed: int) -> Source:
     return draw
 
 
-RNGS: Mapping[str, Callable[[int], Source]] = {
-    "torch": _seeded_torch,
-    "numpy": _seeded_numpy,
-    "nvidia": _seeded_nvidia,
-}
+_SEEDED: Mapping[str, Callable[[int], Source]] = {"numpy": _seeded_numpy, "nvidia": _seeded_nvidia}
+RNGS = ("torch", *_SEEDED)
 
 
 def philox_4x32_10(counter: np.ndarray, key: tuple[np.uint32, np.uint32]) -> np.ndarray:

@@ -81,7 +81,7 @@ class Report:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
 
-def measure_bundle(
+def measure(
     bundle: Bundle,
     components: Sequence[str],
     backend: tuple[str, Backend],
@@ -89,7 +89,8 @@ def measure_bundle(
     runs: int,
     check: bool = True,
 ) -> Iterator[Measurement]:
-    """Measure ``components`` of a bundle on a backend (its name, and it) and each of ``units`` (None: its own).
+    """Measure ``components`` of a bundle on a backend (its name, and it) and each of ``units`` (None: its own), one
+    after the other, as each is done. A unit that fails is a measurement with an error: the others go on.
 
     With ``check`` each is compared with the torch backend in float32, unless it is that."""
     from diffusion_runtime.backends.torch_mil import TorchBackend
@@ -104,8 +105,13 @@ def measure_bundle(
         )()
 
     inputs = inputs_of(bundle, tokens, load)
-    expected = (lambda component: load(component)(**inputs[component])) if check and backend[0] != "torch" else None
-    yield from measure(bundle, components, backend, units, runs, inputs, expected)
+    name, loads = backend
+    for component in components:
+        expected = load(component)(**inputs[component]) if check and name != "torch" else None
+        for unit in units:
+            chosen = unit or ComputeUnits(bundle.manifest.components[component].compute_units)
+            yield _measured(bundle, component, name, loads, chosen, runs, inputs[component], expected)
+            gc.collect()  # a model of several GB is freed before the next is loaded
 
 
 def report(bundle: Bundle, measurements: Sequence[Measurement], steps: int) -> Report:
@@ -167,28 +173,6 @@ def _drawn(
         return rng.uniform(-1, 1, shape)
     noise = rng.standard_normal(shape)
     return noise / scale if name in ("z", "latent") else noise
-
-
-def measure(
-    bundle: Bundle,
-    components: Sequence[str],
-    backend: tuple[str, Backend],
-    units: Sequence[ComputeUnits | None],
-    runs: int,
-    inputs: Mapping[str, Arrays],
-    expected: Callable[[str], Arrays] | None,
-) -> Iterator[Measurement]:
-    """Each component on each of the compute units (None: the manifest's), one after the other, as it is done.
-
-    ``expected`` gives the torch backend's answers to a component's inputs; None compares nothing. A unit that fails
-    is a measurement with an error: the others go on."""
-    name, loads = backend
-    for component in components:
-        answers = None if expected is None else expected(component)
-        for unit in units:
-            chosen = unit or ComputeUnits(bundle.manifest.components[component].compute_units)
-            yield _measured(bundle, component, name, loads, chosen, runs, inputs[component], answers)
-            gc.collect()  # a model of several GB is freed before the next is loaded
 
 
 def _measured(

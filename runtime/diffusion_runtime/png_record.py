@@ -80,7 +80,6 @@ def read(path: Path, overridden: Set[str] = frozenset()) -> Past:
     """How a picture was made. Raises InputError where it does not say or its record is damaged, and where an input
     file is gone or changed that is not ``overridden`` anyway."""
     data = images.read_metadata(path)
-    hints = get_type_hints(Settings)
     known = {field.name: data[field.name] for field in fields(Settings) if field.name in data}
     listed = {name: known.pop(name, []) for name in LISTED}
     if "prompt" not in known:
@@ -88,9 +87,10 @@ def read(path: Path, overridden: Set[str] = frozenset()) -> Past:
     loading = {name: data[name] for name in LOADING if name in data}
     models = data.get("models")
     hashes = {f"{name}_sha256": data.get(f"{name}_sha256") for name in FILES}
-    _check_types(path, known, hints)
-    _check_types(path, loading, LOADING)
-    _check_types(path, {"models": models, **hashes}, dict.fromkeys(("models", *hashes), str | None))
+    types = {**get_type_hints(Settings), **LOADING, **dict.fromkeys(("models", *hashes), str | None)}
+    for name, value in {**known, **loading, "models": models, **hashes}.items():
+        if not _is_one(value, types[name]):
+            raise InputError(f"picture {path}: its record is damaged at {name}: {value!r}")
     settings = Settings(**known)
     wanted = [name for name in FILES if name not in overridden and getattr(settings, name) is not None]
     inputs: dict[str, Any] = {
@@ -163,12 +163,6 @@ def hashes(settings: Settings) -> dict[str, str]:
     """SHA-256 of the files that went into a picture, by "image_sha256" and so on; a control's is with it."""
     named = {name: getattr(settings, name) for name in FILES}
     return {f"{name}_sha256": _sha256(Path(path)) for name, path in named.items() if path is not None}
-
-
-def _check_types(picture: Path, values: Mapping[str, Any], types: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        if not _is_one(value, types[name]):
-            raise InputError(f"picture {picture}: its record is damaged at {name}: {value!r}")
 
 
 def _is_one(value: object, kind: Any) -> bool:

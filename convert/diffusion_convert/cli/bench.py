@@ -69,7 +69,7 @@ def bench(
     bundle = find(models, backend=name)
     chosen = _components(bundle, components)
     done: list[Measurement] = []
-    for one in performance.measure_bundle(
+    for one in performance.measure(
         bundle, chosen, (name, load_backend(name)), units if name == "coreml" else [None], runs, check
     ):
         _say(one)

@@ -39,7 +39,7 @@ def observe(
 
 def explain(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     """Run again, op by op: raises the error that names the op which fails, if one does."""
-    observe(module, inputs, _ignore)
+    observe(module, inputs, lambda *_: None)
 
 
 def intermediates(module: fx.GraphModule, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -62,10 +62,6 @@ def intermediates(module: fx.GraphModule, inputs: Sequence[Tensor], names: Seque
 
     observe(module, inputs, keep, names)
     return {name: found[name] for name in names}
-
-
-def _ignore(*_: object) -> None:
-    pass
 
 
 def _longest(rows: Tensor) -> float:

@@ -20,9 +20,7 @@ def check(job: Job) -> None:
         raise InputError(f"latents have shape {tuple(latents.shape)}, expected {job.latent_shape}")
     if latents is None and job.request.denoising_start is not None:
         raise InputError("denoising_start needs the latents of the model that began: give them as image or latents")
-    schedulers.between(
-        job.scheduler, job.scheduler.timesteps, job.request.denoising_start, job.request.denoising_end
-    )
+    timesteps(job)
 
 
 def timesteps(job: Job) -> torch.Tensor:

@@ -184,18 +184,6 @@ FALSE: dict[str, tuple[Operation, ...]] = {
     "upsample_bilinear": (
         named("large", "upsample_bilinear", x="x", scale_factor_height=scalar(M), scale_factor_width=scalar(M)),
     ),
-    "resize_bilinear": (
-        named("large", "resize_bilinear", x="x", target_size_height=whole(1), target_size_width=whole(1 << 28)),
-    ),
-    "resize_nearest_neighbor": (
-        named(
-            "large",
-            "resize_nearest_neighbor",
-            x="x",
-            target_size_height=whole(1 << 14),
-            target_size_width=whole(1 << 14),
-        ),
-    ),
     "stack": (named("large", "stack", values=("x",) * N, axis=whole(0)),),
     "concat, interleaved": (named("large", "concat", values=("x",) * N, axis=whole(0), interleave=flag()),),
     "gather": (*INDEX, AS_ROW, named("large", "gather", x="row", indices="flat", axis=whole(0))),

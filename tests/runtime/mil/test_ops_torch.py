@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,16 +31,6 @@ def same_pad(x: torch.Tensor, kernel: tuple[int, ...], strides: tuple[int, ...],
         less, more = total // 2, total - total // 2
         pads += [more, less] if lower else [less, more]
     return F.pad(x, pads)
-
-
-def sampled(x: np.ndarray, positions: np.ndarray, axis: int) -> np.ndarray:
-    """Linear interpolation along ``axis`` at ``positions``."""
-    return np.apply_along_axis(lambda line: np.interp(positions, np.arange(len(line)), line), axis, x)
-
-
-def resized(x: torch.Tensor, rows: list[float], columns: list[float]) -> torch.Tensor:
-    result = sampled(sampled(x.numpy(), np.array(rows), x.ndim - 2), np.array(columns), x.ndim - 1)
-    return torch.from_numpy(result.astype(np.float32))
 
 
 def torch_lstm(bidirectional: bool, backwards: bool = False) -> tuple[dict[str, Any], tuple[torch.Tensor, ...]]:
@@ -210,11 +199,6 @@ ROWS: list[tuple[str, dict[str, Any], Expected]] = [
         {"x": X, "scale_factor_height": 2, "scale_factor_width": 3},
         lambda: X.repeat_interleave(2, 2).repeat_interleave(3, 3),
     ),
-    (
-        "resize_nearest_neighbor",
-        {"x": X[0], "target_size_height": 12, "target_size_width": 5},
-        lambda: F.interpolate(X, (12, 5))[0],
-    ),
     *(
         (
             "upsample_bilinear",
@@ -222,36 +206,6 @@ ROWS: list[tuple[str, dict[str, Any], Expected]] = [
             lambda align=align: F.interpolate(X, (18, 10), mode="bilinear", align_corners=align),
         )
         for align in (True, False)
-    ),
-    (
-        "upsample_bilinear",
-        {"x": X, "scale_factor_height": 2, "align_corners": False, "half_pixel_centers": False},
-        lambda: resized(X, [min(8, i / 2) for i in range(18)], list(range(7))),
-    ),
-    (
-        "resize_bilinear",
-        {"x": X, "target_size_height": 18, "target_size_width": 7, "sampling_mode": "DEFAULT"},
-        lambda: resized(X, [min(8, i / 2) for i in range(18)], list(range(7))),
-    ),
-    (
-        "resize_bilinear",
-        {"x": X, "target_size_height": 5, "target_size_width": 4, "sampling_mode": "UNALIGN_CORNERS"},
-        lambda: F.interpolate(X, (5, 4), mode="bilinear"),
-    ),
-    (
-        "resize_bilinear",
-        {"x": X, "target_size_height": 5, "target_size_width": 4, "sampling_mode": "STRICT_ALIGN_CORNERS"},
-        lambda: F.interpolate(X, (5, 4), mode="bilinear", align_corners=True),
-    ),
-    (
-        "resize_bilinear",
-        {"x": X, "target_size_height": 1, "target_size_width": 4, "sampling_mode": "ALIGN_CORNERS"},
-        lambda: resized(X, [4], [0, 2, 4, 6]),
-    ),
-    (
-        "resize_bilinear",
-        {"x": X, "target_size_height": 4, "target_size_width": 3, "sampling_mode": "OFFSET_CORNERS"},
-        lambda: resized(X, [1, 3, 5, 7], [1, 3, 5]),
     ),
     ("concat", {"values": [torch.tensor(1), torch.tensor(2)], "axis": 0}, lambda: torch.tensor([1, 2])),
     (
