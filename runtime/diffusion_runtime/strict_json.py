@@ -93,7 +93,7 @@ def as_model(model: type[Model], value: object, where: str, what: str, error: ty
     except ValidationError as fault:
         first = fault.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "top level"
-        given = "" if first["type"] == "missing" else f", got {_shortened(first['input'])}"
+        given = "" if first["type"] == "missing" else f", got {shortened(first['input'])}"
         raise error(f"{where}: not {what}: {field}: {first['msg']}{given}") from fault
 
 
@@ -109,7 +109,7 @@ def _whole(digits: str) -> int:
 def _real(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise ValueError(f"the number {_shortened(digits)} in it is too large")
+        raise ValueError(f"the number {shortened(digits)} in it is too large")
     return value
 
 
@@ -158,6 +158,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _shortened(value: object) -> str:
+def shortened(value: object) -> str:
+    """``value`` for a message, in at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + "…"

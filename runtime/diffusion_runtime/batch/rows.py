@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -118,7 +117,7 @@ def _controls(column: str, value: Any, folder: Path) -> tuple[ControlFile, ...]:
     """Controls as --control takes them: a list of texts, or several in one text with semicolons between them."""
     texts = value.split(";") if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{column}: got {_shortened(value)}, expected texts as canny=edges.png:0.8")
+        raise InputError(f"{column}: got {strict_json.shortened(value)}, expected texts as canny=edges.png:0.8")
     files = (control.parse(text) for text in texts if text.strip())
     return tuple(replace(file, image=str(folder / file.image)) for file in files)
 
@@ -142,7 +141,7 @@ def _typed(column: str, value: Any, kind: Any) -> Any:
         except (ValueError, TypeError, OverflowError):
             pass
     expected = {str: "a text", bool: "true or false", float: "a number", int: "a whole number"}[kinds[0]]
-    raise InputError(f"{column}: got {_shortened(value)}, expected {expected}")
+    raise InputError(f"{column}: got {strict_json.shortened(value)}, expected {expected}")
 
 
 def _whole(value: Any) -> int:
@@ -157,11 +156,6 @@ def _whole(value: Any) -> int:
 
 def _is_missing(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _shown(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,5 +251,5 @@ READERS: Mapping[str, Callable[[Path], Iterable[Raw]]] = {
     ".txt": _text,
     ".jsonl": _json_lines,
     ".csv": _csv,
-    ".parquet": partial(_parquet),
+    ".parquet": _parquet,
 }

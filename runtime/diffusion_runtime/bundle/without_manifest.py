@@ -87,7 +87,7 @@ def _unet_in(components: Iterable[str]) -> str | None:
 def describe(folder: Path, assumed: Assumed) -> Described:
     """The manifest of a folder that has none. Raises InputError and PackageError for missing and damaged models."""
     files = _files(folder)
-    opened = {name: [_model(folder / file) for file in listed] for name, listed in files.items()}
+    opened = {name: [open_package(folder / file).model for file in listed] for name, listed in files.items()}
     unet = _unet_in(files) or "unet"
     attention = attention_of(shape for model in opened[unet] for shape in _einsums(model))
     units = attention.about.compute_units
@@ -184,11 +184,6 @@ def _several(folder: Path, pattern: str, prefix: str) -> dict[str, tuple[str, ..
     return found
 
 
-def _model(path: Path) -> Model:
-
-    return open_package(path).model
-
-
 def _component(folder: Path, files: tuple[str, ...], models: list[Model], units: str) -> Component:
     """The interface of a chain of models as one: inputs that no earlier one gives, the last one's outputs."""
     given: set[str] = set()
@@ -265,7 +260,6 @@ def _factor(components: Mapping[str, Component], inputs: Mapping[str, tuple[int,
 
 def einsum_shapes(function: Function) -> list[tuple[int | None, ...]]:
     """The shapes of the results of einsum operations."""
-
     types = [operation.outputs[0].type for operation in operations(function.block) if operation.type == "einsum"]
     return [kind.shape for kind in types if isinstance(kind, TensorType)]
 

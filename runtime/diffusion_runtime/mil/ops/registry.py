@@ -22,7 +22,7 @@ import enum
 import inspect
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,16 +120,18 @@ def positive(axis: int, rank: int) -> int:
     return axis + rank if axis < 0 else axis
 
 
+_KINDS: Mapping[Any, Kind] = {
+    torch.dtype: Kind.OUTPUT_DTYPE,
+    Tensor: Kind.TENSOR,
+    Sequence[Tensor]: Kind.TENSORS,
+    np.ndarray: Kind.ARRAY,
+}
+
+
 def _kind(hint: Any) -> Kind:
-    members = _members(hint)
-    if members == {torch.dtype}:
-        return Kind.OUTPUT_DTYPE
-    if members == {Tensor}:
-        return Kind.TENSOR
-    if members == {Sequence[Tensor]}:
-        return Kind.TENSORS
-    if members == {np.ndarray}:
-        return Kind.ARRAY
+    first, *others = members = _members(hint)
+    if first in _KINDS and not others:
+        return _KINDS[first]
     return Kind.CONSTANT_OR_TENSOR if Tensor in members else Kind.CONSTANT
 
 
