@@ -99,7 +99,8 @@ def unfinished_file(path: Path) -> Iterator[Path]:
 def passing_file(path: Path) -> Iterator[Callable[[Callable[[Path], object]], None]]:
     """Yields ``show(write)``, which puts what ``write`` writes to the path that it is given at ``path``, each time
     in place of what it put there before. The file goes when the block ends, and after a kill with the next `sweep`.
-    A file of anybody else at ``path`` is neither replaced nor removed. Errors are as for ``unfinished_file``."""
+    A file that another program has put at ``path`` is neither replaced nor removed. Errors are as for
+    ``unfinished_file``."""
     with disk_errors(path), work(path.parent) as slot:
         try:
             yield lambda write: show(slot, path, write)
@@ -176,8 +177,8 @@ def sweep(place: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder from a work folder. Its name is free at once, for whoever waits for it; where the rest is
-    interrupted, a later `sweep` goes on."""
+    """Remove a folder from a work folder. Its name is free at once, for a process that waits for it; where the
+    rest is interrupted, a later `sweep` goes on."""
     slot = path.with_name(f"{_SLOT}{secrets.token_hex(8)}")
     with suppress(FileNotFoundError):
         path.rename(slot)

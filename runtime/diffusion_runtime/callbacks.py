@@ -40,7 +40,7 @@ NEUTRAL: Mapping[str, object] = dict.fromkeys(Neutral.__annotations__) | {
 
 
 @dataclass(slots=True)
-class Control:
+class Handle:
     """What a callback is given as its pipeline; ``pipeline`` is the `Pipeline`. Setting ``_interrupt`` ends the
     loop after this step, and the picture is decoded as it is then: diffusers' way to stop early."""
 
@@ -68,7 +68,7 @@ def refuse(others: Mapping[str, object]) -> None:
 
 
 def run_steps(
-    control: Control,
+    handle: Handle,
     steps: Generator[Step, torch.Tensor | None, None],
     start: Start,
     on_step: Callable[[Step], None] | None = None,
@@ -83,14 +83,14 @@ def run_steps(
         raise InputError(f"callback_on_step_end_tensor_inputs {tensors}: only 'latents' can be had")
     latents, changed = start.latents, None
     try:
-        while not control.interrupt:
-            step = steps.send(changed)
+        while not handle.interrupt:
+            step = steps.send(changed)  # None at first, as a generator wants it that has not begun
             latents, changed = step.latents, None
             if on_step is not None:
                 on_step(step)
             if callback_on_step_end is not None:
                 given = dict.fromkeys(tensors, latents)
-                result = callback_on_step_end(control, step.index, start.timesteps[step.index], given)
+                result = callback_on_step_end(handle, step.index, start.timesteps[step.index], given)
                 changed = latents = _checked((result or {}).get("latents", latents), latents)
     except StopIteration:
         pass

@@ -91,7 +91,7 @@ def attention_of(einsums: Iterable[tuple[int | None, ...]]) -> AttentionKind:
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 """CLIP's text encoders by component, in the order in which their states are set side by side."""
 T5 = "text_encoder_t5"
-"""The text encoder whose states follow theirs, where there is one."""
+"""The text encoder whose states follow those of CLIP's encoders (Stable Diffusion 3)."""
 LATENT_SCALE = 0.18215
 """What latents are multiplied by where nothing says otherwise: the default of diffusers' AutoencoderKL."""
 _LOW_RES_SCHEDULER: Mapping[str, Any] = {

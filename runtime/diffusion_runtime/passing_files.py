@@ -15,7 +15,7 @@ _NOTE = "shown.json"
 
 def show(slot: Path, path: Path, write: Callable[[Path], object]) -> None:
     """Put what ``write`` writes to the path that it is given at ``path``, in place of what was put there
-    before, and note it in the work folder ``slot``. What is anybody else's stays."""
+    before, and note it in the work folder ``slot``. A file that another program has put there stays."""
     new = slot / path.name
     write(new)
     if os.path.lexists(path) and not _is_noted(slot, path):

@@ -161,7 +161,7 @@ def _drawn(
         return rng.integers(0, 100, shape) if tokens is None else np.resize(tokens.encode(PROMPT).ids[0], shape)
     known = {"encoder_hidden_states": encoded.get("states"), "text_embeds": encoded.get("text_embeds")}.get(name)
     if known is not None and known.shape[1:3] == shape[1:3]:
-        return np.resize(known, shape)
+        return np.resize(known, shape)  # repeated to the rows of the batch
     plain = {"timestep": 801.0, "adjustment": 0.0, "class_labels": 20.0}
     if name in plain:
         return np.full(shape, plain[name])

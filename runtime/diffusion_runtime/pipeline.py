@@ -272,9 +272,9 @@ class Pipeline:
             adapters=t2i_adapters.of_arguments(adapted, self.manifest),
         )
         run = self.prepare(request, noise_of(**drawn))
-        control = callbacks.Control(self, run.job.scheduler, run.total, run.job.request.scale)
+        handle = callbacks.Handle(self, run.job.scheduler, run.total, run.job.request.scale)
         start = replace(run.start, timesteps=run.timesteps)
-        finished = callbacks.run_steps(control, self.denoise(run), start, **told)
+        finished = callbacks.run_steps(handle, self.denoise(run), start, **told)
         result = self.finish(run, finished, output_type)
         for note in result.notes:
             warnings.warn(note, RuntimeNote, stacklevel=2)

@@ -1,7 +1,7 @@
 """What a picture says of its making, and whether it can be believed.
 
 A record names files and folders from the picture's folder or the current one where they lie below it, else by their
-last name alone: a whole path would tell whoever gets the picture how its maker's computer is laid out.
+last name alone: a whole path would tell those who get the picture how its maker's computer is laid out.
 """
 
 from __future__ import annotations

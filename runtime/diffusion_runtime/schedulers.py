@@ -143,6 +143,7 @@ def build(config: Mapping[str, Any], name: str | None = None, imposed: Mapping[s
         raise InputError(f"the models ask for an unknown scheduler class {class_name!r}: choose one of {known()}")
     kind = getattr(diffusers, class_name)
     _check_noise_levels(config, class_name)
+    # Of keys that no class understands diffusers warns each time.
     # Of the presets none is for flow matching, so its classes would have no use for what they know.
     others = () if class_name.startswith(FLOW_MATCH) else SCHEDULERS.values()
     kinds = {kind, *(getattr(diffusers, preset.class_name) for preset in others)}

@@ -13,7 +13,7 @@ from diffusion_runtime.atomic import work
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """An empty folder that vanishes with the block. What killed processes have left of theirs is removed first."""
+    """An empty folder that vanishes with the block. What killed processes have left is removed first."""
     own = Path(tempfile.gettempdir()) / f"coreml-sd-{os.getuid()}"  # other users' folders must not be written to
     try:
         with work(own) as slot:

@@ -118,6 +118,7 @@ class TorchModel:
     def _tensors(self, arrays: Mapping[str, np.ndarray]) -> list[Tensor]:
         check_arrays(self.inputs, arrays, self.path.name)
         return [
+            # A copy only where it must be: torch takes no negative strides.
             torch.from_numpy(np.array(arrays[name], order="C", copy=None)).to(self.device, dtype)
             for name, dtype in self.order
         ]

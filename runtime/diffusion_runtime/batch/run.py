@@ -99,7 +99,7 @@ def prepare(
 
 
 def identity(setup: Setup) -> str:
-    """Which models these are and how they are loaded, as a hash: pictures of others are not taken for theirs."""
+    """A hash of which models these are and how they are loaded: pictures of other models have another."""
     loading = setup.loading
     assumed = Assumed(loading.get("prediction_type"), loading.get("latent_scale"))
     units = loading.get("compute_units")

@@ -74,6 +74,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1000, le=1000)]
 
 
 class _Frozen(BaseModel):
+    # Unknown keys are of later versions. Without protected_namespaces=() pydantic warns of names like model_….
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=(), allow_inf_nan=True)
 
 

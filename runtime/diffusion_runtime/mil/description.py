@@ -10,8 +10,10 @@ from diffusion_runtime.errors import PackageError
 from diffusion_runtime.mil import wire
 from diffusion_runtime.mil.program import Feature, FunctionInterface, Metadata
 
+# ArrayDataType of FeatureTypes.proto: 0x10000 is float, 0x20000 integer, and the rest the number of bits.
 _ELEMENTS = {65568: "Float32", 65600: "Double", 131104: "Int32", 65552: "Float16", 131080: "Int8"}
 _ELEMENT_CODES = {name: code for code, name in _ELEMENTS.items()}
+# ColorSpace of its ImageFeatureType.
 _COLOUR_SPACES = {10: "Grayscale", 20: "RGB", 30: "BGR", 40: "GrayscaleFloat16"}
 _KINDS = {
     "int64Type": "int64",
@@ -20,6 +22,7 @@ _KINDS = {
     "dictionaryType": "dictionary",
     "sequenceType": "sequence",
 }
+# Of a ModelDescription, and of the Metadata in it.
 _METADATA_FIELD, _USER_DEFINED_FIELD = 100, 100
 
 Parts = tuple[tuple[FunctionInterface, ...], Metadata, str]

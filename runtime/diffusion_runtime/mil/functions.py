@@ -30,7 +30,7 @@ def function_names(model: Model) -> tuple[str, ...]:
 def one_function(model: Model, name: str | None) -> Model:
     """``model`` with the function of that name alone, as models of one function are; None: the default one.
 
-    Raises InputError, with the functions that there are, for a name that is none of them, UnsupportedError where
+    Raises InputError, with the functions that there are, for an unknown name, UnsupportedError where
     the function takes or gives anything but multi-arrays."""
     names = function_names(model)
     if not names and name in (None, MAIN):

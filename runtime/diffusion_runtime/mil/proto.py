@@ -293,7 +293,7 @@ def _fill_type(spec: Any, kind: ValueType) -> None:
         _fill_type(spec.listType.type, kind.element)
         _fill_dimension(spec.listType.length, kind.length)
     elif isinstance(kind, TupleType):
-        spec.tupleType.SetInParent()
+        spec.tupleType.SetInParent()  # a tuple of nothing would be no type at all
         for element in kind.elements:
             _fill_type(spec.tupleType.types.add(), element)
     elif isinstance(kind, DictType):
@@ -305,7 +305,7 @@ def _fill_type(spec: Any, kind: ValueType) -> None:
 
 def _fill_dimension(spec: Any, size: int | None) -> None:
     if size is None:
-        spec.unknown.variadic = False
+        spec.unknown.variadic = False  # its default: written so that the dimension is there
     else:
         spec.constant.size = size
 
@@ -326,7 +326,7 @@ def _fill_value(spec: Any, value: Value) -> None:
             _fill_value(pair.value, item)
     else:
         field = spec.immediateValue.list if isinstance(value.type, ListType) else spec.immediateValue.tuple
-        field.SetInParent()
+        field.SetInParent()  # an empty one is a value, too
         for item in _items(data):
             _fill_value(field.values.add(), item)
 

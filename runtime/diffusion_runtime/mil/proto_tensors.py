@@ -62,7 +62,7 @@ def _listed(elements: list[Any], dtype: DType) -> np.ndarray:
         if dtype is not DType.STRING or not all(isinstance(element, str) for element in elements):
             raise ValueError("strings where numbers are expected, or numbers where strings are")
         return np.array(elements, object)
-    if dtype is DType.UINT64:
+    if dtype is DType.UINT64:  # protobuf lists them among signed integers, bit for bit
         return np.array(elements, np.int64).view(wanted)
     array = np.array(elements, wanted if wanted.kind == "f" else np.int64)
     narrow = array.astype(wanted)
@@ -81,5 +81,5 @@ def fill_tensor(spec: Any, data: Any, dtype: DType) -> None:
         spec.bytes.values = (pack(array, bits) if bits else array).tobytes()
         return
     field = getattr(spec, _LISTED[dtype])
-    field.SetInParent()
+    field.SetInParent()  # of a literal without elements, protobuf would write no value
     field.values.extend((array.view(np.int64) if dtype is DType.UINT64 else array).ravel().tolist())

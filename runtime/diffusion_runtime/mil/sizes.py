@@ -114,13 +114,9 @@ def like(kind: ValueType, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def on_meta(value: Any) -> Any:
-    """Arguments of an op with their tensors on the meta device."""
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, dict):
-        return {name: on_meta(item) for name, item in value.items()}
-    return [on_meta(item) for item in value] if isinstance(value, (list, tuple)) else value
+def on_meta(arguments: dict[str, Any]) -> Any:
+    """Arguments of an op with their tensors, however deep, on the meta device."""
+    return fx.node.map_aggregate(arguments, lambda one: one.to("meta") if isinstance(one, Tensor) else one)
 
 
 def nbytes(value: Tensor) -> int:

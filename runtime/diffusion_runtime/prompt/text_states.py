@@ -36,8 +36,8 @@ class Encoded:
 @dataclass(frozen=True, slots=True)
 class TextStates:
     """``tokenizers`` belong to the CLIP text encoders that there are, in order; ``unet_length`` is how many text
-    tokens the UNet takes, ``unet_width`` of how many channels. ``t5``: the tokenizer of the encoder that follows
-    theirs, where there is one.
+    tokens the UNet takes, ``unet_width`` of how many channels. ``t5``: the tokenizer of T5, the encoder
+    that follows CLIP's in Stable Diffusion 3.
 
     A prompt that is too long for the encoder is encoded in as many pieces as the UNet takes, each with its own
     start and end, set one after the other. What is too long even so is cut, or refused with ``long_prompt``."""

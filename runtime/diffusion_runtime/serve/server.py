@@ -102,7 +102,7 @@ async def _serve(engine: Engine, app: App, listening: socket.socket, told: Calla
         access_log=False,
         server_header=False,
         ws="none",
-        lifespan="on",
+        lifespan="on",  # "auto" would go on where the start of a part fails
         timeout_keep_alive=30,
     )
     server = _Server(config)
