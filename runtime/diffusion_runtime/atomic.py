@@ -346,18 +346,14 @@ def _put(new: Path, target: Path, replaced: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Let two folders take each other's place in one step; False where the system or the disk cannot."""
-    exchange = _system_exchange()
-    return exchange is not None and exchange(os.fsencode(one), os.fsencode(other)) == 0
-
-
-def _system_exchange() -> Callable[[bytes, bytes], int] | None:
-    library = ctypes.CDLL(None)
+    library, here = ctypes.CDLL(None), -100  # AT_FDCWD
     if sys.platform == "darwin":
         swap = getattr(library, "renamex_np", None)
-        return None if swap is None else lambda one, other: int(swap(one, other, 2))  # RENAME_SWAP
+        return swap is not None and swap(os.fsencode(one), os.fsencode(other), 2) == 0  # RENAME_SWAP
     rename = getattr(library, "renameat2", None)
-    here = -100  # AT_FDCWD; 2 is RENAME_EXCHANGE
-    return None if rename is None else lambda one, other: int(rename(here, one, here, other, 2))
+    return (
+        rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), 2) == 0
+    )  # RENAME_EXCHANGE
 
 
 def _named(path: Path) -> Path:

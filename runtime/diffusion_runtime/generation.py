@@ -168,18 +168,14 @@ def _models(models: Path | None, past: Past | None, given: Mapping[str, Any]) ->
         return str(models), EMPTY
     else:
         folder = str(models)
-    kept = {name: value for name, value in _still_usable(past.loading, given).items() if name not in given}
+    # A record's dtype is the torch backend's: it is of no use where another backend is used now.
+    unusable = () if resolve(given.get("backend", "auto")) == "torch" else ("dtype",)
+    kept = {name: value for name, value in past.loading.items() if name not in (*given, *unusable)}
     for name in png_record.FOLDERS:
         if name in kept:
             remedy = f"name it with --{name.replace('_', '-')}"
             kept[name] = png_record.find(past.picture, kept[name], remedy)
     return folder, kept
-
-
-def _still_usable(recorded_loading: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a record's loading goes with the backend that is used now: a dtype is the torch backend's."""
-    torch_backend = resolve(given.get("backend", "auto")) == "torch"
-    return {name: value for name, value in recorded_loading.items() if name != "dtype" or torch_backend}
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

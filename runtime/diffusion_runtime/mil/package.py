@@ -154,21 +154,16 @@ def write_package(model: Model, path: Path, weights: Path | None = None) -> None
 
 
 def _manifest(weights: bool) -> str:
+    described = {_MODEL: "Specification", **({_WEIGHTS: "Weights"} if weights else {})}
     items = {
-        _identifier(_MODEL): {
+        _identifier(path): {
             "author": _AUTHOR,
-            "description": "CoreML Model Specification",
-            "name": "model.mlmodel",
-            "path": _MODEL,
+            "description": f"CoreML Model {what}",
+            "name": PurePosixPath(path).name,
+            "path": path,
         }
+        for path, what in described.items()
     }
-    if weights:
-        items[_identifier(_WEIGHTS)] = {
-            "author": _AUTHOR,
-            "description": "CoreML Model Weights",
-            "name": "weights",
-            "path": _WEIGHTS,
-        }
     manifest = {"fileFormatVersion": _FORMAT, "itemInfoEntries": items, "rootModelIdentifier": _identifier(_MODEL)}
     return json.dumps(manifest, indent=4, sort_keys=True) + "\n"
 

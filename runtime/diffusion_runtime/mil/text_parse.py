@@ -340,17 +340,14 @@ class _Parser:
         return match
 
     def _expect(self, pattern: re.Pattern[str], what: str) -> re.Match[str]:
-        match = pattern.match(self._text, self._position)
+        match = self._accept(pattern)
         if not match:
             raise self._error(what)
-        self._position = match.end()
         return match
 
     def _mark(self, mark: str) -> None:
-        match = _PUNCTUATION[mark].match(self._text, self._position)
-        if not match:
+        if not self._accept(_PUNCTUATION[mark]):
             raise self._error(repr(mark))
-        self._position = match.end()
 
     def _line(self, position: int | None = None) -> int:
         return self._text.count("\n", 0, self._position if position is None else position) + 1

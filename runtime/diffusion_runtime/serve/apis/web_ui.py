@@ -41,6 +41,8 @@ KARRAS = ("lms", "euler", "heun", "dpm++ 2m", "dpm++ 2m sde", "dpm++ sde")
 SCHEDULES = ("automatic", "karras")
 ORIGINAL = 1
 """The web UI's number for painting over what is there, which is what these models do."""
+CANNOT = ("enable_hr", "restore_faces", "tiling", "subseed_strength", "script_name", "styles")
+"""Fields that change the picture, if they are set, in ways that these models have not."""
 UNCHANGING = ("", "none", "None", "automatic", "Automatic", "Use same scheduler")
 
 
@@ -236,17 +238,11 @@ def _progress(service: Service) -> ProgressAnswer:
 
 def _check(service: Service, asked: Text2Image) -> str | None:
     """The name of the models. Raises Refused for what would change the picture and cannot be done."""
-    cannot = {
-        "enable_hr": asked.enable_hr,
-        "restore_faces": asked.restore_faces,
-        "tiling": asked.tiling,
-        "subseed_strength": asked.subseed_strength,
-        "script_name": asked.script_name,
-        "alwayson_scripts": {name: value for name, value in (asked.alwayson_scripts or {}).items() if value},
-        "refiner_checkpoint": asked.refiner_checkpoint not in (None, *UNCHANGING) and asked.refiner_checkpoint,
-        "styles": asked.styles,
-    }
-    found = [name for name, value in cannot.items() if value]
+    found = [name for name in CANNOT if getattr(asked, name)]
+    if any((asked.alwayson_scripts or {}).values()):
+        found.append("alwayson_scripts")
+    if asked.refiner_checkpoint not in (None, *UNCHANGING):
+        found.append("refiner_checkpoint")
     if found:
         raise Refused(f"{', '.join(found)}: these models cannot do that; leave it out")
     settings = dict(asked.override_settings or {})
