@@ -13,7 +13,6 @@ import pytest
 from diffusion_runtime import processes
 from diffusion_runtime.png_record import Settings
 from diffusion_runtime.serve.engine import Engine, ModelSet, Waiting
-from diffusion_runtime.serve.metrics import Metrics
 from diffusion_runtime.serve.orders import About, Lost, Order, Wanted
 from diffusion_runtime.serve.worker import Setup
 
@@ -32,7 +31,7 @@ class Silent:
 
 
 def engine(*names: str, budget: int | None = None) -> Engine:
-    return Engine([Setup(f"nowhere/{name}", name, {}) for name in names], Metrics(), budget=budget)
+    return Engine([Setup(f"nowhere/{name}", name, {}) for name in names], budget=budget)
 
 
 def order() -> Order:

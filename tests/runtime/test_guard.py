@@ -11,14 +11,12 @@ import pytest
 from diffusion_runtime.serve.app import build
 from diffusion_runtime.serve.engine import Engine
 from diffusion_runtime.serve.guard import Rules
-from diffusion_runtime.serve.metrics import Metrics
 from diffusion_runtime.serve.service import Service
 from diffusion_runtime.serve.worker import Setup
 
 
 def ask(rules: Rules, method: str, path: str, headers: dict[str, str]) -> httpx.Response:
-    metrics = Metrics()
-    app: Any = build(Service(Engine([Setup("nowhere", "toy", {})], metrics)), metrics, rules)
+    app: Any = build(Service(Engine([Setup("nowhere", "toy", {})])), rules)
 
     async def asked() -> httpx.Response:
         async with httpx.AsyncClient(

@@ -19,7 +19,6 @@ from diffusion_runtime import images
 from diffusion_runtime.png_record import Settings
 from diffusion_runtime.serve.engine import Engine
 from diffusion_runtime.serve.guard import Message, Receive, Scope, Send
-from diffusion_runtime.serve.metrics import Metrics
 from diffusion_runtime.serve.orders import About, Busy, Order, Picture, Progress, Refused, Wanted
 from diffusion_runtime.serve.page import layout
 from diffusion_runtime.serve.page.drawing import Drawings
@@ -41,7 +40,7 @@ PICTURE = Picture(
 
 def page(channels: int = 4) -> Any:
     """The page of one set of models with a UNet of so many input channels."""
-    service = Service(Engine([Setup("nowhere", "models", {})], Metrics()))
+    service = Service(Engine([Setup("nowhere", "models", {})]))
     known = About("models", "sd1", "original", 64, 64, (), uses(channels), True, 0, 0.0)
     service.engine.default.about = known
     return layout._Page(service, Drawings(service), cast("Any", None))
@@ -98,7 +97,7 @@ class Slow:
 
     def __init__(self, end: Exception | None = None) -> None:
         self.may_end, self.end, self.was_cancelled = asyncio.Event(), end, False
-        self.engine = Engine([Setup("nowhere", "models", {})], Metrics())
+        self.engine = Engine([Setup("nowhere", "models", {})])
 
     async def make(
         self, _: object, order: Order, model: str, on_progress: Callable[[Progress], None]
@@ -184,7 +183,7 @@ def test_a_full_queue_is_told() -> None:
 
 def test_how_many_come_before_is_told() -> None:
     async def ahead() -> tuple[int | None, ...]:
-        engine = Engine([Setup("nowhere", "models", {})], Metrics())
+        engine = Engine([Setup("nowhere", "models", {})])
         orders = [Order((Wanted(Settings(str(number))),)) for number in range(3)]
         for order in orders[:2]:
             engine.put(order)

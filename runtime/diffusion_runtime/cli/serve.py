@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from diffusion_runtime.cli import options
 from diffusion_runtime.cli.console import INTERRUPTED, error_console, say
 from diffusion_runtime.cli.options import option
-from diffusion_runtime.errors import InputError
 
 HELP = """
 Serve converted models over HTTP.
@@ -41,9 +39,6 @@ Examples:
     coreml-sd serve models --host 0.0.0.0 --api-key-file keys.txt \\
         --allow-host pictures.example.org
 """
-if TYPE_CHECKING:
-    from diffusion_runtime.serve.guard import Rules
-
 NEEDED = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
 FOR_PAGE = ("gradio",)
 
@@ -86,50 +81,28 @@ def serve(
         options.check_installed("--ui", FOR_PAGE, "ui")
     from diffusion_runtime.serve import server
     from diffusion_runtime.serve.engine import Engine
-    from diffusion_runtime.serve.metrics import Metrics
     from diffusion_runtime.serve.service import Limits, Service
 
     loading = options.given(
         backend=backend, compute_units=compute_units, dtype=dtype, device=device, check_safety=safety
     )
-    rules = _rules(host, allow_host or (), cors or (), api_key_file, ui, max_body)
+    rules = server.rules(host, allow_host or (), cors or (), api_key_file, ui, max_body)
     setups = server.setups(models, loading, threads)
     limits = Limits(pictures=max_pictures, steps=max_steps, seconds=deadline)
     budget = None if memory_budget is None else int(memory_budget * 1e9)
-    metrics = Metrics()
-    service = Service(Engine(setups, metrics, queue, budget), limits)
+    service = Service(Engine(setups, queue, budget), limits)
     listening = server.listen(host, port)
     shown = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     console = error_console()
     say(console, f"loading models; {shown}/health/ready says when they are there")
     if server.run(
         service,
-        metrics,
         rules,
         listening,
         lambda: typer.echo(f"serving {', '.join(service.engine.sets)} at {shown}"),
         ui,
     ):
         raise typer.Exit(INTERRUPTED)
-
-
-def _rules(
-    host: str, allow_host: Sequence[str], cors: Sequence[str], api_key_file: Path | None, ui: bool, max_body: int
-) -> Rules:
-    """Who may ask for what. Raises InputError where others could reach the server without a key."""
-    from diffusion_runtime.serve import guard, server
-
-    keys = () if api_key_file is None else server.read_keys(api_key_file)
-    if not keys and not guard.is_loopback(host):
-        raise InputError(f"--host {host}: others could reach it: give --api-key-file FILE, with a key on each line")
-    return guard.Rules(
-        hosts=(*guard.LOCAL_NAMES, *([] if host in ("0.0.0.0", "::") else [host]), *allow_host),  # noqa: S104
-        any_address=not guard.is_loopback(host),
-        origins=tuple(cors),
-        keys=keys,
-        challenge=server.FOR_BROWSERS if ui else "Bearer",
-        most=max_body << 20,
-    )
 
 
 def register(app: typer.Typer) -> None:

@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from diffusion_runtime.serve import guard, pages
 from diffusion_runtime.serve.apis import openai_images, score, web_ui
-from diffusion_runtime.serve.metrics import MEDIA_TYPE, Metrics
+from diffusion_runtime.serve.metrics import MEDIA_TYPE
 from diffusion_runtime.serve.orders import Busy, Cancelled, Closing, Late, Lost, Refused
 from diffusion_runtime.serve.service import Service
 
@@ -56,7 +56,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build(service: Service, metrics: Metrics, rules: guard.Rules, ui: bool = False) -> guard.App:
+def build(service: Service, rules: guard.Rules, ui: bool = False) -> guard.App:
     """The application, behind its guard, and with ``ui`` the page. Whoever runs it starts and stops the engine."""
     app = FastAPI(
         title="coreml-sd",
@@ -68,14 +68,14 @@ def build(service: Service, metrics: Metrics, rules: guard.Rules, ui: bool = Fal
     )
     for api in (score, openai_images, web_ui):
         app.include_router(api.routes(service))
-    _add_health(app, service, metrics)
+    _add_health(app, service)
     _add_errors(app)
 
     @app.middleware("http")
     async def count(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
         answer = await call(request)
         route = request.scope.get("route")
-        metrics.requests.labels(getattr(route, "path", "other"), str(answer.status_code)).inc()
+        service.engine.metrics.requests.labels(getattr(route, "path", "other"), str(answer.status_code)).inc()
         return answer
 
     if ui:
@@ -86,7 +86,7 @@ def build(service: Service, metrics: Metrics, rules: guard.Rules, ui: bool = Fal
     return CORSMiddleware(guard.Guard(app, rules), rules.origins, ("GET", "POST"), ("*",))
 
 
-def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
+def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/health/live", tags=["Health"])
     async def live() -> Health:
         """The server answers."""
@@ -106,7 +106,7 @@ def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/metrics", tags=["Health"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def told() -> Response:
         """For Prometheus."""
-        return Response(metrics.text(), media_type=MEDIA_TYPE)
+        return Response(service.engine.metrics.text(), media_type=MEDIA_TYPE)
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -74,11 +74,9 @@ class Engine:
     """Several sets of models behind one queue of at most ``most_waiting`` orders. ``budget`` in bytes is for the
     workers' memory together; None: no limit."""
 
-    def __init__(
-        self, setups: Sequence[Setup], metrics: Metrics, most_waiting: int = 32, budget: int | None = None
-    ) -> None:
+    def __init__(self, setups: Sequence[Setup], most_waiting: int = 32, budget: int | None = None) -> None:
         self.sets = {setup.name: ModelSet(setup) for setup in setups}
-        self.metrics, self.most_waiting, self.budget = metrics, most_waiting, budget
+        self.metrics, self.most_waiting, self.budget = Metrics(), most_waiting, budget
         self.is_closing = False
         self.on_drain: list[Callable[[], None]] = []
         self._loading = asyncio.Lock()  # two that are loaded at once would each count on the same free memory

@@ -19,8 +19,7 @@ from diffusion_runtime.bundle.find import find
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.serve.app import build
 from diffusion_runtime.serve.engine import Engine
-from diffusion_runtime.serve.guard import App, Rules
-from diffusion_runtime.serve.metrics import Metrics
+from diffusion_runtime.serve.guard import LOCAL_NAMES, App, Rules, is_loopback
 from diffusion_runtime.serve.service import Service
 from diffusion_runtime.serve.worker import Setup
 
@@ -73,7 +72,6 @@ class _Server(uvicorn.Server):
 
 def run(
     service: Service,
-    metrics: Metrics,
     rules: Rules,
     listening: socket.socket,
     told: Callable[[], None],
@@ -81,7 +79,7 @@ def run(
 ) -> bool:
     """Serve until a signal; ``told()`` when the models are there. True where it was Ctrl-C. Raises the
     DiffusionError of models that cannot be loaded."""
-    return asyncio.run(_serve(service.engine, build(service, metrics, rules, ui), listening, told))
+    return asyncio.run(_serve(service.engine, build(service, rules, ui), listening, told))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -148,6 +146,23 @@ def setups(models: Sequence[str], loading: Mapping[str, Any], threads: int | Non
         find(path, backend=backend)
         found[name] = Setup(str(path), name, loading, threads)
     return list(found.values())
+
+
+def rules(
+    host: str, allow_host: Sequence[str], cors: Sequence[str], api_key_file: Path | None, ui: bool, max_body: int
+) -> Rules:
+    """Who may ask for what. Raises InputError where others could reach the server without a key."""
+    keys = () if api_key_file is None else read_keys(api_key_file)
+    if not keys and not is_loopback(host):
+        raise InputError(f"--host {host}: others could reach it: give --api-key-file FILE, with a key on each line")
+    return Rules(
+        hosts=(*LOCAL_NAMES, *([] if host in ("0.0.0.0", "::") else [host]), *allow_host),  # noqa: S104
+        any_address=not is_loopback(host),
+        origins=tuple(cors),
+        keys=keys,
+        challenge=FOR_BROWSERS if ui else "Bearer",
+        most=max_body << 20,
+    )
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
