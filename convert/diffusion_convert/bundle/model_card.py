@@ -157,7 +157,9 @@ def _origin(made: Manifest) -> str:
     )
     if "coremltools" not in made.tools:
         return f"{text} by another tool."
-    tools = {tool: version for tool, version in sorted(made.tools.items()) if tool != "conversion"}
+    tools = {
+        tool: version for tool, version in sorted(made.tools.items()) if tool not in ("conversion", "whole_weights")
+    }
     return f"{text} with {', '.join(f'{tool} {version}' for tool, version in tools.items())}."
 
 

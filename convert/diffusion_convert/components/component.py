@@ -115,6 +115,10 @@ class Component:
         own = options.nbits_for.get(self.name, options.nbits_for.get(kind_of(self.name)))
         return own if own is not None else options.nbits if self.palettized else None
 
+    def palettizes(self, options: ConvertOptions) -> bool:
+        """Whether ``options`` ask for fewer bits than 16 of any of its weights."""
+        return self.mixed(options) or self.bits(options) is not None
+
     def mixed(self, options: ConvertOptions) -> bool:
         """Whether ``options`` give each weight bits of its own."""
         asked = options.target_bits is not None or options.recipe is not None

@@ -154,7 +154,7 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
         "t2i_adapters": dict(checkpoint.t2i_adapters),
         "requires_safety_checker": bool(checkpoint.pipeline_config.get("requires_safety_checker", False)),
         "folded": checkpoint.folded.model_dump(),
-        "tools": {**tool_versions(), "conversion": plan.identity.fingerprint},
+        "tools": {**tool_versions(), **plan.identity.told},
     }
     return strict_json.as_model(Manifest, values, checkpoint.name, "a checkpoint that can be run", CheckpointError)
 

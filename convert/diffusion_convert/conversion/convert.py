@@ -120,7 +120,8 @@ def _tell(notes: Iterable[str], progress: Progress) -> None:
 def _convert(
     plan: Plan, place: Workspace, kept: Kept, known: Hashes, output: Path, progress: Progress
 ) -> Conversion:
-    kept.take(plan, place)
+    if reused := kept.take(plan, place):
+        _tell([f"of the earlier conversion to other bits, 16-bit packages are used: {', '.join(reused)}"], progress)
     import_coremltools()  # it and all that it imports are made before, and not looked at by the collector
     with new_garbage_only():
         records = _make(plan, place, known, progress)

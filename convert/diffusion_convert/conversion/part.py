@@ -34,7 +34,7 @@ from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes
 from diffusion_runtime.errors import InputError, PackageError, VerificationError
 from diffusion_runtime.families import CHUNKED, T5, TEXT_ENCODERS
-from diffusion_runtime.links import share_file
+from diffusion_runtime.links import share_file, share_tree
 from diffusion_runtime.mil.package import open_package
 
 RECORD = "record.json"
@@ -85,11 +85,16 @@ def make(
     kept = read_record(place.part(part.name))
     if kept is not None:
         return kept
-    expected = _reference(part, plan, place.references, report) if plan.options.verify else None
+    whole = read_record(place.whole(part.name))
+    expected = None
+    if plan.options.verify and whole is None:
+        expected = _reference(part, plan, place.references, report)
+    elif plan.options.verify:  # it was verified when it was made: what is left is to compare with it
+        expected = compare.Expected(compare.draw(part.component, plan.checkpoint, part.shape), ())
     with unfinished_folder(place.part(part.name)) as folder:
         other = None if like is None else read_record(place.part(like.name))
         job = Job(part, plan, folder, expected, known, report, other)
-        record, outputs = _convert(job)
+        record, outputs = _convert(job) if whole is None else (_copied(job, place.whole(part.name), whole), None)
         record = _hashed(job, _cut(job, _palettize(job, record, outputs)))
         if like is not None and other is not None:
             _share_equal(place.part(like.name), other, folder, record)
@@ -121,6 +126,14 @@ def _reference(part: Part, plan: Plan, references: Path, report: export.OnPhase)
         compare.reference(part.component, plan.checkpoint, part.shape, partial(report, "reference")).save(path)
         gc.collect()  # networks are cycles, and hold files mapped
     return compare.Expected.load(path)
+
+
+def _copied(job: Job, folder: Path, whole: Record) -> Record:
+    """A 16-bit package that was there already, as a hard link, in place of one that is converted."""
+    (name,) = whole.component.files
+    share_tree(folder / name, job.package)
+    component = whole.component.model_copy(update={"files": (job.package.name,)})
+    return whole.model_copy(update={"component": component})
 
 
 def _convert(job: Job) -> tuple[Record, Samples | None]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -66,15 +66,29 @@ class Part:
 @dataclass(frozen=True, slots=True)
 class Identity:
     """What models in the output must be of, to stay beside new ones: source, versions and the options that parts
-    follow from (``fingerprint``), and ``only`` that size; None: of any, as sizes are added to each other."""
+    follow from (``fingerprint``), and ``only`` that size; None: of any, as sizes are added to each other.
+    ``whole_weights`` is the fingerprint but for the weights' bits."""
 
     fingerprint: str
+    whole_weights: str
     only: Size | None
 
     def made(self, made: Manifest) -> bool:
         """Whether the models of that manifest are of it."""
-        same = made.tools.get("conversion") == self.fingerprint
-        return same and (self.only is None or made.sizes == (self.only,))
+        return made.tools.get("conversion") == self.fingerprint and self._has_sizes(made)
+
+    def differs_in_bits(self, made: Manifest) -> bool:
+        """Whether they are but for the weights' bits: those that are not palettized are of use."""
+        same = made.tools.get("whole_weights") == self.whole_weights
+        return same and self._has_sizes(made) and not self.made(made)
+
+    def _has_sizes(self, made: Manifest) -> bool:
+        return self.only is None or made.sizes == (self.only,)
+
+    @property
+    def told(self) -> dict[str, str]:
+        """As manifests tell it."""
+        return {"conversion": self.fingerprint, "whole_weights": self.whole_weights}
 
     @property
     def name(self) -> str:
@@ -153,7 +167,7 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, identity: Identit
     checkpoint = folding.fold(checkpoint, options.foldings & layouts.LAYOUTS[options.layout].foldings)
     notes += _fold_notes(checkpoint, options)
     return Plan(
-        checkpoint, options, shapes, parts, identity or Identity("", None), size, compiled, recipe, tuple(notes)
+        checkpoint, options, shapes, parts, identity or Identity("", "", None), size, compiled, recipe, tuple(notes)
     )
 
 
@@ -351,7 +365,9 @@ def _size(weights: Mapping[str, int], parts: Sequence[Part], options: ConvertOpt
 def identify(checkpoint: Checkpoint, options: ConvertOptions) -> Identity:
     """See `Identity`. Raises InputError for sizes that the networks cannot make."""
     first = _shapes(checkpoint, options)[0]
-    return Identity(fingerprint(checkpoint, options), None if options.sizes else Size(first.width, first.height))
+    whole_weights = replace(options, nbits=None, nbits_for={}, target_bits=None, recipe=None)
+    only = None if options.sizes else Size(first.width, first.height)
+    return Identity(fingerprint(checkpoint, options), fingerprint(checkpoint, whole_weights), only)
 
 
 def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> str:

@@ -1,7 +1,8 @@
 """What an earlier conversion left in a folder, read once: what of it is kept, what is made again, what makes way.
 
 Whatever was made of the same source with the same options (`Plan.fingerprint`) stays: components and variants are
-added to it. Anything else that a conversion made there is replaced, and named before.
+added to it. Anything else that a conversion made there is replaced, and named before; what differs in the weights'
+bits alone gives its 16-bit packages, which are palettized, or stay where they are to have 16 bits.
 """
 
 from __future__ import annotations
@@ -77,13 +78,18 @@ class Previous:
         return tuple(dict.fromkeys(name for name in found if name not in new and (self.output / name).exists()))
 
 
+Components = Mapping[tuple[str, str], Mapping[str, manifest.Component]]
+"""By attention and kind, then by name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """What of an earlier conversion is of a plan and as it was made: components by attention and kind, and where
-    the tokenizers are too."""
+    the tokenizers are too. ``other_bits``: packages with whole weights, of a conversion to other bits."""
 
     previous: Previous
-    whole: Mapping[tuple[str, str], Mapping[str, manifest.Component]]
+    whole: Components
+    other_bits: Components
     tokenizers: frozenset[tuple[str, str]]
 
     def complete(self, plan: Plan, known: Hashes) -> dict[str, Manifest]:
@@ -114,19 +120,31 @@ class Kept:
             return None
         return kinds[KINDS[0]]
 
-    def take(self, plan: Plan, place: Workspace) -> None:
-        """Make parts of the components that are kept, for the conversion to find them finished."""
+    def take(self, plan: Plan, place: Workspace) -> list[str]:
+        """Make parts of the components that are kept, for the conversion to find them finished or ready to be
+        palettized. Gives the names of those that were made for other bits."""
+        others = []
         for part in plan.parts:
             folder = place.part(part.name)
-            if read_record(folder) is None and (found := self._component(part, plan)) is not None:
+            if read_record(folder) is not None:
+                continue
+            found = self._component(self.whole, part, plan)
+            if found is None and (found := self._component(self.other_bits, part, plan)) is not None:
+                if part.component.palettizes(plan.options):
+                    if len(found[1].files) > 1:  # halves, which nothing makes one of
+                        continue
+                    folder = place.whole(part.name)
+                others.append(part.name)
+            if found is not None and read_record(folder) is None:
                 packages, component = found
                 with unfinished_folder(folder) as unfinished:
                     taken = take_size(component, Size(part.shape.width, part.shape.height), packages, unfinished)
                     write_record(Record(component=taken), unfinished)
+        return others
 
-    def _component(self, part: Part, plan: Plan) -> tuple[Path, manifest.Component] | None:
+    def _component(self, known: Components, part: Part, plan: Plan) -> tuple[Path, manifest.Component] | None:
         for attention in plan.options.attention if part.shared else (part.attention,):
-            component = self.whole.get((attention.value, KINDS[0]), {}).get(part.component.name)
+            component = known.get((attention.value, KINDS[0]), {}).get(part.component.name)
             made = self.previous.variants.get(attention.value, {}).get(KINDS[0])
             if component is None or made is None:
                 continue
@@ -157,14 +175,19 @@ def read(output: Path) -> Previous:
 
 def kept_of(previous: Previous, plan: Plan, known: Hashes) -> Kept:
     """What of ``previous`` can be kept: its files are compared with their manifests here, once."""
-    whole, tokenizers = {}, set()
+    whole, other_bits, tokenizers = {}, {}, set()
     for attention, kinds in previous.variants.items():
         for kind, made in kinds.items():
-            if made is not None and plan.identity.made(made):
-                wrong = faults(made, previous.output / attention / kind, known)
-                whole[attention, kind] = {name: c for name, c in made.components.items() if name not in wrong}
+            if made is None or not (plan.identity.made(made) or plan.identity.differs_in_bits(made)):
+                continue
+            wrong = faults(made, previous.output / attention / kind, known)
+            right = {name: c for name, c in made.components.items() if name not in wrong}
+            if plan.identity.made(made):
+                whole[attention, kind] = right
                 tokenizers |= {(attention, kind)} if TOKENIZER not in wrong else set()
-    return Kept(previous, whole, frozenset(tokenizers))
+            else:
+                other_bits[attention, kind] = {n: c for n, c in right.items() if c.palettization is None}
+    return Kept(previous, whole, other_bits, frozenset(tokenizers))
 
 
 def _manifest(folder: Path) -> Manifest | None:

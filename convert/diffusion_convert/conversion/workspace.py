@@ -1,6 +1,7 @@
 """Where a conversion works: a folder of its own in the work folder of its output (`diffusion_runtime.atomic`).
 
 OUTPUT/.coreml-sd/conversion-{fingerprint}/parts/{name}/…      finished components
+                                          whole/{name}/…      earlier 16-bit packages, to be palettized
                                           references/*.npz    what the checkpoint's own networks computed
 
 A conversion that was stopped, in whatever way, leaves whole parts, and goes on with them. What is put together of
@@ -30,6 +31,9 @@ class Workspace:
 
     def part(self, name: str) -> Path:
         return self.root / "parts" / name
+
+    def whole(self, name: str) -> Path:
+        return self.root / "whole" / name
 
     @property
     def references(self) -> Path:

@@ -85,6 +85,12 @@ class Verdict:
     outputs: tuple[Arrays, ...]
 
 
+def draw(component: Component, checkpoint: Checkpoint, shape: Shape) -> tuple[Arrays, ...]:
+    """The inputs of `reference`'s runs."""
+    graph = component.build(checkpoint, None, shape)
+    return tuple(graph.sample(seed) for seed in range(component.runs))
+
+
 def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progress: OnFraction) -> Expected:
     """Run the checkpoint's own network. Its weights are widened to float32 one module at a time."""
     import torch
