@@ -5,6 +5,7 @@ open -> plan -> for each part: reference, export, measure, palettize, chunk -> p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -23,6 +24,7 @@ from diffusion_convert.conversion.workspace import Workspace, check_space, clear
 from diffusion_convert.export import export
 from diffusion_convert.option_values import check_path
 from diffusion_convert.options import ConvertOptions
+from diffusion_convert.palettize.known import Known
 from diffusion_runtime.atomic import check_writable, commit, locked, work
 from diffusion_runtime.bundle.integrity import Hashes
 from diffusion_runtime.bundle.manifest import Manifest
@@ -139,10 +141,20 @@ def _convert(
 
 def _make(plan: Plan, place: Workspace, known: Hashes, progress: Progress) -> dict[str, Record]:
     records: dict[str, Record] = {}
+    sharing = Counter(part.component.subfolder for part in plan.parts)
+    palettes = Known()
     for number, part in enumerate(plan.parts):
         progress(Event("", Phase.COMPONENTS, number / len(plan.parts)))
         like = next((other for other in plan.parts if other.name in records and other.is_like(part)), None)
-        records[part.name] = make(part, plan, place, known, _reporter(part, progress), like)
+        records[part.name] = make(
+            part,
+            plan,
+            place,
+            known,
+            _reporter(part, progress),
+            like,
+            palettes if sharing[part.component.subfolder] > 1 else None,
+        )
     return records
 
 

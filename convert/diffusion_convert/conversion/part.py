@@ -24,6 +24,7 @@ from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_convert.layouts import LAYOUTS
 from diffusion_convert.options import Precision
 from diffusion_convert.palettize.checked import palettize_checked
+from diffusion_convert.palettize.known import Known
 from diffusion_convert.palettize.outputs import Samples
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.palettize.recipe import mix
@@ -56,7 +57,8 @@ class Record(BaseModel):
 @dataclass(frozen=True, slots=True)
 class Job:
     """``folder`` is where the packages go; ``expected`` is None where nothing is to be verified; ``like`` is the
-    same for pictures of another size, if that was made before."""
+    same for pictures of another size, if that was made before; ``palettes`` are those of parts with the same
+    weights, where there are such parts."""
 
     part: Part
     plan: Plan
@@ -65,6 +67,7 @@ class Job:
     known: Hashes
     report: export.OnPhase
     like: Record | None = None
+    palettes: Known | None = None
 
     @property
     def package(self) -> Path:
@@ -76,7 +79,13 @@ class Job:
 
 
 def make(
-    part: Part, plan: Plan, place: Workspace, known: Hashes, report: export.OnPhase, like: Part | None = None
+    part: Part,
+    plan: Plan,
+    place: Workspace,
+    known: Hashes,
+    report: export.OnPhase,
+    like: Part | None = None,
+    palettes: Known | None = None,
 ) -> Record:
     """Make the folder of a part, unless it exists. A run that is stopped leaves no partial folder. ``like`` is the
     same part for pictures of another size, if that was made before: equal files become one on disk.
@@ -93,7 +102,7 @@ def make(
         expected = compare.Expected(compare.draw(part.component, plan.checkpoint, part.shape), ())
     with unfinished_folder(place.part(part.name)) as folder:
         other = None if like is None else read_record(place.part(like.name))
-        job = Job(part, plan, folder, expected, known, report, other)
+        job = Job(part, plan, folder, expected, known, report, other, palettes)
         record, outputs = _convert(job) if whole is None else (_copied(job, place.whole(part.name), whole), None)
         record = _hashed(job, _cut(job, _palettize(job, record, outputs)))
         if like is not None and other is not None:
@@ -275,6 +284,7 @@ def _palettize(job: Job, record: Record, outputs: Samples | None) -> Record:
         expected=outputs,
         bounds=job.part.component.min_palettized_psnr_db,
         compare=job.expected is not None,
+        known=job.palettes,
         progress=lambda _, done, total: job.report("palettize", done / total),
     )
     component = record.component.model_copy(

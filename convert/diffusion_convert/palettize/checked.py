@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusion_convert.palettize.known import Known
 from diffusion_convert.palettize.outputs import Samples, compare_outputs, require_outputs, require_steady
 from diffusion_convert.palettize.palettize_options import PalettizeOptions, Report
 from diffusion_convert.palettize.palettize_package import OnWeight, palettize_package
@@ -33,6 +34,7 @@ def palettize_checked(
     expected: Samples | None = None,
     bounds: Mapping[int, float] = MIN_PSNR_DB,
     compare: bool = True,
+    known: Known | None = None,
     progress: OnWeight | None = None,
 ) -> Checked:
     """`palettize_package`, and then run both packages with the torch backend on ``samples`` (None: seeded ones by
@@ -44,13 +46,13 @@ def palettize_checked(
     VerificationError below the bound, StorageError where another process is writing ``output``.
     """
     with unfinished_folder(output) as unchecked:
-        report = palettize_package(source, unchecked, options, progress)
+        report = palettize_package(source, unchecked, options, progress, known)
         psnr: dict[str, float] = {}
         functions = function_names(open_package(source).model) or (None,)
         for function in functions if compare else ():
             first = function is functions[0]  # what is given has the default function's shapes
-            drawn, known = (samples, expected) if first else (None, None)
-            found = compare_outputs(source, unchecked, drawn, function, known)
+            drawn, made = (samples, expected) if first else (None, None)
+            found = compare_outputs(source, unchecked, drawn, function, made)
             bound = bound_db(report.average_bits, bounds)
             if any(not value >= bound for value in found.values()):
                 require_steady(source, drawn, found, bound, function)

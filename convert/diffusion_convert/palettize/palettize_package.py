@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from diffusion_convert.palettize.known import Known, Stored, key_of, read
 from diffusion_convert.palettize.palette import (
     TOGETHER,
     Palette,
@@ -35,7 +36,7 @@ from diffusion_convert.palettize.palettize_options import (
 )
 from diffusion_convert.palettize.select import Weight
 from diffusion_runtime.atomic import disk_errors, work
-from diffusion_runtime.errors import InputError, PackageError, VerificationError
+from diffusion_runtime.errors import InputError, VerificationError
 from diffusion_runtime.mil.package import Package, open_package, resolve, write_package
 from diffusion_runtime.mil.packing import pack, unpack
 from diffusion_runtime.mil.program import Blob, DType, Operation, TensorType, Value
@@ -51,13 +52,17 @@ OnWeight = Callable[[str, int, int], None]
 
 
 def palettize_package(
-    source: Path, output: Path, options: PalettizeOptions, progress: OnWeight | None = None
+    source: Path,
+    output: Path,
+    options: PalettizeOptions,
+    progress: OnWeight | None = None,
+    known: Known | None = None,
 ) -> Report:
     """Write ``source``, an ML Program, to ``output`` with its weights palettized as ``options`` says.
 
     A run that is stopped leaves ``output`` as it was. Memory: a few weights at a time, one per core and one in
     hand. Every weight is decompressed from the written file and compared with the original before ``output``
-    appears.
+    appears. ``known``: palettes of other packages with equal weights, to which those made here are added.
 
     Raises InputError (options that cannot be carried out, a palettized input, a program without weights),
     UnsupportedError (not an ML Program), PackageError (damaged), VerificationError (the file does not decompress to
@@ -68,12 +73,15 @@ def palettize_package(
     with disk_errors(output), work(output.parent) as slot:
         unfinished = slot / "weight.bin"
         with WeightWriter(unfinished) as writer, ThreadPoolExecutor(_threads()) as pool:
-            palettes = _palettes(package, options, targets, pool)
+            keys = [None] * len(targets) if known is None else _keys(package, options, targets, pool)
+            palettes = _palettes(package, options, targets, pool, keys, known or Known())
             palettizer = _Palettizer(package, writer, targets, palettes, progress or _silent)
             program = rewrite(package.model.program, stored_in(writer, package), palettizer)
         with ThreadPoolExecutor(_threads()) as pool:
             reports = tuple(pool.map(lambda written: _checked(package, unfinished, written), palettizer.written))
         before = folder_bytes(source)
+        if known is not None:
+            known.add(unfinished, keys, palettizer.written)
         write_package(replace(package.model, program=program), output, unfinished)
     return Report(reports, options, before, folder_bytes(output))
 
@@ -125,13 +133,51 @@ class _Packed:
     squared_error: float
 
 
-def _palettes(
+def _keys(
     package: Package, options: PalettizeOptions, targets: Mapping[str, tuple[Weight, int]], pool: ThreadPoolExecutor
+) -> list[Hashable]:
+    """Of each target; those of equal keys have equal palettes, but for the rank of a weight with one palette."""
+    by_type = packs_by_type(package)
+
+    def key(target: tuple[Weight, int]) -> Hashable:
+        weight, bits = target
+        axis = _group_axis(options, weight)
+        groups = None if axis is None else (axis, options.group_size, weight.shape)
+        return key_of(stored_array(package, weight.value), bits, by_type, groups)
+
+    return list(pool.map(key, targets.values()))
+
+
+def _palettes(
+    package: Package,
+    options: PalettizeOptions,
+    targets: Mapping[str, tuple[Weight, int]],
+    pool: ThreadPoolExecutor,
+    keys: Sequence[Hashable],
+    known: Known,
+) -> Iterator[_Packed]:
+    """The palettes of ``targets`` in order: those that are ``known`` by their keys, the others as they are made."""
+    both = list(zip(targets.values(), keys, strict=True))
+    made = _made(package, options, [target for target, key in both if key not in known], pool)
+    for (weight, _), key in both:
+        if key not in known:
+            yield next(made)
+            continue
+        lut, indices, squared_error = known.read(key)
+        if packs_by_type(package):
+            indices = indices.reshape(weight.shape)
+            if _group_axis(options, weight) is None:
+                lut = lut.reshape(*(1,) * indices.ndim, -1, 1)
+        yield _Packed(lut, indices, squared_error)
+
+
+def _made(
+    package: Package, options: PalettizeOptions, targets: Sequence[tuple[Weight, int]], pool: ThreadPoolExecutor
 ) -> Iterator[_Packed]:
     """The palettes of ``targets`` in order, made by ``pool`` but a few ahead of what is taken."""
     by_type = packs_by_type(package)
     pending: deque[Future[_Packed]] = deque()
-    for (weight, bits), table in _tables(package, options, list(targets.values()), pool):
+    for (weight, bits), table in _tables(package, options, targets, pool):
         pending.append(pool.submit(_palette, package, options, weight, bits, by_type, table))
         if len(pending) > _threads():
             yield pending.popleft().result()
@@ -215,14 +261,11 @@ def _as_blocks(palette: Palette) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True)
-class _Written:
+class _Written(Stored):
     """A palettized weight in the new file, as it must decompress."""
 
     weight: Weight
     bits: int
-    indices: Value
-    lut: Value
-    squared_error: float
 
 
 @dataclass(slots=True)
@@ -262,11 +305,11 @@ class _Palettizer:
         index_type = _INDEX_TYPES[bits] if packs_by_type(self.package) else DType.UINT8
         entry_type = DType.FLOAT16 if packed.lut.dtype == np.float16 else DType.FLOAT32
         return _Written(
-            weight,
-            bits,
             self._add(packed.indices, index_type),
             self._add(packed.lut, entry_type),
             packed.squared_error,
+            weight,
+            bits,
         )
 
     def _add(self, array: np.ndarray, dtype: DType) -> Value:
@@ -276,7 +319,8 @@ class _Palettizer:
 def _checked(package: Package, path: Path, written: _Written) -> WeightReport:
     """Decompress one weight from the new file at ``path`` and compare it with the original."""
     weight = written.weight
-    indices, lut = _read(path, written.indices), _read(path, written.lut)
+    file = WeightFile(path, writable=False)
+    indices, lut = read(file, written.indices), read(file, written.lut)
     if indices.shape != weight.shape:
         indices = (unpack(indices, written.bits, weight.size) if written.bits < 8 else indices).reshape(
             weight.shape
@@ -288,10 +332,3 @@ def _checked(package: Package, path: Path, written: _Written) -> WeightReport:
             f"expected {written.squared_error:g}: the weight file was not written as it was meant"
         )
     return WeightReport(weight.name, weight.shape, written.bits, snr_db(signal, noise), noise)
-
-
-def _read(path: Path, value: Value) -> np.ndarray:
-    if not isinstance(value.data, Blob) or not isinstance(value.type, TensorType):
-        raise PackageError(f"{path}: a palette was not stored")
-    shape = tuple(size or 0 for size in value.type.shape)
-    return WeightFile(path, writable=False).read(value.data.offset, value.type.dtype, shape)
