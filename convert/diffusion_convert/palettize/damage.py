@@ -37,6 +37,7 @@ SAMPLES = 4
 LARGE = 1 << 27
 """Elements of weights beyond which a package is large: 0.3 GB."""
 _SEGMENTS = 24
+_CACHED = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def _sensitivities(
     def collect(name: str) -> Callable[[torch.Tensor], None]:
         def hook(leaf: torch.Tensor) -> None:
             if leaf.grad is not None:
-                total[name] += float(leaf.grad.square().mean(dtype=torch.float64)) / energy / len(samples)
+                total[name] += _mean_square(leaf.grad) / energy / len(samples)
                 leaf.grad = None
 
         return hook
@@ -133,6 +134,13 @@ def _sensitivities(
     for hook in hooks:
         hook.remove()
     return total, float(np.mean(ratios))
+
+
+def _mean_square(gradient: torch.Tensor) -> float:
+    """Of a few elements at a time: squares of a whole weight are new memory, which costs what the gradient does."""
+    flat = gradient.reshape(-1)
+    parts = (flat[start : start + _CACHED].float() for start in range(0, flat.numel(), _CACHED))
+    return sum(float(part.dot(part)) for part in parts) / flat.numel()
 
 
 def _leaves(module: fx.GraphModule, weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]:

@@ -24,8 +24,8 @@ _CHUNK = 1 << 20
 _CACHED = 1 << 16
 _PATTERNS = 1 << 16
 
-TOGETHER = 12
-"""Weights whose palettes are looked for together: with more, what numpy works on leaves the processor's cache."""
+TOGETHER = 6
+"""Weights whose palettes are looked for together. Twice as many take a twentieth less time, and 30 MB more."""
 
 Cluster = Callable[[Sequence[kmeans.Problem]], list[np.ndarray]]
 """`kmeans.cluster`, or what does nearly the same."""
