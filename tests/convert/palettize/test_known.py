@@ -77,7 +77,7 @@ def test_variants_and_sizes_are_clustered_once(
 
     def bundle(name: str, attention: str, sizes: str) -> Path:
         few: dict[str, Any] = {"components": "unet", "nbits": 6, "verify": False, "compiled": False}
-        options = ConvertOptions(attention, sizes=sizes.split(","), **few)
+        options = ConvertOptions(attention.split(","), sizes=sizes.split(","), **few)
         return convert(tiny_checkpoint("sd1"), tmp_path / name, options).output
 
     four = bundle("four", "original,split_einsum", "64x64,96x64")
