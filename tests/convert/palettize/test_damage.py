@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from diffusion_convert.palettize.checked import palettize_checked
-from diffusion_convert.palettize.damage import Damage, measure_damage
+from diffusion_convert.palettize.damage import LARGE, Damage, drawn, measure_damage
 from diffusion_convert.palettize.outputs import require_outputs, seeded_inputs
 from diffusion_convert.palettize.palette import decode
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
@@ -31,6 +31,7 @@ from diffusion_convert.palettize.recipe import (
 )
 from diffusion_convert.palettize.select import palettizable
 from diffusion_convert.verification.bounds import MIN_PSNR_DB, bound_db
+from diffusion_runtime.backends import TensorSpec
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.errors import InputError, VerificationError
 from diffusion_runtime.mil.package import open_package
@@ -89,6 +90,17 @@ def test_mixed_bits_beat_one_width_of_the_same_size(tiny_unet: Path, damage: Dam
     assert mixed.psnr_db["noise_pred"] > plain.psnr_db["noise_pred"] + 1
     predicted = candidate(damage, chosen).psnr_db
     assert predicted == pytest.approx(mixed.psnr_db["noise_pred"], abs=3)
+
+
+def test_each_row_of_the_samples_has_a_timestep_of_its_own() -> None:
+    shapes = {"sample": (2, 4, 8, 8), "timestep": (2,)}
+    specs = {name: TensorSpec(name, shape, "float16") for name, shape in shapes.items()}
+    few, many = (drawn(specs, LARGE + more, 5, 9) for more in (0, 1))
+    assert [arrays["timestep"].tolist() for arrays in few] == [[937, 437], [812, 312], [687, 187], [562, 62]]
+    assert [arrays["timestep"].tolist() for arrays in many] == [[749, 250]]
+    np.testing.assert_array_equal(few[3]["sample"], seeded_inputs(specs, 4, seed=5)[3]["sample"])
+    text = {"input_ids": TensorSpec("input_ids", (1, 77), "int32")}
+    assert [len(drawn(text, LARGE + more, 5, 9)) for more in (0, 1)] == [4, 2]
 
 
 def made_damage(seed: int, weights: int = 5) -> Damage:
