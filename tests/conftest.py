@@ -70,21 +70,16 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _networks_are_converted_once(shared: Path) -> Iterator[None]:
-    """What `remembered` describes is kept for the run. Weights as small as the tests' have placeholders, as if they
-    had the sizes of real ones."""
+    """What `remembered` describes is kept for the run."""
     if "diffusion_convert.export.export" not in sys.modules:  # nothing is converted, and torch takes a second
         yield
         return
     import remembered
-    from diffusion_convert.export import placeholders
     from fuzz.worker import warm_up
 
     if "PYTEST_XDIST_WORKER" in os.environ:  # or the first conversions collect before the libraries are passed over
         warm_up()
-    folder = shared / "remembered"
-    folder.mkdir(exist_ok=True)
-    with remembered.conversions(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placeholders, "MIN_SIZE", 64)
+    with remembered.conversions(shared / "remembered"):
         yield
 
 
@@ -196,21 +191,18 @@ def steered(
     """``steered("sd1")``: what `convert` writes for a tiny checkpoint with its ControlNets, compiled and zipped;
     of SDXL packages alone, and no other UNet than the one that is steered. Shared."""
     from diffusion_convert import ConvertOptions, convert
-    from diffusion_convert.export import placeholders
 
     def folder(kind: str) -> Path:
         def write(place: Path) -> None:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(placeholders, "MIN_SIZE", 64)
-                first = kind == "sd1"
-                options = ConvertOptions(
-                    "original",
-                    controlnets=sorted(controlnets(kind).iterdir()),
-                    only_controlled=not first,
-                    compiled=first,
-                    zip=first,
-                )
-                convert(tiny_checkpoint(kind), place / "models", options)
+            first = kind == "sd1"
+            options = ConvertOptions(
+                "original",
+                controlnets=sorted(controlnets(kind).iterdir()),
+                only_controlled=not first,
+                compiled=first,
+                zip=first,
+            )
+            convert(tiny_checkpoint(kind), place / "models", options)
 
         return build_once(f"steered-{kind}", write) / "models"
 

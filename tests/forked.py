@@ -81,6 +81,8 @@ def _forked(asker: socket.socket, listener: socket.socket) -> int:
 def _run(asked: dict, streams: list[int]) -> None:  # type: ignore[type-arg]
     """What `python -c` does with it, to the end of the process."""
     import atexit
+    import contextlib
+    import pathlib
     import tempfile
     import threading
     import traceback
@@ -106,7 +108,12 @@ def _run(asked: dict, streams: list[int]) -> None:  # type: ignore[type-arg]
             del sys.modules[name]  # they may be of another folder
         _, program, *rest = asked["arguments"]
         sys.argv = ["-c", *rest]
-        exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102 (the tests' own)
+        with contextlib.ExitStack() as stack:
+            if kept := os.environ.get("COREML_SD_REMEMBERED"):
+                from remembered import conversions
+
+                stack.enter_context(conversions(pathlib.Path(kept)))
+            exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102 (the tests' own)
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)

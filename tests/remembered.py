@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from diffusion_convert.components.component import Graph
-from diffusion_convert.export import export
+from diffusion_convert.export import export, placeholders
 from diffusion_convert.export.placeholders import Placeholders, thin
 from diffusion_convert.verification import compare
 from diffusion_runtime.coremltools_import import import_messages
@@ -49,8 +49,11 @@ class Kept:
 
 @contextmanager
 def conversions(folder: Path) -> Iterator[None]:
-    """In this context, exports look in ``folder`` before they call coremltools, and verification before it runs."""
+    """In this context, exports look in ``folder`` before they call coremltools, and verification before it runs.
+    Weights as small as the tests' have placeholders, as if they had the sizes of real ones."""
+    folder.mkdir(exist_ok=True)
     with (
+        mock.patch.object(placeholders, "MIN_SIZE", 64),
         mock.patch.object(export, "_convert", _remembering(export._convert, folder)),
         mock.patch.object(compare, "_measure", _measuring(compare._measure, folder)),
     ):

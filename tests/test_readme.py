@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -73,10 +74,14 @@ def test_named_paths_exist() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHAPES.is_dir(), reason="tests/checkpoints/shapes is not in this tree")
-def test_commands_and_python_run_in_order(coreml_sd: Path, forked_python: Path, tmp_path: Path) -> None:
+def test_commands_and_python_run_in_order(
+    coreml_sd: Path, forked_python: Path, shared: Path, tmp_path: Path
+) -> None:
     (tmp_path / "tests").symlink_to(ROOT / "tests")
+    remembering = {**os.environ, "COREML_SD_REMEMBERED": str(shared / "remembered")}
     ours = [[str(coreml_sd), *words[1:]] for words in RUN_HERE]
     for words in [*ours, *([str(forked_python), "-c", code] for code in blocks("python"))]:
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        environment = remembering if "convert" in f"{words[1]} {words[-1]}" else None
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     assert list(tmp_path.rglob("*.png"))

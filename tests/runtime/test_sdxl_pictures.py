@@ -50,60 +50,46 @@ SIZES = {"original_size": (256, 192), "crops_coords_top_left": (8, 16), "target_
 NEGATIVE_SIZES = {"negative_original_size": (512, 512), "negative_target_size": (64, 64)}
 
 
-@pytest.fixture(scope="module")
-def drawn(reference: Load) -> Callable[..., Any]:
-    """``drawn(family, class_name, given)``: diffusers' pictures of what a test gives, and that; drawn once for all
-    kinds of models."""
-    rows: dict[tuple[str, str, int], Any] = {}
+CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("sdxl", "StableDiffusionXLPipeline", {}),
+    ("sdxl", "StableDiffusionXLPipeline", {"negative_prompt": ""}),
+    ("sdxl", "StableDiffusionXLPipeline", {"negative_prompt": "red", **SIZES, **NEGATIVE_SIZES}),
+    ("sdxl", "StableDiffusionXLPipeline", {"prompt": ["a cat", ""], "negative_prompt": ["", "a horse"]}),
+    ("sdxl", "StableDiffusionXLPipeline", {"guidance_scale": 1.0}),
+    ("sdxl", "StableDiffusionXLImg2ImgPipeline", {"image": PICTURE}),
+    ("sdxl", "StableDiffusionXLInpaintPipeline", {"image": PICTURE, "mask_image": MASK}),
+    (
+        "sdxl-inpainting",
+        "StableDiffusionXLInpaintPipeline",
+        {"image": PICTURE, "mask_image": MASK},
+    ),
+    ("sdxl-refiner", "StableDiffusionXLImg2ImgPipeline", {"image": PICTURE, "strength": 0.5}),
+    (
+        "sdxl-refiner",
+        "StableDiffusionXLImg2ImgPipeline",
+        {
+            "image": PICTURE,
+            "aesthetic_score": 7.0,
+            "negative_aesthetic_score": 1.5,
+            "negative_prompt": "red",
+        },
+    ),
+    ("sdxl-v-zero-snr", "StableDiffusionXLPipeline", {}),
+    ("sdxl-small", "StableDiffusionXLPipeline", {}),
+    ("sdxl-lcm", "StableDiffusionXLPipeline", {"num_inference_steps": 4, "guidance_scale": 8.0}),
+    ("sd1-lcm", "LatentConsistencyModelPipeline", {"num_inference_steps": 4}),
+    ("sd1-lcm", "LatentConsistencyModelPipeline", {"num_inference_steps": 4, "guidance_scale": 2.0}),
+    ("sd1-small", "StableDiffusionPipeline", {}),
+    ("sd1-tiny", "StableDiffusionPipeline", {}),
+)
 
-    def draw(family: str, class_name: str, given: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        asked: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 8, **given}
-        row = (family, class_name, id(given))
-        if row not in rows:
-            rows[row] = theirs(reference(family), class_name)(**asked, generator=seeded()).images
-        return asked, rows[row]
 
-    return draw
-
-
-@pytest.mark.parametrize("kind", ["packages", "compiled"])
 @pytest.mark.parametrize(
-    ("family", "class_name", "given"),
-    [
-        ("sdxl", "StableDiffusionXLPipeline", {}),
-        ("sdxl", "StableDiffusionXLPipeline", {"negative_prompt": ""}),
-        ("sdxl", "StableDiffusionXLPipeline", {"negative_prompt": "red", **SIZES, **NEGATIVE_SIZES}),
-        ("sdxl", "StableDiffusionXLPipeline", {"prompt": ["a cat", ""], "negative_prompt": ["", "a horse"]}),
-        ("sdxl", "StableDiffusionXLPipeline", {"guidance_scale": 1.0}),
-        ("sdxl", "StableDiffusionXLImg2ImgPipeline", {"image": PICTURE}),
-        ("sdxl", "StableDiffusionXLInpaintPipeline", {"image": PICTURE, "mask_image": MASK}),
-        (
-            "sdxl-inpainting",
-            "StableDiffusionXLInpaintPipeline",
-            {"image": PICTURE, "mask_image": MASK},
-        ),
-        ("sdxl-refiner", "StableDiffusionXLImg2ImgPipeline", {"image": PICTURE, "strength": 0.5}),
-        (
-            "sdxl-refiner",
-            "StableDiffusionXLImg2ImgPipeline",
-            {
-                "image": PICTURE,
-                "aesthetic_score": 7.0,
-                "negative_aesthetic_score": 1.5,
-                "negative_prompt": "red",
-            },
-        ),
-        ("sdxl-v-zero-snr", "StableDiffusionXLPipeline", {}),
-        ("sdxl-small", "StableDiffusionXLPipeline", {}),
-        ("sdxl-lcm", "StableDiffusionXLPipeline", {"num_inference_steps": 4, "guidance_scale": 8.0}),
-        ("sd1-lcm", "LatentConsistencyModelPipeline", {"num_inference_steps": 4}),
-        ("sd1-lcm", "LatentConsistencyModelPipeline", {"num_inference_steps": 4, "guidance_scale": 2.0}),
-        ("sd1-small", "StableDiffusionPipeline", {}),
-        ("sd1-tiny", "StableDiffusionPipeline", {}),
-    ],
+    ("family", "class_name", "given", "kind"),
+    [(*case, ("packages", "compiled")[number % 2]) for number, case in enumerate(CASES)],
 )
 def test_the_picture_is_diffusers(
-    drawn: Callable[..., Any],
+    reference: Load,
     converted: Callable[..., Path],
     psnr_db: Psnr,
     family: str,
@@ -111,9 +97,12 @@ def test_the_picture_is_diffusers(
     given: dict[str, Any],
     kind: str,
 ) -> None:
-    asked, expected = drawn(family, class_name, given)
-    made = load_pipeline(converted(family, compiled=True) / "original" / kind, "torch")(**asked, generator=seeded())
-    for ours, other in zip(made.images, expected, strict=True):
+    """Of packages and of compiled models in turn: `test_every_family` shows that they are the same programs."""
+    asked: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 8, **given}
+    expected = theirs(reference(family), class_name)(**asked, generator=seeded())
+    folder = converted(family, compiled=kind == "compiled") / "original" / kind
+    made = load_pipeline(folder, "torch")(**asked, generator=seeded())
+    for ours, other in zip(made.images, expected.images, strict=True):
         assert psnr_db(np.asarray(ours), np.asarray(other)) >= PARITY_DB
 
 
