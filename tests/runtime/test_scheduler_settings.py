@@ -53,6 +53,21 @@ PIPELINES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _cheap_unet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A UNet of one operation, for ours and diffusers' alike: what differs here is what schedulers make of it."""
+    import diffusers
+
+    def forward(
+        _: Any, sample: torch.Tensor, timestep: Any, encoder_hidden_states: torch.Tensor, **__: Any
+    ) -> tuple[torch.Tensor]:
+        words = 10 * encoder_hidden_states.mean((1, 2)).reshape(-1, 1, 1, 1)
+        time = torch.as_tensor(timestep).to(sample.dtype).reshape(-1, 1, 1, 1) / 1000
+        return (torch.tanh(sample[:, :4].roll(1, 3) + sample.mean(1, keepdim=True) + time + words),)
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", forward)
+
+
 @pytest.fixture
 def both(reference: Load, tmp_path: Path) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     """A picture of ours and one of diffusers', of a checkpoint's folder with another scheduler in it."""
@@ -98,7 +113,7 @@ def load_theirs(found: Any, folder: Path, pipeline_class: str, name: str | None)
     """``pipeline_class`` of diffusers from the folder; ``name``: with that scheduler, made from the folder's."""
     import diffusers
 
-    networks = ("unet", "vae", "text_encoder", "depth_estimator")
+    networks = ("unet", "vae", "text_encoder", "depth_estimator", "tokenizer", "feature_extractor")
     parts = {part: getattr(found.diffusers, part) for part in networks if hasattr(found.diffusers, part)}
     if pipeline_class in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
         parts["safety_checker"] = None
