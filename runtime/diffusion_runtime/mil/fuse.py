@@ -25,7 +25,7 @@ from diffusion_runtime.mil.match import (
     shape_of,
     value_of,
 )
-from diffusion_runtime.mil.memory_format import reuse_memory, use_channels_last
+from diffusion_runtime.mil.memory_format import pack_kernels, reuse_memory, use_channels_last
 from diffusion_runtime.mil.ops import normalization
 from diffusion_runtime.mil.ops.registry import OPS
 from diffusion_runtime.mil.winograd import use_winograd
@@ -189,4 +189,4 @@ DIFFERENTIABLE: tuple[Pass, ...] = (fuse_norms, fuse_silu, fuse_attention)
 WATCHABLE: tuple[Pass, ...] = (fuse_plain_attention, use_channels_last)
 """Passes after which every value can still be watched, or is known by a bound (`observe.SCORES`)."""
 
-PASSES: tuple[Pass, ...] = (*DIFFERENTIABLE, use_channels_last, use_winograd, reuse_memory)
+PASSES: tuple[Pass, ...] = (*DIFFERENTIABLE, use_channels_last, use_winograd, pack_kernels, reuse_memory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,22 @@ def conv2d(
     """A convolution in channels-last memory; ``x`` is copied only where it lies otherwise."""
     last = x.contiguous(memory_format=torch.channels_last)
     return F.conv2d(last, weight, bias, strides, padding, dilations, groups)
+
+
+def packed_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    strides: Sequence[int],
+    padding: Sequence[int],
+    dilations: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`conv2d` with a kernel in oneDNN's own order. torch has no public call for it; its compiler's is this one."""
+    last = x.contiguous(memory_format=torch.channels_last)
+    run: Any = torch.ops.mkldnn._convolution_pointwise
+    found: Tensor = run(last, weight, bias, padding, strides, dilations, groups, "none", [], "")
+    return found
 
 
 def add_into(x: Tensor, y: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import fx
 
 from diffusion_runtime.mil.fuse import WATCHABLE, fuse
 from diffusion_runtime.mil.lower import lower
+from diffusion_runtime.mil.memory_format import X86
 from diffusion_runtime.mil.observe import FAR, SCORES, observe
 from diffusion_runtime.mil.package import open_package
 
@@ -309,6 +311,14 @@ def test_convolutions_keep_their_results(kind: str, save_program: Callable[..., 
     options = {"weight": WEIGHT, **CONVOLUTIONS[kind]}
     path = save_program(lambda mb, x: mb.conv(x=x, **options), x=(2, 8, 7, 6))
     assert fused_ops(path, (2, 8, 7, 6)) == Counter(["conv"])
+
+
+@pytest.mark.skipif(platform.machine() not in X86, reason="oneDNN packs kernels for x86")
+def test_kernels_lie_as_onednn_wants_them(save_program: Callable[..., Path]) -> None:
+    path = save_program(lambda mb, x: mb.conv(x=x, weight=WEIGHT), x=(2, 8, 7, 6))
+    module = fuse(lower(open_package(path)))
+    assert [buffer.is_mkldnn for buffer in module.buffers()] == [True]
+    assert not any(buffer.is_mkldnn for buffer in fuse(lower(open_package(path)), WATCHABLE).buffers())
 
 
 def test_a_weight_that_two_convolutions_share(save_program: Callable[..., Path]) -> None:
