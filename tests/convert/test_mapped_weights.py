@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from diffusion_convert import ConvertOptions, Event, Phase, convert
 from diffusion_convert.checkpoint import tensor_file, torch_networks
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.tensor_file import let_go
@@ -101,3 +103,23 @@ def test_weights_are_checked_one_by_one(tiny_checkpoint: Callable[[str], Path]) 
     counting = Counting(model.tensors())
     torch_networks.check(model, counting, "vae")
     assert 1 <= counting.most <= 2  # the next is there before the last one's name is taken
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_no_package_stays_mapped_when_it_has_been_palettized(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """SDXL's UNet in 16 and in 6 bits and the network that comes next are more than 8 GB has room for."""
+    mapped: list[str] = []
+
+    def look(event: Event) -> None:
+        if event.phase is Phase.COMPILE:
+            mapped.extend(x for x in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in x)
+
+    options = ConvertOptions("original", components="text_encoder", nbits=6)
+    gc.disable()  # what it would find by chance
+    try:
+        convert(tiny_checkpoint("sd1"), tmp_path, options, look)
+    finally:
+        gc.enable()
+    assert mapped == []

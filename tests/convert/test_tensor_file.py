@@ -1,4 +1,4 @@
-"""Files of tensors that are no files: a pipe would be waited for, a device has no end."""
+"""Files of tensors that are no files: a pipe would be waited for, a device has no end. And where memory ends."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors
+import torch
+from safetensors.torch import save_file
 
 from diffusion_convert.checkpoint import tensor_file
 from diffusion_convert.checkpoint.lora import file
@@ -24,3 +27,16 @@ def test_pipes_and_devices_are_refused(
     make(tmp_path / name)
     with pytest.raises(CheckpointError, match=f"{name}: .*not a regular file"):
         reader(tmp_path / name)
+
+
+def test_a_file_that_no_memory_is_left_for_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"x": torch.zeros(3)}, tmp_path / "x.safetensors")
+
+    def refused(path: Path, framework: str) -> None:
+        raise RuntimeError(f"unable to mmap 5 bytes from file <{path}>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(safetensors, "safe_open", refused)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: no memory is left to map it"):
+        tensor_file.read(tmp_path / "x.safetensors")

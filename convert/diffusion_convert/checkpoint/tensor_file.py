@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -91,6 +93,8 @@ def _read_safetensors(path: Path) -> TensorFile:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             return TensorFile(tensors, dict(file.metadata() or {}))
     except (SafetensorError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+        if os.strerror(errno.ENOMEM) in str(error):  # torch has no error of its own for it
+            raise CheckpointError(f"{path}: no memory is left to map it") from error
         raise CheckpointError(
             f"{path}: damaged, or no file of tensors: expected a whole .safetensors or .ckpt file"
         ) from error

@@ -287,6 +287,7 @@ def _palettize(job: Job, record: Record, outputs: Samples | None) -> Record:
         known=job.palettes,
         progress=lambda _, done, total: job.report("palettize", done / total),
     )
+    gc.collect()  # both packages' weights stay mapped, the 16-bit ones with no file any more
     component = record.component.model_copy(
         update={
             "palettization": checked.report.palettization,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ def palettize_checked(
     """
     with unfinished_folder(output) as unchecked:
         report = palettize_package(source, unchecked, options, progress, known)
+        gc.collect()  # or the weights of SDXL's UNet stay mapped beside those of the package that is run now
         psnr: dict[str, float] = {}
         functions = function_names(open_package(source).model) or (None,)
         for function in functions if compare else ():
