@@ -53,7 +53,7 @@ def full_size_unet(folder: Path, attention: AttentionKind = AttentionKind.ORIGIN
             "vae": Submodel("AutoencoderKL", VAE, dict, ()),
         },
         schedulers={},
-        tokenizer={},
+        tokenizers={},
     )
     folder.mkdir(parents=True, exist_ok=True)
     export_options = ExportOptions(attention, Shape(512, 512, 2), "macOS13")

@@ -61,14 +61,15 @@ import numpy as np
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.components.component import Component, Graph, Port
 from diffusion_convert.components.text_encoder import Reference, prompt_ids
-from diffusion_convert.networks import text_encoder
+from diffusion_convert.networks.attention import ATTENTION
+from diffusion_convert.networks.clip import TextEncoder
 
 def build(checkpoint, attention, shape):
     model = torch_networks.build(checkpoint, "text_encoder_4")
     config = checkpoint.models["text_encoder_4"].config
     width = config["hidden_size"]
     return Graph(
-        module=Reference(model, False) if attention is None else text_encoder(model, attention),
+        module=Reference(model, False) if attention is None else TextEncoder(model, ATTENTION[attention]).eval(),
         inputs=(Port("input_ids", (1, 77), "float32", "ids"),),
         outputs=(
             Port("last_hidden_state", (1, 77, width), "float32", "states"),

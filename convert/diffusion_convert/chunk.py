@@ -169,6 +169,7 @@ class _Steps:
         """``steps`` after the constants that they use, directly or through other constants."""
         needed = _used(steps)
         taken = []
+        # Backwards, as constants are made of constants before them: what needs one is seen before it.
         for operation in reversed(self.constants):
             if any(output.name in needed for output in operation.outputs):
                 taken.append(operation)

@@ -75,6 +75,7 @@ def _one_file(packages: Sequence[Package], weights: Path, known: Hashes) -> Iter
     usual = all(
         path in [resolve(package.root, WEIGHT_PATH, package.path) for package in packages] for path in files
     )
+    # Equal files already, as `original` attention's at two sizes are: nothing to write.
     if usual and len({known.of(path) for path in files}) <= 1:
         for path in files[:1]:
             share_file(path, weights)

@@ -148,13 +148,8 @@ def _laid_out(graph: Graph, interface: Interface) -> Graph:
 # --- Apple's
 
 
-def _apple_name(
-    checkpoint: Checkpoint,
-    component: Component,
-    attention: AttentionKind,  # noqa: ARG001  (folders tell attentions apart)
-    shape: Shape,  # noqa: ARG001
-    options: ConvertOptions,  # noqa: ARG001
-) -> str:
+def _apple_name(checkpoint: Checkpoint, component: Component, *_: object) -> str:
+    """Folders tell attentions and sizes apart."""
     return package_name(checkpoint.name, component.name)
 
 

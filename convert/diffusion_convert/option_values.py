@@ -21,6 +21,7 @@ E = TypeVar("E", bound=enum.Enum)
 
 def typed(name: str, value: Any, types: tuple[type, ...], expected: str) -> Any:
     """``value``, if it is of one of the types; True is no number."""
+    # To Python, True is an int.
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         raise InputError(f"{name} {value!r}: expected {expected}")
     return value

@@ -52,6 +52,7 @@ def about(one: Field[Any]) -> Option:
 
 def _option(checked: Check, help_text: str, default: Any = None, flag: str = "", opening: bool = False) -> Any:
     metadata = {"option": Option(checked, help_text, flag, opening)}
+    # A dataclass takes no mutable default; and a dict has no hash, so that of the options is made without it.
     if default == {}:
         return field(default_factory=dict, hash=False, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -289,10 +290,9 @@ class ConvertOptions:
             raise InputError("--height and --width belong together: give both or neither")
         if self.sizes and self.height is not None:
             raise InputError("--size and --height with --width exclude each other: give one")
-        if len(set(self.sizes)) != len(self.sizes):
-            raise InputError("a size is given twice")
-        if len(set(self.attention)) != len(self.attention):
-            raise InputError("an attention kind is given twice")
+        for what, several in (("a size", self.sizes), ("an attention kind", self.attention)):
+            if len(set(several)) != len(several):
+                raise InputError(f"{what} is given twice")
         if self.only_controlled and not self.controlnets:
             raise InputError("--only-controlled: there is no UNet to steer without --controlnet: give one")
         if both := set(self.fold) & set(self.no_fold):

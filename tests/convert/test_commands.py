@@ -40,8 +40,9 @@ from diffusion_runtime.mil.program import Metadata
 @pytest.fixture(scope="module")
 def app() -> typer.Typer:
     made = typer.Typer()
-    for group in (bundling, inspecting, sharing, verifying):
-        group.register(made)
+    made.command("compile")(bundling.compile_)
+    for one in (bundling.bundle, inspecting.inspect, sharing.publish, sharing.download, verifying.verify):
+        made.command()(one)
     return made
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import tiny_checkpoints
-from diffusion_convert import networks as nets
 from diffusion_convert.checkpoint.diffusers_folder import open_folder
 from diffusion_convert.components.component import Shape
 from diffusion_convert.components.depth_estimator import DEPTH_ESTIMATOR
 from diffusion_convert.export.export import ExportOptions, export
+from diffusion_convert.networks.attention import ATTENTION
+from diffusion_convert.networks.depth import DepthEstimator
 from diffusion_convert.verification.compare import widened
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.bundle.manifest import Source
@@ -50,7 +51,7 @@ def test_layers_that_are_not_there_are_refused(layers: list[int]) -> None:
     model = tiny_model()
     model.config.backbone_out_indices = layers
     with pytest.raises(UnsupportedError, match="backbone_out_indices"):
-        nets.depth_estimator(model, AttentionKind.ORIGINAL)
+        DepthEstimator(model, ATTENTION[AttentionKind.ORIGINAL])
 
 
 @pytest.mark.parametrize("kind", AttentionKind)
@@ -59,7 +60,7 @@ def test_agrees_with_transformers(kind: AttentionKind, size: int) -> None:
     model = tiny_model(image_size=size)
     picture = torch.rand(1, 3, size, size)
     wanted = model(picture).predicted_depth
-    got = nets.depth_estimator(model, kind)(picture)
+    got = DepthEstimator(model, ATTENTION[kind]).eval()(picture)
     assert psnr_db(wanted.numpy(), got.numpy()) >= DEPTH_ESTIMATOR.min_psnr_db
 
 
@@ -95,4 +96,4 @@ def test_other_depth_estimators_are_refused() -> None:
         is_hybrid=False, backbone_config=None, neck_ignore_stages=[], backbone_out_indices=[0, 1, 2, 3]
     )
     with pytest.raises(UnsupportedError, match="is_hybrid"):
-        nets.depth_estimator(model)
+        DepthEstimator(model, ATTENTION[AttentionKind.ORIGINAL])

@@ -207,7 +207,7 @@ def test_a_unet_alone_takes_the_rest_from_its_base(source: str, folder: Path, tm
     checkpoint = open_checkpoint(str(path), ConvertOptions(base=str(folder)))
     assert_unet(checkpoint, diffusers_unet(other, None))
     base = open_checkpoint(str(folder))
-    assert checkpoint.tokenizer == base.tokenizer
+    assert checkpoint.tokenizers == base.tokenizers
     for part in ("vae", "text_encoder", "safety_checker"):
         built, expected = (torch_networks.build(one, part).state_dict() for one in (checkpoint, base))
         assert all(torch.equal(built[name], value) for name, value in expected.items())

@@ -125,7 +125,7 @@ def test_added_tokens_are_those_of_the_checkpoint_everywhere(
     original = add_tokens(folder, *tokens)
     target = tmp_path / "written"
     target.mkdir()
-    write_vocabulary(open_checkpoint(str(folder)).tokenizer, target)
+    write_vocabulary(open_checkpoint(str(folder)).tokenizers["text_encoder"], target)
     assert not (target / "tokenizer.json").exists()
     for written in (CLIPTokenizer.from_pretrained(target), AutoTokenizer.from_pretrained(target)):
         assert written.get_vocab() == original.get_vocab()
@@ -175,7 +175,7 @@ def test_tokenizer_json_wins_over_older_files_beside_it(folder: Path, tmp_path: 
     original = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     target = tmp_path / "written"
     target.mkdir()
-    write_vocabulary(open_checkpoint(str(folder)).tokenizer, target)
+    write_vocabulary(open_checkpoint(str(folder)).tokenizers["text_encoder"], target)
     for prompt in (*PROMPTS, "a horsey on"):
         assert CLIPTokenizer.from_pretrained(target)(prompt).input_ids == original(prompt).input_ids
 
@@ -195,6 +195,6 @@ def test_a_tokenizer_json_beside_a_single_file(suffix: str, folder: Path, tmp_pa
 
     target = tmp_path / "written"
     target.mkdir()
-    write_vocabulary(open_checkpoint(str(path)).tokenizer, target)
+    write_vocabulary(open_checkpoint(str(path)).tokenizers["text_encoder"], target)
     ids = np.array(original("a <cat-toy> on white", padding="max_length", max_length=77).input_ids)
     assert np.array_equal(tokenizer.load(target).encode("a <cat-toy> on white").ids[0], ids)

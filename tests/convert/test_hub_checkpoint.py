@@ -13,8 +13,8 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 import tiny_adapters
-from diffusion_convert.checkpoint.open import is_repository_id, open_checkpoint
-from diffusion_convert.checkpoint.repository import checkpoint_files, fetch_network, network_files
+from diffusion_convert.checkpoint.open import open_checkpoint
+from diffusion_convert.checkpoint.repository import checkpoint_files, fetch_network, is_repository_id, network_files
 from diffusion_convert.hub import client
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.errors import CheckpointError, HubError, InputError

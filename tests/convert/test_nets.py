@@ -12,7 +12,7 @@ from torch import nn
 import tiny_checkpoints
 from diffusion_convert import networks as nets
 from diffusion_convert.networks.attention import ATTENTION
-from diffusion_convert.networks.clip import VisionEncoder
+from diffusion_convert.networks.clip import TextEncoder, VisionEncoder
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import UnsupportedError
 from diffusion_runtime.families import AttentionKind
@@ -192,7 +192,7 @@ def test_text_encoder_agrees_with_transformers(
     ids[0, 12:] = 97  # the end of the text, and padding that looks the same
     ids[0, 40] = 97 if eos_token_id == 2 else 98
     wanted = model(ids)
-    states, pooled = nets.text_encoder(model, kind)(ids.float())
+    states, pooled = TextEncoder(model, ATTENTION[kind])(ids.float())
     assert psnr_db(wanted.last_hidden_state, states) >= AGREEMENT_DB
     assert psnr_db(wanted.pooler_output, pooled) >= AGREEMENT_DB
 
@@ -200,11 +200,14 @@ def test_text_encoder_agrees_with_transformers(
 def test_text_encoder_takes_fewer_tokens_than_it_has_positions() -> None:
     model = text_model()
     ids = torch.randint(3, 99, (1, 20))
-    assert psnr_db(model(ids).last_hidden_state, nets.text_encoder(model)(ids)[0]) >= AGREEMENT_DB
+    assert (
+        psnr_db(model(ids).last_hidden_state, TextEncoder(model, ATTENTION[AttentionKind.ORIGINAL])(ids)[0])
+        >= AGREEMENT_DB
+    )
 
 
 def test_text_encoder_has_the_names_of_published_checkpoints() -> None:
-    names = nets.text_encoder(text_model()).state_dict()
+    names = TextEncoder(text_model(), ATTENTION[AttentionKind.ORIGINAL]).state_dict()
     assert "text_model.encoder.layers.1.self_attn.q_proj.weight" in names
     assert all(name.startswith("text_model.") for name in names)
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import tiny_checkpoints
-from diffusion_convert import networks as nets
 from diffusion_convert.checkpoint.diffusers_folder import open_folder
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Shape
@@ -21,7 +20,8 @@ from diffusion_convert.components.safety_checker import SAFETY_CHECKER
 from diffusion_convert.export.export import ExportOptions, export
 from diffusion_convert.inspect import inspect
 from diffusion_convert.inspect.show import as_text
-from diffusion_convert.networks.clip_safety import ROUNDS_TO_POSITIVE, SPECIAL_CARE_ADJUSTMENT
+from diffusion_convert.networks.attention import ATTENTION
+from diffusion_convert.networks.clip_safety import ROUNDS_TO_POSITIVE, SPECIAL_CARE_ADJUSTMENT, SafetyChecker
 from diffusion_convert.verification.compare import widened
 from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
 from diffusion_runtime.bundle.manifest import Source
@@ -98,7 +98,9 @@ def test_decides_as_diffusers(special: float, concept: float, flagged: bool) -> 
         thresholds.copy_(near + 0.2)
         thresholds[1] = near[1] - above
     wanted_images, wanted_flags = checker(clip_input, images.clone())
-    got_images, got_flag, scores = nets.safety_checker(checker)(clip_input, images, torch.zeros(1))
+    got_images, got_flag, scores = SafetyChecker(checker, ATTENTION[AttentionKind.ORIGINAL]).eval()(
+        clip_input, images, torch.zeros(1)
+    )
     assert wanted_flags == [flagged]
     assert got_flag.tolist() == [[[[float(flagged)]]]]
     torch.testing.assert_close(got_images, wanted_images)

@@ -101,7 +101,7 @@ def test_a_file_without_text_encoders_takes_a_base(folders: Callable[[str], Path
     base = open_checkpoint(str(folders("sd3")))
     found = open_checkpoint(str(path), ConvertOptions(base=str(folders("sd3"))))
     same(found, base)
-    assert found.tokenizer_3
+    assert found.tokenizers["text_encoder_3"]
     same(open_checkpoint(str(path), ConvertOptions(base=str(folders("sd3")), no_t5=True)), base, "text_encoder_3")
 
 

@@ -108,10 +108,9 @@ def assert_same(checkpoint: Checkpoint, folder: Path) -> None:
     for key in ("max_noise_level", "force_zeros_for_empty_prompt", "requires_aesthetics_score"):
         assert checkpoint.pipeline_config.get(key) == index.get(key)
     tokenizers = [place for place in (folder / "tokenizer", folder / "tokenizer_2") if place.is_dir()]
-    for place, files in zip(tokenizers, (checkpoint.tokenizer, checkpoint.tokenizer_2), strict=False):
+    for place, files in zip(tokenizers, checkpoint.clip_tokenizers, strict=True):
         for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
             assert files[name].read_bytes() == (place / name).read_bytes()
-    assert bool(checkpoint.tokenizer_2) == (len(tokenizers) == 2)
 
 
 UNETS = sorted(name for name, family in FAMILIES.items() if family.denoiser.component == "unet")
@@ -347,7 +346,7 @@ def test_clips_own_vocabulary(write: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointError, match=r"tokens.*vocab\.json and merges\.txt"):
         open_single_file(path)
     edit(path, cond_stage_model__model__token_embedding__weight=torch.zeros(CLIP_VOCABULARY_SIZE, 32))
-    files = open_single_file(path).tokenizer
+    files = open_single_file(path).tokenizers["text_encoder"]
     from transformers import CLIPTokenizer
 
     vocabulary = json.loads(files["vocab.json"].read_text(encoding="utf-8"))

@@ -169,7 +169,7 @@ def test_a_missing_vae_or_encoder_is_asked_for(write: Write, tiny_checkpoint: Ca
             open_checkpoint(str(path), ConvertOptions(family="sdxl"))
         found = open_checkpoint(str(path), ConvertOptions(family="sdxl", base=str(folder)))
         assert_weights(found, folder)
-        assert found.tokenizer_2["vocab.json"].parent.name == "tokenizer_2"
+        assert found.tokenizers["text_encoder_2"]["vocab.json"].parent.name == "tokenizer_2"
 
 
 def bare(tensors: Tensors) -> Tensors:

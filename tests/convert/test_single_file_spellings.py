@@ -230,7 +230,7 @@ def test_a_second_generation_with_the_names_of_the_first(
     checkpoint = open_single_file(path, family)
     assert checkpoint.family == (family or checkpoint.family)
     assert checkpoint.family in ("sd2-base", "sd2-v")
-    assert '"pad_token": "!"' in checkpoint.tokenizer["tokenizer_config.json"].read_text()
+    assert '"pad_token": "!"' in checkpoint.tokenizers["text_encoder"]["tokenizer_config.json"].read_text()
     assert_computes(checkpoint, from_folder(folder))
     if prefix == TEXT:
         assert_computes(checkpoint, pipeline(path, folder))

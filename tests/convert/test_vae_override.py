@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import compvis_layout
 import tiny_checkpoints
-from diffusion_convert.checkpoint import ldm_configs
+from diffusion_convert.checkpoint import ldm_configs, repository
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.single_file import open_single_file
 from diffusion_convert.checkpoint.vae import with_vae
@@ -86,17 +86,18 @@ def test_a_whole_checkpoint_in_one_file(checkpoint: Checkpoint, other: Path, tmp
     assert_replaced(with_vae(checkpoint, str(path)), checkpoint, other)
 
 
-def test_a_hub_id(checkpoint: Checkpoint, other: Path) -> None:
+def test_a_hub_id(checkpoint: Checkpoint, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def fetch(repo_id: str) -> Path:
-        asked.append(repo_id)
-        return other / "vae"
+    def fetch(repo_id: str, part: str) -> Path:
+        asked.append((repo_id, part))
+        return other
 
-    assert_replaced(with_vae(checkpoint, "maker/other-vae", fetch), checkpoint, other)
-    assert asked == ["maker/other-vae"]
-    with pytest.raises(InputError, match="--vae maker/other-vae: no such file or folder"):
-        with_vae(checkpoint, "maker/other-vae")
+    monkeypatch.setattr(repository, "fetch_network", fetch)
+    assert_replaced(with_vae(checkpoint, "maker/other-vae"), checkpoint, other)
+    assert asked == [("maker/other-vae", "vae")]
+    with pytest.raises(CheckpointError, match="elsewhere: no such file or folder"):
+        with_vae(checkpoint, "elsewhere")
 
 
 def vae_folder(folder: Path, **config: Any) -> Path:

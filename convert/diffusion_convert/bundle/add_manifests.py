@@ -18,7 +18,7 @@ from diffusion_convert.inspect import palettized_weights
 from diffusion_runtime.atomic import unfinished_file, unfinished_folder
 from diffusion_runtime.bundle import manifest, without_manifest
 from diffusion_runtime.bundle.find import KINDS
-from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes, tokenizer_hashes
+from diffusion_runtime.bundle.integrity import Hashes, measured, tokenizer_hashes
 from diffusion_runtime.bundle.manifest import Manifest, Palettization
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import ATTENTIONS, SYSTEMS, UNETS, compiled_names
@@ -148,12 +148,7 @@ def _copy_tokenizer(tokenizer: Path, place: Path) -> None:
 
 def _with_files(made: Manifest, place: Path, attention: str, kind: str, known: Hashes) -> Manifest:
     components = {
-        name: component.model_copy(
-            update={
-                "sha256": hashes(place, component.files, known),
-                "size_bytes": size_bytes(place, component.files),
-            }
-        )
+        name: component.model_copy(update=measured(place, component.files, known))
         for name, component in made.components.items()
     }
     return made.model_copy(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffusion_runtime.bundle import manifest
-from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes, tokenizer_files, tokenizer_hashes
+from diffusion_runtime.bundle.integrity import Hashes, measured, tokenizer_files, tokenizer_hashes
 from diffusion_runtime.bundle.manifest import Manifest, of_size
 from diffusion_runtime.links import share_file, share_tree
 from diffusion_runtime.picture_size import Size
@@ -34,8 +34,7 @@ def write_size_folders(made: Manifest, folder: Path, known: Hashes | None = None
             for source, name_there in zip(component.files, files, strict=True):
                 if not (place / name_there).exists():
                     share_tree(folder / source, place / name_there)
-            told = {"sha256": hashes(place, files, known), "size_bytes": size_bytes(place, files), "files": files}
-            components[name] = component.model_copy(update=told)
+            components[name] = component.model_copy(update={**measured(place, files, known), "files": files})
         tokenizers = (made.tokenizer, made.tokenizer_2, made.tokenizer_3)
         for where in (where for where in tokenizers if where is not None):
             for file in tokenizer_files(folder / where):

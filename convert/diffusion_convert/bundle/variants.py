@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from diffusion_convert.bundle.sizes import size_folder, write_size_folders
 from diffusion_convert.bundle.zip_names import zip_names
@@ -22,8 +23,7 @@ from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import (
     Hashes,
     check_files,
-    hashes,
-    size_bytes,
+    measured,
     tokenizer_files,
     tokenizer_hashes,
 )
@@ -34,10 +34,6 @@ from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 from diffusion_runtime.real_path import is_there
 
 Report = Callable[[str], None]
-
-
-def _silent(_: str) -> None:
-    pass
 
 
 def read_variants(folder: Path) -> dict[str, dict[str, Manifest]]:
@@ -77,7 +73,7 @@ def compile_variant(
     packages: Path,
     compiled: Path,
     compiler: Compiler = Compiler.PYTHON,
-    report: Report = _silent,
+    report: Report = lambda _: None,
     source: Manifest | None = None,
     known: Hashes | None = None,
 ) -> Manifest:
@@ -91,31 +87,10 @@ def compile_variant(
         source = manifest.read(packages)
         check_files(source, packages, known)
     with unfinished_folder(compiled) as unfinished:
-        components = {}
-        for name, component in source.components.items():
-            made_of: dict[str, str] = {}
-            for one in (component, *component.sizes.values()):
-                for file, target in zip(one.files, compiled_names(name, len(one.files)), strict=True):
-                    if file not in made_of:
-                        place = unfinished / Path(file).parent
-                        result = compile_package(packages / file, place, target, compiler, share_weights=True)
-                        made_of[file] = result.path.relative_to(unfinished).as_posix()
-                        if result.inferred:
-                            report(
-                                f"{result.path.name}: operation versions inferred for {', '.join(result.inferred)}"
-                            )
-            files = tuple(made_of.values())
-            components[name] = component.model_copy(
-                update={
-                    "files": tuple(made_of[file] for file in component.files),
-                    "sizes": {
-                        size: one.model_copy(update={"files": tuple(made_of[file] for file in one.files)})
-                        for size, one in component.sizes.items()
-                    },
-                    "sha256": hashes(unfinished, files, known),
-                    "size_bytes": size_bytes(unfinished, files),
-                }
-            )
+        components = {
+            name: _compile_component(name, component, packages, unfinished, compiler, report, known)
+            for name, component in source.components.items()
+        }
         # T5's lies where apps look for it, with CLIP's vocabulary.
         beside = source.tokenizer if source.tokenizer_3 is not None else None
         third = _copy_tokenizer(source.tokenizer_3, packages, unfinished)
@@ -136,36 +111,49 @@ def compile_variant(
     return made
 
 
+def _compile_component(
+    name: str,
+    component: manifest.Component,
+    packages: Path,
+    target: Path,
+    compiler: Compiler,
+    report: Report,
+    known: Hashes | None,
+) -> manifest.Component:
+    """Compile a component's packages, those for further sizes too, into the folder ``target``; its entry there."""
+    made_of: dict[str, str] = {}
+    for one in (component, *component.sizes.values()):
+        for file, compiled_name in zip(one.files, compiled_names(name, len(one.files)), strict=True):
+            if file not in made_of:
+                place = target / Path(file).parent
+                result = compile_package(packages / file, place, compiled_name, compiler, share_weights=True)
+                made_of[file] = result.path.relative_to(target).as_posix()
+                if result.inferred:
+                    report(f"{result.path.name}: operation versions inferred for {', '.join(result.inferred)}")
+    sizes = {
+        size: one.model_copy(update={"files": tuple(made_of[file] for file in one.files)})
+        for size, one in component.sizes.items()
+    }
+    files = tuple(made_of[file] for file in component.files)
+    told = {"files": files, "sizes": sizes, **measured(target, tuple(made_of.values()), known)}
+    return component.model_copy(update=told)
+
+
 def is_current(packages: Manifest, compiled: Manifest) -> bool:
     """Whether the compiled models were made of the packages as they are: the manifests agree in all but the files.
 
     What another compiler made (its manifest names no tools) counts as such, so that it is kept.
     """
-    return not compiled.tools or _without_files(packages) == _without_files(compiled)
+    return not compiled.tools or packages.model_dump(exclude=_OF_FILES) == compiled.model_dump(exclude=_OF_FILES)
 
 
-def _without_files(made: Manifest) -> Manifest:
-    components = {
-        name: component.model_copy(
-            update={
-                "files": (),
-                "sha256": {},
-                "size_bytes": 0,
-                "sizes": {size: one.model_copy(update={"files": ()}) for size, one in component.sizes.items()},
-            }
-        )
-        for name, component in made.components.items()
-    }
-    return made.model_copy(
-        update={
-            "kind": "compiled",
-            "tokenizer": None,
-            "tokenizer_2": None,
-            "tokenizer_3": None,
-            "tokenizer_sha256": {},
-            "components": components,
-        }
-    )
+_OF_FILES: Any = {
+    **dict.fromkeys(("kind", "tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_sha256"), True),
+    "components": {
+        "__all__": {"files": True, "sha256": True, "size_bytes": True, "sizes": {"__all__": {"files": True}}}
+    },
+}
+"""Fields of a manifest that differ between packages and what is compiled of them."""
 
 
 def _copy_tokenizer(named: str | None, packages: Path, compiled: Path, place: str = ".") -> str | None:
@@ -183,7 +171,9 @@ def _copy_tokenizer(named: str | None, packages: Path, compiled: Path, place: st
     return place
 
 
-def zip_variants(folder: Path, compiled: Mapping[str, Manifest], report: Report = _silent) -> tuple[Path, ...]:
+def zip_variants(
+    folder: Path, compiled: Mapping[str, Manifest], report: Report = lambda _: None
+) -> tuple[Path, ...]:
     """Zip the compiled models of the variants in ``folder``, whose manifests are given by attention.
 
     Returns the zips. A variant that stands in for one that is not there is zipped under its name too (`zip_names`).
@@ -222,6 +212,7 @@ def _link(known: Path, path: Path, unfinished: Path) -> int:
     if not path.is_file() or known.samefile(path) or known.stat().st_size != path.stat().st_size:
         return 0
     try:
+        # `os.link` replaces nothing: a link of another name is made first, which then takes the file's place.
         os.link(known, unfinished)
         unfinished.replace(path)
     except OSError:

@@ -38,6 +38,7 @@ class Archive:
             ) from error
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        # Of two files of one name, readers differ in which they take.
         if len(members) != len(infos):
             raise CheckpointError(f"{path}: damaged checkpoint: the zip names a file twice")
         programs = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -62,6 +63,7 @@ def _extent(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
         raise CheckpointError(f"{path}: {info.filename!r} is compressed or encrypted, which torch never writes")
     file.seek(info.header_offset)
+    # The directory at the zip's end has an extra field of its own: only the local header says where data begin.
     name_length, extra_length = struct.unpack("<26x2H", file.read(_LOCAL_HEADER_BYTES))
     begin = info.header_offset + _LOCAL_HEADER_BYTES + name_length + extra_length
     if begin + info.file_size > path.stat().st_size:

@@ -195,16 +195,11 @@ class SafetyChecker(_Open):
     projection_dim: Width = 512
 
 
-class Depth(_Open):
+class Depth(Vision):
     """transformers' DPTForDepthEstimation."""
 
-    hidden_size: Width = 768
-    intermediate_size: Width = 3072
-    num_hidden_layers: Count = 12
-    num_attention_heads: Width = 12
     image_size: Pixels = 384
     patch_size: Pixels = 16
-    num_channels: Channels = 3
     neck_hidden_sizes: Widths = (96, 192, 384, 768)
     fusion_hidden_size: Width = 256
     backbone_config: dict[str, Any] | None = None
@@ -274,6 +269,7 @@ def _too_large(value: Any, key: str) -> str:
         return next((wrong for name, inner in value.items() if (wrong := _too_large(inner, str(name)))), "")
     if isinstance(value, list | tuple):
         return next((wrong for inner in value if (wrong := _too_large(inner, key))), "")
+    # A bound by the key's name also holds for keys that no model here knows, and the libraries would build from.
     limit = MAX_LAYERS if re.search("layers|depths", key) else MAX_NUMBER
     if isinstance(value, int) and value > limit:
         return f"{key} {value}: expected at most {limit}"

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusion_convert.checkpoint import controlnet_file, diffusers_folder, diffusers_unet, torch_networks
+from diffusion_convert.checkpoint import (
+    controlnet_file,
+    diffusers_folder,
+    diffusers_unet,
+    repository,
+    torch_networks,
+)
 from diffusion_convert.checkpoint.controlnet_file import CLASS_NAME, KIND, TASKS, UNION
 from diffusion_convert.checkpoint.family import latent_factor, refuse_other_kinds
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
@@ -16,7 +22,6 @@ from diffusion_runtime.bundle.integrity import sha256
 from diffusion_runtime.bundle.manifest import ControlNet, Source
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import COMPONENTS, compiled_names, several
-from diffusion_runtime.real_path import real_path
 
 PREFIX = COMPONENTS[KIND].several or ""
 CHANNELS = 3
@@ -29,9 +34,6 @@ _ADDED: Mapping[str, Any] = {"addition_embed_type": None, "projection_class_embe
 
 UNION_TYPES = ("openpose", "depth", "scribble", "canny", "normal", "segment", "tile", "inpaint")
 """What the published unions (xinsir's; the last two of "promax" alone) call their kinds of pictures, by number."""
-
-Fetch = Callable[[str], Path]
-"""Makes a folder of a Hub id, a file of OWNER/NAME/FILE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +53,15 @@ def controlnets(networks: Iterable[str]) -> dict[str, str]:
     return several(KIND, networks)
 
 
-def with_controlnets(checkpoint: Checkpoint, sources: Sequence[str], fetch: Fetch) -> Checkpoint:
-    """The checkpoint with the ControlNets of ``sources`` in addition: folders, files, or what is on the Hub, which
-    ``fetch`` brings; of a union with the kind of pictures after a colon (`UNION_TYPES`). No weight is read.
+def with_controlnets(checkpoint: Checkpoint, sources: Sequence[str]) -> Checkpoint:
+    """The checkpoint with the ControlNets of ``sources`` in addition: folders, files, or what is on the Hub; of a
+    union with the kind of pictures after a colon (`UNION_TYPES`). No weight is read.
 
     Raises InputError for one that does not fit the checkpoint's UNet and for two of one name, CheckpointError for
     what is damaged or no ControlNet; both name the source.
     """
     _check_steerable(checkpoint, sources)
-    opened = [_open(source, fetch, checkpoint.models["unet"].config) for source in sources]
+    opened = [_open(source, checkpoint.models["unet"].config) for source in sources]
     check_names("--controlnet", PREFIX, sources, [one.name for one in opened])
     for source, one in zip(sources, opened, strict=True):
         _check_fits(source, one.network.config, checkpoint)
@@ -77,23 +79,21 @@ def _described(one: Opened) -> ControlNet:
     return ControlNet(source=one.source, global_pool_conditions=pools, control_type=one.control_type)
 
 
-def _open(source: str, fetch: Fetch, unet: Mapping[str, Any]) -> Opened:
+def _open(source: str, unet: Mapping[str, Any]) -> Opened:
     place, kind = _apart(source)
-    own, notes = Path(place).expanduser(), tuple[str, ...]()
-    is_here = own.exists()
-    path = own if is_here else fetch(place)
-    if path.is_dir():
-        network = _from_folder(_inner(path))
-        name = diffusers_unet.name_of(real_path(path)) if is_here else place
-        license_ = diffusers_folder.read_license(path)
-        origin = Source(name=name, revision=None if is_here else path.name, license=license_)
-    else:
+    path, notes = Path(place).expanduser(), tuple[str, ...]()
+    if not path.exists() and repository.is_file_id(place):
+        path = repository.fetch_file(place)
+    if path.is_file():
         network = controlnet_file.read(path, unet)
-        # A file in the Hub's cache is a link to one that is called by its hash.
+        # Not resolved: a file in the Hub's cache is a link to one that is called by its hash.
         name = diffusers_unet.name_of(path.absolute())
         origin = Source(name=path.name, sha256=sha256(path))
         if controlnet_file.is_guess(path, network.config):
             notes = (f"{path.name} is taken for a ControlNet that gives means over the picture, by its name",)
+    else:
+        folder, origin = repository.network_folder(place, KIND)
+        network, name = _from_folder(folder), origin.name
     control_type = _control_type(source, kind, network)
     return Opened(name_of(f"{name}-{kind}" if kind else name), network, origin, control_type, notes)
 
@@ -106,7 +106,7 @@ def _apart(source: str) -> tuple[str, str]:
 
 
 def _control_type(source: str, kind: str, network: Submodel) -> int | None:
-    """The number of a union's kind of pictures. Raises InputError where it is not told, or there is none such."""
+    """The number of a union's kind of pictures. Raises InputError where no kind is named, or one that it lacks."""
     if network.class_name != UNION:
         if kind:
             raise InputError(f"--controlnet {source}: takes one kind of pictures: leave out :{kind}")
@@ -121,12 +121,6 @@ def _control_type(source: str, kind: str, network: Submodel) -> int | None:
             f"{_apart(source)[0]}:{names[-1]}; there are {told}"
         )
     return number
-
-
-def _inner(folder: Path) -> Path:
-    """Where the network lies: in its own folder, or in that of a pipeline which was saved with it."""
-    inner = folder / KIND
-    return inner if not (folder / "config.json").is_file() and (inner / "config.json").is_file() else folder
 
 
 def _from_folder(folder: Path) -> Submodel:

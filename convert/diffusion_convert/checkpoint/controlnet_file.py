@@ -12,11 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_convert.checkpoint import config_models, tensor_file
+from diffusion_convert.checkpoint import config_models, diffusers_unet, ldm_configs, tensor_file
 from diffusion_convert.checkpoint.model import Submodel
-from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError
-from diffusion_runtime.real_path import is_there
 
 if TYPE_CHECKING:
     import torch
@@ -58,9 +56,9 @@ def read(path: Path, unet: Mapping[str, Any]) -> Submodel:
     tensors = tensor_file.read(path).tensors
     if (prefix := _ldm_prefix(tensors)) is None and _DIFFUSERS_MARK not in tensors:
         raise CheckpointError(f"{path}: {_other_kind(tensors)}")
-    mapped = dict(tensors) if prefix is None else _from_ldm(_inner(tensors, prefix), path)
+    mapped = dict(tensors) if prefix is None else _from_ldm(tensor_file.below(tensors, prefix), path)
     class_name = UNION if TASKS in mapped else CLASS_NAME
-    told = config_beside(path) if prefix is None else {}
+    told = _config_beside(path) if prefix is None else {}
     try:
         config = told or {**{key: unet[key] for key in _OF_UNET if key in unet}, **_sizes(mapped, unet)}
         config = config_models.checked(class_name, {**config, **_pooling(path, told)}, str(path))
@@ -72,30 +70,23 @@ def read(path: Path, unet: Mapping[str, Any]) -> Submodel:
 KIND = "controlnet"
 
 
-def config_beside(path: Path) -> dict[str, Any]:
-    """What config.json next to a file says; empty where there is none of a ControlNet."""
-    config = path.parent / "config.json"
-    found = strict_json.read_object(config, CheckpointError) if is_there(config, CheckpointError) else {}
-    return found if found.get("_class_name") in (CLASS_NAME, UNION) else {}
+def _config_beside(path: Path) -> dict[str, Any]:
+    return diffusers_unet.config_beside(path, (CLASS_NAME, UNION))
 
 
 def is_guess(path: Path, config: Mapping[str, Any]) -> bool:
     """Whether it is by the file's name alone that a ControlNet is known to give means."""
-    told = "global_pool_conditions" in config_beside(path) or _told_pooling(path) is not None
+    told = "global_pool_conditions" in _config_beside(path) or _told_pooling(path) is not None
     return bool(config.get("global_pool_conditions")) and not told
 
 
 def _read(path: Path, prefix: str | None) -> Mapping[str, torch.Tensor]:
     tensors = tensor_file.read(path).tensors
-    return tensors if prefix is None else _from_ldm(_inner(tensors, prefix), path)
+    return tensors if prefix is None else _from_ldm(tensor_file.below(tensors, prefix), path)
 
 
 def _ldm_prefix(tensors: Tensors) -> str | None:
     return next((prefix for prefix in _LDM_PREFIXES if f"{prefix}{_LDM_MARK}" in tensors), None)
-
-
-def _inner(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _other_kind(tensors: Tensors) -> str:
@@ -203,14 +194,5 @@ def _pooling(path: Path, told: Mapping[str, Any]) -> dict[str, bool]:
 
 def _told_pooling(path: Path) -> bool | None:
     """What an LDM configuration next to the file says; None where there is none."""
-    beside = path.with_suffix(".yaml")
-    if not is_there(beside, CheckpointError):
-        return None
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        return bool(
-            yaml.safe_load(beside.read_text(encoding="utf-8"))["model"]["params"].get("global_average_pooling")
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{beside}: not an LDM configuration: {error!r}".splitlines()[0]) from error
+    told = ldm_configs.read_parameters(path.with_suffix(".yaml"))
+    return None if told is None else bool(told.get("global_average_pooling"))

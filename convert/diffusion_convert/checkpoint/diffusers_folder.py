@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_convert.checkpoint import config_models, tensor_file
-from diffusion_convert.checkpoint.family import check_family, detect, of_transformer, refuse_other_kinds
+from diffusion_convert.checkpoint.family import of_transformer, of_unet
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.vocabulary import T5_FILES, TOKENIZER_FILES
 from diffusion_runtime import strict_json
@@ -96,19 +96,20 @@ def open_folder(
         if name in parts
     }  # of the class that the index names, as in diffusers, whatever class wrote the configuration
     if denoiser == DENOISERS[0]:
-        found = _family_of(models, schedulers["scheduler"], family, str(folder))
+        found = of_unet(models["unet"].config, schedulers["scheduler"], family, str(folder), models)
     else:
         found = of_transformer(models[denoiser].class_name, family, str(folder))
-    tokenizers = [_tokenizer(folder / name) for name in TOKENIZERS[:2] if name in parts]
     return Checkpoint(
         name=source.name,
         family=found,
         source=source,
         models=models,
         schedulers=schedulers,
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else {},
-        tokenizer_3=_tokenizer(folder / TOKENIZERS[2], T5_FILES) if TOKENIZERS[2] in parts else {},
+        tokenizers={
+            name.replace("tokenizer", "text_encoder"): _tokenizer(folder / name)
+            for name in TOKENIZERS
+            if name in parts
+        },
         pipeline_config={name: value for name, value in index.items() if not _is_part(value)},
         notes=(
             *(f"{INDEX} names a {name}, but there is no such folder: made without it" for name in absent),
@@ -116,14 +117,6 @@ def open_folder(
             *_only_variants(models, variant),
         ),
     )
-
-
-def _family_of(models: Mapping[str, Submodel], scheduler: Mapping[str, Any], family: str | None, where: str) -> str:
-    unet = models["unet"].config
-    refuse_other_kinds(unet, where)
-    if family is not None:
-        return check_family(family, unet, where, models)
-    return detect(unet, scheduler, where, models)
 
 
 def check_variant(folder: Path, models: Mapping[str, Submodel], variant: str | None) -> None:
@@ -151,7 +144,8 @@ def _text_parts(named: Collection[str]) -> tuple[str, ...]:
     return tuple(f"{part}{number}" for number in numbers for part in ("text_encoder", "tokenizer"))
 
 
-def _tokenizer(folder: Path, files: Collection[str] = TOKENIZER_FILES) -> dict[str, Path]:
+def _tokenizer(folder: Path) -> dict[str, Path]:
+    files = T5_FILES if folder.name in T5_PARTS else TOKENIZER_FILES
     return {name: path for name in files if is_there(path := folder / name, CheckpointError)}
 
 

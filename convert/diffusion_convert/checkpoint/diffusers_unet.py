@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_convert.checkpoint.tensor_file import below
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError
 from diffusion_runtime.real_path import is_there
@@ -50,7 +51,7 @@ def by_ldm_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
     No tensor is copied."""
     prefix = _prefix(tensors) or ""
-    inner = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    inner = below(tensors, prefix)
     modules = ldm_modules(inner)
     parted = {name: name.rpartition(".") for name in inner}
     return {f"{modules.get(m, m)}{dot}{kind}": inner[name] for name, (m, dot, kind) in parted.items()}
@@ -97,11 +98,12 @@ def name_of(path: Path) -> str:
     return path.name if path.is_dir() else path.stem
 
 
-def config_beside(path: Path) -> dict[str, Any]:
-    """What config.json beside a UNet's file says, empty where there is none of a UNet. Raises CheckpointError."""
+def config_beside(path: Path, class_names: Collection[str] = (CLASS_NAME,)) -> dict[str, Any]:
+    """What config.json beside a network's file says, empty where there is none of these classes. Raises
+    CheckpointError."""
     config = path.parent / "config.json"
     found = strict_json.read_object(config, CheckpointError) if is_there(config, CheckpointError) else {}
-    return found if found.get("_class_name") == CLASS_NAME else {}
+    return found if found.get("_class_name") in class_names else {}
 
 
 def _prefix(tensors: Mapping[str, torch.Tensor]) -> str | None:

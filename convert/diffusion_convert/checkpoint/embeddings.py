@@ -68,10 +68,10 @@ def with_embeddings(checkpoint: Checkpoint, embeddings: Sequence[Embedding]) -> 
         raise InputError(
             f"--embedding: the token {twice[0]!r} is given twice: name another, --embedding FILE:TOKEN"
         )
-    tokenizers = (checkpoint.tokenizer, *([checkpoint.tokenizer_2] if checkpoint.tokenizer_2 else []))
     models = dict(checkpoint.models)
-    for encoder, files in zip(encoders, tokenizers, strict=True):
-        models[encoder] = _extended(checkpoint, encoder, found, numbers_of(files, tokens))
+    for encoder in encoders:
+        numbers = numbers_of(checkpoint.tokenizers[encoder], tokens)
+        models[encoder] = _extended(checkpoint, encoder, found, numbers)
     records = (AddedEmbedding(name=one.path.name, token=one.token, vectors=one.count) for one in found)
     source = checkpoint.source.model_copy(update={"embeddings": (*checkpoint.source.embeddings, *records)})
     return replace(checkpoint, models=models, source=source, added_tokens=tuple(tokens))

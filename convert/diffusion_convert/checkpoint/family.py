@@ -83,6 +83,13 @@ def refuse_other_uses(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.name}: its configurations ask for what is not covered: {wrong[0]}")
 
 
+def of_unet(unet: Config, scheduler: Config, asked: str | None, where: str, parts: Collection[str]) -> str:
+    """The name of the family of a checkpoint with a UNet: the one ``asked`` for (`check_family`), else `detect`'s.
+    Raises CheckpointError for inputs that no family has."""
+    refuse_other_kinds(unet, where)
+    return detect(unet, scheduler, where, parts) if asked is None else check_family(asked, unet, where, parts)
+
+
 def detect(unet: Config, scheduler: Config, where: str, parts: Collection[str]) -> str:
     """The name of the family that a UNet and a scheduler belong to. ``parts``: what else the checkpoint has, by
     diffusers' subfolder. Raises CheckpointError, with what was seen."""
@@ -181,7 +188,7 @@ def text_length(checkpoint: Checkpoint, subfolder: str | None = None) -> int:
     named = subfolder or FAMILIES[checkpoint.family].encoders[0]
     encoder = checkpoint.models.get(named)
     positions = TEXT_LENGTH if encoder is None else int(encoder.config.get("max_position_embeddings", TEXT_LENGTH))
-    files = checkpoint.tokenizer_2 if named.endswith("_2") and checkpoint.tokenizer_2 else checkpoint.tokenizer
+    files = checkpoint.tokenizers.get(named, {})
     path = files.get("tokenizer_config.json")
     told = strict_json.read_object(path, CheckpointError).get("model_max_length") if path is not None else None
     return min(told, positions) if isinstance(told, int) and told >= LEAST_LENGTH else positions

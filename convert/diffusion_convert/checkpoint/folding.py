@@ -123,6 +123,5 @@ def _ends(checkpoint: Checkpoint, encoder: str) -> tuple[int, int]:
 
 
 def _tokenizer(checkpoint: Checkpoint, encoder: str) -> tuple[Mapping[str, Path], str | None]:
-    if encoder == TEXT_ENCODERS[1] and checkpoint.tokenizer_2:
-        return checkpoint.tokenizer_2, "!"
-    return checkpoint.tokenizer, FAMILIES[checkpoint.family].pad_token
+    second = encoder == TEXT_ENCODERS[1] and len(checkpoint.clip_tokenizers) > 1
+    return checkpoint.tokenizers[encoder], "!" if second else FAMILIES[checkpoint.family].pad_token

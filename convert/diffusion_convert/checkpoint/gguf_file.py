@@ -118,6 +118,8 @@ def read(path: Path) -> TensorFile:
 def _tensors(
     mapped: mmap.mmap,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Callable[[], torch.Tensor]], Mapping[str, Any]]:
+    import torch
+
     header = _Header(memoryview(mapped)[:MAX_HEADER], len(GGUF_MAGIC))
     if (version := header.number("I")) not in VERSIONS:
         raise ValueError(f"GGUF of version {version}, expected 2 or 3")
@@ -143,7 +145,8 @@ def _tensors(
         elif len(shown) == 1:  # few, and the only ones whose values are looked at before they are used
             tensors[name] = found(shown)
         else:
-            tensors[name], packed[name] = _standing_for(shown), partial(found, shown)
+            tensors[name] = torch.empty(shown, dtype=torch.float16, device="meta")
+            packed[name] = partial(found, shown)
     return tensors, packed, header.values
 
 
@@ -152,6 +155,7 @@ def _place(header: _Header) -> tuple[str, tuple[int, ...], int, int]:
     name, dimensions = header.text(), header.number("I")
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         raise ValueError(f"{name[:200]} has {dimensions} dimensions, expected 1 to {MAX_DIMENSIONS}")
+    # GGUF names the dimension first whose elements lie side by side, torch last.
     shape = tuple(header.number("Q") for _ in range(dimensions))[::-1]
     if 0 in shape:
         raise ValueError(f"{name[:200]} is empty")
@@ -207,12 +211,6 @@ def _decode(rows: np.ndarray[Any, Any], kind: int, shape: tuple[int, ...]) -> to
     with np.errstate(all="ignore"):  # whatever a damaged file's scales make of it, as in any other format
         values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(kind))
     return torch.from_numpy(values.reshape(shape)).half()
-
-
-def _standing_for(shape: tuple[int, ...]) -> torch.Tensor:
-    import torch
-
-    return torch.empty(shape, dtype=torch.float16, device="meta")
 
 
 def _package() -> Any:

@@ -8,6 +8,7 @@ and values become weights of the UNet, under the names that diffusers' UNet has 
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -102,16 +103,13 @@ def _unused_name(stem: str, taken: Sequence[str]) -> str:
 
 def _parts(source: str, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     tensors = tensor_file.read(path).tensors
-    found = tuple(
-        {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)}
-        for part in PARTS
-    )
-    if not all(found):
+    projection, keys = (tensor_file.below(tensors, part) for part in PARTS)
+    if not projection or not keys:
         raise CheckpointError(
             f"{source}: is no IP-Adapter: expected tensors {PARTS[0]}… and {PARTS[1]}…, found "
             f"{torch_networks.listed(sorted(tensors)[:3])}"
         )
-    return found[0], found[1]
+    return projection, keys
 
 
 def _config(tensors: Tensors, source: str) -> dict[str, Any]:
@@ -219,23 +217,8 @@ def _unet_tensors(own: Callable[[], Tensors], adapters: Sequence[_Adapter], plac
                 key = f"{2 * number + 1}.{name}.weight"
                 if key in keys:
                     added[f"{place}.processor.{name}.{index}.weight"] = keys[key]
-    return _Joined(own(), added)
-
-
-class _Joined(Mapping[str, "torch.Tensor"]):
-    """Two mappings as one, of which the first may compute what it gives (`computed.Computed`)."""
-
-    def __init__(self, *parts: Tensors) -> None:
-        self._parts = parts
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return next(part for part in (*self._parts[:-1], self._parts[-1]) if name in part)[name]
-
-    def __iter__(self) -> Any:
-        return (name for part in self._parts for name in part)
-
-    def __len__(self) -> int:
-        return sum(map(len, self._parts))
+    # The first mapping is asked first: `own` may compute what it gives, and is asked for its own names alone.
+    return ChainMap(added, own())  # type: ignore[arg-type]  # nothing is written to it
 
 
 def _projections(adapters: Sequence[_Adapter]) -> Tensors:

@@ -25,6 +25,8 @@ words: ``{"layer": "hidden", "layer_idx": -2}``."""
 
 UNET_RULES = ("unet_head_channels", "only_cross_attention")
 """The rules of a family that are about its UNet."""
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
+"""What reading a configuration raises that is built otherwise than expected."""
 Sections = Mapping[str, Mapping[str, Any]]
 
 
@@ -127,14 +129,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """The parts of an LDM configuration that shapes do not show, as diffusers' keys."""
+def read_parameters(path: Path) -> dict[str, Any] | None:
+    """The model's parameters in an LDM configuration, None where there is no such file. Raises CheckpointError."""
     if not is_there(path, CheckpointError):
-        return {}
+        return None
     import yaml  # type: ignore[import-untyped]
 
     try:
-        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"])
+    except (OSError, *MALFORMED, RecursionError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: not an LDM configuration: {error!r}".splitlines()[0]) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The parts of an LDM configuration that shapes do not show, as diffusers' keys."""
+    model = read_parameters(path)
+    if model is None:
+        return {}
+    try:
         unet = (model.get("unet_config") or model["network_config"])["params"]
         width, heads = int(unet.get("num_head_channels", -1)), int(unet.get("num_heads", -1))
         blocks = [int(unet["model_channels"]) * int(multiple) for multiple in unet["channel_mult"]]
@@ -142,7 +154,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         numbers = {key: float(model[key]) for key in ("scale_factor", "linear_start", "linear_end") if key in model}
         denoiser = (model.get("denoiser_config") or {}).get("params") or {}
         scaling = str(denoiser["scaling_config"]["target"]) if "scaling_config" in denoiser else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{path}: not an LDM configuration: {error!r}".splitlines()[0]) from error
     prediction = {"v": "v_prediction", "eps": "epsilon"}.get(str(model.get("parameterization", "eps")))
     if scaling is not None:

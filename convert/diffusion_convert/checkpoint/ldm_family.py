@@ -89,8 +89,8 @@ def _xl_family(
     channels: int,
     base: Checkpoint | None,
 ) -> str:
-    """Told by the width of the states that the UNet attends to; where that is none of the published ones, by the
-    text encoders."""
+    """Told by the width of the states that the UNet attends to; if no published model has that width, by the text
+    encoders."""
     family, width = list(FAMILIES.values()), _context(parts)
     takes = [one for one in family if one.added_conditions and one.in_channels == channels]
     encoders = _encoders(parts) or set(FAMILIES[base.family].encoders if base is not None else ())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from diffusion_convert.checkpoint import diffusers_unet
+from diffusion_convert.checkpoint.tensor_file import below
 
 if TYPE_CHECKING:
     import torch
@@ -129,9 +130,7 @@ def split(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
         if prefix is None and network.kind == "unet" and _BARE_UNET in tensors:
             prefix = ""
         if prefix is not None:
-            parts[network.kind] = {
-                n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)
-            }
+            parts[network.kind] = below(tensors, prefix)
     _add_bare(tensors, parts)
     if "open_clip_2" in parts and _ADDED not in parts.get("unet", {_ADDED: None}):
         parts.setdefault("open_clip", parts.pop("open_clip_2"))  # Stable Diffusion 2 as Stability AI's sgm keeps it
@@ -152,8 +151,7 @@ def _add_bare(tensors: Tensors, parts: dict[str, dict[str, torch.Tensor]]) -> No
     if not parts.keys() & {"clip", "open_clip", "clip_2", "open_clip_2"}:
         prefix = next((prefix for prefix in _BARE_TEXT if f"{prefix}{_TEXT_MARK}" in tensors), None)
         if prefix is not None:
-            inner = f"{prefix}text_model."
-            parts["clip"] = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(inner)}
+            parts["clip"] = {n: v for n, v in below(tensors, prefix).items() if n.startswith("text_model.")}
     if "vae" not in parts and _VAE_MARK in tensors:
         parts["vae"] = {n: value for n, value in tensors.items() if n.startswith(_VAE_PARTS)}
 
@@ -169,8 +167,7 @@ def only_averaged(tensors: Tensors) -> bool:
 
 
 def _averaged(tensors: Tensors) -> dict[str, torch.Tensor]:
-    prefix = f"{AVERAGED}diffusion_model"
-    return {_dotted(name.removeprefix(prefix)): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {_dotted(name): value for name, value in below(tensors, f"{AVERAGED}diffusion_model").items()}
 
 
 def _dotted(flat: str) -> str:

@@ -88,6 +88,7 @@ def _transformers(tensors: Tensors, blocks: Sequence[Sequence[int]], layers: int
     used = [depth for depth in (*down, *up, mid) if depth]
     if all(depth == used[0] and isinstance(depth, int) for depth in used):
         return {"transformer_layers_per_block": used[0]}
+    # diffusers gives the middle the depth of the last block, whether that attends or not.
     if not down[-1] and mid:
         down[-1] = mid  # the middle is as deep as the last block
     if mid and mid != down[-1]:
@@ -122,24 +123,24 @@ def vae(tensors: Tensors) -> dict[str, Any]:
 
 def clip(tensors: Tensors) -> dict[str, Any]:
     """CLIPTextModel's sizes with all layers, from a transformers text model's tensors (``text_model.…``)."""
-    vocabulary, hidden = shape(tensors, "text_model.embeddings.token_embedding.weight", 2)
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": shape(tensors, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
-        "max_position_embeddings": shape(tensors, "text_model.embeddings.position_embedding.weight", 2)[0],
-        "num_hidden_layers": count(tensors, "text_model.encoder.layers"),
-        "vocab_size": vocabulary,
-    }
+    embeddings, layers = "text_model.embeddings", "text_model.encoder.layers"
+    table, positions = f"{embeddings}.token_embedding.weight", f"{embeddings}.position_embedding.weight"
+    return _text_sizes(tensors, table, positions, layers, "mlp.fc1.weight")
 
 
 def open_clip(tensors: Tensors) -> dict[str, Any]:
     """CLIPTextModel's sizes with all layers, from an OpenCLIP text transformer's tensors."""
-    vocabulary, hidden = shape(tensors, "token_embedding.weight", 2)
+    layers = "transformer.resblocks"
+    return _text_sizes(tensors, "token_embedding.weight", "positional_embedding", layers, "mlp.c_fc.weight")
+
+
+def _text_sizes(tensors: Tensors, table: str, positions: str, layers: str, widens: str) -> dict[str, Any]:
+    vocabulary, hidden = shape(tensors, table, 2)
     return {
         "hidden_size": hidden,
-        "intermediate_size": shape(tensors, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
-        "max_position_embeddings": shape(tensors, "positional_embedding", 2)[0],
-        "num_hidden_layers": count(tensors, "transformer.resblocks"),
+        "intermediate_size": shape(tensors, f"{layers}.0.{widens}", 2)[0],
+        "max_position_embeddings": shape(tensors, positions, 2)[0],
+        "num_hidden_layers": count(tensors, layers),
         "vocab_size": vocabulary,
     }
 
@@ -232,6 +233,7 @@ def count(tensors: Tensors, folder: str) -> int:
     """How many numbered children ``folder`` has: one more than the highest number. Raises CheckpointError for more
     than any network has, which would be looked at one by one."""
     pattern = re.compile(re.escape(folder) + r"\.(\d+)\.")
+    # Nine digits at most: a name of a million digits would take for ever to become a number.
     found = max((int(match[1][:9]) for name in tensors if (match := pattern.match(name))), default=-1) + 1
     if found > MAX_CHILDREN:
         raise CheckpointError(f"{folder} has {found} parts: expected at most {MAX_CHILDREN}")

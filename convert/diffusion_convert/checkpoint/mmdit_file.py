@@ -7,13 +7,14 @@ beside it, or a base that has one, T5 is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_convert.checkpoint import ldm_configs
 from diffusion_convert.checkpoint.ldm_layout import Network
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
+from diffusion_convert.checkpoint.tensor_file import below
 from diffusion_convert.checkpoint.vocabulary import FAST, SENTENCEPIECE, T5_FILES
 from diffusion_runtime.bundle.integrity import sha256
 from diffusion_runtime.bundle.manifest import Source
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
     from diffusion_convert.checkpoint.ldm_shapes import Tensors
 
 FAMILY, MARK = "sd3", "joint_blocks.0.x_block.attn.qkv.weight"
+T5_SUBFOLDER = COMPONENTS[T5].subfolder
 PREFIXES = ("model.diffusion_model.", "")
 NETWORKS = (
     Network("mmdit", PREFIXES, "transformer", "SD3Transformer2DModel"),
     Network("vae", ("first_stage_model.", "vae."), "vae", "AutoencoderKL"),
     Network("clip_l", ("text_encoders.clip_l.transformer.",), "text_encoder", "CLIPTextModelWithProjection"),
     Network("clip_2", ("text_encoders.clip_g.transformer.",), "text_encoder_2", "CLIPTextModelWithProjection"),
-    Network("t5", ("text_encoders.t5xxl.transformer.",), COMPONENTS[T5].subfolder, "T5EncoderModel"),
+    Network("t5", ("text_encoders.t5xxl.transformer.",), T5_SUBFOLDER, "T5EncoderModel"),
 )
 NEEDED = ("vae", "text_encoder", "text_encoder_2")
 
@@ -46,7 +48,7 @@ def part(tensors: Tensors, network: Network) -> dict[str, torch.Tensor]:
     """What of a file is of the network, by the names inside it; nothing where it is not there."""
     of_others = tuple(prefix for other in NETWORKS for prefix in other.prefixes if prefix)
     for prefix in network.prefixes:
-        found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        found = below(tensors, prefix)
         if not prefix:
             found = {name: value for name, value in found.items() if not name.startswith(of_others)}
         if found:
@@ -82,17 +84,13 @@ def open_file(
     needed = NEEDED[int(without_vae) :]
     if missing := [name for name in needed if name not in models]:
         raise CheckpointError(f"{path}: has no {' and no '.join(missing)}: give what is missing with --base")
-    tokenizer_3 = _t5_tokenizer(path, base)
-    if not tokenizer_3:
-        models.pop(COMPONENTS[T5].subfolder, None)
-    tokenizers = (
-        (base.tokenizer, base.tokenizer_2)
-        if base is not None
-        else [
-            clip_tokenizer(path, name, data[name], int(models[encoder].config["vocab_size"]))
-            for name, encoder in zip(("tokenizer", "tokenizer_2"), FAMILIES[FAMILY].encoders, strict=True)
-        ]
-    )
+    tokenizers = {**(base.tokenizers if base is not None else {}), **_t5_tokenizer(path)}
+    if T5_SUBFOLDER not in tokenizers:
+        models.pop(T5_SUBFOLDER, None)
+    for name, encoder in zip(("tokenizer", "tokenizer_2"), FAMILIES[FAMILY].encoders, strict=True):
+        if base is None:
+            size = int(models[encoder].config["vocab_size"])
+            tokenizers[encoder] = clip_tokenizer(path, name, data[name], size)
     scheduler = data["scheduler"] if base is None else base.schedulers["scheduler"]
     return Checkpoint(
         name=path.stem,
@@ -100,23 +98,19 @@ def open_file(
         source=Source(name=path.name, sha256=sha256(path)),
         models=models,
         schedulers={"scheduler": ldm_configs.merge(scheduler, beside.get("scheduler", {}))},
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
-        tokenizer_3=tokenizer_3,
-        notes=tuple(_notes(path, tensors, tokenizer_3)),
+        tokenizers=tokenizers,
+        notes=tuple(_notes(path, tensors, tokenizers)),
     )
 
 
-def _t5_tokenizer(path: Path, base: Checkpoint | None) -> Mapping[str, Path]:
+def _t5_tokenizer(path: Path) -> dict[str, Mapping[str, Path]]:
     folder = path.parent / "tokenizer_3"
     there = {name: folder / name for name in T5_FILES if is_there(folder / name, CheckpointError)}
-    if there.keys() & {FAST, SENTENCEPIECE}:
-        return there
-    return base.tokenizer_3 if base is not None else {}
+    return {T5_SUBFOLDER: there} if there.keys() & {FAST, SENTENCEPIECE} else {}
 
 
-def _notes(path: Path, tensors: Tensors, tokenizer_3: Mapping[str, Path]) -> Iterator[str]:
-    if part(tensors, NETWORKS[-1]) and not tokenizer_3:
+def _notes(path: Path, tensors: Tensors, tokenizers: Collection[str]) -> Iterator[str]:
+    if part(tensors, NETWORKS[-1]) and T5_SUBFOLDER not in tokenizers:
         yield (
             f"{path.name} has T5 without its tokenizer: made without T5; a folder tokenizer_3 beside the file, or "
             "--base, gives it"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime.bundle.manifest import ControlNet, Folded, IpAdapter, Source
-from diffusion_runtime.families import FAMILIES
+from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +34,10 @@ class Checkpoint:
     """A Stable Diffusion checkpoint, whatever it was stored as.
 
     ``models`` and ``schedulers`` are by diffusers' subfolder ("unet", "vae", "text_encoder", "safety_checker",
-    "depth_estimator"; "scheduler", "low_res_scheduler"); ``tokenizer`` maps vocab.json, merges.txt,
-    tokenizer_config.json, … to where they are, ``tokenizer_2`` those of a second text encoder, ``tokenizer_3``
-    those of T5. ``family`` is a name in `families.FAMILIES`. ``refiner``: that of an SDXL base, whose UNet is
-    ``models["refiner"]``, too. ``notes`` are sentences for the user: what the source does not say and was assumed.
+    "depth_estimator"; "scheduler", "low_res_scheduler"); ``tokenizers``, by their text encoder's subfolder, map
+    vocab.json, merges.txt, tokenizer_config.json, … to where they are. ``family`` is a name in `families.FAMILIES`.
+    ``refiner``: that of an SDXL base, whose UNet is ``models["refiner"]``, too. ``notes`` are sentences for the
+    user: what the source does not say and was assumed.
     ``controlnets``: what is told of each, by its own name; its network is ``models["ControlNet_" + name]``.
     ``folded`` is what its networks are converted with (`folding.fold`); as opened, nothing. ``padding``: see
     `Manifest.padding`; as opened, None. ``added_tokens``: what textual inversions add to each tokenizer, in the
@@ -51,9 +51,7 @@ class Checkpoint:
     source: Source
     models: Mapping[str, Submodel]
     schedulers: Mapping[str, Mapping[str, Any]]
-    tokenizer: Mapping[str, Path]
-    tokenizer_2: Mapping[str, Path] = field(default_factory=dict)
-    tokenizer_3: Mapping[str, Path] = field(default_factory=dict)
+    tokenizers: Mapping[str, Mapping[str, Path]]
     pipeline_config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     folded: Folded = field(default_factory=Folded)
@@ -64,6 +62,11 @@ class Checkpoint:
     controlnets: Mapping[str, ControlNet] = field(default_factory=dict)
     ip_adapters: tuple[IpAdapter, ...] = ()
     t2i_adapters: Mapping[str, Source] = field(default_factory=dict)
+
+    @property
+    def clip_tokenizers(self) -> tuple[Mapping[str, Path], ...]:
+        """Those of CLIP's text encoders, in order."""
+        return tuple(self.tokenizers[name] for name in TEXT_ENCODERS if name in self.tokenizers)
 
     @property
     def denoiser(self) -> Submodel:

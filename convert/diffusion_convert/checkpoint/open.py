@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from diffusion_convert.checkpoint import diffusers_folder, diffusers_unet, lora, repository, single_file, unet_alone
 from diffusion_convert.checkpoint.controlnet import with_controlnets
-from diffusion_convert.checkpoint.controlnet_file import KIND
 from diffusion_convert.checkpoint.embeddings import NAMES_IN_FOLDERS, with_embeddings
 from diffusion_convert.checkpoint.family import refuse_other_uses
 from diffusion_convert.checkpoint.ip_adapter import ENCODER, with_ip_adapters
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.refiner import FAMILY, with_refiner
-from diffusion_convert.checkpoint.t2i_adapter import IN_PIPELINE, with_t2i_adapters
+from diffusion_convert.checkpoint.t2i_adapter import with_t2i_adapters
 from diffusion_convert.checkpoint.vae import PREVIEW, with_vae
 from diffusion_convert.option_values import Embedding, check_path
 from diffusion_convert.options import ConvertOptions
@@ -24,9 +22,6 @@ from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, DiffusionError, InputError
 from diffusion_runtime.families import COMPONENTS, FAMILIES, T5, TEXT_ENCODERS, UNET
 from diffusion_runtime.real_path import real_path
-
-FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf")
-"""How names of files end, which are no names of repositories."""
 
 
 def open_checkpoint(source: str, options: ConvertOptions | None = None) -> Checkpoint:
@@ -46,8 +41,7 @@ def open_checkpoint(source: str, options: ConvertOptions | None = None) -> Check
     ):
         if of_vae is not None:
             with _given_as(option):
-                fetch = partial(repository.fetch_network, part="vae") if is_repository_id(of_vae) else None
-                checkpoint = with_vae(checkpoint, of_vae, fetch, subfolder)
+                checkpoint = with_vae(checkpoint, of_vae, subfolder)
     checkpoint = _without_t5(checkpoint) if options.no_t5 else checkpoint
     _refuse_without_unet(checkpoint, options)
     _check_fits(checkpoint)
@@ -61,7 +55,7 @@ def _with_networks(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoin
         checkpoint = with_refiner(checkpoint, options.refiner, _open_refiner(options.refiner, checkpoint))
     if options.controlnets:
         with _given_as("--controlnet"):
-            checkpoint = with_controlnets(checkpoint, options.controlnets, partial(_fetch_network, part=KIND))
+            checkpoint = with_controlnets(checkpoint, options.controlnets)
     if options.loras:
         with _given_as("--lora"):
             checkpoint = lora.fuse(checkpoint, options.loras, options.lora_partial)
@@ -69,8 +63,7 @@ def _with_networks(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoin
         with _given_as("--embedding"):
             checkpoint = with_embeddings(checkpoint, [_fetched(one) for one in options.embeddings])
     if options.t2i_adapters:
-        fetch = partial(_fetch_network, part=IN_PIPELINE)
-        checkpoint = with_t2i_adapters(checkpoint, options.t2i_adapters, fetch)
+        checkpoint = with_t2i_adapters(checkpoint, options.t2i_adapters)
     return _with_ip_adapters(checkpoint, options.ip_adapters, options.image_encoder)
 
 
@@ -90,7 +83,7 @@ def _open_source(source: str, options: ConvertOptions) -> Checkpoint:
     if path.is_file():
         rest = None if base is None else _open_base(base, variant)
         return single_file.open_single_file(path, family, options.vae is not None, rest)
-    return repository.open_repository(_repository_id(source), revision, family, variant, without)
+    return repository.open_repository(repository.repository_id(source), revision, family, variant, without)
 
 
 def _refuse_without_unet(checkpoint: Checkpoint, options: ConvertOptions) -> None:
@@ -133,32 +126,20 @@ def _without_t5(checkpoint: Checkpoint) -> Checkpoint:
     family = FAMILIES[checkpoint.family]
     if not family.joint_text:
         raise InputError(f"--no-t5: {family.title} has no T5; it is of Stable Diffusion 3 alone")
-    left = {name: model for name, model in checkpoint.models.items() if name != COMPONENTS[T5].subfolder}
-    return replace(checkpoint, models=left, tokenizer_3={})
-
-
-def _fetch_network(source: str, part: str) -> Path:
-    if source.count("/") > 1 and source.endswith(FILES):
-        return repository.fetch_file(source)
-    return repository.fetch_network(_repository_id(source), part)
+    t5 = COMPONENTS[T5].subfolder
+    models = {name: model for name, model in checkpoint.models.items() if name != t5}
+    tokenizers = {name: files for name, files in checkpoint.tokenizers.items() if name != t5}
+    return replace(checkpoint, models=models, tokenizers=tokenizers)
 
 
 def _fetched(embedding: Embedding) -> Embedding:
     """Of a concept's repository, or a file in one, what is downloaded of it; any other as it is."""
     place = embedding.path.as_posix()
-    if embedding.path.exists() or not (is_repository_id(place) or place.count("/") > 1):
-        return embedding
-    found = (
-        repository.fetch_one(place, NAMES_IN_FOLDERS) if is_repository_id(place) else repository.fetch_file(place)
-    )
-    return replace(embedding, path=found)
-
-
-def _repository_id(source: str) -> str:
-    """``source``, which is on this machine no file or folder, if it is of the form of an id."""
-    if not is_repository_id(source):
-        raise CheckpointError(f"{source}: no such file or folder")
-    return source
+    if not embedding.path.exists() and repository.is_repository_id(place):
+        return replace(embedding, path=repository.fetch_one(place, NAMES_IN_FOLDERS))
+    if not embedding.path.exists() and repository.is_file_id(place):
+        return replace(embedding, path=repository.fetch_file(place))
+    return embedding
 
 
 def _open_base(base: str, variant: str | None = None) -> Checkpoint:
@@ -170,7 +151,7 @@ def _open_unet(source: str, path: Path, base: Checkpoint, options: ConvertOption
     if path.is_dir():
         folder, name, revision = path, diffusers_unet.name_of(real_path(path)), None
     else:
-        folder = repository.fetch_unet(_repository_id(source), options.revision, options.variant)
+        folder = repository.fetch_unet(repository.repository_id(source), options.revision, options.variant)
         name, revision = source, folder.name
     origin = Source(name=name, revision=revision, license=diffusers_folder.read_license(folder))
     return unet_alone.open_unet(folder, origin, base, options.family, options.variant)
@@ -228,10 +209,3 @@ def _given_as(option: str) -> Iterator[None]:
         if str(error).startswith(option):
             raise
         raise type(error)(f"{option} {error}") from error
-
-
-def is_repository_id(source: str) -> bool:
-    """Whether ``source`` is of the form owner/name, and nothing about it says that a path is meant."""
-    owner, slash, name = source.partition("/")
-    plain = all(part and part[0] not in ".~" and "/" not in part for part in (owner, name))
-    return bool(slash) and plain and not name.endswith(FILES)

@@ -72,6 +72,7 @@ class Interpreter(pickle._Unpickler):
     readline: Callable[[], bytes]
 
     def __init__(self, program: BytesIO) -> None:
+        # Texts of Python 2 are bytes in a pickle: the encoding is for those.
         super().__init__(program, encoding="utf-8", errors="replace")
 
     def _call(self, function: object, arguments: object) -> None:
@@ -118,7 +119,7 @@ class Interpreter(pickle._Unpickler):
         self._fill(items)
 
     def _build(self) -> None:
-        """Attributes are dropped, but for those that hold weights."""
+        """Attributes are dropped, except those that hold weights."""
         state = self.stack.pop()
         target = self.stack[-1]
         held = state.get("_parameters") if isinstance(target, Parameters) and isinstance(state, Items) else None

@@ -51,8 +51,7 @@ def as_refiner(checkpoint: Checkpoint) -> Checkpoint:
     return replace(
         checkpoint.refiner,
         models={**shared, "unet": checkpoint.models[SUBFOLDER]},
-        tokenizer=checkpoint.tokenizer_2 or checkpoint.tokenizer,
-        tokenizer_2={},
+        tokenizers={"text_encoder_2": checkpoint.tokenizers["text_encoder_2"]},
     )
 
 

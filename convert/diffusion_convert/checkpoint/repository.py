@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_convert.checkpoint import diffusers_unet
 from diffusion_convert.checkpoint.diffusers_folder import (
     CARD,
     INDEX,
@@ -25,9 +26,14 @@ from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, HubError
+from diffusion_runtime.real_path import real_path
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+
+FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf")
+"""How names of files end, which are no names of repositories."""
 
 
 def open_repository(
@@ -57,6 +63,40 @@ def fetch_network(repo_id: str, part: str) -> Path:
     """The folder of a network ("vae", "controlnet"): of a repository that holds nothing else, or of a checkpoint's,
     in whose folder ``part`` it lies."""
     return _fetch(repo_id, None, partial(network_files, part=part))
+
+
+def network_folder(source: str, part: str) -> tuple[Path, Source]:
+    """The folder of a network, and where it is from. ``source``: a folder on this machine, or `fetch_network`'s
+    repository; that of a pipeline may be named, in whose folder ``part`` the network lies."""
+    folder = Path(source).expanduser()
+    name, revision = diffusers_unet.name_of(real_path(folder)), None
+    if not folder.is_dir():
+        folder = fetch_network(repository_id(source), part)
+        name, revision = source, folder.name
+    inner = folder / part
+    is_pipeline = not (folder / "config.json").is_file() and (inner / "config.json").is_file()
+    origin = Source(name=name, revision=revision, license=read_license(folder))
+    return inner if is_pipeline else folder, origin
+
+
+def repository_id(source: str) -> str:
+    """``source``, if it is of the form owner/name. Raises CheckpointError otherwise: it means a path, and there is
+    nothing at that path."""
+    if not is_repository_id(source):
+        raise CheckpointError(f"{source}: no such file or folder")
+    return source
+
+
+def is_repository_id(source: str) -> bool:
+    """Whether ``source`` is of the form owner/name, and nothing about it says that a path is meant."""
+    owner, slash, name = source.partition("/")
+    plain = all(part and part[0] not in ".~" and "/" not in part for part in (owner, name))
+    return bool(slash) and plain and not name.endswith(FILES)
+
+
+def is_file_id(source: str) -> bool:
+    """Whether ``source`` is a file of weights in the form OWNER/NAME/FILE, and does not begin as a path does."""
+    return source.count("/") > 1 and source.endswith(FILES) and not source.startswith(("/", ".", "~"))
 
 
 def fetch_file(place: str, folder: str | None = None) -> Path:
@@ -132,7 +172,7 @@ Needed = Callable[[frozenset[str], ReadJson], tuple[str, ...]]
 def checkpoint_files(
     names: frozenset[str], read_json: ReadJson, variant: str | None = None, without: Collection[str] = ()
 ) -> tuple[str, ...]:
-    """The files of a checkpoint, but for those of the parts ``without``: model_index.json says which parts there
+    """The files of a checkpoint, except those of the parts in ``without``. model_index.json says which parts there
     are. Empty if there is no model_index.json."""
     if INDEX not in names:
         return ()

@@ -94,15 +94,13 @@ def open_single_file(
     models = _models(path, parts, FAMILIES[found].encoders, data, beside, base)
     if parts["unet"]["input_blocks.0.0.weight"].shape[1] == 5 and "depth_estimator" not in models:
         raise CheckpointError(f"{path}: its UNet takes depth, but the depth estimator (depth_model.) is missing")
-    tokenizers = _tokenizers(path, data, models, base)
     return Checkpoint(
         name=diffusers_unet.name_of(path),
         family=found,
         source=Source(name=path.name, sha256=sha256(path)),
         models=models,
         schedulers={name: ldm_configs.merge(config, beside.get(name, {})) for name, config in schedulers.items()},
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
+        tokenizers=_tokenizers(path, data, models, base),
         pipeline_config=data.get("pipeline_config", {}),
         notes=(*notes, *_notes(path, file, parts, data, given), *_few_steps(path, marks, given)),
     )
@@ -143,22 +141,16 @@ def _models(
 
 def _tokenizers(
     path: Path, data: Mapping[str, Any], models: Mapping[str, Submodel], base: Checkpoint | None
-) -> tuple[Mapping[str, Path], Mapping[str, Path]]:
-    """`Checkpoint.tokenizer` and `Checkpoint.tokenizer_2`, which is empty where there is one text encoder."""
-    names = {name: name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS if name in models}
+) -> dict[str, Mapping[str, Path]]:
+    """`Checkpoint.tokenizers`."""
+    encoders = [name for name in TEXT_ENCODERS if name in models]
     if base is not None:
-        both = dict(zip((name for name in TEXT_ENCODERS if name in base.models), _given(base), strict=False))
-        found = [both[name] for name in names]
-    else:
-        found = [
-            clip_tokenizer(path, folder, data[folder], models[name].config["vocab_size"])
-            for name, folder in names.items()
-        ]
-    return found[0], found[1] if len(found) > 1 else {}
-
-
-def _given(base: Checkpoint) -> tuple[Mapping[str, Path], ...]:
-    return (base.tokenizer, base.tokenizer_2)
+        return {name: base.tokenizers[name] for name in encoders}
+    folders = {name: name.replace("text_encoder", "tokenizer") for name in encoders}
+    return {
+        name: clip_tokenizer(path, folder, data[folder], models[name].config["vocab_size"])
+        for name, folder in folders.items()
+    }
 
 
 def _few_steps(path: Path, marks: ldm_marks.Marks, given: ldm_configs.Sections) -> tuple[str, ...]:

@@ -5,19 +5,18 @@ All that are converted with a UNet give features of the same shapes, since they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusion_convert.checkpoint import diffusers_folder, diffusers_unet, torch_networks
+from diffusion_convert.checkpoint import diffusers_folder, repository, torch_networks
 from diffusion_convert.checkpoint.controlnet import check_names, name_of
 from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import COMPONENTS
-from diffusion_runtime.real_path import real_path
 
 KIND, CLASS_NAME, IN_PIPELINE = "t2i_adapter", "T2IAdapter", "adapter"
 PREFIX = COMPONENTS[KIND].several or ""
@@ -28,9 +27,8 @@ LATENTS = 64
 Shape = tuple[int, ...]
 
 
-def with_t2i_adapters(checkpoint: Checkpoint, sources: Sequence[str], fetch: Callable[[str], Path]) -> Checkpoint:
-    """The checkpoint with the T2I-Adapters of ``sources``: diffusers' folders, or Hub ids, of which ``fetch`` makes
-    folders. No weight is read.
+def with_t2i_adapters(checkpoint: Checkpoint, sources: Sequence[str]) -> Checkpoint:
+    """The checkpoint with the T2I-Adapters of ``sources``: diffusers' folders, or Hub ids. No weight is read.
 
     Raises InputError for one that does not fit the checkpoint's UNet and for two of one name, CheckpointError for
     what is damaged or no T2I-Adapter."""
@@ -38,7 +36,7 @@ def with_t2i_adapters(checkpoint: Checkpoint, sources: Sequence[str], fetch: Cal
         raise InputError(
             f"{OPTION} {sources[0]}: is for a UNet, and {checkpoint.name} ({checkpoint.family}) has none"
         )
-    opened = [_open(source, fetch) for source in sources]
+    opened = [_open(source) for source in sources]
     names = [name for name, *_ in opened]
     check_names(OPTION, PREFIX, sources, names)
     for source, (_, network, _) in zip(sources, opened, strict=True):
@@ -54,22 +52,16 @@ def with_t2i_adapters(checkpoint: Checkpoint, sources: Sequence[str], fetch: Cal
     )
 
 
-def _open(source: str, fetch: Callable[[str], Path]) -> tuple[str, Submodel, Source]:
-    path = Path(source).expanduser()
-    if path.is_file():
+def _open(source: str) -> tuple[str, Submodel, Source]:
+    if Path(source).expanduser().is_file():
         raise InputError(f"{OPTION} {source}: is a file: expected the folder of a T2IAdapter of diffusers")
-    there = path.is_dir()
-    folder = path if there else fetch(source)
-    name = diffusers_unet.name_of(real_path(path)) if there else source
-    inner = folder / IN_PIPELINE
-    inner = inner if not (folder / "config.json").is_file() and inner.is_dir() else folder
-    found = diffusers_folder.read_json(inner / "config.json").get("_class_name")
+    folder, origin = repository.network_folder(source, IN_PIPELINE)
+    found = diffusers_folder.read_json(folder / "config.json").get("_class_name")
     if found != CLASS_NAME:
         raise CheckpointError(
             f"{source}: no T2I-Adapter: its config.json is of class {found}: expected {CLASS_NAME}"
         )
-    told = Source(name=name, revision=None if there else folder.name, license=diffusers_folder.read_license(folder))
-    return name_of(name), diffusers_folder.read_submodel(inner, CLASS_NAME), told
+    return name_of(origin.name), diffusers_folder.read_submodel(folder, CLASS_NAME), origin
 
 
 def feature_shapes(adapter: Submodel, height: int, width: int, where: str = KIND) -> tuple[Shape, ...]:

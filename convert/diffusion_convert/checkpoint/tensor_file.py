@@ -47,6 +47,11 @@ class TensorFile:
         return Computed(mapped, {name: partial(_called, decode) for name, decode in places.items()})
 
 
+def below(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Those whose names begin with ``prefix``, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
 def _called(decode: Callable[[], torch.Tensor], _stand_in: torch.Tensor) -> torch.Tensor:
     return decode()
 

@@ -71,6 +71,8 @@ def build(checkpoint: Checkpoint, subfolder: str) -> torch.nn.Module:
     where = f"{checkpoint.name}: {subfolder}"
     network = empty(submodel, where)
     tensors = _fitting(submodel.tensors(), network, where)
+    # Assigned, not copied: the parameters are the mapped tensors, of which no byte is read here. Not strict, as
+    # `_fitting` has checked what is missing and unknown, with all names in one message.
     network.load_state_dict(tensors, strict=False, assign=True)
     _fill_buffers(network, where)
     return network.eval().requires_grad_(False)

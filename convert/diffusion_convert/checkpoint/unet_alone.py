@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffusion_convert.checkpoint import diffusers_folder
 from diffusion_convert.checkpoint.diffusers_unet import CLASS_NAME
-from diffusion_convert.checkpoint.family import check_family, detect, refuse_other_kinds
+from diffusion_convert.checkpoint.family import of_unet
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import InputError
@@ -30,12 +30,7 @@ def open_unet(
             f"{folder}: its config.json is of class {unet.config['_class_name']}: expected {CLASS_NAME}"
         )
     diffusers_folder.check_variant(folder, {".": unet}, variant)
-    refuse_other_kinds(unet.config, str(folder))
-    parts = base.models
-    if family is not None:
-        found = check_family(family, unet.config, str(folder), parts)
-    else:
-        found = detect(unet.config, base.schedulers["scheduler"], str(folder), parts)
+    found = of_unet(unet.config, base.schedulers["scheduler"], family, str(folder), base.models)
     return replace(
         base, name=source.name, family=found, source=source, models={**base.models, "unet": unet}, notes=()
     )

@@ -140,6 +140,7 @@ def _open(path: Path) -> tuple[object, Mapping[str, tuple[int, int]]]:
     """What the program makes, and where in the file its storages lie: begin and bytes by ``data/{key}``."""
     try:
         with path.open("rb") as file:
+            # 0x80 is PROTO, with which pickles since protocol 2 begin; a zip begins with PK.
             head = file.read(MAX_PICKLE_BYTES) if file.peek(1)[:1] == b"\x80" else b""
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -168,6 +169,7 @@ def _open_sequence(path: Path, head: bytes) -> tuple[object, Mapping[str, tuple[
         for key in keys if isinstance(keys, list) else []:
             dtype, count = reader.storages.get(key, ("uint8", -1)) if isinstance(key, str) else ("uint8", -1)
             file.seek(end)
+            # Each storage follows its number of elements, in eight bytes.
             size, begin = count * _item_bytes(dtype), end + 8
             if int.from_bytes(file.read(8), "little") != count or begin + size > length:
                 raise CheckpointError(f"{path}: damaged or cut short: a storage is not where it should be")
@@ -233,6 +235,7 @@ def _map_views(
 ) -> dict[str, torch.Tensor]:
     import torch
 
+    # Not shared: whoever writes to a tensor writes to a copy of its pages, and never to the user's file.
     mapped: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
     tensors = {}
     for name, view in views.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from diffusion_convert.checkpoint import (
     ldm_configs,
     ldm_names,
     ldm_shapes,
+    repository,
     tensor_file,
     tiny_vae,
     torch_networks,
@@ -44,12 +45,10 @@ def gives_latents(class_name: str) -> bool:
     return class_name == tiny_vae.CLASS_NAME
 
 
-def with_vae(
-    checkpoint: Checkpoint, source: str, fetch: Callable[[str], Path] | None = None, subfolder: str = "vae"
-) -> Checkpoint:
+def with_vae(checkpoint: Checkpoint, source: str, subfolder: str = "vae") -> Checkpoint:
     """The checkpoint with the VAE of ``source``: the folder of an AutoencoderKL or AutoencoderTiny (TAESD), a
-    pipeline's folder, a file in LDM's layout (a VAE alone or a whole checkpoint), half of a TAESD, or a Hub id, of
-    which ``fetch`` makes a folder. ``subfolder``: in whose place, "vae" or `PREVIEW`.
+    pipeline's folder, a file in LDM's layout (a VAE alone or a whole checkpoint), half of a TAESD, or a Hub id.
+    ``subfolder``: in whose place, "vae" or `PREVIEW`.
 
     Raises InputError for a VAE that does not fit the checkpoint's latents and pictures, CheckpointError for one
     that is damaged or of another class.
@@ -57,12 +56,8 @@ def with_vae(
     path = Path(source).expanduser()
     if path.is_file():
         vae = _from_file(path, checkpoint.family)
-    elif path.is_dir():
-        vae = _from_folder(path)
-    elif fetch is not None:
-        vae = _from_folder(fetch(source))
     else:
-        raise InputError(f"{_option(subfolder)} {source}: no such file or folder")
+        vae = _from_folder(repository.network_folder(source, "vae")[0])
     torch_networks.check(vae, vae.tensors(), f"{source}: vae")
     _check_fits(f"{_option(subfolder)} {source}", vae.config, checkpoint)
     return replace(checkpoint, models={**checkpoint.models, subfolder: vae})
@@ -73,12 +68,10 @@ def _option(subfolder: str) -> str:
 
 
 def _from_folder(folder: Path) -> Submodel:
-    inner = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
-    config = diffusers_folder.read_json(inner / "config.json")
-    kind = config.get("_class_name")
+    kind = diffusers_folder.read_json(folder / "config.json").get("_class_name")
     if kind not in CLASSES:
-        raise CheckpointError(f"{inner}: its config.json is of class {kind}: expected {' or '.join(CLASSES)}")
-    return diffusers_folder.read_submodel(inner, str(kind))
+        raise CheckpointError(f"{folder}: its config.json is of class {kind}: expected {' or '.join(CLASSES)}")
+    return diffusers_folder.read_submodel(folder, str(kind))
 
 
 def _from_file(path: Path, family: str) -> Submodel:
@@ -112,8 +105,8 @@ def _map_tensors(path: Path, config: Mapping[str, Any]) -> Mapping[str, torch.Te
 def _part(tensors: ldm_shapes.Tensors) -> dict[str, torch.Tensor]:
     """The VAE's own tensors, without what it was trained with (``loss.…``, averages)."""
     prefix = next(prefix for prefix in PREFIXES if not prefix or any(name.startswith(prefix) for name in tensors))
-    named = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return {name: value for name, value in named.items() if name.startswith(_PARTS)}
+    own = tensor_file.below(tensors, prefix)
+    return {name: value for name, value in own.items() if name.startswith(_PARTS)}
 
 
 def _check_fits(source: str, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:

@@ -1,1 +1,1 @@
-"""Subcommands of ``coreml-sd``, a file for each group; ``register(app)`` adds them. They parse and print."""
+"""Subcommands of ``coreml-sd``, a file for each group; `main` puts them together. They parse and print."""

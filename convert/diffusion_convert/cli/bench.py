@@ -138,8 +138,3 @@ def _quality(one: Measurement) -> str:
     if one.psnr_db is None:
         return "-"
     return f"{one.psnr_db:.1f} dB" + ("" if one.is_right else " WRONG")
-
-
-def register(app: typer.Typer) -> None:
-    """Add ``bench``."""
-    app.command(help=HELP)(bench)

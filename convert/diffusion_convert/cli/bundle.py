@@ -69,12 +69,6 @@ def bundle(
         typer.echo(str(path))
 
 
-def register(app: typer.Typer) -> None:
-    """Add ``compile`` and ``bundle``."""
-    app.command("compile")(compile_)
-    app.command()(bundle)
-
-
 def _compiler(text: str) -> Compiler:
     from diffusion_convert.compile import Compiler
 

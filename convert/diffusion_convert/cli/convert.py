@@ -67,6 +67,7 @@ def convert(
     try:
         with interruption.seen(), _progress(console) as progress:
             made = run(source, output, wanted, progress)
+    # Said here and not by `main`, which does not know the output: what is kept there is worth knowing.
     except KeyboardInterrupt:
         _say_kept(output)
         sys.exit(INTERRUPTED)
@@ -157,8 +158,3 @@ def _say_kept(output: Path) -> None:
         f"{', '.join(names)} finished and kept; run the same command again to go on" if names else "nothing is kept"
     )
     typer.echo(f"interrupted: {what}", err=True)
-
-
-def register(app: typer.Typer) -> None:
-    """Add ``convert``."""
-    app.command(help=CONVERT_HELP)(convert)

@@ -18,8 +18,3 @@ def inspect(
 
     reports = reports_of(path)
     typer.echo(as_json(reports) if json else as_text(reports))
-
-
-def register(app: typer.Typer) -> None:
-    """Add ``inspect``."""
-    app.command()(inspect)

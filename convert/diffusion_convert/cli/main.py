@@ -94,6 +94,13 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-for module in (convert, palettize, bundle, verify, inspect, share, bench):
-    module.register(app)
+app.command(help=convert.CONVERT_HELP)(convert.convert)
+app.command()(palettize.palettize)
+app.command("compile")(bundle.compile_)
+app.command()(bundle.bundle)
+app.command()(verify.verify)
+app.command()(inspect.inspect)
+app.command()(share.publish)
+app.command()(share.download)
+app.command(help=bench.HELP)(bench.bench)
 app.registered_commands.extend(runtime.app.registered_commands)

@@ -33,11 +33,6 @@ class Granularity(enum.Enum):
     PER_GROUPED_CHANNEL = "per-grouped-channel"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to ``app``."""
-    app.command("palettize")(palettize)
-
-
 def palettize(
     package: Annotated[Path, typer.Argument(help="An ML Program (.mlpackage) with float weights.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .mlpackage to write.")],

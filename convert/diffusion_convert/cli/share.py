@@ -66,9 +66,3 @@ def download(
         repo_id, output, variant=variant, kind=kind, revision=revision, endpoint=endpoint, report=typer.echo
     )
     typer.echo(str(path))
-
-
-def register(app: typer.Typer) -> None:
-    """Add ``publish`` and ``download``."""
-    app.command()(publish)
-    app.command()(download)

@@ -54,8 +54,3 @@ def _advice(asked: Mapping[str, object]) -> str:
     missing = [option for option, given in asked.items() if not given]
     given = f" (was it converted with {' or '.join(missing)}? then name it here too)" if missing else ""
     return f"convert it again{given}"
-
-
-def register(app: typer.Typer) -> None:
-    """Add ``verify``."""
-    app.command()(verify)

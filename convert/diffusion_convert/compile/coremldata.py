@@ -20,6 +20,7 @@ def container(model: Model) -> bytes:
     """The whole coremldata.bin. User metadata are sorted: Apple's order is random, ours the same each time."""
     described = description.canonical(model.description)
     version = model.specification_version
+    # 7: the length of the text that follows it.
     head = CONTAINER.pack(ML_PROGRAM, SYSTEMS[version].writer, 7, b"generic", version, len(described))
     return head + described + _TRAILER.pack(ML_PROGRAM) * len(model.program.functions)
 

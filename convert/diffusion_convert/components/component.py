@@ -10,6 +10,7 @@ import numpy as np
 
 from diffusion_convert.verification.bounds import MIN_PSNR_DB
 from diffusion_runtime.families import kind_of, subfolder_of
+from diffusion_runtime.picture_size import Size
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,10 @@ class Shape:
     width: int
     batch_size: int
     context_length: int | None = None
+
+    @property
+    def size(self) -> Size:
+        return Size(self.width, self.height)
 
 
 @dataclass(frozen=True, slots=True)

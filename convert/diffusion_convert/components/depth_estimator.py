@@ -12,7 +12,8 @@ from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.components.vae_encoder import plain_patches
-from diffusion_convert.networks import depth_estimator
+from diffusion_convert.networks.attention import ATTENTION
+from diffusion_convert.networks.depth import DepthEstimator
 from diffusion_runtime.families import AttentionKind
 
 PLAIN_SIZE = 16
@@ -37,7 +38,7 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
     channels = int(model.config.num_channels)
     pixels = (1, channels, size, size)
     return Graph(
-        module=Reference(model) if attention is None else depth_estimator(model, attention),
+        module=Reference(model) if attention is None else DepthEstimator(model, ATTENTION[attention]).eval(),
         inputs=(Port("pixel_values", pixels, description="The picture, resized, in -1..1"),),
         outputs=(Port("predicted_depth", (1, size, size), "float32", "Inverse depth: the larger, the nearer"),),
         sample=lambda seed: {"pixel_values": plain_patches(pixels, PLAIN_SIZE, seed).astype(np.float16)},

@@ -12,7 +12,8 @@ from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.ip_adapter import PROJECTIONS, patches
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
-from diffusion_convert.networks import image_encoder
+from diffusion_convert.networks.attention import ATTENTION
+from diffusion_convert.networks.picture_prompts import ImageEncoder
 from diffusion_runtime.families import AttentionKind
 
 
@@ -54,7 +55,9 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
     gives = tuple(port.name for port in outputs)
     pixels = (1, int(config.num_channels), size, size)
     return Graph(
-        module=Reference(model, gives) if attention is None else image_encoder(model, attention, gives),
+        module=Reference(model, gives)
+        if attention is None
+        else ImageEncoder(model, ATTENTION[attention], gives).eval(),
         inputs=(
             Port(
                 "pixel_values", pixels, description="The picture, resized and normalised as CLIP's processor does"

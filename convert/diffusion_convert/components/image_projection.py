@@ -13,7 +13,8 @@ from diffusion_convert.checkpoint.ip_adapter import patches
 from diffusion_convert.checkpoint.ip_projections import TOKENS
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
-from diffusion_convert.networks import picture_projection
+from diffusion_convert.networks.attention import ATTENTION
+from diffusion_convert.networks.picture_prompts import projection
 from diffusion_runtime.families import AttentionKind
 
 
@@ -31,6 +32,7 @@ class Projections(nn.Module):
 
 def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:  # noqa: ARG001
     network: Any = torch_networks.build(checkpoint, "image_projection")
+    attend = None if attention is None else ATTENTION[attention]
     adapters = checkpoint.models["image_projection"].config["projections"]
     inputs = tuple(
         Port(f"image_embeds_{index}", _taken(checkpoint, one), description=f"Of the picture of {named.name}")
@@ -46,7 +48,7 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
         return {port.name: rng.standard_normal(port.shape).astype(port.dtype) for port in inputs}
 
     return Graph(
-        module=Projections([picture_projection(layer, attention) for layer in network.layers]),
+        module=Projections([projection(layer, attend) for layer in network.layers]).eval(),
         inputs=inputs,
         outputs=outputs,
         sample=draw,

@@ -11,8 +11,8 @@ from torch import nn
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
-from diffusion_convert.networks import safety_checker
-from diffusion_convert.networks.clip_safety import SPECIAL_CARE_ADJUSTMENT
+from diffusion_convert.networks.attention import ATTENTION
+from diffusion_convert.networks.clip_safety import SPECIAL_CARE_ADJUSTMENT, SafetyChecker
 from diffusion_runtime.families import AttentionKind
 
 APP_SIZE = 512
@@ -60,7 +60,7 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
     clip, pictures = (1, 3, size, size), picture_shapes(shape)
     picture = pictures[0]
     return Graph(
-        module=Reference(checker) if attention is None else safety_checker(checker, attention),
+        module=Reference(checker) if attention is None else SafetyChecker(checker, ATTENTION[attention]).eval(),
         inputs=(
             Port(
                 "clip_input",
@@ -89,6 +89,7 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
 
 def picture_shapes(shape: Shape) -> tuple[tuple[int, ...], ...]:
     """Of the pictures that are made, and of those that apps hand over whatever they make."""
+    # A picture of 512 may be both: one shape then, and no list of shapes to choose from.
     sizes = dict.fromkeys([(shape.height, shape.width), (APP_SIZE, APP_SIZE)])
     return tuple((1, *size, 3) for size in sizes)
 

@@ -14,7 +14,8 @@ from diffusion_convert.checkpoint import folding, torch_networks
 from diffusion_convert.checkpoint.family import text_length
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
-from diffusion_convert.networks import text_encoder
+from diffusion_convert.networks.attention import ATTENTION
+from diffusion_convert.networks.clip import TextEncoder
 from diffusion_convert.networks.folding import Padding
 from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS, AttentionKind
 from diffusion_runtime.prompt.text_states import UNSKIPPED
@@ -97,7 +98,7 @@ def build(
     encoder: nn.Module = (
         Reference(model, penultimate, skip)
         if attention is None
-        else text_encoder(model, attention, penultimate, skip)
+        else TextEncoder(model, ATTENTION[attention], penultimate, skip).eval()
     )
     more = (UNSKIPPED,) if skip else ()
     padding = (checkpoint.folded.padding or {}).get(subfolder)

@@ -14,8 +14,8 @@ from diffusion_convert.checkpoint.family import latent_factor, text_length
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.components.unet import TIMESTEPS
-from diffusion_convert.networks import transformer
-from diffusion_convert.networks.mmdit import TIME_PROJECTION, HeadNorm
+from diffusion_convert.networks.attention import ATTENTION
+from diffusion_convert.networks.mmdit import TIME_PROJECTION, HeadNorm, Transformer
 from diffusion_runtime.families import MMDIT, AttentionKind
 
 SAMPLE, STATES, POOLED = MMDIT.names.values()
@@ -43,7 +43,9 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
     sample = inputs[0].shape
     channels = int(checkpoint.models["transformer"].config["out_channels"] or sample[1])
     size = sample[2], sample[3]
-    module: nn.Module = Reference(network) if attention is None else transformer(network, attention, size)
+    module: nn.Module = Reference(network)
+    if attention is not None:
+        module = Transformer(network, ATTENTION[attention], size).eval()
     return Graph(
         module=module,
         inputs=inputs,

@@ -141,6 +141,7 @@ def draw_inputs(
         latents[2::3, latent_channels:] = 0
     elif sample[1] != latent_channels:
         latents[:, latent_channels:] = np.clip(latents[:, latent_channels:], -1, 1)  # a depth, a small picture
+    # Rows differ in their timesteps, or a model that takes the first row's for all would pass.
     steps = [TIMESTEPS[(seed * batch + row) % len(TIMESTEPS)] for row in range(batch)]
     ports = {port.name: port for port in (*trio, *(port for one in conditions for port in one.ports))}
     embeds = ports["text_embeds"].shape[1] if "text_embeds" in ports else 1

@@ -27,7 +27,7 @@ from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import Hashes, tokenizer_hashes
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import CheckpointError
-from diffusion_runtime.families import FAMILIES, T5, AttentionKind, Layout
+from diffusion_runtime.families import COMPONENTS, FAMILIES, T5, AttentionKind, Layout
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 from diffusion_runtime.schedulers import imposed_on, settled
 
@@ -97,15 +97,14 @@ def _packages(
 def _write_tokenizers(checkpoint: Checkpoint, made: Manifest, folder: Path) -> None:
     """Where ``made`` says. Apps look for CLIP's vocabulary and for T5's tokenizer beside the models, so CLIP's
     settings, which are called as T5's, lie elsewhere where there is T5."""
-    places = (made.tokenizer, checkpoint.tokenizer), (made.tokenizer_2, checkpoint.tokenizer_2)
-    for place, files in places:
-        if place is not None:
-            (folder / place).mkdir(exist_ok=True)
-            write_vocabulary(files, folder / place, checkpoint.added_tokens)
+    places = [place for place in (made.tokenizer, made.tokenizer_2) if place is not None]
+    for place, files in zip(places, checkpoint.clip_tokenizers, strict=True):
+        (folder / place).mkdir(exist_ok=True)
+        write_vocabulary(files, folder / place, checkpoint.added_tokens)
     if made.tokenizer_3 is not None and made.tokenizer is not None:
         for name in VOCABULARY_FILES:
             shutil.copyfile(folder / made.tokenizer / name, folder / name)
-        write_t5(checkpoint.tokenizer_3, folder)
+        write_t5(checkpoint.tokenizers[COMPONENTS[T5].subfolder], folder)
 
 
 def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Component]) -> Manifest:
@@ -133,7 +132,7 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
             "drawn": not gives_latents(checkpoint.models["vae"].class_name),
         },
         "tokenizer": FIRST_TOKENIZER if T5 in entries else ".",
-        "tokenizer_2": SECOND_TOKENIZER if checkpoint.tokenizer_2 else None,
+        "tokenizer_2": SECOND_TOKENIZER if len(checkpoint.clip_tokenizers) > 1 else None,
         "tokenizer_3": "." if T5 in entries else None,
         "padding": checkpoint.padding,
         "prediction_type": prediction,

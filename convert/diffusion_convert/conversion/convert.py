@@ -74,18 +74,13 @@ def convert(
         StorageError: for a disk that is full or must not be written to.
         HubError: for a connection that failed.
     """
-    return _locked(
-        str(source), Path(output), options or ConvertOptions(), progress if progress is not None else lambda _: None
-    )
-
-
-def _locked(source: str, output: Path, options: ConvertOptions, progress: Progress) -> Conversion:
+    output, progress = Path(output), progress or (lambda _: None)
     check_path("", output)
     check_writable(output)
     with locked(output) as hidden:
         sweep_variants(output)
         previous, known = read(output), Hashes()
-        plan = _plan(source, options, previous, progress)
+        plan = _plan(str(source), options or ConvertOptions(), previous, progress)
         kept = kept_of(previous, plan, known)
         if there := kept.complete(plan, known):
             clear(hidden)

@@ -32,7 +32,7 @@ from diffusion_convert.verification import compare
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
-from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes
+from diffusion_runtime.bundle.integrity import Hashes, measured
 from diffusion_runtime.errors import InputError, PackageError, VerificationError
 from diffusion_runtime.families import CHUNKED, T5, TEXT_ENCODERS
 from diffusion_runtime.links import share_file, share_tree
@@ -368,10 +368,8 @@ def _check_chain(whole: Path, halves: tuple[Path, ...], inputs: Mapping[str, np.
 
 
 def _hashed(job: Job, record: Record) -> Record:
-    files = record.component.files
-    component = record.component.model_copy(
-        update={"sha256": hashes(job.folder, files, job.known), "size_bytes": size_bytes(job.folder, files)}
-    )
+    component = record.component
+    component = component.model_copy(update=measured(job.folder, component.files, job.known))
     return record.model_copy(update={"component": component})
 
 

@@ -54,7 +54,7 @@ class Part:
     """Where sizes are asked for by name, so that others can be added: that of the pictures."""
 
     def is_like(self, other: Part) -> bool:
-        """Whether both are the same but for the size."""
+        """Whether both are the same except for the size."""
         return self.component.name == other.component.name and self.attention is other.attention
 
     @property
@@ -193,12 +193,12 @@ def _check_texts(checkpoint: Checkpoint, options: ConvertOptions) -> None:
 
 def _check_vocabularies(checkpoint: Checkpoint) -> Iterator[str]:
     """Raises CheckpointError for tokenizers that cannot be used; yields what of them cannot."""
-    tokenizers = [files for files in (checkpoint.tokenizer, checkpoint.tokenizer_2) if files]
     encoders = [name for name in FAMILIES[checkpoint.family].encoders if name in checkpoint.models]
+    tokenizers = {name: checkpoint.tokenizers.get(name, {}) for name in encoders}
     try:
-        for files in tokenizers or [checkpoint.tokenizer]:
+        for files in tokenizers.values():
             check_vocabulary(files)
-        for files, encoder in zip(tokenizers, encoders, strict=False):
+        for encoder, files in tokenizers.items():
             size = int(checkpoint.models[encoder].config["vocab_size"])
             if unknown := unknown_tokens(files, size):
                 yield (
@@ -206,7 +206,7 @@ def _check_vocabularies(checkpoint: Checkpoint) -> Iterator[str]:
                     f"with {torch_networks.listed(list(unknown))} cannot be drawn"
                 )
         if (t5 := checkpoint.models.get(COMPONENTS[T5].subfolder)) is not None:
-            check_t5(checkpoint.tokenizer_3, int(t5.config["vocab_size"]))
+            check_t5(checkpoint.tokenizers.get(COMPONENTS[T5].subfolder, {}), int(t5.config["vocab_size"]))
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.name}: {error}") from error
 
@@ -281,7 +281,7 @@ def _each_size(
 ) -> Iterator[tuple[Shape, Size | None]]:
     for shape in shapes[:1] if component.one_size else shapes:
         named = options.sizes and not component.one_size
-        yield shape, Size(shape.width, shape.height) if named else None
+        yield shape, shape.size if named else None
 
 
 def _shapes(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Shape, ...]:
@@ -366,14 +366,13 @@ def identify(checkpoint: Checkpoint, options: ConvertOptions) -> Identity:
     """See `Identity`. Raises InputError for sizes that the networks cannot make."""
     first = _shapes(checkpoint, options)[0]
     whole_weights = replace(options, nbits=None, nbits_for={}, target_bits=None, recipe=None)
-    only = None if options.sizes else Size(first.width, first.height)
+    only = None if options.sizes else first.size
     return Identity(fingerprint(checkpoint, options), fingerprint(checkpoint, whole_weights), only)
 
 
 def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> str:
     """See `Identity`; known without looking at weights: sizes and times of change stand for files' contents."""
-    tokenizers = (checkpoint.tokenizer, checkpoint.tokenizer_2, checkpoint.tokenizer_3)
-    files = {path for tokenizer in tokenizers for path in tokenizer.values()}
+    files = {path for tokenizer in checkpoint.tokenizers.values() for path in tokenizer.values()}
     files.update(path for model in checkpoint.models.values() for path in model.files)
     files.update([options.recipe] if options.recipe is not None else [])
     told = {

@@ -67,14 +67,11 @@ class Previous:
 
     def obsolete(self, new: set[str]) -> tuple[str, ...]:
         """Names of variants, zips and the card of the earlier conversion that are not among the ``new`` ones."""
-        found = list(self.variants)
-        for name, made in ((name, made) for name, kinds in self.variants.items() for made in kinds.values()):
-            found += (
-                []
-                if made is None
-                else [one for other in zip_attentions(name, ()) for one in zip_names_by_size(made, other).values()]
-            )
-        found += [CARD_NAME] if self.variants else []
+        found = [*self.variants, CARD_NAME] if self.variants else []
+        for name, kinds in self.variants.items():
+            for made in filter(None, kinds.values()):
+                for other in zip_attentions(name, ()):
+                    found += zip_names_by_size(made, other).values()
         return tuple(dict.fromkeys(name for name in found if name not in new and (self.output / name).exists()))
 
 
@@ -104,18 +101,18 @@ class Kept:
 
     def _complete(self, plan: Plan, attention: AttentionKind) -> Manifest | None:
         wanted = {part.component.name for part in plan.variant(attention)}
-        sizes = {Size(shape.width, shape.height) for shape in plan.shapes}
+        sizes = {shape.size for shape in plan.shapes}
         kinds = self.previous.variants.get(attention.value, {})
         for kind in KINDS[: 1 + plan.compiled]:
             made, folder = kinds.get(kind), self.previous.output / attention.value / kind
-            if made is None or made.components.keys() != wanted or set(made.sizes) != sizes:
+            place = attention.value, kind
+            if made is None or set(made.sizes) != sizes or place not in self.tokenizers:
                 return None
-            if self.whole.get((attention.value, kind), {}).keys() != wanted:
-                return None
-            if (attention.value, kind) not in self.tokenizers:
+            if not made.components.keys() == self.whole.get(place, {}).keys() == wanted:
                 return None
             if not all((folder / name).is_file() for name in VOCABULARY_FILES):  # of an older manifest
                 return None
+        # Compiled models of an earlier run that this one would not make: not what was asked for.
         if not plan.compiled and (self.previous.output / attention.value / KINDS[1]).exists():
             return None
         return kinds[KINDS[0]]
@@ -138,7 +135,7 @@ class Kept:
             if found is not None and read_record(folder) is None:
                 packages, component = found
                 with unfinished_folder(folder) as unfinished:
-                    taken = take_size(component, Size(part.shape.width, part.shape.height), packages, unfinished)
+                    taken = take_size(component, part.shape.size, packages, unfinished)
                     write_record(Record(component=taken), unfinished)
         return others
 
@@ -148,9 +145,8 @@ class Kept:
             made = self.previous.variants.get(attention.value, {}).get(KINDS[0])
             if component is None or made is None:
                 continue
-            if part.component.one_size or Size(part.shape.width, part.shape.height) in made.sizes:
-                size = Size(part.shape.width, part.shape.height)
-                return self.previous.output / attention.value / KINDS[0], component.at(size)
+            if part.component.one_size or part.shape.size in made.sizes:
+                return self.previous.output / attention.value / KINDS[0], component.at(part.shape.size)
         return None
 
 

@@ -10,7 +10,7 @@ from diffusion_convert.conversion.plan import Part, Plan, joins_sizes
 from diffusion_convert.conversion.workspace import Workspace
 from diffusion_convert.join import join, share, take_apart
 from diffusion_runtime.bundle import manifest
-from diffusion_runtime.bundle.integrity import Hashes, hashes, size_bytes
+from diffusion_runtime.bundle.integrity import Hashes, measured
 from diffusion_runtime.links import share_tree
 from diffusion_runtime.picture_size import Size
 
@@ -50,8 +50,7 @@ def put_together(
         else:
             share(sources, [folder / one.files[number] for one in sizes.values()], known)
     files = tuple(dict.fromkeys(name for one in sizes.values() for name in one.files))
-    told = {"sha256": hashes(folder, files, known), "size_bytes": size_bytes(folder, files), "sizes": sizes}
-    return first.model_copy(update=told)
+    return first.model_copy(update={**measured(folder, files, known), "sizes": sizes})
 
 
 def take_size(component: manifest.Component, size: Size, packages: Path, folder: Path) -> manifest.Component:
@@ -63,5 +62,5 @@ def take_size(component: manifest.Component, size: Size, packages: Path, folder:
             share_tree(packages / file, folder / name)
         else:
             take_apart(packages / file, component.function, folder / name)
-    told = {"sha256": hashes(folder, names), "size_bytes": size_bytes(folder, names), "files": tuple(names)}
-    return component.model_copy(update={**told, "function": None, "sizes": {}})
+    told = {**measured(folder, names), "files": tuple(names), "function": None, "sizes": {}}
+    return component.model_copy(update=told)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_convert.bundle import zip_names
+from diffusion_convert.bundle.variants import Report
 from diffusion_convert.hub.client import RemoteFile, check_repo_id, hub_errors, open_api, remote_files
 from diffusion_runtime import zips
 from diffusion_runtime.atomic import locked, move_into_place, remove
@@ -21,7 +22,6 @@ from diffusion_runtime.real_path import is_there
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-Report = Callable[[str], None]
 _STAGING = "download-"
 _ATTEMPTS = 4
 
@@ -50,38 +50,27 @@ def download(
     if kind not in KINDS:
         raise InputError(f"--kind {kind!r}: expected {' or '.join(KINDS)}")
     with locked(output) as hidden:
-        return _download(repo_id, output, hidden, variant, kind, revision, open_api(endpoint, token), report)
-
-
-def _download(
-    repo_id: str,
-    output: Path,
-    hidden: Path,
-    variant: str | None,
-    kind: str,
-    revision: str,
-    api: HfApi,
-    report: Report,
-) -> Path:
-    with hub_errors(repo_id, "download"):
-        commit = str(api.repo_info(repo_id, revision=revision).sha)
-        there = remote_files(api, repo_id, commit)
-    chosen = _choose(repo_id, there, variant, kind)
-    target = output / chosen / kind
-    if target.exists():
-        raise _there_already(target)
-    wanted = _wanted(there, chosen, kind)
-    report(f"{repo_id} at {commit[:12]}: {chosen}, {len(wanted)} files, {_megabytes(wanted)}")
-    staging = hidden / f"{_STAGING}{commit}"
-    for other in hidden.glob(f"{_STAGING}*"):
-        if other != staging:
-            remove(other)
-    for name, remote in wanted.items():
-        report(f"downloading {name}")
-        _fetch(api, repo_id, commit, name, remote, staging)
-    _put_in_place(staging, wanted, chosen, kind, target)
-    remove(staging)
-    return target
+        api = open_api(endpoint, token)
+        with hub_errors(repo_id, "download"):
+            commit = str(api.repo_info(repo_id, revision=revision).sha)
+            there = remote_files(api, repo_id, commit)
+        chosen = _choose(repo_id, there, variant, kind)
+        target = output / chosen / kind
+        if target.exists():
+            raise _there_already(target)
+        wanted = _wanted(there, chosen, kind)
+        size = sum(remote.size for remote in wanted.values())
+        report(f"{repo_id} at {commit[:12]}: {chosen}, {len(wanted)} files, {size / 1e6:.1f} MB")
+        staging = hidden / f"{_STAGING}{commit}"
+        for other in hidden.glob(f"{_STAGING}*"):
+            if other != staging:
+                remove(other)
+        for name, remote in wanted.items():
+            report(f"downloading {name}")
+            _fetch(api, repo_id, commit, name, remote, staging)
+        _put_in_place(staging, wanted, chosen, kind, target)
+        remove(staging)
+        return target
 
 
 def _choose(repo_id: str, there: Mapping[str, RemoteFile], variant: str | None, kind: str) -> str:
@@ -143,7 +132,3 @@ def _put_in_place(staging: Path, wanted: Mapping[str, RemoteFile], variant: str,
 
 def _there_already(target: Path) -> InputError:
     return InputError(f"{target}: exists already; remove it or choose another folder")
-
-
-def _megabytes(files: Mapping[str, RemoteFile]) -> str:
-    return f"{sum(remote.size for remote in files.values()) / 1e6:.1f} MB"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from diffusion_convert.bundle.how_to_run import REPOSITORY
 from diffusion_convert.bundle.model_card import CARD_NAME, PICTURES, card_of
 from diffusion_convert.bundle.sizes import size_folder
-from diffusion_convert.bundle.variants import required_variants, sweep_variants
+from diffusion_convert.bundle.variants import Report, required_variants, sweep_variants
 from diffusion_convert.bundle.zip_names import stem_of, zip_names
 from diffusion_convert.hub.client import check_repo_id, hub_errors, open_api, remote_files
 from diffusion_runtime import zips
@@ -22,8 +22,6 @@ from diffusion_runtime.errors import InputError, PackageError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,32 +12,11 @@ from torch import nn
 
 from diffusion_convert.networks.attention import ATTENTION
 from diffusion_convert.networks.channel_norm import teach_coremltools
-from diffusion_convert.networks.clip import TextEncoder
-from diffusion_convert.networks.clip_safety import SafetyChecker
-from diffusion_convert.networks.depth import DepthEstimator
-from diffusion_convert.networks.mmdit import Transformer
-from diffusion_convert.networks.picture_prompts import ImageEncoder, projection
-from diffusion_convert.networks.pointwise import pointwise
 from diffusion_convert.networks.transformer import SpatialAttention, SpatialTransformer
 from diffusion_runtime.errors import UnsupportedError
 from diffusion_runtime.families import AttentionKind
 
-__all__ = [
-    "DepthEstimator",
-    "ImageEncoder",
-    "SafetyChecker",
-    "TextEncoder",
-    "Transformer",
-    "depth_estimator",
-    "image_encoder",
-    "picture_projection",
-    "pointwise",
-    "put_attention",
-    "safety_checker",
-    "teach_coremltools",
-    "text_encoder",
-    "transformer",
-]
+__all__ = ["put_attention", "teach_coremltools"]
 
 REPLACEMENTS = {"Transformer2DModel": SpatialTransformer, "Attention": SpatialAttention}
 
@@ -58,38 +37,6 @@ def put_attention(network: nn.Module, kind: AttentionKind) -> None:
     """
     _refuse_conditions(getattr(network, "config", {}))
     _replace(network, kind, "")
-
-
-def text_encoder(
-    model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL, penultimate: bool = False, skip: int = 0
-) -> TextEncoder:
-    """transformers' CLIPTextModel or CLIPTextModelWithProjection as `clip.TextEncoder`, on the same parameters."""
-    return TextEncoder(model, ATTENTION[kind], penultimate, skip).eval()
-
-
-def safety_checker(model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL) -> SafetyChecker:
-    """diffusers' StableDiffusionSafetyChecker as `clip_safety.SafetyChecker`, on the same parameters."""
-    return SafetyChecker(model, ATTENTION[kind]).eval()
-
-
-def depth_estimator(model: nn.Module, kind: AttentionKind = AttentionKind.ORIGINAL) -> DepthEstimator:
-    """transformers' DPTForDepthEstimation as `depth.DepthEstimator`; takes ``model`` over."""
-    return DepthEstimator(model, ATTENTION[kind]).eval()
-
-
-def image_encoder(model: nn.Module, kind: AttentionKind, gives: tuple[str, ...]) -> ImageEncoder:
-    """transformers' CLIPVisionModelWithProjection as `picture_prompts.ImageEncoder`, on the same parameters."""
-    return ImageEncoder(model, ATTENTION[kind], gives).eval()
-
-
-def picture_projection(module: nn.Module, kind: AttentionKind | None) -> nn.Module:
-    """An IP-Adapter's projection of diffusers' giving (1, width, 1, tokens); None: computed as diffusers does."""
-    return projection(module, None if kind is None else ATTENTION[kind]).eval()
-
-
-def transformer(network: nn.Module, kind: AttentionKind, size: tuple[int, int]) -> Transformer:
-    """diffusers' SD3Transformer2DModel as `mmdit.Transformer` for latents of ``size``, on the same parameters."""
-    return Transformer(network, ATTENTION[kind], size).eval()
 
 
 def _replace(module: nn.Module, kind: AttentionKind, path: str) -> None:

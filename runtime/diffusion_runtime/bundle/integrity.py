@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diffusion_runtime.bundle.manifest import FILE_NAME, Manifest
 from diffusion_runtime.errors import PackageError
@@ -69,6 +70,11 @@ def tokenizer_hashes(folder: Path, places: Iterable[str | None], known: Hashes |
 def size_bytes(folder: Path, models: Iterable[str]) -> int:
     """Bytes of all files below the named models."""
     return sum(file.stat().st_size for name in models for file in (folder / name).rglob("*") if file.is_file())
+
+
+def measured(folder: Path, models: Collection[str], known: Hashes | None = None) -> dict[str, Any]:
+    """What a manifest's `Component` says of its files."""
+    return {"sha256": hashes(folder, models, known), "size_bytes": size_bytes(folder, models)}
 
 
 def faults(manifest: Manifest, folder: Path, known: Hashes | None = None) -> dict[str, dict[str, Fault]]:

@@ -14,7 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from diffusion_convert.cli.palettize import register
+from diffusion_convert.cli.palettize import palettize
 from diffusion_convert.palettize.palettize_package import folder_bytes
 from diffusion_runtime.coremltools_import import import_coremltools
 
@@ -22,7 +22,7 @@ from diffusion_runtime.coremltools_import import import_coremltools
 @pytest.fixture(scope="module")
 def command() -> Callable[..., Result]:
     app = typer.Typer()
-    register(app)
+    app.command()(palettize)
     app.callback()(lambda: None)
 
     def run(*arguments: Any) -> Result:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffusion_convert.checkpoint.computed import Computed
 from diffusion_convert.checkpoint.lora import file as lora_file
 from diffusion_convert.checkpoint.lora.kinds import Layer
 from diffusion_convert.checkpoint.lora.places import TEXT_LAYER, Place, places, text_layers
@@ -81,37 +82,23 @@ def fuse(checkpoint: Checkpoint, loras: Sequence[Lora], partial_: bool = False) 
     return replace(checkpoint, models=models, source=source, notes=(*checkpoint.notes, *notes))
 
 
-class Fused(Mapping[str, "torch.Tensor"]):
-    """Weights of which some have updates, computed at access: nothing is held but views of the files."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], updates: Mapping[str, Sequence[Update]]) -> None:
-        self._tensors, self._updates = tensors, updates
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        weight = self._tensors[name]
-        if name not in self._updates:
-            return weight
-        fused = weight.float()
-        for update in self._updates[name]:
-            try:
-                fused = update.apply(fused)
-            except ValueError as error:
-                raise InputError(f"--lora {update.layer.path}: {update.layer.title}: {error}") from error
-        if not _storable(fused) and _storable(weight):
-            raise InputError(_blame(name, weight, self._updates[name]))
-        return fused.to(_dtype(weight))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
 def _fused(
     tensors: Callable[[], Mapping[str, torch.Tensor]], updates: Mapping[str, Sequence[Update]]
 ) -> Mapping[str, torch.Tensor]:
-    return Fused(tensors(), updates)
+    return Computed(tensors(), {name: partial(_with_updates, name, own) for name, own in updates.items()})
+
+
+def _with_updates(name: str, updates: Sequence[Update], weight: torch.Tensor) -> torch.Tensor:
+    fused = weight.float()
+    for update in updates:
+        try:
+            fused = update.apply(fused)
+        except ValueError as error:
+            raise InputError(f"--lora {update.layer.path}: {update.layer.title}: {error}") from error
+    # What had no room in float16 before is not this LoRA's fault: the export keeps such weights in float32.
+    if not _storable(fused) and _storable(weight):
+        raise InputError(_blame(name, weight, updates))
+    return fused.to(_dtype(weight))
 
 
 def _dtype(weight: torch.Tensor) -> torch.dtype:

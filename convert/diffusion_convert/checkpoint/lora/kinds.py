@@ -93,6 +93,7 @@ class Layer:
         if "magnitude" in self.parts:
             changed = value + strength * delta
             return changed * _over_norm(self.parts["magnitude"], changed, outputs=True)
+        # LyCORIS' DoRA is of the weight with the whole update in it, and only its factor is faded by the strength.
         if "dora_scale" in self.parts:
             changed, magnitude = value + delta, self.parts["dora_scale"]
             outputs = magnitude.ndim == 1 or magnitude.shape[0] == value.shape[0]
@@ -153,8 +154,7 @@ def _lora(parts: Parts) -> torch.Tensor:
     if math.prod(up.shape[2:]) != 1:
         raise ValueError("its tensors do not fit each other")
     if "mid" in parts:
-        mid = parts["mid"].float()
-        product = torch.einsum("pq...,op,qi->oi...", mid, up.flatten(1), down.flatten(1))
+        product = _tucker(parts["mid"], up.flatten(1).T, down.flatten(1))
     else:
         product = (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
     if "bias_values" not in parts:
