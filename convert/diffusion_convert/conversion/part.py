@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict
 
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.chunk import chunk
-from diffusion_convert.compile.metadata_json import compute_precision
 from diffusion_convert.conversion.metadata import metadata
 from diffusion_convert.conversion.plan import Part, Plan
 from diffusion_convert.conversion.workspace import Workspace
@@ -234,7 +233,7 @@ def _record(
             ),
             outputs=tuple(manifest.Tensor(name=p.name, dtype=p.dtype, shape=p.shape) for p in made.outputs),
             compute_units=job.part.component.compute_units(job.part.attention),
-            precision=_precision(job.package),
+            precision=made.precision,
             float32_ops=tuple(kept),
             psnr_db=dict(psnr_db),
             vocabulary_size=_vocabulary_size(job),
@@ -249,11 +248,6 @@ def _vocabulary_size(job: Job) -> int | None:
     if component.name not in (*TEXT_ENCODERS, T5):
         return None
     return int(job.plan.checkpoint.models[component.subfolder].config["vocab_size"])
-
-
-def _precision(package: Path) -> str:
-    """What it computes in: float16 where any of it is, as in a VAE that says `force_upcast` nothing is."""
-    return "float16" if "Float16" in compute_precision(open_package(package).model.function) else "float32"
 
 
 def _notes(job: Job, made: export.Exported, kept: list[str]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.tensor_file import let_go
+from diffusion_convert.compile.metadata_json import compute_precision
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.export.coremltools_patches import patched_coremltools, temporary_files_in
 from diffusion_convert.export.placeholders import Misplaced, Placeholders, is_finite
@@ -62,12 +63,13 @@ class ExportOptions:
 @dataclass(frozen=True, slots=True)
 class Exported:
     """What an export tells about its package: ``modules`` maps MIL operations to the torch modules that they are
-    from; ``float32_weights`` are weights that float16 cannot hold. The network is not kept: it holds its file
-    mapped."""
+    from; ``precision`` is float16 where it computes in it anywhere, ``float32_weights`` are weights that float16
+    cannot hold. The network is not kept: it holds its file mapped."""
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     modules: Mapping[str, str]
+    precision: str
     float32_weights: tuple[str, ...]
     seconds: Mapping[str, float]
 
@@ -129,7 +131,10 @@ def _export(
         placeholders.check_all_taken()
         clock.start("save")
         write_package(_described(model, graph, metadata), path, weights)
-    return Exported(graph.inputs, graph.outputs, modules, placeholders.exceeding(), clock.finish())
+    # In a VAE that says `force_upcast` nothing is float16.
+    precision = "float16" if "Float16" in compute_precision(model.function) else "float32"
+    exceeding = placeholders.exceeding()
+    return Exported(graph.inputs, graph.outputs, modules, precision, exceeding, clock.finish())
 
 
 def _on(tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint, component: Component) -> Checkpoint:
