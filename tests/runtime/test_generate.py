@@ -330,6 +330,13 @@ def test_a_model_with_nan_weights_is_reported(run: Run, toy_folder: Path, tmp_pa
     assert "unet gave values that are not numbers" in str(result.exception) and not Path("out").exists()
 
 
+def test_notes_come_with_the_first_step_so_that_a_refusal_is_one_line(run: Run, toy_folder: Path) -> None:
+    noted = (toy_folder, *WANTED, *FAST, "--compute-units", "all")
+    refused = run("generate", *noted, "--image-guidance-scale", "1.5")
+    assert isinstance(refused.exception, InputError) and refused.output == ""
+    assert run("generate", *noted).output.count("note: compute units all are Core ML's") == 1
+
+
 def test_help_answers_without_loading_anything_heavy() -> None:
     code = (
         "import sys; from diffusion_runtime.cli import app; app(['generate', '--help'], standalone_mode=False);"

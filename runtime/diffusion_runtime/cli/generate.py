@@ -14,6 +14,8 @@ from diffusion_runtime.cli.console import INTERRUPTED, SECONDS_BETWEEN_LINES, er
 from diffusion_runtime.cli.options import option
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
     from rich.progress import Progress
 
@@ -251,11 +253,9 @@ def _make(order: Order, done: list[Made], clip_skip: int | None) -> None:
     with console.status("loading models"):
         pipeline = load_pipeline(order.models, **order.loading)
     pipeline.check_clip_skip(clip_skip)
-    for note in pipeline.notes:
-        say(console, note)
     told: set[str] = set()
     with progress_bar(console) as progress:
-        on_step = _reporter(progress, len(order.planned))
+        on_step = _reporter(progress, len(order.planned), pipeline.notes)
         for made in generation.make(pipeline, order, on_step):
             for note in made.notes:
                 if note not in told:
@@ -291,8 +291,9 @@ def _report(console: Console, made: Made) -> None:
     typer.echo(f"{made.path}  seed {made.settings.seed}")
 
 
-def _reporter(progress: Progress, pictures: int) -> OnStep:
-    """Shows each step; where no terminal can, as in a log, a line now and then."""
+def _reporter(progress: Progress, pictures: int, notes: Sequence[str]) -> OnStep:
+    """Shows each step; where no terminal can, as in a log, a line now and then. ``notes`` come with the first: an
+    order that is refused is answered by one line."""
     task = progress.add_task("denoising", total=None)
     console, said = progress.console, time.monotonic()
 
@@ -302,6 +303,8 @@ def _reporter(progress: Progress, pictures: int) -> OnStep:
         last = first + run.job.request.pictures
         which = f"{first + 1}" if last == first + 1 else f"{first + 1}-{last}"
         label = "denoising" if pictures == 1 else f"picture {which} of {pictures}"
+        for note in notes if (first, step.index) == (0, 0) else ():
+            say(console, note)
         if step.index == 0:
             progress.reset(task, total=step.total, description=label)
         progress.update(task, completed=step.index + 1, description=label)
