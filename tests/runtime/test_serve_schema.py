@@ -48,6 +48,8 @@ OTHERS = (
     ("GET", "/sdapi/v1/sd-models"),
     ("GET", "/sdapi/v1/samplers"),
     ("GET", "/sdapi/v1/schedulers"),
+    ("GET", "/controlnet/model_list"),
+    ("GET", "/controlnet/module_list"),
     ("GET", "/health/live"),
     ("GET", "/health/ready"),
     ("GET", "/metrics"),

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from diffusion_runtime.serve import guard, pages
-from diffusion_runtime.serve.apis import openai_images, score, web_ui
+from diffusion_runtime.serve.apis import controlnet, openai_images, score, web_ui
 from diffusion_runtime.serve.metrics import MEDIA_TYPE
 from diffusion_runtime.serve.orders import Busy, Cancelled, Closing, Late, Lost, Refused
 from diffusion_runtime.serve.service import Service
@@ -66,7 +66,7 @@ def build(service: Service, rules: guard.Rules, ui: bool = False) -> guard.App:
         docs_url=None,  # FastAPI's pages load scripts from elsewhere
         redoc_url=None,
     )
-    for api in (score, openai_images, web_ui):
+    for api in (score, openai_images, web_ui, controlnet):
         app.include_router(api.routes(service))
     _add_health(app, service)
     _add_errors(app)

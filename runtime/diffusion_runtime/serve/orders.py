@@ -17,6 +17,7 @@ class Wanted:
     image: bytes | None = None
     mask: bytes | None = None
     mask_is_alpha: bool = False
+    control_pictures: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class About:
     can_start_from_pictures: bool
     memory: int
     seconds: float
+    controlnets: tuple[str, ...] = ()
 
 
 class Refused(Exception):

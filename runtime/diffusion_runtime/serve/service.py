@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import Request
 
 from diffusion_runtime import noise, schedulers
+from diffusion_runtime.control import ControlFile
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.png_record import Settings
 from diffusion_runtime.serve.engine import Engine, OnProgress, Waiting
@@ -52,6 +53,7 @@ class Service:
         image: bytes | None = None,
         mask: bytes | None = None,
         mask_is_alpha: bool = False,
+        controls: Sequence[tuple[ControlFile, bytes]] = (),
     ) -> Wanted:
         """One picture, within the limits. Raises Refused for what is not."""
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt or "")):
@@ -76,8 +78,9 @@ class Service:
             strength=strength if image is not None else None,
             image_guidance_scale=image_guidance_scale,
             noise_level=noise_level,
+            controls=tuple(file for file, _ in controls),
         )
-        return Wanted(settings, image, mask, mask_is_alpha)
+        return Wanted(settings, image, mask, mask_is_alpha, tuple(picture for _, picture in controls))
 
     def order(self, pictures: Sequence[Wanted], preview_every: int = 0) -> Order:
         if not 1 <= len(pictures) <= self.limits.pictures:

@@ -23,6 +23,7 @@ from diffusion_runtime.noise import from_seeds
 from diffusion_runtime.serve.orders import About, Order, Picture, Progress, Wanted
 
 if TYPE_CHECKING:
+    from diffusion_runtime.control import Control
     from diffusion_runtime.pipeline import Pipeline
 
 MAX_PIXELS = 50_000_000
@@ -89,6 +90,7 @@ class _Worker:
 
     def about(self) -> About:
         from diffusion_runtime import tasks
+        from diffusion_runtime.control import plan
 
         described = self.pipeline.manifest
         channels = tasks.kind(self.pipeline.channels, described.latents.channels)
@@ -105,6 +107,7 @@ class _Worker:
             can_start_from_pictures="vae_encoder" in self.pipeline.models,
             memory=kilobytes if sys.platform == "darwin" else kilobytes << 10,
             seconds=self.seconds,
+            controlnets=plan.names(described),
         )
 
     def make(self, order: Order) -> Done:
@@ -125,7 +128,7 @@ class _Worker:
         settings = wanted.settings
         name = settings.scheduler
         self.pipeline.scheduler_name = None if name is None else schedulers.canonical(name)
-        request = generation.request_of([settings], _pictures(wanted))
+        request = generation.request_of([settings], {**_pictures(wanted), "controls": _controls(wanted)})
         run = self.pipeline.prepare(request, from_seeds([settings.seed], settings.rng))
         latents = run.start.latents
         for step in self.pipeline.denoise(run):
@@ -151,6 +154,23 @@ class _Worker:
     def _waiting(self) -> Iterator[object]:
         while self.connection.poll():
             yield self.connection.recv()
+
+
+def _controls(wanted: Wanted) -> tuple[Control, ...]:
+    from diffusion_runtime.control import Control
+
+    pairs = zip(wanted.settings.controls, wanted.control_pictures, strict=True)
+    return tuple(
+        Control(
+            one.name,
+            images.decode(data, "control image", "RGB", MAX_PIXELS),
+            one.scale,
+            one.start,
+            one.end,
+            one.prepare,
+        )
+        for one, data in pairs
+    )
 
 
 def _pictures(wanted: Wanted) -> dict[str, Image.Image | None]:

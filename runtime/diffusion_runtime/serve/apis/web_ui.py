@@ -18,6 +18,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_runtime import noise
+from diffusion_runtime.serve.apis import controlnet
 from diffusion_runtime.serve.orders import Cancelled, Picture, Refused, Wanted
 from diffusion_runtime.serve.service import Service, decoded, disconnect, encoded
 
@@ -239,7 +240,7 @@ def _progress(service: Service) -> ProgressAnswer:
 def _check(service: Service, asked: Text2Image) -> str | None:
     """The name of the models. Raises Refused for what would change the picture and cannot be done."""
     found = [name for name in CANNOT if getattr(asked, name)]
-    if any((asked.alwayson_scripts or {}).values()):
+    if any(value for name, value in (asked.alwayson_scripts or {}).items() if name != controlnet.SCRIPT):
         found.append("alwayson_scripts")
     if asked.refiner_checkpoint not in (None, *UNCHANGING):
         found.append("refiner_checkpoint")
@@ -300,6 +301,7 @@ def _wanted(service: Service, asked: Text2Image, **pictures: Any) -> list[Wanted
         raise Refused(f"batch_size times n_iter is {count}: expected at most {service.limits.pictures}")
     first = noise.fresh_seed() if asked.seed == -1 else asked.seed
     scheduler = _scheduler(asked)
+    controls = controlnet.controls(asked.alwayson_scripts, pictures.get("image"))
     return [
         service.wanted(
             asked.prompt,
@@ -309,6 +311,7 @@ def _wanted(service: Service, asked: Text2Image, **pictures: Any) -> list[Wanted
             seed=first + index,
             scheduler=scheduler,
             eta=asked.eta or 0.0,
+            controls=controls,
             **pictures,
         )
         for index in range(count)
