@@ -57,7 +57,7 @@ from diffusion_runtime.bundle.manifest import Manifest, of_refiner
 from diffusion_runtime.control import plan
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
-from diffusion_runtime.families import T5, TEXT_ENCODERS, UNETS, Family, family_named
+from diffusion_runtime.families import T5, TEXT_ENCODERS, UNETS, family_named
 from diffusion_runtime.models import Models
 from diffusion_runtime.noise import Noise
 from diffusion_runtime.picture_size import Size
@@ -294,27 +294,25 @@ class Pipeline:
             self.manifest, self.scheduler_name, self.scheduler, self._is_set, request, task
         )
         height, width = unet["sample"][2:]
-        patches = (height // self._family.denoiser.patch_size) * (width // self._family.denoiser.patch_size)
+        patch_size = family_named(self.manifest.family).denoiser.patch_size
+        patches = (height // patch_size) * (width // patch_size)
         schedulers.set_steps(scheduler, request.step_count, patches)
         job = tasks.Job(request, self.manifest, self.models, (height, width), scheduler, noise)
         task.check(job)
-        picture_prompts.check(self.manifest, self.models, request.picture_prompts, self.is_guided(request))
+        guided = self.is_guided(request)
+        picture_prompts.check(self.manifest, self.models, request.picture_prompts, guided)
         controls = plan.planned(job)
         refiner = None if refined is None else self._refiners(refined, job)
         tokenizers = (self.tokenizer, *([self.tokenizer_2] if self.tokenizer_2 else []))
-        texts = TextStates(
-            *(self.models, tokenizers, self.manifest),
-            *(unet[unet_inputs.STATES][-1], unet[unet_inputs.STATES][1]),
-            t5=self.tokenizer_3,
-            long_prompt=request.long_prompt,
-        )
-        guided = self.is_guided(request)
+        _, width_of_states, _, length = unet[unet_inputs.STATES]
+        given = self.tokenizer_3, request.long_prompt
+        texts = TextStates(self.models, tokenizers, self.manifest, length, width_of_states, *given)
         encoded = texts.encode(request.texts(guided), request.blind(guided))
         job.notes.extend(encoded.notes)
         prepared = task.prepare(job)
         labels = {name: torch.full((len(encoded.states),), value) for name, value in prepared.labels.items()}
         told = {unet_inputs.STATES: encoded.states, **labels}
-        told |= unet_inputs.of_rows(job, unet, encoded.pooled, self.is_guided(request))
+        told |= unet_inputs.of_rows(job, unet, encoded.pooled, guided)
         steers = plan.steers(controls, job, prepared.start)
         whole = unet_inputs.whole(job, unet, len(prepared.start.timesteps))
         conditions = guidance.Conditions(told, prepared.channels, whole, steers)
@@ -329,11 +327,7 @@ class Pipeline:
 
     def settled(self, request: Request) -> Request:
         """The request with the defaults of diffusers' pipeline for these models filled in."""
-        return defaults.settled(request, self._family, self._takes_guidance)
-
-    @property
-    def _family(self) -> Family:
-        return family_named(self.manifest.family)
+        return defaults.settled(request, family_named(self.manifest.family), self._takes_guidance)
 
     def is_guided(self, request: Request) -> bool:
         """Whether each picture needs several rows of the UNet's work. A UNet that takes the scale as an input needs

@@ -176,7 +176,7 @@ def has_usual_noise(config: Mapping[str, Any]) -> bool:
     EDM's (Playground v2.5, CosXL) are told the logarithm of a continuous one; those trained by flow matching mix
     picture and noise in another way."""
     is_flow = config.get("prediction_type") == FLOW or bool(config.get("use_flow_sigmas"))
-    return not (is_flow or _is_continuous(config) or str(config.get("_class_name")).startswith(EDM))
+    return not (is_flow or is_continuous(config) or str(config.get("_class_name")).startswith(EDM))
 
 
 def is_flow_match(config: Mapping[str, Any]) -> bool:
@@ -185,7 +185,7 @@ def is_flow_match(config: Mapping[str, Any]) -> bool:
     return str(config.get("_class_name")).startswith(FLOW_MATCH)
 
 
-def _is_continuous(config: Mapping[str, Any]) -> bool:
+def is_continuous(config: Mapping[str, Any]) -> bool:
     """As EulerDiscreteScheduler reads it: with other predictions timesteps stay those of the training."""
     return config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
 
@@ -196,7 +196,7 @@ def _check_noise_levels(config: Mapping[str, Any], class_name: str) -> None:
     if own == class_name or (own.startswith(EDM) and class_name.startswith(EDM)):
         return
     _check_flow(class_name, config)
-    if own.startswith(EDM) or _is_continuous(config):
+    if own.startswith(EDM) or is_continuous(config):
         raise InputError(
             f"these models were trained with EDM's noise levels, which {class_name} does not have: leave the "
             f"scheduler out, for their own {own}"
@@ -375,42 +375,6 @@ def step_arguments(scheduler: Any, generators: Any, eta: float) -> dict[str, Any
     accepted = inspect.signature(scheduler.step).parameters
     offered = {"eta": eta, "generator": generators, "return_dict": False}
     return {key: value for key, value in offered.items() if key in accepted}
-
-
-def denoised(scheduler: Any, model_input: torch.Tensor, prediction: torch.Tensor, timestep: float) -> torch.Tensor:
-    """The clean latents that a prediction amounts to under any scheduler: ``x0 = (x - sqrt(1 - a) e) / sqrt(a)``
-    with ``a`` the cumulative alpha, as ``model_input`` is what the UNet saw (Song et al., DDIM, equation 9). A flow
-    points from the picture to the noise: ``x0 = x - sigma v``. Raises InputError for a scheduler that has no such
-    table."""
-    if scheduler.config.get("prediction_type") == FLOW or matches_flow(scheduler):
-        sigma = float(scheduler.sigmas[int((scheduler.timesteps - timestep).abs().argmin())])
-        return model_input - sigma * prediction
-    if type(scheduler).__name__.startswith(EDM) or _is_continuous(scheduler.config):
-        return _denoised_by_level(scheduler.config, model_input, prediction, timestep)
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise InputError(f"scheduler {name_of(scheduler)} has no previews")
-    table = scheduler.alphas_cumprod
-    # Schedulers on sigmas have timesteps between the table's.
-    index = min(max(round(timestep), 0), len(table) - 1)
-    alpha = float(table[index])
-    kind = scheduler.config.prediction_type
-    if kind == "v_prediction":
-        return math.sqrt(alpha) * model_input - math.sqrt(1 - alpha) * prediction
-    if kind == "sample":
-        return prediction
-    # With zero terminal SNR alpha is 0 at the first step, where noise says nothing of the picture.
-    return (model_input - math.sqrt(1 - alpha) * prediction) / math.sqrt(max(alpha, 1e-6))
-
-
-def _denoised_by_level(
-    config: Mapping[str, Any], model_input: torch.Tensor, prediction: torch.Tensor, timestep: float
-) -> torch.Tensor:
-    """c_skip x + c_out F of Karras et al., 2022, table 1, as x is scaled by c_in already. EDM's "epsilon" is F
-    itself, "v_prediction" -F."""
-    own: float = config.get("sigma_data") or 1.0
-    level = math.exp(4 * timestep) / own
-    sign = -1 if config["prediction_type"] == "v_prediction" else 1
-    return own * (model_input + sign * level * prediction) / math.sqrt(1 + level**2)
 
 
 def _letters(name: str) -> str:

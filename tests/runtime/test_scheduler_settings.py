@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_runtime import schedulers
+from diffusion_runtime import denoising, schedulers
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.pipeline import Pipeline
 from pictures import picture
@@ -282,7 +282,7 @@ def test_previews_of_flow_predictions_are_what_the_solver_makes_of_them(class_na
     schedulers.set_steps(scheduler, 4)
     latents, prediction = (torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
     for timestep in scheduler.timesteps:
-        shown = schedulers.denoised(scheduler, latents, prediction, timestep.item())
+        shown = denoising.denoised(scheduler, latents, prediction, timestep.item())
         if scheduler.step_index is None:
             scheduler._init_step_index(timestep)
         torch.testing.assert_close(shown, scheduler.convert_model_output(prediction, sample=latents))

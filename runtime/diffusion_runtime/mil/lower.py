@@ -178,17 +178,16 @@ class _Lowering:
     def _packed(self, op: Op, given: Mapping[str, Sequence[str | Value]], operation: Operation) -> None:
         arguments = {name: self._constant(bindings[0]) for name, bindings in given.items()}
 
-        def load() -> Any:
+        def load(index: int) -> Any:
             values = {
                 name: constant.array() if op.parameters[name].kind is Kind.ARRAY else constant.python()
                 for name, constant in arguments.items()
             }
-            return _apply(op, values)
+            made = _apply(op, values)
+            return made[index] if op.several else made
 
         for index, variable in enumerate(operation.outputs):
-            self.constants[variable.name] = Constant(
-                variable.type, partial(_pick, load, index) if op.several else load
-            )
+            self.constants[variable.name] = Constant(variable.type, partial(load, index))
 
     # What follows of constants alone is computed now.
 
@@ -354,10 +353,6 @@ def _kernels(graph: fx.Graph) -> frozenset[str]:
         and isinstance(node.target, str)
         and all(user.meta.get("op") == "conv" and user.kwargs.get("weight") is node for user in node.users)
     )
-
-
-def _pick(load: Callable[[], Any], index: int) -> Any:
-    return load()[index]
 
 
 def _apply(op: Op, arguments: dict[str, Any]) -> Any:
