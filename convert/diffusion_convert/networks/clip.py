@@ -69,8 +69,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Layer(layer, attend) for layer in encoder.layers)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
+    def hidden_states(self, x: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
         """What goes into the first layer, and what comes out of each: transformers' ``hidden_states``."""
+        # No `forward`: a call of this module would stand in the names of all operations, which packages keep.
         found = [x]
         for layer in self.layers:
             found.append(layer(found[-1], mask))
@@ -121,7 +122,7 @@ class TextModel(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         length = int(input_ids.shape[1])
         x = self.embeddings(input_ids).transpose(1, 2).unsqueeze(2)
-        hidden = self.encoder(x, first(first(self.causal, length, 1), length, 3))
+        hidden = self.encoder.hidden_states(x, first(first(self.causal, length, 1), length, 3))
         last = _by_token(self.final_layer_norm(hidden[-1]))
         pooled = last.index_select(1, self._end(input_ids)).squeeze(1)
         usual = _by_token(hidden[-2]) if self.penultimate else last
@@ -177,7 +178,7 @@ class VisionEncoder(nn.Module):
     def both(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The states of all patches before the last layer, (1, width, 1, 1 + patches), and the pooled output."""
         x = self.embeddings(pixel_values).transpose(1, 2).unsqueeze(2)
-        *_, before, last = self.encoder(self.pre_layrnorm(x), None)
+        *_, before, last = self.encoder.hidden_states(self.pre_layrnorm(x), None)
         pooled: torch.Tensor = self.post_layernorm(last[:, :, :, :1]).flatten(1)
         return before, pooled
 
