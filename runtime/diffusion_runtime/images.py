@@ -167,6 +167,7 @@ def png_bytes(image: Image.Image, metadata: Mapping[str, Any] | None = None) -> 
 def _texts(metadata: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo:
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
+        # iTXt holds UTF-8; a plain tEXt entry is Latin-1, which many prompts do not fit in.
         info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
         info.add_text("Software", "coreml-sd")
     return info

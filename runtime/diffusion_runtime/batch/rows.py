@@ -194,7 +194,7 @@ def _picture(name: str, value: str, folder: Path, inputs: Path | None) -> Path:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:  # Excel begins UTF-8 with a byte-order mark
         yield from (line.strip() for line in file if line.strip())
 
 

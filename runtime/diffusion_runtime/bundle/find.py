@@ -168,6 +168,7 @@ def _candidates(path: Path) -> Iterator[Path]:
         yield path / attention
         for kind in KINDS:
             yield path / attention / kind
+    # __MACOSX lies in zips that macOS has made.
     inner = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__"))]
     if len(inner) == 1 and inner[0].suffix not in (".mlpackage", ".mlmodelc") and inner[0].name not in ATTENTIONS:
         yield inner[0]

@@ -112,6 +112,7 @@ def _net(
         elif name not in ("sample", "timestep"):
             array[...] = unet_arrays[name]
     rows = np.array([0.0 if steer.text_alone and blind else 1.0 for blind in unconditional]).reshape(-1, 1, 1, 1)
+    # By number: as texts, 10 would come before 2.
     ordered = sorted(residuals, key=lambda name: int(name.removeprefix(RESIDUAL)))
     weights = zip(ordered, guessed(len(ordered), steer.guesses), strict=True)
     factors = {name: (factor * rows).astype(np.float32) for name, factor in weights}

@@ -57,6 +57,7 @@ def distance(reference: Tensor, made: Tensor) -> Distance | None:
     for metric in (frechet, kernel):
         metric.update(reference.double(), real=True)
         metric.update(made.double(), real=False)
+    # torchmetrics draws its subsets by torch's own generator, which others use, too.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         mean, deviation = (float(value) for value in kernel.compute())

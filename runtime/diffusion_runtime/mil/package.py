@@ -169,6 +169,7 @@ def _manifest(weights: bool) -> str:
 
 
 def _identifier(path: str) -> str:
+    # coremltools draws them anew at each save: the same model would give another package.
     return str(uuid.uuid5(uuid.NAMESPACE_URL, path)).upper()
 
 

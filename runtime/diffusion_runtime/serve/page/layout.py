@@ -41,7 +41,7 @@ def blocks(service: Service, most: int) -> gradio.Blocks:
 
 def _controls(gr: Any, service: Service, most: int) -> SimpleNamespace:
     """Gradio's components by what they are."""
-    of = SimpleNamespace()
+    of = SimpleNamespace()  # Gradio lays components out where they are made: so they are made in nested blocks
     names = list(service.engine.sets)
     gr.HTML("<h1>coreml-sd</h1>")
     with gr.Row(equal_height=False):
