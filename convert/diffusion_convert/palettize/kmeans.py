@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_FANOUT = 4
+_FANOUT = 4  # a power of two
 _RUNS = 12
 _WIDE = 2
 """Times all nodes: searching so many node by node takes about as long as a run with another penalty."""
@@ -279,8 +279,9 @@ def _row_minima(
         stride *= _FANOUT
     while stride:
         block = stride * _FANOUT
-        at = ((number % stride == 0) & (number % block != 0)).nonzero()[0]
-        back = number[at] % block
+        behind = number & (block - 1)
+        at = ((behind & (stride - 1) == 0) & (behind != 0)).nonzero()[0]
+        back = behind[at]
         first = np.where(back < number[at], best[at - back], left[at])
         after = at - back + block
         solved = number[at] - back + block <= count[at]

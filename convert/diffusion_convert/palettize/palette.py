@@ -24,6 +24,12 @@ _CHUNK = 1 << 20
 _CACHED = 1 << 16
 _PATTERNS = 1 << 16
 
+_VALUES = np.arange(_PATTERNS, dtype=np.uint16).view(np.float16).astype(np.float64)
+"""float16's values by their bits."""
+
+_ASCENDING = np.concatenate([np.arange(0xFC00, 0x7FFF, -1), np.arange(0x7C01)])
+"""The bits of float16's values from least to greatest, without NaN."""
+
 TOGETHER = 6
 """Weights whose palettes are looked for together. Twice as many take a twentieth less time, and 30 MB more."""
 
@@ -247,8 +253,7 @@ def _half_histogram(weight: np.ndarray, name: str) -> _Histogram:
     counts = np.zeros(_PATTERNS, np.int64)
     for chunk in _chunks(weight.view(np.uint16)):
         counts += np.bincount(chunk, minlength=_PATTERNS)
-    values = np.arange(_PATTERNS, dtype=np.uint16).view(np.float16).astype(np.float64)
-    return _histogram(values, counts, values, name)
+    return _histogram(counts, _VALUES, name)
 
 
 def _single_histogram(weight: np.ndarray, name: str) -> _Histogram:
@@ -260,9 +265,8 @@ def _single_histogram(weight: np.ndarray, name: str) -> _Histogram:
             bins = (chunk.astype(np.float64) * scale).astype(np.float16).view(np.uint16)
         counts += np.bincount(bins, minlength=_PATTERNS)
         totals += np.bincount(bins, weights=np.where(np.isfinite(chunk), chunk, 0), minlength=_PATTERNS)
-    patterns = np.arange(_PATTERNS, dtype=np.uint16).view(np.float16).astype(np.float64)
-    means = np.where(np.isfinite(patterns), totals / np.maximum(counts, 1), patterns)
-    return _histogram(patterns, counts, means, name)
+    means = np.where(np.isfinite(_VALUES), totals / np.maximum(counts, 1), _VALUES)
+    return _histogram(counts, means, name)
 
 
 def _scale(weight: np.ndarray) -> float:
@@ -271,15 +275,16 @@ def _scale(weight: np.ndarray) -> float:
     return 2.0 ** (15 - math.frexp(largest)[1]) if largest else 1.0
 
 
-def _histogram(patterns: np.ndarray, counts: np.ndarray, values: np.ndarray, name: str) -> _Histogram:
-    if invalid := int(counts[np.isnan(patterns)].sum()):
+def _histogram(counts: np.ndarray, values: np.ndarray, name: str) -> _Histogram:
+    """Of elements counted by pattern; ``values`` is what each pattern stands for, and ascends as float16 does."""
+    if invalid := int(counts.sum() - counts[_ASCENDING].sum()):
         raise InputError(f"{name}: {invalid} elements are NaN; a palette cannot hold them")
-    used = np.flatnonzero(counts)
-    finite = used[np.isfinite(patterns[used])]
-    distinct, inverse = np.unique(values[finite], return_inverse=True)
-    weights = np.bincount(inverse, weights=counts[finite], minlength=len(distinct))
-    infinities = np.unique(patterns[used[np.isinf(patterns[used])]])
-    return _Histogram(distinct, weights, tuple(infinities.tolist()))
+    used = _ASCENDING[counts[_ASCENDING] > 0]
+    infinite = np.isinf(values[used])
+    finite = used[~infinite]
+    first = np.flatnonzero(np.diff(values[finite], prepend=-np.inf))  # zero has two patterns
+    weights = np.add.reduceat(counts[finite], first).astype(np.float64)
+    return _Histogram(values[finite[first]], weights, tuple(values[used[infinite]].tolist()))
 
 
 def _refined(values: np.ndarray, counts: np.ndarray, means: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -318,8 +323,7 @@ def _nearest(weight: np.ndarray, lut: np.ndarray) -> np.ndarray:
     entries = lut.astype(np.float64)
     indices = np.empty(weight.size, np.uint8)
     if weight.dtype == np.float16:
-        patterns = np.arange(_PATTERNS, dtype=np.uint16).view(np.float16).astype(np.float64)
-        table = _index(entries, patterns).astype(np.uint8)
+        table = _index(entries, _VALUES).astype(np.uint8)
         for source, target in zip(_chunks(weight.view(np.uint16), _CACHED), _chunks(indices, _CACHED), strict=True):
             np.take(table, source, out=target, mode="clip")  # no pattern is out of range; "raise" copies first
     else:
