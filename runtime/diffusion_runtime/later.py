@@ -2,7 +2,8 @@
 
 Half of the time until the first step of a small model went into them: torch's compiler, which diffusers and torch
 import to say that a function is none of its business, sympy, which torch imports to ask whether a size is a number,
-and scipy's statistics and integrals, of which two schedulers use a function each, where they are told to.
+and scipy's statistics and integrals, of which two schedulers use a function each, where they are told to. A list of
+all installed files, which diffusers makes, is put off, too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -56,8 +59,34 @@ def import_diffusers() -> ModuleType:
         for name in FOR_SCHEDULERS:
             if name not in sys.modules and importlib.util.find_spec("scipy") is not None:
                 _Later(name, {}).put()
-    with no_compiler():
-        return importlib.import_module("diffusers")
+    listed = metadata.packages_distributions
+    metadata.packages_distributions = lambda: _Distributions(listed)
+    try:
+        with no_compiler():
+            return importlib.import_module("diffusers")
+    finally:
+        metadata.packages_distributions = listed
+
+
+class _Distributions(Mapping[str, list[str]]):
+    """Which distributions each package is of. The lists of all installed files are read for it, and diffusers asks
+    it of three packages that are hardly ever there."""
+
+    def __init__(self, find: Callable[[], Mapping[str, list[str]]]) -> None:
+        self._find = find
+
+    @cached_property
+    def _found(self) -> Mapping[str, list[str]]:
+        return self._find()
+
+    def __getitem__(self, name: str) -> list[str]:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 @contextmanager

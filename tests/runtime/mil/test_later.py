@@ -41,6 +41,21 @@ print(*sys.modules, *(f"torch.{{name}}" for name in vars(sys.modules["torch"])))
     assert "torch.fx" in said and not unwanted & set(said.split())
 
 
+def test_diffusers_lists_no_installed_files_until_asked_of_a_package() -> None:
+    said = run("""
+from importlib import metadata
+from unittest import mock
+with mock.patch.object(metadata, "packages_distributions", wraps=metadata.packages_distributions) as listed:
+    from diffusion_runtime.later import import_diffusers
+    import_diffusers()
+    assert metadata.packages_distributions is listed and not listed.called
+    from diffusers.utils.import_utils import _package_map
+    assert "PIL" in _package_map and _package_map["PIL"] == ["pillow"] and len(_package_map) > 20
+    print(listed.call_count)
+""")
+    assert said == "1\n"
+
+
 def test_they_are_there_for_whoever_needs_them() -> None:
     """scipy.stats for beta sigmas, and its parts by name; the compiler, and what it was told to leave alone."""
     said = run("""
