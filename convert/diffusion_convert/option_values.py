@@ -60,7 +60,10 @@ def sources(name: str, value: Any) -> tuple[str, ...]:
     for one in _several(name, value):
         told = source(name.removesuffix("s"), one)
         is_path = isinstance(one, os.PathLike) or Path(told).exists()
-        found += [told] if is_path else parse_list([told])
+        parts = (told,) if told and is_path else parse_list([told])
+        if not parts:
+            raise InputError(f"--{name.removesuffix('s').replace('_', '-')} {told!r}: names nothing: leave it out")
+        found += parts
     return tuple(found)
 
 

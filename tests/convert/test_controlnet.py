@@ -125,6 +125,9 @@ def test_options_that_say_nothing_are_refused(
 ) -> None:
     with pytest.raises(InputError, match="--only-controlled: there is no UNet to steer without --controlnet"):
         ConvertOptions(only_controlled=True)
+    for nothing in ("", ","):
+        with pytest.raises(InputError, match=f"--controlnet '{nothing}': names nothing"):
+            ConvertOptions(controlnets=nothing)
     for more, said in (
         ({"nbits_for": {"ControlNet_none": 6}}, "ControlNet_none is not converted; what is: .*ControlNet_tile"),
         ({"components": "unet", "only_controlled": True}, "has no unet; it has text_encoder, control_unet"),
