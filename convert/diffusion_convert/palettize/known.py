@@ -41,6 +41,7 @@ class Known:
     def read(self, key: Hashable) -> tuple[np.ndarray, np.ndarray, float]:
         """The table, the indices as they are stored (of packed types one for each element), the squared error."""
         file, stored = self._found[key]
+        file.release()  # of what was read before, or the whole file lies in memory in the end
         return read(file, stored.lut), read(file, stored.indices), stored.squared_error
 
 
