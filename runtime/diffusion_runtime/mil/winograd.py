@@ -15,7 +15,7 @@ give 142 dB, the direct way 135. (Larger tiles, F(4x4, 3x3), multiply by up to 8
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -26,37 +26,39 @@ from torch import Tensor, fx
 from diffusion_runtime.mil import fused
 from diffusion_runtime.mil.match import operand, put, put_buffer, shape_of, value_of
 
-MIN_CHANNELS = 128
+MIN_CHANNELS = 256
 """With fewer channels, in or out, the sums before and after the products take longer than what is saved."""
 MIN_TILES = 512
 """2x2 outputs, of all rows of the batch; with fewer, what is saved is not worth the memory: a transformed kernel is
 16/9 as large. 512: 32x32 pixels in a batch of two."""
-HELD_ELEMENTS = 2**18
+HELD_ELEMENTS = 2**17
 """Inputs of a channel times tiles that are transformed at once, so that they stay in the processor's cache."""
 
 
 def use_winograd(module: fx.GraphModule) -> None:
     """Convolutions in channels-last memory that gain by it; their kernels are kept transformed."""
     for node in list(module.graph.nodes):
-        kernel = value_of(module, operand(node, "weight")) if node.target is fused.conv2d else None
-        if kernel is not None and _fits(node, kernel):
-            weight = operand(node, "weight")
-            kept = put_buffer(module, node, transform(kernel), "winograd")
-            arguments = {"x": operand(node, "x"), "weight": kept, "bias": operand(node, "bias")}
-            put(module, node, conv2d, arguments, "conv")
-            if not weight.users:  # now, not after the pass: all kernels twice would be too much memory
-                module.graph.erase_node(weight)
-                delattr(module, str(weight.target))
+        weight: Any = operand(node, "weight") if node.target is fused.conv2d else None
+        kernel = value_of(module, weight)
+        if kernel is None or not _fits(node, kernel):
+            continue
+        kept = put_buffer(module, node, transform(kernel), "winograd")
+        arguments = {"x": operand(node, "x"), "weight": kept, "bias": operand(node, "bias")}
+        put(module, node, conv2d, arguments, "conv")
+        if not weight.users:  # now, not after the pass: all kernels twice would be too much memory
+            module.graph.erase_node(weight)
+            delattr(module, weight.target)
 
 
 def _fits(node: fx.Node, kernel: Tensor) -> bool:
+    """Whether the convolution with ``kernel`` is one that gains."""
     shape = shape_of(operand(node, "x"))
     if shape is None or kernel.dtype != torch.float32 or kernel.device.type != "cpu":
         return False
     plain = {"strides": [1, 1], "padding": [1, 1], "dilations": [1, 1], "groups": 1}
     batch, _, height, width = shape
     return (
-        tuple(kernel.shape[2:]) == (3, 3)
+        kernel.shape[2:] == (3, 3)
         and all(operand(node, name) == value for name, value in plain.items())
         and height % 2 == width % 2 == 0
         and batch * height * width // 4 >= MIN_TILES
@@ -67,33 +69,50 @@ def _fits(node: fx.Node, kernel: Tensor) -> bool:
 def transform(kernel: Tensor) -> Tensor:
     """(out, in, 3, 3) -> (16, out, in)."""
     out, channels = kernel.shape[:2]
-    return (_matrices()[1] @ kernel.reshape(out * channels, 9).T).view(16, out, channels)
+    return (_matrices()[0] @ kernel.reshape(out * channels, 9).T).view(16, out, channels)
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution of ``x`` (batch, channels, height, width; both even) with what ``transform`` made of its
     kernel, with a border of one zero; in channels-last memory."""
-    inputs, _, outputs = _matrices()
     batch, channels, height, width = x.shape
     out, rows, columns = weight.shape[1], height // 2, width // 2
-    tiles = (
-        F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).unfold(1, 4, 2).unfold(2, 4, 2).permute(4, 5, 0, 1, 2, 3)
-    )
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     y = x.new_empty(batch, rows, 2, columns, 2, out)
     for images, lines in _bands(batch, rows, HELD_ELEMENTS // (max(channels, out) * columns)):
-        some = tiles[:, :, images, lines]
-        products = torch.bmm((inputs @ some.reshape(16, -1)).view(16, -1, channels), weight.transpose(1, 2))
-        made = (outputs @ products.view(16, -1)).view(2, 2, *some.shape[2:5], out)
+        tiles = _transformed(padded[images, 2 * lines.start : 2 * lines.stop + 2])
+        products = torch.bmm(tiles.view(16, -1, channels), weight.transpose(1, 2)).view(16, -1)
+        made = (_matrices()[1] @ products).view(2, 2, *tiles.shape[2:5], out)
         torch.add(made.permute(2, 3, 0, 4, 1, 5), 0.0 if bias is None else bias, out=y[images, lines])
     found = y.view(batch, height, width, out).permute(0, 3, 1, 2)
     # Infinite inputs, and sums beyond float32, become undefined numbers here, and in all of a tile.
     return found if bool(found.sum().isfinite()) else F.conv2d(x, _restore(weight), bias, padding=1)
 
 
+def _transformed(x: Tensor) -> Tensor:
+    """(images, rows, columns, channels) -> Bᵀ d B of the tiles: (4, 4, images, rows / 2 - 1, columns / 2 - 1,
+    channels)."""
+    images, height, width, channels = x.shape
+    rows, columns = height // 2 - 1, width // 2 - 1
+    half = x.new_empty(4, images, rows, width, channels)
+    _combine([x[:, at : at + 2 * rows : 2] for at in range(4)], half)
+    tiles = x.new_empty(4, 4, images, rows, columns, channels)
+    _combine([half[:, :, :, at : at + 2 * columns : 2] for at in range(4)], tiles.transpose(0, 1))
+    return tiles
+
+
+def _combine(d: Sequence[Tensor], out: Tensor) -> None:
+    """Bᵀ d: sums, not a product of matrices, so that each element is read where it lies."""
+    torch.sub(d[0], d[2], out=out[0])
+    torch.add(d[1], d[2], out=out[1])
+    torch.sub(d[2], d[1], out=out[2])
+    torch.sub(d[1], d[3], out=out[3])
+
+
 def _restore(weight: Tensor) -> Tensor:
     """The kernel that ``weight`` was made of, to rounding."""
     out, channels = weight.shape[1:]
-    inverse = torch.linalg.pinv(_matrices()[1].double()).float()
+    inverse = torch.linalg.pinv(_matrices()[0].double()).float()
     kernel: Tensor = inverse @ weight.view(16, -1)
     return kernel.T.reshape(out, channels, 3, 3)
 
@@ -108,11 +127,8 @@ def _bands(batch: int, rows: int, most: int) -> Iterator[tuple[slice, slice]]:
 
 
 @cache
-def _matrices() -> tuple[Tensor, Tensor, Tensor]:
-    """Bᵀ ⊗ Bᵀ, G ⊗ G and Aᵀ ⊗ Aᵀ."""
-    inputs: Any = [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]
-    kernels: Any = [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]
-    outputs: Any = [[1, 1, 1, 0], [0, 1, -1, -1]]
-    made = (torch.tensor(matrix, dtype=torch.float32) for matrix in (inputs, kernels, outputs))
-    first, second, third = (torch.kron(matrix, matrix) for matrix in made)
-    return first, second, third
+def _matrices() -> tuple[Tensor, Tensor]:
+    """G ⊗ G and Aᵀ ⊗ Aᵀ."""
+    kernels = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+    outputs = torch.tensor([[1.0, 1, 1, 0], [0, 1, -1, -1]])
+    return torch.kron(kernels, kernels), torch.kron(outputs, outputs)
