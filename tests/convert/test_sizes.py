@@ -227,6 +227,27 @@ def test_every_size_is_verified(bundles: Make, tiny_checkpoint: Callable[[str], 
     assert all(one.holds for one in found)
 
 
+def test_sdxl_and_a_controlnet_have_every_size(
+    tiny_checkpoint: Callable[[str], Path], controlnets: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The residuals between them are of each size's shapes."""
+    source, (control, *_) = tiny_checkpoint("sdxl"), sorted(controlnets("sdxl").iterdir())
+    options = ConvertOptions(
+        "original",
+        components=["control_unet", "controlnet"],
+        controlnets=[str(control)],
+        sizes=list(map(str, SIZES)),
+        target=NEW,
+        verify=False,
+    )
+    models = convert(source, tmp_path / "models", options).output
+    opened = open_checkpoint(str(source), ConvertOptions(controlnets=[str(control)]))
+    found = list(verify_models(models, opened, lambda _: None))
+    assert len(found) == 4
+    assert [one.component for one in found if not one.holds] == []
+    assert {one.component.rpartition(" ")[2] for one in found} == set(map(str, SIZES))
+
+
 def test_inspect_lists_functions_and_sizes(bundles: Make) -> None:
     text = as_text(inspect(bundles(NEW).packages))
     assert "original, 64x64 and 96x64, batch 2" in text
