@@ -25,6 +25,12 @@ _MODULES_OF_A_LIBRARY = 50
 _settled_modules = [0]
 
 
+def pytest_configure() -> None:
+    """Half a million objects are made while tests are collected, and none of them is garbage. What is garbage later
+    are networks, which conversions collect."""
+    gc.set_threshold(50_000)
+
+
 def pytest_runtest_setup() -> None:
     """Let the garbage collector pass over the million objects that libraries hold, as `coreml-sd convert` does: a
     conversion collects dozens of times, and each time that took longer than converting a tiny network."""
