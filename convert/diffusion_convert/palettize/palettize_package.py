@@ -179,7 +179,7 @@ def _made(
     pending: deque[Future[_Packed]] = deque()
     for (weight, bits), table in _tables(package, options, targets, pool):
         pending.append(pool.submit(_palette, package, options, weight, bits, by_type, table))
-        if len(pending) > _threads():
+        if len(pending) >= _threads():
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
