@@ -50,6 +50,17 @@ LONGEST = (
     "runtime/test_sdxl_pictures.py",
     "runtime/test_diffusers_pipelines.py",
     "runtime/test_few_steps.py",
+    "convert/test_layouts.py",
+    "convert/test_mixed_bits.py",
+    "runtime/test_serve.py",
+    "convert/test_textual_inversion.py",
+    "convert/test_folder_tokenizers.py",
+    "convert/test_context_length.py",
+    "convert/test_lora_parts.py",
+    "convert/test_conversion.py",
+    "runtime/test_evaluate.py",
+    "runtime/test_scheduler_settings.py",
+    "runtime/test_pipeline.py",
 )
 """The files that take longest, in the order in which they are begun."""
 
