@@ -38,7 +38,7 @@ START = {"script": "from coreml_sd import main; main()", "-m": "runpy.run_module
 MOMENTS = {
     "inspect": (8, 100, 300),
     "palettize": (300, 600, 900),
-    "generate": (300, 1000, 2000),
+    "generate": (300, 900, 1500),
     "convert": (300, 2000),
 }
 """By command: imports of the command line, then of the libraries that the command needs."""

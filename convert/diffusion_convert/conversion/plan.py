@@ -244,7 +244,8 @@ def _components(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Compon
         raise InputError(f"--nbits-for: {idle[0]} is not converted; what is: {', '.join(chosen)}")
     if options.chunk_unet and not set(UNETS) & chosen.keys():
         raise InputError(f"--chunk-unet: unet is not converted; what is: {', '.join(chosen)}")
-    for option, value in (("--target-bits", options.target_bits), ("--recipe", options.recipe)):
+    bits = None if options.target_bits is None else f"{options.target_bits:g}"
+    for option, value in (("--target-bits", bits), ("--recipe", options.recipe)):
         if value is not None and not any(component.mixed(options) for component in chosen.values()):
             can = ", ".join(name for name, component in table.items() if component.palettized)
             raise InputError(
