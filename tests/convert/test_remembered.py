@@ -79,7 +79,7 @@ def test_a_verdict_is_of_program_weights_and_inputs(tiny_unet: Path, tmp_path: P
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
-    verdict = compare.Verdict({"noise_pred": 1.0}, {})
+    verdict = compare.Verdict({"noise_pred": 1.0}, {}, ())
     with mock.patch.object(compare, "_measure", return_value=verdict) as real, remembered.conversions(tmp_path):
         for path, against in ((tiny_unet, expected), (tiny_unet, expected), (described, expected)):
             assert compare.measure(path, against, lambda _: None) == verdict
