@@ -17,7 +17,7 @@ from diffusion_convert import ConvertOptions, Embedding, convert
 from diffusion_convert.checkpoint import unpickle
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.cli import main as program
-from diffusion_convert.conversion.plan import fingerprint
+from diffusion_convert.conversion.identity import fingerprint
 from diffusion_runtime import load_pipeline
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.errors import CheckpointError, InputError

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusion_convert.checkpoint.open import open_checkpoint
-from diffusion_convert.conversion.plan import fingerprint
+from diffusion_convert.conversion.identity import fingerprint
 from diffusion_convert.option_values import Lora
 from diffusion_convert.options import ConvertOptions
 

@@ -16,8 +16,9 @@ from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vae import gives_latents
 from diffusion_convert.checkpoint.vocabulary import write_t5, write_vocabulary
 from diffusion_convert.conversion.events import Event, Phase, Progress
+from diffusion_convert.conversion.identity import tool_versions
 from diffusion_convert.conversion.part import Record
-from diffusion_convert.conversion.plan import Plan, tool_versions
+from diffusion_convert.conversion.plan import Plan
 from diffusion_convert.conversion.previous import Previous
 from diffusion_convert.conversion.sizes import put_together
 from diffusion_convert.conversion.workspace import Workspace

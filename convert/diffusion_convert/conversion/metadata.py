@@ -8,7 +8,8 @@ from typing import Any
 from diffusion_convert.checkpoint import folding
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component
-from diffusion_convert.conversion.plan import Plan, tool_versions
+from diffusion_convert.conversion.identity import tool_versions
+from diffusion_convert.conversion.plan import Plan
 from diffusion_runtime import schedulers
 from diffusion_runtime.families import TEXT_ENCODERS
 from diffusion_runtime.mil.program import Metadata

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from enum import Enum
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 from diffusion_convert import components, layouts
 from diffusion_convert.bundle.zip_names import zip_attentions
@@ -20,18 +13,14 @@ from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.vocabulary import check_t5, check_vocabulary, unknown_tokens
 from diffusion_convert.components.component import Component, Shape
 from diffusion_convert.components.text_encoder import most_skipped
+from diffusion_convert.conversion.identity import Identity, fingerprint
 from diffusion_convert.options import ConvertOptions, Precision
 from diffusion_convert.palettize.recipe import Recipe, load_recipe
-from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import COMPONENTS, FAMILIES, T5, TARGETS, UNETS, AttentionKind, compiles, kind_of
 from diffusion_runtime.folding import Folding
 from diffusion_runtime.picture_size import Size
-from diffusion_runtime.real_path import real_path
 
-TOOLS = ("coreml-sd", "coremltools", "torch", "diffusers", "transformers")
-CHOICES = ("attention", "components", "sizes", "height", "width", "compiled", "zip")
-"""Options that say which parts there are and what is put together of them, but not what is in a part of a size."""
 FUNCTIONS_TARGET = "macOS15"
 """The first target whose packages hold several functions."""
 _FUNCTIONS_NOT_COMPILED = (
@@ -61,39 +50,6 @@ class Part:
     def name(self) -> str:
         attention = () if self.shared else (self.attention.value,)
         return "-".join([self.component.name, *attention, *([] if self.size is None else [str(self.size)])])
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What models in the output must be of, to stay beside new ones: source, versions and the options that parts
-    follow from (``fingerprint``), and ``only`` that size; None: of any, as sizes are added to each other.
-    ``whole_weights`` is the fingerprint but for the weights' bits."""
-
-    fingerprint: str
-    whole_weights: str
-    only: Size | None
-
-    def made(self, made: Manifest) -> bool:
-        """Whether the models of that manifest are of it."""
-        return made.tools.get("conversion") == self.fingerprint and self._has_sizes(made)
-
-    def differs_in_bits(self, made: Manifest) -> bool:
-        """Whether they are but for the weights' bits: those that are not palettized are of use."""
-        same = made.tools.get("whole_weights") == self.whole_weights
-        return same and self._has_sizes(made) and not self.made(made)
-
-    def _has_sizes(self, made: Manifest) -> bool:
-        return self.only is None or made.sizes == (self.only,)
-
-    @property
-    def told(self) -> dict[str, str]:
-        """As manifests tell it."""
-        return {"conversion": self.fingerprint, "whole_weights": self.whole_weights}
-
-    @property
-    def name(self) -> str:
-        """Of the folder in which a conversion works: no other conversion's parts may be found there."""
-        return _digest([self.fingerprint, None if self.only is None else str(self.only)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,11 +173,6 @@ def _fold_notes(checkpoint: Checkpoint, options: ConvertOptions) -> Iterator[str
             "the UNet stays one of v prediction: its schedule ends without a signal (zero terminal SNR), where "
             "noise predictions tell nothing of the picture"
         )
-
-
-def tool_versions() -> dict[str, str]:
-    """What makes the packages, with versions."""
-    return {"python": platform.python_version()} | {name: version(name) for name in TOOLS}
 
 
 def _components(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[Component, ...]:
@@ -369,44 +320,3 @@ def identify(checkpoint: Checkpoint, options: ConvertOptions) -> Identity:
     whole_weights = replace(options, nbits=None, nbits_for={}, target_bits=None, recipe=None)
     only = None if options.sizes else first.size
     return Identity(fingerprint(checkpoint, options), fingerprint(checkpoint, whole_weights), only)
-
-
-def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> str:
-    """See `Identity`; known without looking at weights: sizes and times of change stand for files' contents."""
-    files = {path for tokenizer in checkpoint.tokenizers.values() for path in tokenizer.values()}
-    files.update(path for model in checkpoint.models.values() for path in model.files)
-    files.update([options.recipe] if options.recipe is not None else [])
-    told = {
-        "options": {name: value for name, value in asdict(options).items() if name not in CHOICES},
-        "source": checkpoint.source.model_dump(),
-        "family": checkpoint.family,
-        "refiner": None if checkpoint.refiner is None else _told_of_refiner(checkpoint.refiner),
-        "configs": {name: dict(model.config) for name, model in checkpoint.models.items()},
-        "controlnets": {name: told.model_dump() for name, told in checkpoint.controlnets.items()},
-        "schedulers": {name: dict(config) for name, config in checkpoint.schedulers.items()},
-        "pipeline": dict(checkpoint.pipeline_config),
-        "files": sorted(map(_stamp, files)),
-        "tools": tool_versions(),
-    }
-    return _digest(told)
-
-
-def _told_of_refiner(refiner: Checkpoint) -> dict[str, Any]:
-    told = {"schedulers": refiner.schedulers, "pipeline": dict(refiner.pipeline_config)}
-    return {"source": refiner.source.model_dump(), **told}
-
-
-def _digest(told: Any) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=_plain).encode()).hexdigest()
-
-
-def _stamp(path: Path) -> tuple[str, int, int]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    return (str(real_path(path)), status.st_size, status.st_mtime_ns)
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else str(value)

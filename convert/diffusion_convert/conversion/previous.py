@@ -14,8 +14,9 @@ from pathlib import Path
 from diffusion_convert.bundle.model_card import CARD_NAME
 from diffusion_convert.bundle.sizes import size_folder
 from diffusion_convert.bundle.zip_names import zip_attentions, zip_names, zip_names_by_size
+from diffusion_convert.conversion.identity import Identity
 from diffusion_convert.conversion.part import Record, read_record, write_record
-from diffusion_convert.conversion.plan import Identity, Part, Plan
+from diffusion_convert.conversion.plan import Part, Plan
 from diffusion_convert.conversion.sizes import take_size
 from diffusion_convert.conversion.workspace import Workspace
 from diffusion_convert.options import ConvertOptions
