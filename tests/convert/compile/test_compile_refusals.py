@@ -165,7 +165,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_model(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("diffusion_convert.compile.write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(StorageError, match=r"a\.mlmodelc: the disk is full"):
         compile_package(tmp_path / "a.mlpackage", tmp_path)
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.mlmodelc", "a.mlpackage"]
