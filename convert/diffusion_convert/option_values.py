@@ -93,6 +93,16 @@ def several(check: Check) -> Check:
     return lambda name, value: tuple(check(name, one) for one in _several(name, value))
 
 
+def listed(check: Check) -> Check:
+    """`several` of what a text may hold some of, as A,B."""
+
+    def checked(name: str, value: Any) -> tuple[Any, ...]:
+        given = [one.split(",") if isinstance(one, str) else [one] for one in _several(name, value)]
+        return tuple(check(name, one) for ones in given for one in ones)
+
+    return checked
+
+
 def _several(name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, (str, os.PathLike, enum.Enum, Size)) or is_dataclass(value):
         return (value,)

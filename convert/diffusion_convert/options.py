@@ -95,8 +95,8 @@ class ConvertOptions:
     """
 
     attention: tuple[AttentionKind, ...] = _option(
-        check.several(check.one_of(AttentionKind)),
-        f"{_KINDS}; may be given several times. Default: {_DEFAULT_KINDS}; for SDXL original.",
+        check.listed(check.one_of(AttentionKind)),
+        f"{_KINDS}; A,B or may be given several times. Default: {_DEFAULT_KINDS}; for SDXL original.",
         (),
     )
     nbits: int | None = _option(check.whole, f"Palettize weights to so many bits ({_BITS}). Default: 16-bit.")
@@ -115,7 +115,7 @@ class ConvertOptions:
     height: int | None = _option(check.whole, "Height of the picture in pixels. Default: the checkpoint's.")
     width: int | None = _option(check.whole, "Width of the picture in pixels. Default: the checkpoint's.")
     sizes: tuple[Size, ...] = _option(
-        check.several(check.size),
+        check.listed(check.size),
         "Size of the picture, width x height, as 768x512; may be given several times: one set of weights for all. "
         "Sizes are added to those that the same source and options have left in the folder.",
         (),
@@ -142,12 +142,12 @@ class ConvertOptions:
         check.source, "A VAE (TAESD) whose decoder makes previews, as a component of its own."
     )
     fold: tuple[Folding, ...] = _option(
-        check.several(check.one_of(Folding)),
+        check.listed(check.one_of(Folding)),
         "Also put into the models what apps have fixed: prediction (v to epsilon, for apps that know no v).",
         (),
     )
     no_fold: tuple[Folding, ...] = _option(
-        check.several(check.one_of(Folding)),
+        check.listed(check.one_of(Folding)),
         f"Keep the checkpoint's own {_FOLDED}, which is put into the models so that apps draw right; may be given "
         "several times.",
         (),
@@ -290,9 +290,10 @@ class ConvertOptions:
             raise InputError("--height and --width belong together: give both or neither")
         if self.sizes and self.height is not None:
             raise InputError("--size and --height with --width exclude each other: give one")
-        for what, several in (("a size", self.sizes), ("an attention kind", self.attention)):
-            if len(set(several)) != len(several):
-                raise InputError(f"{what} is given twice")
+        for what, several in (("size", self.sizes), ("attention", [kind.value for kind in self.attention])):
+            named = [str(one) for one in several]
+            if twice := [one for one in named if named.count(one) > 1]:
+                raise InputError(f"--{what} {twice[0]} is given twice: give it once")
         if self.only_controlled and not self.controlnets:
             raise InputError("--only-controlled: there is no UNet to steer without --controlnet: give one")
         if both := set(self.fold) & set(self.no_fold):

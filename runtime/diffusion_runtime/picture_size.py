@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from diffusion_runtime.errors import InputError
@@ -23,6 +24,12 @@ class Size(NamedTuple):
     def function(self) -> str:
         """What the function for this size is called in a package of several."""
         return f"size_{self}"
+
+
+def listed(sizes: Sequence[Size]) -> str:
+    """``64x64, 96x64 and 64x128``."""
+    *others, last = map(str, sizes)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def parse_size(text: str) -> Size:

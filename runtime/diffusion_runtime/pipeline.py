@@ -137,7 +137,7 @@ class Pipeline:
         """The pipeline for pictures of that size, on the same models; None: the first size's. Raises InputError,
         with the sizes that there are, for another."""
         own = Size(self.size[1], self.size[0])
-        size = Size(width or own.width, height or own.height)
+        size = Size(own.width if width is None else width, own.height if height is None else height)
         if size == own:
             return self
         described, models = stages.of_size(self.manifest, self.models, size)

@@ -13,6 +13,7 @@ from diffusion_runtime.bundle import manifest
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.models import Models
+from diffusion_runtime.picture_size import listed
 
 if TYPE_CHECKING:
     from diffusion_runtime.bundle.manifest import Manifest
@@ -50,11 +51,9 @@ def of_size(made: Manifest, models: Models, asked: Size) -> tuple[Manifest, Mode
     """What describes and what makes pictures of another size than the first. Raises InputError, with the sizes that
     there are, for one that cannot be made."""
     if asked not in made.sizes:
-        *others, last = map(str, made.sizes)
-        known = f"{', '.join(others)} and {last}" if others else last
         raise InputError(
-            f"{asked} pixels: these models make {known} (width x height); convert again with --size {asked} to add "
-            "that size"
+            f"{asked} pixels: these models make {listed(made.sizes)} (width x height); convert again "
+            f"with --size {asked} to add that size"
         )
     return manifest.of_size(made, asked), models.of_size(str(asked))
 

@@ -16,6 +16,7 @@ from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import PALETTE_BITS, TARGETS, AttentionKind
 from diffusion_runtime.mil.package import open_package
+from diffusion_runtime.picture_size import Size
 
 Source = Callable[[str], Path]
 
@@ -29,8 +30,8 @@ Source = Callable[[str], Path]
         ({"nbits": 5}, "nbits 5: expected one of " + ", ".join(map(str, PALETTE_BITS))),
         ({"batch_size": 4}, "batch size 4: expected 2"),
         ({"height": 512}, "--height and --width belong together"),
-        ({"attention": (AttentionKind.ORIGINAL,) * 2}, "given twice"),
-        ({"attention": "fast"}, "unknown attention 'fast': expected one of original, split_einsum"),
+        ({"attention": (AttentionKind.ORIGINAL,) * 2}, "--attention original is given twice: give it once"),
+        ({"attention": "original,fast"}, "unknown attention 'fast': expected one of original, split_einsum"),
         ({"attention": 1}, "attention 1: expected one value or several"),
         ({"precision": "half"}, "unknown precision 'half': expected one of auto, float16, float32"),
         ({"nbits": "6"}, "nbits '6': expected a whole number"),
@@ -68,6 +69,7 @@ def test_texts_and_single_values_become_what_the_fields_are() -> None:
         loras=(Lora(Path("style.safetensors"), 0.8), Lora(Path("other.safetensors"))),
         vae="vae",
     )
+    assert ConvertOptions("original,split_einsum", sizes="64x64, 96x64").sizes == (Size(64, 64), Size(96, 64))
     several: dict[str, Any] = {"attention": ["original", AttentionKind.SPLIT_EINSUM], "loras": Path("a")}
     assert ConvertOptions(**several).attention == (AttentionKind.ORIGINAL, AttentionKind.SPLIT_EINSUM)
     assert ConvertOptions(**several).loras == (Lora(Path("a")),)

@@ -323,7 +323,7 @@ def test_what_is_of_one_size_is_the_same_for_all(tiny_checkpoint: Callable[[str]
     ("options", "what"),
     [
         ({"sizes": "96"}, "size '96': expected WIDTHxHEIGHT in pixels, as 768x512"),
-        ({"sizes": ["64x64", "64x64"]}, "a size is given twice"),
+        ({"sizes": ["64x64", "64x64"]}, "--size 64x64 is given twice"),
         ({"sizes": "64x64", "width": 64, "height": 64}, "--size and --height with --width exclude each other"),
         ({"sizes": ["64x64", "100x64"]}, "--size 100x64: width 100: expected a multiple of 8 of at least 64"),
         ({"sizes": SIZES, "layout": "comfyui"}, "--layout comfyui and several sizes: its apps find a model"),

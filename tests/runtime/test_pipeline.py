@@ -309,6 +309,7 @@ def test_odd_prompts_make_diffusers_picture(reference: Load, psnr_db: Psnr, prom
         ({"guidance_scale": float("nan")}, "guidance scale nan"),
         ({"guidance_scale": float("inf")}, "guidance scale inf"),
         ({"height": 128, "width": 64}, r"64x128 pixels: these models make 64x64"),
+        ({"width": 0}, r"0x64 pixels: these models make 64x64"),
         ({"num_images_per_prompt": 0}, "0 pictures per prompt"),
         ({"prompt": []}, "no prompt"),
         ({"prompt": "a \ud800 cat"}, "not valid Unicode at character 3"),

@@ -24,6 +24,7 @@ from diffusion_runtime.families import (
     compiled_names,
 )
 from diffusion_runtime.images import load
+from diffusion_runtime.picture_size import listed
 
 CARD_NAME = "README.md"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -152,7 +153,7 @@ def _origin(made: Manifest) -> str:
     skipped = f" and clip skip {made.clip_skip}" if made.clip_skip else ""
     added = _loras(made.source) + _embeddings(made.source) + skipped
     text = (
-        f"Stable Diffusion models ({made.family}) for pictures of {' and '.join(map(str, made.sizes))} pixels, "
+        f"Stable Diffusion models ({made.family}) for pictures of {listed(made.sizes)} pixels, "
         f"converted from {_named(made.source)}{added}{refiner}{_adapters(made)} for {made.target} and later"
     )
     if "coremltools" not in made.tools:

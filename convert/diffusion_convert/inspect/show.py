@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from diffusion_convert.inspect import FolderReport, ModelReport, Port
+from diffusion_runtime.picture_size import listed
 
 _SHOWN_OPERATIONS = 12
 
@@ -36,7 +37,7 @@ def _folder_lines(report: FolderReport) -> Iterator[str]:
     made = report.manifest
     if made is not None:
         yield (
-            f"{report.name}: {made.name} ({made.family}), {made.attention}, {' and '.join(map(str, made.sizes))}, "
+            f"{report.name}: {made.name} ({made.family}), {made.attention}, {listed(made.sizes)}, "
             f"batch {made.batch_size}, {made.prediction_type} prediction, {made.layout.value} layout, for "
             f"{made.target} and later"
         )
