@@ -58,6 +58,15 @@ def test_another_time_of_change_is_another_conversion_where_the_file_is_read(pla
     assert (of(place) != before) == (name in READ)
 
 
+def test_other_contents_of_the_same_size_and_time_are_another_conversion(place: Path) -> None:
+    before, weights = of(place), place / READ[0]
+    status, contents = weights.stat(), weights.read_bytes()
+    weights.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert weights.stat().st_mtime_ns == status.st_mtime_ns
+    assert of(place) != before
+
+
 def test_another_setting_of_the_pipeline_is_another_conversion(place: Path) -> None:
     before, index = of(place), place / "checkpoint" / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "force_zeros_for_empty_prompt": True}))

@@ -139,6 +139,7 @@ def test_a_size_is_added_to_what_is_there(
 
 def test_one_package_has_a_function_for_each_size(bundles: Make) -> None:
     made = bundles(NEW)
+    assert "pictures of 64x64 and 96x64 pixels" in (made.several / "README.md").read_text()
     ct = import_coremltools()
     for name in ("unet", "vae_decoder", "vae_encoder", "safety_checker"):
         component = manifest.read(made.packages).components[name]

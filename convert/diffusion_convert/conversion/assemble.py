@@ -56,7 +56,7 @@ def assemble(
         _compile(plan, found, folder, known, progress)
     # A card that was there before any conversion is the user's own.
     theirs = not previous.variants and (previous.output / CARD_NAME).exists()
-    if (plan.compiled or plan.options.layout is not Layout.APPLE) and not theirs:
+    if (plan.options.compiled or plan.options.layout is not Layout.APPLE) and not theirs:
         write_model_card(folder, found)
     progress(Event("", Phase.FINISH, 1.0))
     return {name: kinds[PACKAGES] for name, kinds in found.items()}

@@ -90,12 +90,13 @@ def _digest(told: Any) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
-def _stamp(path: Path) -> tuple[str, int, int]:
+def _stamp(path: Path) -> tuple[str, int, int, int]:
     try:
         status = path.stat()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    return (str(real_path(path)), status.st_size, status.st_mtime_ns)
+    # The time of change is the file system's: who puts back the other one, as rsync and cp -p do, cannot set it.
+    return (str(real_path(path)), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _plain(value: Any) -> Any:
