@@ -65,6 +65,7 @@ _FOLDED = " or ".join(folding.value for folding in Folding if folding.about.by_d
 _BITS = ", ".join(map(str, PALETTE_BITS))
 
 
+_IDLE_WITHOUT = {"only_controlled": "controlnet", "lora_partial": "lora", "image_encoder": "ip_adapter"}
 SizeLike = Size | tuple[int, int] | str
 """Width and height in pixels, or a text as the command line takes it."""
 
@@ -294,8 +295,10 @@ class ConvertOptions:
             named = [str(one) for one in several]
             if twice := [one for one in named if named.count(one) > 1]:
                 raise InputError(f"--{what} {twice[0]} is given twice: give it once")
-        if self.only_controlled and not self.controlnets:
-            raise InputError("--only-controlled: there is no UNet to steer without --controlnet: give one")
+        for name, needed in _IDLE_WITHOUT.items():
+            if getattr(self, name) and not getattr(self, f"{needed}s"):
+                flag, other = (f"--{one.replace('_', '-')}" for one in (name, needed))
+                raise InputError(f"{flag}: does nothing without {other}: give one, or leave it out")
         if both := set(self.fold) & set(self.no_fold):
             name = both.pop().value
             raise InputError(f"--fold {name} and --no-fold {name} exclude each other: give one")

@@ -166,7 +166,7 @@ def controls_of(given: Mapping[str, Any], known: Sequence[str]) -> tuple[Control
     Raises InputError where there are not as many of one as of the other."""
     images = given.get("control_image")
     if images is None:
-        if idle := [name for name in given if name not in ("control_image", "guess_mode")]:
+        if idle := [name for name, value in given.items() if name != "guess_mode" and value is not None]:
             raise InputError(f"{', '.join(idle)}: there is no control_image: give one for each ControlNet")
         return ()
     several = list(images) if isinstance(images, list | tuple) else [images]

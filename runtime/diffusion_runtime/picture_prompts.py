@@ -71,6 +71,8 @@ def of_arguments(given: Mapping[str, Any]) -> tuple[PicturePrompt, ...]:
     if images is not None and embeds is not None:
         raise InputError("ip_adapter_image and ip_adapter_image_embeds are both given: give one")
     if used is None:
+        if scales is not None:
+            raise InputError("ip_adapter_scale: there is no ip_adapter_image: give one for each IP-Adapter")
         return ()
     several = list(used) if isinstance(used, (list, tuple)) else [used]
     if isinstance(scales, dict) or (isinstance(scales, (list, tuple)) and any(isinstance(s, dict) for s in scales)):

@@ -97,7 +97,7 @@ class Pipeline:
         if self._scheduler is None or self._scheduler[0] != self.scheduler_name:
             config = {**self.manifest.scheduler, "prediction_type": self.manifest.prediction_type}
             schedulers.check_family(config, self.manifest.family)
-            imposed = schedulers.imposed_on(self.manifest.family)
+            imposed = schedulers.imposed_on(self.manifest.family, self._takes_guidance)
             self._scheduler = self.scheduler_name, schedulers.build(config, self.scheduler_name, imposed)
             self._is_set = False
         return self._scheduler[1]

@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime.errors import InputError, first_line
-from diffusion_runtime.families import UNET, family_named
+from diffusion_runtime.families import PLAIN_SETTINGS, UNET, family_named
 from diffusion_runtime.later import import_diffusers
 
 if TYPE_CHECKING:
@@ -96,9 +96,11 @@ def canonical(name: str) -> str:
     raise InputError(f"unknown scheduler {name!r}: expected one of {known()}")
 
 
-def imposed_on(family: str) -> Mapping[str, Any]:
-    """The settings that a family's pipeline imposes on every scheduler."""
-    return family_named(family).scheduler_settings
+def imposed_on(family: str, takes_guidance: bool = False) -> Mapping[str, Any]:
+    """The settings that a family's pipeline imposes on every scheduler. Where the UNet takes the guidance scale,
+    StableDiffusionPipeline's place is LatentConsistencyModelPipeline's, which imposes none."""
+    settings = family_named(family).scheduler_settings
+    return {} if takes_guidance and settings is PLAIN_SETTINGS else settings
 
 
 def check_family(config: Mapping[str, Any], family: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffusion_runtime import guidance, picture_prompts, t2i_adapters
+from diffusion_runtime.added_conditions import SizeConditioning
 from diffusion_runtime.backends import Model
 from diffusion_runtime.bundle.manifest import Manifest
 from diffusion_runtime.control.steering import FEATURE
@@ -46,6 +47,8 @@ def of_rows(job: Job, unet: Shapes, pooled: torch.Tensor | None, guided: bool) -
         if guided and request.image_guidance_scale is not None:
             each = [ids, ids, ids]  # diffusers' class for it has no sizes of a negative prompt
         told["time_ids"] = torch.stack(each * request.pictures)
+    elif request.sizes != SizeConditioning():
+        raise InputError("original_size, target_size, aesthetic_score, …: these models are told none: leave it out")
     blind = request.blind(guided)
     if guidance.EMBEDDED in unet:
         scales = torch.full((len(blind),), request.scale)

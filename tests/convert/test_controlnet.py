@@ -123,8 +123,10 @@ def test_they_are_verified_against_their_sources(
 def test_options_that_say_nothing_are_refused(
     options: ConvertOptions, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
-    with pytest.raises(InputError, match="--only-controlled: there is no UNet to steer without --controlnet"):
+    with pytest.raises(InputError, match="--only-controlled: does nothing without --controlnet: give one"):
         ConvertOptions(only_controlled=True)
+    with pytest.raises(InputError, match="--lora-partial: does nothing without --lora: give one"):
+        ConvertOptions(lora_partial=True)
     for nothing in ("", ","):
         with pytest.raises(InputError, match=f"--controlnet '{nothing}': names nothing"):
             ConvertOptions(controlnets=nothing)

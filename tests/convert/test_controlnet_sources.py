@@ -248,6 +248,8 @@ def test_two_of_one_name_and_twenty_of_twenty(
         shutil.copytree(nets / "sd1", tmp_path / name)
     with pytest.raises(DiffusionError, match=r"would have the same file name, controlnet/MyNet\.mlmodelc: rename"):
         opened("sd1", tmp_path / "a" / "my_net", tmp_path / "b" / "My-Net")
+    with pytest.raises(DiffusionError, match="is given twice"):
+        opened("sd1", *[nets / "sd1"] * 20)
     sources = []
     for number in range(20):
         sources.append(tmp_path / f"net{number}.safetensors")

@@ -219,7 +219,8 @@ def test_components_without_a_choice_are_stored_once(made: Conversion) -> None:
 def test_manifest_tells_what_no_interface_tells(made: Conversion, family: str) -> None:
     recipe = tiny_checkpoints.RECIPES[family]
     manifest = made.variants["original"]
-    assert manifest.scheduler == settled(recipe.scheduler, imposed_on(made.family))
+    takes_guidance = recipe.unet.get("time_cond_proj_dim") is not None
+    assert manifest.scheduler == settled(recipe.scheduler, imposed_on(made.family, takes_guidance))
     assert manifest.prediction_type == recipe.scheduler["prediction_type"]
     assert manifest.noise_scheduler == recipe.low_res_scheduler
     assert manifest.latents.factor == latent_factor(recipe.vae)

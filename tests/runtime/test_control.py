@@ -274,6 +274,10 @@ ONE: dict[str, Any] = {"control_image": Image.new("RGB", (64, 64)), "controlnet"
         ({"control_prepare": "sketch"}, "prepared by canny, depth, inpaint, tile; got 'sketch'"),
         ({"control_prepare": "depth"}, "these models have no depth_estimator"),
         ({"control_image": None}, "there is no control_image"),
+        (
+            {"control_image": None, "controlnet": None, "guess_mode": True},
+            "guess_mode: there is no control picture",
+        ),
         ({"guess_mode": 1}, "guess_mode 1: expected True or False"),
     ],
 )

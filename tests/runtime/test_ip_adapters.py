@@ -233,8 +233,8 @@ def test_what_is_refused(
     save_file(tensors, tmp_path / "other.safetensors")
     said = refused(tmp_path / "other.safetensors", sd1, image_encoder=str(files / "image_encoder"))
     assert "projection_dim 9, but this one's is 24" in said
-    with pytest.raises(InputError, match="is for --ip-adapter"):
-        open_checkpoint(str(sd1), ConvertOptions(image_encoder=str(files)))
+    with pytest.raises(InputError, match="--image-encoder: does nothing without --ip-adapter"):
+        ConvertOptions(image_encoder=str(files))
     with pytest.raises(InputError, match="comfyui and --ip-adapter"):
         convert(sd1, tmp_path / "out", ConvertOptions(layout="comfyui", ip_adapters=plain))
     cases: list[tuple[dict[str, Any], str]] = [
@@ -243,6 +243,7 @@ def test_what_is_refused(
         ({"ip_adapter_image": PICTURES, "ip_adapter_scale": [1.0]}, "1 IP-Adapter scales for 3 pictures"),
         ({"ip_adapter_image": PICTURES, "ip_adapter_scale": {"up": 1.0}}, "by block"),
         ({"ip_adapter_image": PICTURES, "ip_adapter_scale": float("nan")}, "expected a number"),
+        ({"ip_adapter_scale": 0.5}, "there is no ip_adapter_image"),
         ({"cross_attention_kwargs": {"ip_adapter_masks": []}}, "cannot do it"),
     ]
     for given, why in cases:

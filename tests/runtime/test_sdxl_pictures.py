@@ -19,6 +19,7 @@ from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.conversion.plan import make_plan
 from diffusion_runtime import InputError, Pipeline, load_pipeline
 from pictures import half_mask, picture
+from tiny_checkpoints import LCM
 
 pytestmark = pytest.mark.slow
 
@@ -104,6 +105,22 @@ def test_the_picture_is_diffusers(
     made = load_pipeline(folder, "torch")(**asked, generator=seeded())
     for ours, other in zip(made.images, expected.images, strict=True):
         assert psnr_db(np.asarray(ours), np.asarray(other)) >= PARITY_DB
+
+
+def test_of_latent_consistency_models_the_scheduler_is_left_as_it_is(
+    reference: Load, converted: Callable[..., Path], psnr_db: Psnr
+) -> None:
+    """Their pipeline in diffusers imposes nothing on it, other than StableDiffusionPipeline."""
+    import diffusers
+
+    own = {**LCM, "clip_sample": True, "clip_sample_range": 0.5}
+    pipe = theirs(reference("sd1-lcm"), "LatentConsistencyModelPipeline")
+    pipe.scheduler = diffusers.LCMScheduler.from_config(own)
+    pipeline = load_pipeline(converted("sd1-lcm"), "torch")
+    pipeline.manifest = pipeline.manifest.model_copy(update={"scheduler": own})
+    asked: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 2}
+    ours, expected = (np.asarray(one(**asked, generator=seeded()).images[0]) for one in (pipeline, pipe))
+    assert psnr_db(ours, expected) >= PARITY_DB
 
 
 def test_a_base_hands_its_latents_over_to_a_refiner(

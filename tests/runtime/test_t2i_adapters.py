@@ -202,7 +202,7 @@ def test_what_is_refused(adapters: Path, tiny_checkpoint: Callable[[str], Path],
     assert "it gives features of 32x64x64, 64x32x32, 64x16x16, expected 32x32x32, 64x32x32" in said
     assert "no such file or folder" in refused(sd1, tmp_path / "nowhere")
     assert "is of class UNet2DConditionModel: expected T2IAdapter" in refused(sd1, sd1 / "unet")
-    assert "would have the same file name" in refused(sd1, adapters / FULL, adapters / FULL)
+    assert "is given twice" in refused(sd1, adapters / FULL, adapters / FULL)
     assert "is a file" in refused(sd1, adapters / FULL / "config.json")
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"height": 136, "width": 128}, "takes multiples of 16"),

@@ -146,12 +146,14 @@ def check_names(option: str, prefix: str, sources: Sequence[str], names: Sequenc
     seen: dict[str, str] = {}
     for source, name in zip(sources, names, strict=True):
         (compiled,) = compiled_names(prefix + name)
-        other = seen.setdefault(compiled.casefold(), source)
-        if other is not source:
+        if (other := seen.get(compiled.casefold())) is not None:
             raise InputError(
-                f"{option} {source}: is called {name!r}, and {other} would have the same file name, "
+                f"{option} {source}: is given twice"
+                if other == source
+                else f"{option} {source}: is called {name!r}, and {other} would have the same file name, "
                 f"{compiled}.mlmodelc: rename one of their folders or files"
             )
+        seen[compiled.casefold()] = source
 
 
 def _check_steerable(checkpoint: Checkpoint, sources: Sequence[str]) -> None:

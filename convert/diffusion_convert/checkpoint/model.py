@@ -72,3 +72,8 @@ class Checkpoint:
     def denoiser(self) -> Submodel:
         """The network that predicts what is taken away in a step: the UNet, in most families."""
         return self.models[FAMILIES[self.family].denoiser.component]
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the UNet, as of latent consistency models."""
+        return self.denoiser.config.get("time_cond_proj_dim") is not None

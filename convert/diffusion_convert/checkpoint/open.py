@@ -100,8 +100,6 @@ def _refuse_without_unet(checkpoint: Checkpoint, options: ConvertOptions) -> Non
 def _with_ip_adapters(checkpoint: Checkpoint, sources: Sequence[str], image_encoder: str | None) -> Checkpoint:
     """A file on the Hub is fetched with the image encoder beside it, which only the first is asked for."""
     if not sources:
-        if image_encoder is not None:
-            raise InputError(f"--image-encoder {image_encoder}: is for --ip-adapter, which is not given")
         return checkpoint
     folder = None
     if image_encoder is not None:

@@ -113,7 +113,7 @@ def describe(plan: Plan, kind: AttentionKind, entries: Mapping[str, manifest.Com
     checkpoint, vae = plan.checkpoint, plan.checkpoint.models["vae"].config
     (scale, shift), prediction = folding.latents(checkpoint), folding.prediction(checkpoint)
     own = checkpoint.schedulers["scheduler"]
-    scheduler = settled(own, imposed_on(checkpoint.family))
+    scheduler = settled(own, imposed_on(checkpoint.family, checkpoint.takes_guidance))
     values = {
         "name": checkpoint.name,
         "family": checkpoint.family,

@@ -48,7 +48,8 @@ def for_guernika(component: Component, checkpoint: Checkpoint) -> dict[str, str]
 
 def _of_scheduler(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     """As diffusers' pipeline uses them: what the file leaves out is the scheduler's default."""
-    own, imposed = checkpoint.schedulers["scheduler"], schedulers.imposed_on(checkpoint.family)
+    own = checkpoint.schedulers["scheduler"]
+    imposed = schedulers.imposed_on(checkpoint.family, checkpoint.takes_guidance)
     used: Mapping[str, Any] = {**schedulers.settled(own, imposed), **schedulers.build(own, None, imposed).config}
     for key in SCHEDULER_KEYS:
         if used.get(key) is not None:

@@ -280,8 +280,7 @@ def settled_batch_size(checkpoint: Checkpoint, options: ConvertOptions) -> int:
     rows = FAMILIES[checkpoint.family].guided_rows
     if (options.batch_size or 1) > rows:
         raise InputError(f"--batch-size {options.batch_size}: guidance takes {rows} rows of {checkpoint.family}")
-    takes_scale = checkpoint.denoiser.config.get("time_cond_proj_dim") is not None
-    return options.batch_size or (1 if takes_scale else rows)
+    return options.batch_size or (1 if checkpoint.takes_guidance else rows)
 
 
 def _size_notes(checkpoint: Checkpoint, shapes: Sequence[Shape]) -> Iterator[str]:

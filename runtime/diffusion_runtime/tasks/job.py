@@ -127,7 +127,8 @@ class Request:
                 raise InputError(f"{name} {value!r}: expected a whole number of pixels")
 
     def _check_pictures(self) -> None:
-
+        if self.guess_mode and not self.controls:
+            raise InputError("guess_mode: there is no control picture: give one (--control NAME=PICTURE)")
         for name, value in (("image", self.image), ("mask", self.mask)):
             if value is not None and not isinstance(value, Image.Image):
                 raise InputError(f"{name} is a {type(value).__name__}: expected one PIL picture")
