@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from diffusion_runtime import memory
+
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parent / "bench-out"
 PACKAGE = OUTPUT / "unet.mlpackage"
@@ -62,6 +64,7 @@ def main() -> int:
         parser.error(f"unknown measurement {unknown[0]!r}: expected one of {', '.join(BENCHES)}")
     OUTPUT.mkdir(exist_ok=True)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command sets it; for both sides of a comparison
+    memory.keep_freed()
     commands = [command for name in chosen for command in BENCHES[name]]
     if any(name in NEED_PACKAGE for name in chosen) and not PACKAGE.exists():
         commands.insert(0, ("full_size.py", str(OUTPUT)))

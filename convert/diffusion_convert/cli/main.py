@@ -12,6 +12,7 @@ import typer
 
 from diffusion_convert.cli import bench, bundle, convert, inspect, palettize, share, verify
 from diffusion_runtime import cli as runtime
+from diffusion_runtime import memory
 from diffusion_runtime.cli import interruption
 from diffusion_runtime.cli.console import INTERRUPTED
 from diffusion_runtime.errors import DiffusionError
@@ -71,6 +72,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # for the names of files that are not UTF-8
     # torch's large tensors in the system's large pages (Linux): a tenth less time, which was spent on page faults.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    memory.keep_freed()
     try:
         interruption.heed()
         with interruption.seen():

@@ -24,6 +24,7 @@ from diffusion_convert.components.component import Component, Shape
 from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import VerificationError
+from diffusion_runtime.memory import release
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import DType, TensorType, operations
 
@@ -104,6 +105,7 @@ def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progre
             tensors = found if isinstance(found, tuple) else (found,)
             outputs.append({port.name: tensor.numpy() for port, tensor in zip(graph.outputs, tensors, strict=True)})
             progress((run + 1) / component.runs)
+    release()
     for name, array in (item for run in outputs for item in run.items()):
         if not np.isfinite(array).all():
             raise VerificationError(
@@ -120,8 +122,10 @@ def measure(path: Path, expected: Expected, progress: OnFraction) -> Verdict:
 
     verdict = _measure(path, expected, progress, WATCHABLE)
     large = [name for name, size in verdict.largest.items() if name.endswith(SCORES) and not size < FAR]
-    # Attention in one piece has shown that scores are large, but not which operations' values are.
-    return _measure(path, expected, progress, ()) if large else verdict
+    if large:  # attention in one piece has shown that scores are, but not which operations' values
+        verdict = _measure(path, expected, progress, ())
+    release()
+    return verdict
 
 
 def _measure(path: Path, expected: Expected, progress: OnFraction, passes: Sequence[Pass]) -> Verdict:

@@ -6,7 +6,6 @@ and layer norms over channels find the channels of one position side by side: no
 
 from __future__ import annotations
 
-import ctypes
 import operator
 import platform
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from diffusion_runtime.memory import release
 from diffusion_runtime.mil import fused
 from diffusion_runtime.mil.match import operand, operation, others, put, shape_of, value_of
 from diffusion_runtime.mil.ops.convolution import paddings
@@ -71,7 +71,7 @@ def pack_kernels(module: fx.GraphModule) -> None:
     pack: Any = torch.ops.mkldnn._reorder_convolution_weight
     for count, node in enumerate(list(module.graph.nodes)):
         if count % RELEASE_EVERY == 0:
-            _release()
+            release()
         weight: Any = operand(node, "weight") if node.target is fused.conv2d else None
         kernel, shape = value_of(module, weight), shape_of(operand(node, "x"))
         if kernel is None or shape is None or kernel.dtype != torch.float32 or len(weight.users) > 1:
@@ -79,14 +79,7 @@ def pack_kernels(module: fx.GraphModule) -> None:
         order = [operand(node, name) for name in ("padding", "strides", "dilations", "groups")]
         module.register_buffer(weight.target, pack(kernel, *order, list(shape)))
         put(module, node, fused.packed_conv2d, node.kwargs, "conv")
-    _release()
-
-
-def _release() -> None:
-    """Give memory that was freed back to the system. glibc keeps what other threads allocated: a gigabyte here."""
-    trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    release()
 
 
 def reuse_memory(module: fx.GraphModule) -> None:
