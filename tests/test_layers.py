@@ -51,6 +51,7 @@ def test_mil_imports_neither_pipeline_nor_backends(source: Path) -> None:
             "errors",
             "coremltools_import",
             "later",
+            "memory",
             "families",
             "real_path",
             "strict_json",
