@@ -5,28 +5,20 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
-from inspect import Parameter, Signature, signature
-from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
+from inspect import Parameter
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
 from diffusion_convert.options import ConvertOptions, Option, about
-
-Command = TypeVar("Command", bound=Callable[..., None])
+from diffusion_runtime.cli.options import Command, declared
 
 
 def takes(chosen: Callable[[Option], bool], panel: str | None = None) -> Callable[[Command], Command]:
     """Give a command that takes ``**given`` the chosen options, in help under the heading ``panel``."""
     hints = get_type_hints(ConvertOptions)
     added = [_parameter(one, hints[one.name], panel) for one in fields(ConvertOptions) if chosen(about(one))]
-
-    def declare(command: Command) -> Command:
-        # typer reads a command's signature: what it is told there, the command is called with.
-        *own, _ = signature(command, eval_str=True).parameters.values()
-        command.__signature__ = Signature([*own, *added])  # type: ignore[attr-defined]
-        return command
-
-    return declare
+    return lambda command: declared(command, added)
 
 
 def options(given: Mapping[str, Any]) -> ConvertOptions:

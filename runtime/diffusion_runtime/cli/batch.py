@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffusion_runtime.cli import interruption, options
 from diffusion_runtime.cli.console import INTERRUPTED, SECONDS_BETWEEN_LINES, error_console, progress_bar, say
-from diffusion_runtime.cli.options import option
+from diffusion_runtime.cli.options import option, takes
 
 if TYPE_CHECKING:
     from diffusion_runtime.batch.run import Batch
@@ -46,63 +46,42 @@ of workers; the last bits do on --threads and on the kind of processor.
 """
 
 
+SETTINGS = ("negative_prompt", "steps", "guidance_scale", "scheduler", "eta", "rng", "strength")
+"""Of generate's options, those that are for rows that do not say them."""
+
+
+@takes({name: options.PICTURE[name] for name in SETTINGS}, options.BACKEND, options.MEMORY, options.WORKERS)
 def batch(
     models: Annotated[Path, typer.Argument(help="Folder of models.", metavar="MODELS", show_default=False)],
     prompts: Annotated[Path, typer.Argument(help="Table of prompts.", metavar="PROMPTS", show_default=False)],
     output: Annotated[
         str, typer.Option("--output", "-o", help="Folder, or a URI of object storage.", show_default=False)
     ],
-    negative_prompt: Annotated[str | None, option("What not to draw.")] = None,
-    steps: Annotated[
-        int | None, option("Denoising steps. Default: diffusers' for these models, mostly 50.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, option("How closely to follow the prompt. Default: the models'.")
-    ] = None,
-    scheduler: Annotated[str | None, option("As for generate. Default: the checkpoint's.")] = None,
-    eta: Annotated[float | None, option("As for generate. Default: 0.")] = None,
+    *,
     seed: Annotated[int, typer.Option(help="Of the first picture of the table; they count up.")] = 0,
-    rng: Annotated[str | None, option("torch, numpy or nvidia. Default: torch.")] = None,
-    strength: Annotated[float | None, option("For rows with a picture. Default: 0.8; 1 with a mask.")] = None,
     count: Annotated[int, typer.Option(help="Pictures per row.", min=1)] = 1,
-    workers: Annotated[
-        int | None, option("Processes, each with its own models. Default: 1, or one for each unit or device.")
-    ] = None,
-    threads: options.WorkerThreads = None,
     ray: Annotated[
         str | None,
         option("Workers on a Ray cluster: local, auto or its address. Default workers: its CPUs by --threads."),
     ] = None,
-    backend: options.Backend = "auto",
-    compute_units: options.EachUnit = None,
-    device: options.EachDevice = None,
-    dtype: options.Dtype = None,
-    reduce_memory: options.ReduceMemory = False,
-    tokenizer: options.Tokenizer = None,
-    safety: options.Safety = True,
-    ignore: options.Ignored = None,
-    redo: Annotated[bool, option("Replace pictures that other rows, options or models made.", "--redo")] = False,
+    **given: Any,
 ) -> None:
     from diffusion_runtime.batch import on_ray, places
     from diffusion_runtime.batch import run as batches
     from diffusion_runtime.batch.local import LocalWorkers
 
-    defaults = options.given(
-        negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale, scheduler=scheduler, eta=eta
-    ) | options.given(seed=seed, rng=rng, strength=strength)
-    loading = options.given(
-        backend=backend, dtype=dtype, reduce_memory=reduce_memory, tokenizer=tokenizer, check_safety=safety
-    )
-    each = threads or batches.default_threads()
+    loading = options.chosen(given, (*options.BACKEND, *options.MEMORY))
+    workers, units, device = given["workers"], given["compute_units"], given["device"]
+    each = given["threads"] or batches.default_threads()
     cluster = None if ray is None else on_ray.connect(ray)
-    if cluster is not None and workers is None and not (compute_units or device):
+    if cluster is not None and workers is None and not (units or device):
         workers = max(1, on_ray.cores(cluster) // each)
-    setups = batches.setups(
-        str(models.absolute()), loading, _absolute(output), each, workers, compute_units, device
-    )
+    setups = batches.setups(str(models.absolute()), loading, _absolute(output), each, workers, units, device)
     place = places.open_place(_absolute(output))
+    defaults = {**options.chosen(given, SETTINGS), "seed": seed}
     with place.hold():
-        plan = batches.prepare(prompts, place, defaults, count, setups, set(ignore or ()), redo)
+        ignored = set(given["ignore"] or ())
+        plan = batches.prepare(prompts, place, defaults, count, setups, ignored, bool(given["redo"]))
         made_by = LocalWorkers(setups) if cluster is None else on_ray.RayWorkers(cluster, setups)
         _run(batches.Batch(plan, place, made_by), output)
 

@@ -12,7 +12,7 @@ import typer
 from diffusion_runtime import atomic
 from diffusion_runtime.cli import interruption, options
 from diffusion_runtime.cli.console import INTERRUPTED, error_console, progress_bar, say
-from diffusion_runtime.cli.options import option
+from diffusion_runtime.cli.options import option, takes
 from diffusion_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ Run the same command again after an interruption: it goes on where it stopped.
 """
 
 
+@takes(options.BACKEND, options.WORKERS)
 def evaluate(
     models: Annotated[
         list[str],
@@ -79,15 +80,7 @@ def evaluate(
         ),
     ] = "inception",
     seed: Annotated[int, typer.Option(help="Of the first prompt; they count up.")] = 0,
-    workers: Annotated[int | None, option("Processes that draw, each with its own models. Default: 1.")] = None,
-    threads: options.WorkerThreads = None,
-    backend: options.Backend = "auto",
-    compute_units: options.EachUnit = None,
-    device: options.EachDevice = None,
-    dtype: options.Dtype = None,
-    safety: options.Safety = True,
-    ignore: options.Ignored = None,
-    redo: Annotated[bool, option("Replace pictures that other prompts, options or models made.", "--redo")] = False,
+    **given: Any,
 ) -> None:
     options.check_installed("evaluate", NEEDED, "evaluate")
     from diffusion_runtime.batch import run as batches
@@ -95,12 +88,13 @@ def evaluate(
 
     if reference_images is None and len(models) == 1:
         raise InputError("nothing to take distances from: give --reference-images DIR or a second MODELS")
-    ignored = set(ignore or ())
-    loading = options.given(backend=backend, dtype=dtype, check_safety=safety)
-    each = batches.default_threads() if threads is None else threads
+    ignored = set(given["ignore"] or ())
+    loading = options.chosen(given, options.BACKEND)
+    each = batches.default_threads() if given["threads"] is None else given["threads"]
 
     def setups(folder: str, place: str) -> list[Setup]:
-        return batches.setups(folder, loading, place, each, workers, compute_units, device)
+        kinds = given["workers"], given["compute_units"], given["device"]
+        return batches.setups(folder, loading, place, each, *kinds)
 
     chosen = {"steps": steps, "scheduler": scheduler, "seed": seed}
     what = sweep.Sweep(
@@ -110,12 +104,12 @@ def evaluate(
     atomic.check_writable(output)
     measurement = _measurement(what, texts, clip, features, reference_images)
     with atomic.locked(output):
-        _draw(what, redo)
+        _draw(what, bool(given["redo"]))
         rows = _measured(measurement)
         notes = measurement.notes(rows)
         reference = next(iter(what.models)) if reference_images is None else str(reference_images)
         about = {"prompts": str(prompts), **chosen, "clip": clip, "features": features, "reference": reference}
-        written = report.write(output, rows, {**about, "safety": safety, "notes": notes})
+        written = report.write(output, rows, {**about, "safety": given["check_safety"], "notes": notes})
     for note in notes:
         say(error_console(), note)
     _show(rows)

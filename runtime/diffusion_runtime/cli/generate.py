@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffusion_runtime.cli import interruption, options
 from diffusion_runtime.cli.console import INTERRUPTED, SECONDS_BETWEEN_LINES, error_console, progress_bar, say
-from diffusion_runtime.cli.options import option
+from diffusion_runtime.cli.options import option, takes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from diffusion_runtime.control import ControlFile
     from diffusion_runtime.denoising import Step
     from diffusion_runtime.generation import Made, OnStep, Order
     from diffusion_runtime.stages import Run
@@ -79,59 +78,15 @@ Examples:
 """
 
 
+@takes(options.PICTURE, options.LOADING)
 def generate(
     models: Annotated[Path | None, typer.Argument(help="Folder of models.", show_default=False)] = None,
-    prompt: Annotated[str | None, option("What to draw.")] = None,
     output: Annotated[
         Path | None, option("PNG to write; several become NAME-1.png, NAME-2.png, …", "--output", "-o")
     ] = None,
-    negative_prompt: Annotated[str | None, option("What not to draw.")] = None,
+    *,
     prompts_file: Annotated[Path | None, option("Text file with one prompt per line, instead of --prompt.")] = None,
-    steps: Annotated[
-        int | None, option("Denoising steps. Default: diffusers' for these models, mostly 50.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        option("How closely to follow the prompt; 1 or less: off. Default: the models' (7.5; 5 for SDXL)."),
-    ] = None,
-    image_guidance_scale: Annotated[
-        float | None, option("InstructPix2Pix: how closely to follow --image. Default: 1.5.")
-    ] = None,
-    eta: Annotated[
-        float | None, option("Fresh noise in each step of ddim, 0 to 1; tcd's gamma. Others take none. Default: 0.")
-    ] = None,
-    height: Annotated[
-        int | None, option("Of models of several sizes, in pixels. Default: their first size's.")
-    ] = None,
-    width: Annotated[
-        int | None, option("Of models of several sizes, in pixels. Default: their first size's.")
-    ] = None,
-    seed: Annotated[int | None, option("Same seed, same picture. Default: random, printed.")] = None,
-    rng: Annotated[
-        str | None, option("torch (as diffusers), numpy (as Apple's Python client) or nvidia. Default: torch.")
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        option(
-            "pndm, ddim, ddpm, lms, euler, euler-ancestral, heun, 'dpm++ 2m karras', 'dpm++ sde', unipc, lcm, …; "
-            "an unknown one lists all. Default: the checkpoint's."
-        ),
-    ] = None,
     count: Annotated[int, typer.Option(help="Pictures per prompt, with seeds counting up.")] = 1,
-    image: Annotated[Path | None, option("Picture to start from, paint in or enlarge.")] = None,
-    strength: Annotated[
-        float | None, option("How much of --image may change, above 0 to 1. Default: 0.8; 1 with --mask.")
-    ] = None,
-    mask: Annotated[Path | None, option("White where --image is painted anew.")] = None,
-    depth_image: Annotated[Path | None, option("Depth of --image, brighter is nearer.")] = None,
-    noise_level: Annotated[int | None, option("Upscaling: noise put on --image, 0 to 350. Default: 20.")] = None,
-    long_prompt: Annotated[
-        bool, option("Refuse a prompt that is too long for the models, rather than cut it.", "--long-prompt")
-    ] = False,
-    refiner_start: Annotated[
-        float | None,
-        option("SDXL with a refiner: the part of the steps after which it goes on, as 0.8. Default: never."),
-    ] = None,
     control: Annotated[
         list[str] | None,
         option(
@@ -145,15 +100,6 @@ def generate(
             "Make a control's picture of the one given: canny, depth, inpaint or tile; NAME=canny is for that one.",
             "--prepare",
         ),
-    ] = None,
-    depth_estimator: Annotated[
-        Path | None, option("Folder of models that have one, for --prepare depth, where MODELS has none.")
-    ] = None,
-    guess_mode: Annotated[
-        bool, option("ControlNets steer the prompt's half of the guidance alone.", "--guess-mode")
-    ] = False,
-    clip_skip: Annotated[
-        int | None, option("Part of the models: refused unless they were converted with the same.")
     ] = None,
     adapter: Annotated[
         list[str] | None,
@@ -169,66 +115,31 @@ def generate(
             "each adapter."
         ),
     ] = None,
+    clip_skip: Annotated[
+        int | None, option("Part of the models: refused unless they were converted with the same.")
+    ] = None,
     preview: Annotated[
         bool, option("Keep NAME-preview.png up to date while working, checked as pictures are.", "--preview")
     ] = False,
     from_picture: Annotated[
         Path | None, option("Repeat a picture that was made here; other options override.", "--from")
     ] = None,
-    backend: options.Backend = "auto",
-    compute_units: options.ComputeUnits = None,
-    reduce_memory: options.ReduceMemory = False,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    tokenizer: options.Tokenizer = None,
-    prediction_type: Annotated[
-        str | None, option("Models without manifest: epsilon, v_prediction or sample.")
-    ] = None,
-    latent_scale: Annotated[float | None, option("Models without manifest: the VAE's scaling factor.")] = None,
-    safety: options.Safety = True,
+    **given: Any,
 ) -> None:
+    from diffusion_runtime import control as controls
     from diffusion_runtime import generation, picture_prompts, t2i_adapters
 
-    settings = options.given(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        seed=seed,
-        rng=rng,
-        scheduler=scheduler,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        image_guidance_scale=image_guidance_scale,
-        eta=eta,
-        height=height,
-        width=width,
-        image=image,
-        mask=mask,
-        depth_image=depth_image,
-        strength=strength,
-        noise_level=noise_level,
-        long_prompt=long_prompt or None,
-        refiner_start=refiner_start,
-        controls=_controls(control, prepare),
-        guess_mode=guess_mode or None,
-        adapters=tuple(map(t2i_adapters.parse, adapter)) if adapter else None,
-        ip_adapter_images=tuple(map(picture_prompts.parse, ip_adapter_image)) if ip_adapter_image else None,
-    )
-    loading = options.given(
-        backend=backend,
-        compute_units=compute_units,
-        tokenizer=tokenizer,
-        depth_estimator=depth_estimator,
-        reduce_memory=reduce_memory,
-        check_safety=safety,
-        prediction_type=prediction_type,
-        latent_scale=latent_scale,
-        dtype=dtype,
-        device=device,
-    )
+    settings = options.chosen(given, options.PICTURE)
+    if control or prepare:
+        settings["controls"] = controls.prepared(map(controls.parse, control or ()), prepare or ())
+    if adapter:
+        settings["adapters"] = tuple(map(t2i_adapters.parse, adapter))
+    if ip_adapter_image:
+        settings["ip_adapter_images"] = tuple(map(picture_prompts.parse, ip_adapter_image))
     order = generation.order(
         models,
         settings,
-        loading=loading,
+        loading=options.chosen(given, options.LOADING),
         from_picture=from_picture,
         prompts_file=prompts_file,
         count=count,
@@ -271,15 +182,6 @@ def _make(order: Order, done: list[Made], clip_skip: int | None) -> None:
             highlight=False,
             soft_wrap=True,
         )
-
-
-def _controls(given: list[str] | None, preparations: list[str] | None) -> tuple[ControlFile, ...] | None:
-    """What --control and --prepare say; None where neither is given."""
-    from diffusion_runtime import control
-
-    if not given and not preparations:
-        return None
-    return control.prepared([control.parse(one) for one in given or ()], preparations or ())
 
 
 def _report(console: Console, made: Made) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from diffusion_runtime.cli import options
 from diffusion_runtime.cli.console import INTERRUPTED, error_console, say
-from diffusion_runtime.cli.options import option
+from diffusion_runtime.cli.options import option, takes
 
 HELP = """
 Serve converted models over HTTP.
@@ -43,6 +43,7 @@ NEEDED = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
 FOR_PAGE = ("gradio",)
 
 
+@takes(options.BACKEND, options.UNITS)
 def serve(
     models: Annotated[
         list[str], typer.Argument(help="Folders of models.", metavar="MODELS...", show_default=False)
@@ -66,15 +67,11 @@ def serve(
     memory_budget: Annotated[
         float | None, option("GB for all models together; those used longest ago are freed. Default: no limit.")
     ] = None,
-    backend: options.Backend = "auto",
-    compute_units: options.ComputeUnits = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
     threads: Annotated[
         int | None, option("torch backend: threads of each set of models. Default: all cores.")
     ] = None,
     ui: Annotated[bool, option("A page at / to draw with (needs the extra ui).", "--ui")] = False,
-    safety: options.Safety = True,
+    **given: Any,
 ) -> None:
     options.check_installed("serve", NEEDED, "serve")
     if ui:
@@ -83,9 +80,7 @@ def serve(
     from diffusion_runtime.serve.engine import Engine
     from diffusion_runtime.serve.service import Limits, Service
 
-    loading = options.given(
-        backend=backend, compute_units=compute_units, dtype=dtype, device=device, check_safety=safety
-    )
+    loading = options.chosen(given, (*options.BACKEND, *options.UNITS))
     rules = server.rules(host, allow_host or (), cors or (), api_key_file, ui, max_body)
     setups = server.setups(models, loading, threads)
     limits = Limits(pictures=max_pictures, steps=max_steps, seconds=deadline)

@@ -106,11 +106,12 @@ def parse(
     return ControlFile(name.strip(), path, **told)
 
 
-def prepared(controls: Sequence[ControlFile], preparations: Iterable[str]) -> tuple[ControlFile, ...]:
+def prepared(controls: Iterable[ControlFile], preparations: Iterable[str]) -> tuple[ControlFile, ...]:
     """``controls`` with what ``--prepare`` says of them: ``canny=canny``, or of the only one ``canny`` alone.
 
     Raises InputError for a control that is not there and a preparation that nobody knows."""
-    found, names = list(controls), list(dict.fromkeys(control.name for control in controls))
+    found = list(controls)
+    names = list(dict.fromkeys(control.name for control in found))
     for text in preparations:
         name, _, how = text.rpartition("=")
         if not name and len(names) == 1:
