@@ -17,80 +17,37 @@ from typing import Any
 
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+import tiny_checkpoints
+
 SHARD_BYTES = 2_000_000_000
 DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model", "model"
 
 VAE: Mapping[str, Any] = {
-    "_class_name": "AutoencoderKL",
-    "_diffusers_version": "0.10.0",
+    **tiny_checkpoints.VAE,
     "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "latent_channels": 4,
     "layers_per_block": 2,
     "sample_size": 512,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 SD1_UNET: Mapping[str, Any] = {
-    "_class_name": "UNet2DConditionModel",
-    "_diffusers_version": "0.10.0",
-    "attention_head_dim": 8,
+    **tiny_checkpoints.SD1_UNET,
     "block_out_channels": [320, 640, 1280, 1280],
     "cross_attention_dim": 768,
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "in_channels": 4,
     "layers_per_block": 2,
-    "out_channels": 4,
     "sample_size": 64,
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }
 SDXL_UNET: Mapping[str, Any] = {
-    "_class_name": "UNet2DConditionModel",
-    "_diffusers_version": "0.19.0.dev0",
-    "act_fn": "silu",
-    "addition_embed_type": "text_time",
-    "addition_embed_type_num_heads": 64,
+    **tiny_checkpoints.SDXL_UNET,
     "addition_time_embed_dim": 256,
     "attention_head_dim": [5, 10, 20],
     "block_out_channels": [320, 640, 1280],
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "class_embeddings_concat": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
     "cross_attention_dim": 2048,
-    "cross_attention_norm": None,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "downsample_padding": 1,
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
     "layers_per_block": 2,
-    "mid_block_only_cross_attention": None,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "norm_eps": 1e-05,
-    "norm_num_groups": 32,
-    "num_attention_heads": None,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "out_channels": 4,
     "projection_class_embeddings_input_dim": 2816,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
     "sample_size": 128,
-    "time_cond_proj_dim": None,
-    "time_embedding_act_fn": None,
-    "time_embedding_dim": None,
-    "time_embedding_type": "positional",
-    "timestep_post_act": None,
     "transformer_layers_per_block": [1, 2, 10],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "upcast_attention": None,
-    "use_linear_projection": True,
 }
 CLIP: Mapping[str, Any] = {"hidden_act": "quick_gelu", "num_attention_heads": 12, "num_hidden_layers": 12}
 TEXT: Mapping[str, Any] = {
@@ -188,8 +145,6 @@ FAMILIES: Mapping[str, Family] = {
 
 def write_checkpoint(folder: Path, family: str = "sd1") -> Path:
     """A diffusers folder, made once; weights are normal with variance 1 / (3 fan-in), norms 1, biases 0."""
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-    import tiny_checkpoints
     from diffusion_convert.checkpoint import torch_networks
     from diffusion_convert.checkpoint.model import Submodel
 

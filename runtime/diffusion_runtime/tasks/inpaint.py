@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.nn.functional import interpolate
 
@@ -98,13 +100,10 @@ SEEING = Task(
     takes=frozenset({"strength"}),
     scheduler_settings={"skip_prk_steps": True},
 )
-BLENDING = Task(
-    "in-painting by blending",
+BLENDING = replace(
+    SEEING,
+    name="in-painting by blending",
     channels=4,
-    check=check,
     prepare=prepare_blending,
     description="--image and --mask (white: paint anew), any models",
-    needs=frozenset({"image", "mask"}),
-    takes=frozenset({"strength"}),
-    scheduler_settings={"skip_prk_steps": True},
 )

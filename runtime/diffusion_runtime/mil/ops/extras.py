@@ -1,5 +1,4 @@
-"""Ops that none of our packages holds: those that other converters put into packages of Stable Diffusion, and
-``lstm``, with which Apple's compiler was observed (`compile`)."""
+"""Ops that none of our packages holds: those that other converters put into packages of Stable Diffusion."""
 
 from __future__ import annotations
 
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_runtime.errors import UnsupportedError
 from diffusion_runtime.mil.ops.convolution import spatial_rank
 from diffusion_runtime.mil.ops.elementwise import ops_of_one, ops_of_two
 from diffusion_runtime.mil.ops.registry import Ints, check_count, ints, mil_op, positive
@@ -154,47 +152,3 @@ def slice_by_size(x: Tensor, begin: Ints, size: Ints) -> Tensor:
 @mil_op("shape")
 def shape(x: Tensor) -> Tensor:
     return torch.tensor(x.shape, dtype=torch.int32, device=x.device if x.device.type != "meta" else None)
-
-
-@mil_op("lstm")
-def lstm(
-    x: Tensor,
-    initial_h: Tensor,
-    initial_c: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor | None = None,
-    weight_ih_back: Tensor | None = None,
-    weight_hh_back: Tensor | None = None,
-    bias_back: Tensor | None = None,
-    direction: Literal["forward", "reverse", "bidirectional"] = "forward",
-    output_sequence: bool = False,
-    recurrent_activation: Literal["sigmoid"] = "sigmoid",
-    cell_activation: Literal["tanh"] = "tanh",
-    activation: Literal["tanh"] = "tanh",
-) -> tuple[Tensor, ...]:
-    """Outputs (sequence or 1, batch, hidden), last hidden and last cell state (batch, hidden); of two directions
-    side by side. The activations are those of torch's LSTM: no other is covered."""
-    ways = [(weight_ih, weight_hh, bias)]
-    if direction == "bidirectional":
-        if weight_ih_back is None or weight_hh_back is None:
-            raise UnsupportedError("lstm: bidirectional without weights for the way back is not covered")
-        ways.append((weight_ih_back, weight_hh_back, bias_back))
-    weights = []
-    for of_input, of_hidden, added in ways:
-        weights += [_gates_as_torch(of_input), _gates_as_torch(of_hidden)]
-        weights += [torch.zeros_like(of_input[:, 0]) if added is None else _gates_as_torch(added)]
-        weights += [torch.zeros_like(of_input[:, 0])]  # torch has two biases, which it adds up
-    states = [state.reshape(len(state), len(ways), -1).transpose(0, 1) for state in (initial_h, initial_c)]
-    steps = x.flip(0) if direction == "reverse" else x
-    sequence, hidden, cell = torch.lstm(steps, states, weights, True, 1, 0.0, False, len(ways) > 1, False)
-    hidden, cell = (state.transpose(0, 1).flatten(1) for state in (hidden, cell))
-    if not output_sequence:
-        return hidden[None], hidden, cell
-    return sequence.flip(0) if direction == "reverse" else sequence, hidden, cell
-
-
-def _gates_as_torch(weight: Tensor) -> Tensor:
-    """MIL has the input, forget, output and cell gate, torch the cell gate before the output's."""
-    i, f, o, c = weight.chunk(4)
-    return torch.cat([i, f, c, o])
