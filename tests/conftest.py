@@ -21,8 +21,8 @@ os.environ.pop("HF_HUB_OFFLINE", None)
 
 TESTS = Path(__file__).resolve().parent
 CHECKPOINTS = TESTS / "checkpoints"
-_MODULES_OF_A_LIBRARY = 50
-_settled_modules = [0]
+_MANY = 100_000
+_collections = [0]
 
 
 def pytest_configure() -> None:
@@ -32,12 +32,18 @@ def pytest_configure() -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """Let the garbage collector pass over the million objects that libraries hold, as `coreml-sd convert` does: a
-    conversion collects dozens of times, and each time that took longer than converting a tiny network."""
-    if len(sys.modules) >= _settled_modules[0] + _MODULES_OF_A_LIBRARY:
-        gc.collect()
-        gc.freeze()
-        _settled_modules[0] = len(sys.modules)
+    """Let the garbage collector pass over the million objects of libraries, and over the networks of fixtures, as
+    `coreml-sd convert` does: a conversion collects dozens of times, and each time that took longer than converting
+    a tiny network. Where nothing was collected, nothing is looked for."""
+    if _full_collections() != _collections[0]:
+        if len(gc.get_objects()) > _MANY:
+            gc.collect()
+            gc.freeze()
+        _collections[0] = _full_collections()
+
+
+def _full_collections() -> int:
+    return int(gc.get_stats()[2]["collections"])
 
 
 LONGEST = (
@@ -101,11 +107,13 @@ def _networks_are_converted_once(shared: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-def coremltools_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports call coremltools, whether or not that network has been converted before: for tests of that call."""
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks are built, run, traced and converted, whether or not they were before: for tests of how."""
     from diffusion_convert.export import export
+    from diffusion_convert.verification import compare
 
-    monkeypatch.setattr(export, "_convert", inspect.unwrap(export._convert))
+    for module, name in ((export, "_program"), (export, "_convert"), (compare, "reference")):
+        monkeypatch.setattr(module, name, inspect.unwrap(getattr(module, name)))
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,11 @@
-"""What ``ct.convert`` makes of a network, and what comes of running a package, kept for the length of a run.
+"""What exports make of a network, what it computes itself and what comes of running a package, kept for the length
+of a run.
 
 They take most of the time of a conversion, and most conversions of the tests are of a network that another test has
-converted. Weights are no part of the first, but for what the network is traced with: coremltools sees placeholders.
-They are written anew each time, from the checkpoint at hand. Of the second they are: the same program with the same
-weights computes the same of the same inputs. Nothing else of an export is kept.
+converted. Weights are no part of a program, but for what the network is traced with: it is built, traced and
+converted with placeholders. They are written anew each time, from the checkpoint at hand. A program is known by the
+configurations that it is built from, without it being built, or else by its trace, as many configurations have the
+same. Of the others weights are a part: the same program with the same weights computes the same of the same inputs.
 """
 
 from __future__ import annotations
@@ -14,35 +16,37 @@ import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 from unittest import mock
 
 import numpy as np
 import torch
 
-from diffusion_convert.components.component import Graph
+from diffusion_convert import components
+from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.components.component import Component, Graph, Shape
 from diffusion_convert.export import export, placeholders
-from diffusion_convert.export.placeholders import Placeholders, thin
+from diffusion_convert.export.placeholders import Misplaced, Placeholders, thin
 from diffusion_convert.verification import compare
 from diffusion_runtime.coremltools_import import import_messages
-from diffusion_runtime.mil.model import Model
+from diffusion_runtime.families import COMPONENTS, kind_of
 from diffusion_runtime.mil.weights import WeightWriter
 
-Convert = Callable[..., tuple[Model, dict[str, str]]]
 Measure = Callable[..., compare.Verdict]
+Refer = Callable[..., compare.Expected]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
-class Kept:
+class Kept(Generic[Made]):
     """``constants``: what was written to the weight file, in order, without repetitions, and its shape.
     ``exceeding``: the placeholders whose weights were asked whether they exceed float16, and the answers, which
     decide what stays in float32."""
 
-    model: Model
-    modules: dict[str, str]
+    made: Made
     constants: list[tuple[np.ndarray, tuple[int, ...]]]
     exceeding: dict[int, bool]
 
@@ -52,9 +56,12 @@ def conversions(folder: Path) -> Iterator[None]:
     """In this context, exports look in ``folder`` before they call coremltools, and verification before it runs.
     Weights as small as the tests' have placeholders, as if they had the sizes of real ones."""
     folder.mkdir(exist_ok=True)
+    told = ("trace", "convert")
     with (
         mock.patch.object(placeholders, "MIN_SIZE", 64),
-        mock.patch.object(export, "_convert", _remembering(export._convert, folder)),
+        mock.patch.object(export, "_program", _remembering(export._program, program_key, folder, told)),
+        mock.patch.object(export, "_convert", _remembering(export._convert, trace_key, folder)),
+        mock.patch.object(compare, "reference", _referring(compare.reference, folder)),
         mock.patch.object(compare, "_measure", _measuring(compare._measure, folder)),
     ):
         yield
@@ -66,22 +73,30 @@ def _keep(value: object, path: Path) -> None:
     unfinished.replace(path)
 
 
-def _remembering(convert: Convert, folder: Path) -> Convert:
-    @wraps(convert)
-    def remembering(
-        graph: Graph,
-        traced: torch.jit.ScriptModule,
-        options: export.ExportOptions,
-        placeholders: Placeholders,
-        writer: WeightWriter,
-        clock: Any,
-    ) -> tuple[Model, dict[str, str]]:
-        path = folder / key(graph, traced, options)
-        kept: Kept | None = pickle.loads(path.read_bytes()) if path.is_file() else None  # noqa: S301 (our own)
+def _kept(path: Path) -> Any:
+    return pickle.loads(path.read_bytes()) if path.is_file() else None  # noqa: S301 (our own)
+
+
+def _remembering(
+    make: Callable[..., Made], key: Callable[..., str], folder: Path, phases: Sequence[str] = ()
+) -> Callable[..., Made]:
+    """``make`` takes what ``key`` takes, and then what it writes to. ``phases`` are those that it tells of."""
+
+    @wraps(make)
+    def remembering(*given: Any) -> Made:
+        *known, placeholders, writer, clock = given
+        if isinstance(known[0], Component) and not _is_ours(known[0]):
+            return make(*given)
+        path = folder / key(*known)
+        kept: Kept[Made] | frozenset[str] | None = _kept(path)
+        if isinstance(kept, frozenset):
+            raise Misplaced("as before", kept)
         if kept and all(placeholders.exceeds_float16(index) == is_so for index, is_so in kept.exceeding.items()):
+            for phase in phases:
+                clock.start(phase)
             for array, shape in kept.constants:
                 export.write_constant(placeholders, writer, np.broadcast_to(array, shape))
-            return kept.model, kept.modules
+            return kept.made
         constants: list[tuple[np.ndarray, tuple[int, ...]]] = []
 
         def write(placeholders: Placeholders, writer: WeightWriter, array: np.ndarray) -> int:
@@ -90,11 +105,38 @@ def _remembering(convert: Convert, folder: Path) -> Convert:
 
         written = export.write_constant
         with mock.patch.object(export, "write_constant", write):
-            model, modules = convert(graph, traced, options, placeholders, writer, clock)
-        _keep(Kept(model, modules, constants, dict(placeholders._exceeding)), path)
-        return model, modules
+            try:
+                made = make(*given)
+            except Misplaced as misplaced:
+                _keep(misplaced.names, path)
+                raise
+        _keep(Kept(made, constants, dict(placeholders._exceeding)), path)
+        return made
 
     return remembering
+
+
+def _referring(refer: Refer, folder: Path) -> Refer:
+    @wraps(refer)
+    def referring(
+        component: Component, checkpoint: Checkpoint, shape: Shape, progress: compare.OnFraction
+    ) -> compare.Expected:
+        if not _is_ours(component):
+            return refer(component, checkpoint, shape, progress)
+        told = _told(component, checkpoint, shape)
+        for model in checkpoint.models.values():  # inputs are drawn with other networks' help
+            for name, tensor in model.tensors().items():
+                told.update(name.encode())
+                _tell(told, tensor)
+        path = folder / told.hexdigest()
+        expected: compare.Expected | None = _kept(path)
+        if expected is None:
+            expected = refer(component, checkpoint, shape, progress)
+            _keep(expected, path)
+        progress(1.0)
+        return expected
+
+    return referring
 
 
 def _measuring(measure: Measure, folder: Path) -> Measure:
@@ -103,11 +145,11 @@ def _measuring(measure: Measure, folder: Path) -> Measure:
         package: Path, expected: compare.Expected, progress: compare.OnFraction, passes: Sequence[Any]
     ) -> compare.Verdict:
         path = folder / verdict_key(package, expected, passes)
-        if path.is_file():
-            progress(0.0)
-            progress(1.0)
-            kept: compare.Verdict = pickle.loads(path.read_bytes())  # noqa: S301 (our own)
-            return kept
+        verdict: compare.Verdict | None = _kept(path)
+        progress(0.0)
+        progress(1.0)
+        if verdict is not None:
+            return verdict
         verdict = measure(package, expected, progress, passes)
         _keep(verdict, path)
         return verdict
@@ -133,7 +175,18 @@ def verdict_key(package: Path, expected: compare.Expected, passes: Sequence[Any]
     return told.hexdigest()
 
 
-def key(graph: Graph, traced: torch.jit.ScriptModule, options: export.ExportOptions) -> str:
+def program_key(component: Component, checkpoint: Checkpoint, options: export.ExportOptions) -> str:
+    """Of everything that a network is built from: configurations, names and shapes of all weights, and the values
+    of those that have no placeholders."""
+    told = _told(component, checkpoint, options.shape)
+    told.update(repr((options.attention, _chosen(options))).encode())
+    for name, tensor in checkpoint.models[component.subfolder].tensors().items():
+        told.update(name.encode())
+        _tell(told, tensor)
+    return str(told.hexdigest())
+
+
+def trace_key(graph: Graph, traced: torch.jit.ScriptModule, options: export.ExportOptions) -> str:
     """Of everything that ``ct.convert`` is given: operations with their modules, constants, placeholders and other
     parameters, interface, precision and target. Not the attention kind: it is in the operations."""
     operations: Any = traced.inlined_graph
@@ -145,11 +198,43 @@ def key(graph: Graph, traced: torch.jit.ScriptModule, options: export.ExportOpti
     for name, value in sorted(traced.state_dict().items()):
         told.update(name.encode())
         _tell(told, value)
-    chosen = (options.target, options.precision, sorted(options.float32_ops), sorted(options.float32_modules))
-    told.update(repr((graph.inputs, graph.outputs, graph.exact, *chosen)).encode())
+    told.update(repr((graph.inputs, graph.outputs, graph.exact, *_chosen(options))).encode())
     return told.hexdigest()
 
 
+def _told(component: Component, checkpoint: Checkpoint, shape: Shape) -> Any:
+    """A hash of what a component is built from, but for weights."""
+    return hashlib.sha256(repr((component.name, shape, _configured(checkpoint))).encode())
+
+
+def _configured(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that a checkpoint is, but for its weights, its name and where it was."""
+    found = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
+    found |= {
+        "models": {name: (model.class_name, model.config) for name, model in checkpoint.models.items()},
+        "tokenizers": {
+            subfolder: {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+            for subfolder, files in checkpoint.tokenizers.items()
+        },
+        "refiner": checkpoint.refiner and _configured(checkpoint.refiner),
+    }
+    return {name: value for name, value in found.items() if name not in ("name", "source", "notes")}
+
+
+def _is_ours(component: Component) -> bool:
+    """Whether a component is the product's. A test's own may be built of more than it is given."""
+    if kind_of(component.name) not in COMPONENTS:
+        return False
+    known = components.component(component.name)
+    return component == known or component.build_of is known.build_of is not None
+
+
+def _chosen(options: export.ExportOptions) -> tuple[Any, ...]:
+    return options.target, options.precision, sorted(options.float32_ops), sorted(options.float32_modules)
+
+
 def _tell(told: Any, value: torch.Tensor) -> None:
+    if value.dtype is torch.bfloat16:  # which numpy has not
+        value = value.view(torch.int16)
     array = value.detach().numpy()
     told.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(thin(array)).tobytes())

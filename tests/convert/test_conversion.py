@@ -402,7 +402,7 @@ def _convert_in_child(source: Path, output: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("coremltools_itself")
+@pytest.mark.usefixtures("nothing_remembered")
 def test_killed_at_any_moment(undisturbed: Path, tiny_checkpoint: Source, tmp_path: Path) -> None:
     """SIGKILL ten times at random moments; what can be seen is whole at each, and the end is as if undisturbed."""
     output, rng, seconds = tmp_path / "models", random.Random(7), 4.0

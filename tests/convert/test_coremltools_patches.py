@@ -25,7 +25,7 @@ from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import Blob, Metadata, Value, operations
 
-pytestmark = pytest.mark.usefixtures("coremltools_itself")
+pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
 # Not of a split kind: those are split after coremltools, which test_split_attention.py is about.
 RECIPE = ExportOptions(AttentionKind.ORIGINAL, Shape(64, 64, 2), "macOS13")

@@ -26,7 +26,7 @@ from hub_server import Hub, serving
 
 BuildOnce = Callable[..., Path]
 Contents = dict[str, bytes | None]
-pytestmark = pytest.mark.usefixtures("coremltools_itself")  # what it writes has no room either
+pytestmark = pytest.mark.usefixtures("nothing_remembered")  # what it writes has no room either
 REMEDY = "the disk is full; free some room and run the same command again"
 MOST_LIMITS = 3
 

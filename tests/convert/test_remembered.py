@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 import remembered
+from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
 from diffusion_convert.export import export, placeholders
+from diffusion_convert.export.trace import trace
 from diffusion_convert.options import Precision
 from diffusion_convert.palettize.outputs import seeded_inputs
 from diffusion_convert.verification import compare
@@ -25,7 +27,7 @@ from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.program import Metadata
 
 OPTIONS = export.ExportOptions(AttentionKind.ORIGINAL, Shape(64, 64, 2), "macOS13")
-pytestmark = pytest.mark.usefixtures("coremltools_itself")
+pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
 
 def test_a_package_has_the_same_bytes(
@@ -41,7 +43,8 @@ def test_a_package_has_the_same_bytes(
         checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
         model = checkpoint.models["text_encoder"]
         tensors = {
-            key: value.float() * scale if value.ndim > 1 else value for key, value in model.tensors().items()
+            key: value.float() * scale if value.ndim > 1 else value
+            for key, value in sorted(model.tensors().items(), reverse=scale != 1)
         }
         scaled = replace(
             checkpoint, models={**checkpoint.models, "text_encoder": replace(model, tensors=lambda: tensors)}
@@ -50,18 +53,72 @@ def test_a_package_has_the_same_bytes(
         export.export(table()["text_encoder"], scaled, options, path, Metadata())
         return {name: next(path.rglob(name)).read_bytes() for name in ("model.mlmodel", "weight.bin")}
 
+    traces = mock.Mock(side_effect=trace)
+    monkeypatch.setattr(export, "trace", traces)
     plain, scaled = made("plain"), made("scaled", 0.5)
     assert plain != scaled
     calls = real.call_count
     with remembered.conversions(tmp_path / "kept"):
         assert made("first") == plain
         assert made("again") == plain and made("again scaled", 0.5) == scaled
-        assert real.call_count == calls + 1
+        assert (real.call_count, traces.call_count) == (calls + 1, calls + 1)
         made("other", options=replace(OPTIONS, target="macOS15"))
         made("wide", options=replace(OPTIONS, precision=Precision.FLOAT32))
         beyond = made("beyond float16", 1e8)
         assert real.call_count == calls + 4
     assert made("beyond float16, really", 1e8) == beyond
+
+
+def test_what_has_no_placeholder_is_part_of_it(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """The checker's thresholds and concepts are computed with while it is built: found, and found again."""
+    checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
+    model = checkpoint.models["safety_checker"]
+    moved = {name: value + 1.0 if "care" in name else value for name, value in model.tensors().items()}
+    other = replace(model, tensors=lambda: moved)
+
+    def made(name: str, of: Checkpoint) -> bytes:
+        export.export(table()["safety_checker"], of, OPTIONS, tmp_path / name, Metadata())
+        return b"".join(
+            path.read_bytes() for path in sorted((tmp_path / name / "Data").rglob("*.*")) if path.is_file()
+        )
+
+    (tmp_path / "kept").mkdir()
+    changed = replace(checkpoint, models={**checkpoint.models, "safety_checker": other})
+    expected = made("plain", checkpoint), made("changed", changed)
+    assert expected[0] != expected[1]
+    with remembered.conversions(tmp_path / "kept"):
+        for number in range(2):
+            assert (made(f"plain-{number}", checkpoint), made(f"changed-{number}", changed)) == expected
+
+
+def test_what_a_network_computes_is_of_its_weights(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
+    model = checkpoint.models["vae"]
+    moved = {name: value + 1.0 for name, value in model.tensors().items()}
+    changed = replace(checkpoint, models={**checkpoint.models, "vae": replace(model, tensors=lambda: moved)})
+    expected = compare.Expected(({"x": np.zeros(1)},), ({"y": np.ones(1)},))
+
+    def asked(component: str, of: Checkpoint, height: int = 64) -> int:
+        found = compare.reference(table()[component], of, Shape(height, 64, 2), lambda _: None)
+        assert found.outputs[0]["y"] == 1.0
+        calls: int = real.call_count
+        return calls
+
+    with mock.patch.object(compare, "reference", return_value=expected) as real:
+        real.__wrapped__ = real
+        with remembered.conversions(tmp_path):
+            counts = [
+                asked(*given)
+                for given in (
+                    ("vae_decoder", checkpoint),
+                    ("vae_decoder", replace(checkpoint, name="other")),
+                    ("vae_encoder", checkpoint),
+                    ("vae_decoder", changed),
+                    ("vae_decoder", checkpoint, 96),
+                    ("vae_decoder", changed),
+                )
+            ]
+    assert counts == [1, 1, 2, 3, 4, 4]
 
 
 def test_a_verdict_is_of_program_weights_and_inputs(tiny_unet: Path, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ MISTAKES: dict[str, tuple[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("nothing_remembered")
 @pytest.mark.parametrize(("component", "mistake"), MISTAKES.values(), ids=MISTAKES)
 def test_no_mistake_is_published(
     component: str, mistake: Any, tiny_checkpoint: Callable[[str], Path], tmp_path: Path

@@ -74,6 +74,17 @@ class Exported:
     seconds: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """A component's interface, its program, and the torch modules that its operations are from."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    description: str
+    model: Model
+    modules: Mapping[str, str]
+
+
 def export(
     component: Component,
     checkpoint: Checkpoint,
@@ -109,13 +120,35 @@ def _export(
     progress: OnPhase,
     placeholders: Placeholders,
 ) -> Exported:
-    from diffusion_convert.export.derivations import Derivations
-
     clock = _Clock(progress)
     clock.start("load")
     stand_ins = placeholders.view(checkpoint.models[component.subfolder].tensors())
-    with Derivations(stand_ins) as derivations:
-        graph = component.build(_on(stand_ins, checkpoint, component), options.attention, options.shape)
+    with work(path.parent) as slot:
+        weights = slot / "weight.bin"
+        with WeightWriter(weights) as writer, temporary_files_in(slot):
+            on_stand_ins = _on(stand_ins, checkpoint, component)
+            program = _program(component, on_stand_ins, options, placeholders, writer, clock)
+        clock.start("save")
+        write_package(_described(program, metadata), path, weights)
+    # In a VAE that says `force_upcast` nothing is float16.
+    precision = "float16" if "Float16" in compute_precision(program.model.function) else "float32"
+    exceeding = placeholders.exceeding()
+    return Exported(program.inputs, program.outputs, program.modules, precision, exceeding, clock.finish())
+
+
+def _program(
+    component: Component,
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    placeholders: Placeholders,
+    writer: WeightWriter,
+    clock: _Clock,
+) -> _Program:
+    """The network of a checkpoint with placeholders for its weights, which are written."""
+    from diffusion_convert.export.derivations import Derivations
+
+    with Derivations(checkpoint.models[component.subfolder].tensors()) as derivations:
+        graph = component.build(checkpoint, options.attention, options.shape)
     # What is computed of a placeholder while the network is built looks like a weight and is nonsense.
     placeholders.check_unused(derivations.used)
     placeholders.keep(graph.module.state_dict().values())
@@ -123,18 +156,9 @@ def _export(
     with torch_networks.silent(), in_one_piece(graph.module) as pieces:
         traced = trace(graph)
     clock.start("convert")
-    with work(path.parent) as slot:
-        weights = slot / "weight.bin"
-        with WeightWriter(weights) as writer, temporary_files_in(slot):
-            model, modules = _convert(graph, traced, options, placeholders, writer, clock)
-        model, modules = split(model, pieces, modules)
-        placeholders.check_all_taken()
-        clock.start("save")
-        write_package(_described(model, graph, metadata), path, weights)
-    # In a VAE that says `force_upcast` nothing is float16.
-    precision = "float16" if "Float16" in compute_precision(model.function) else "float32"
-    exceeding = placeholders.exceeding()
-    return Exported(graph.inputs, graph.outputs, modules, precision, exceeding, clock.finish())
+    model, modules = _convert(graph, traced, options, placeholders, writer, clock)
+    placeholders.check_all_taken()
+    return _Program(graph.inputs, graph.outputs, graph.description, *split(model, pieces, modules))
 
 
 def _on(tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint, component: Component) -> Checkpoint:
@@ -247,9 +271,10 @@ def _module_reader() -> Callable[[Any], str]:
     return read
 
 
-def _described(model: Model, graph: Graph, metadata: Metadata) -> Model:
-    """``model`` with descriptions of its inputs and outputs, and ``metadata``."""
-    texts = {port.name: port.description for port in (*graph.inputs, *graph.outputs)}
+def _described(program: _Program, metadata: Metadata) -> Model:
+    """The model with descriptions of its inputs and outputs, and ``metadata``."""
+    model = program.model
+    texts = {port.name: port.description for port in (*program.inputs, *program.outputs)}
 
     def described(interface: FunctionInterface) -> FunctionInterface:
         return replace(
@@ -259,7 +284,7 @@ def _described(model: Model, graph: Graph, metadata: Metadata) -> Model:
         )
 
     interfaces = [described(interface) for interface in model.interfaces]
-    about = replace(metadata, description=graph.description)
+    about = replace(metadata, description=program.description)
     return replace(model, description=description.serialize(interfaces, about, model.default_function))
 
 

@@ -66,8 +66,9 @@ class Placeholders:
         self._exceeding: dict[int, bool] = {}
 
     def view(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``tensors`` with placeholders for the large ones; floating point as float32."""
-        return {name: self._stand_in(name, tensor, tensors) for name, tensor in tensors.items()}
+        """``tensors`` with placeholders for the large ones; floating point as float32. They are numbered by their
+        names: the same network is traced the same, in whatever order a file has its weights."""
+        return {name: self._stand_in(name, tensors[name], tensors) for name in sorted(tensors)}
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
         """Say which placeholders went into the network: each must come out (`check_all_taken`)."""
