@@ -27,7 +27,7 @@ from fuzz.worker import Hang, call
 
 BuildOnce = Callable[..., Path]
 Damage = Callable[[Path], object]
-SECONDS = 60.0
+SECONDS = 300.0
 MEGABYTES = 300
 WEIGHTS, MODEL, MANIFEST = (
     "Data/com.apple.CoreML/weights/weight.bin",
@@ -380,7 +380,7 @@ def check(place: Path, reader: Reader, codes: Container[int] = (2,)) -> None:
     memory, since = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     outcome = call(words)
     taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
-    assert time.process_time() - since < SECONDS / 3
+    assert time.process_time() - since < 20
     assert taken < MEGABYTES * 1000 * (1000 if sys.platform == "darwin" else 1), taken
     assert outcome.code in codes and not outcome.error, outcome
     if outcome.code:

@@ -87,14 +87,14 @@ LARGE: dict[str, tuple[Operation, ...]] = {
 @pytest.mark.parametrize("name", LARGE)
 def test_programs_that_ask_for_gigabytes_are_refused_before_they_get_them(name: str, tmp_path: Path) -> None:
     write_package(model(*LARGE[name]), tmp_path / "a.mlpackage")
-    before, since = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, since = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     for stream in (False, True):
         with pytest.raises(UnsupportedError, match=r"a\.mlpackage.*(GB|elements), expected at most"):
             TorchBackend(stream_weights=stream).load(tmp_path / "a.mlpackage")(x=np.ones(4, np.float32))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000 * (
         1 + 1023 * (sys.platform == "darwin")
     )
-    assert time.perf_counter() - since < 20
+    assert time.process_time() - since < 20
 
 
 M = 128
