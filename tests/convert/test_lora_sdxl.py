@@ -229,7 +229,7 @@ def test_blocks_weights(pipeline: Any, tmp_path: Path) -> None:
     """Blocks are counted as trainers count them, and every spelling has them."""
     sgm = ldm_modules(pipeline.unet.state_dict())
     checkpoint = checkpoint_of(pipeline)
-    blocks = {place.block for place in places(checkpoint, "unet").values()}
+    blocks = {place.block for several in places(checkpoint, "unet").values() for place in several}
     assert blocks == {"", "mid", *(f"in{i:02}" for i in range(9)), *(f"out{i:02}" for i in range(9))}
     weights = {"in04": 0.5, "mid": 0.0, "out02": -1.0, "te2": 0.25, "te": 0.75}
     for names in ("sgm", "kohya"):

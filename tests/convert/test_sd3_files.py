@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.ldm_mmdit import mmdit
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.open import open_checkpoint
+from diffusion_convert.checkpoint.vocabulary import check_t5
 from diffusion_convert.options import ConvertOptions
-from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.errors import CheckpointError, InputError, InstallationError
 
 Write = Callable[[str, Callable[[Path], object]], Path]
 
@@ -114,6 +116,13 @@ def test_t5_is_left_out_without_its_tokenizer(folders: Callable[[str], Path], tm
         "model.safetensors has T5 without its tokenizer: made without T5; a folder tokenizer_3 beside the file, or "
         "--base, gives it",
     )
+
+
+def test_sentencepieces_own_file_is_read_by_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers takes it for another format where that is not there."""
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(InstallationError, match=r"spiece\.model: run `pip install sentencepiece`.*tokenizer\.json"):
+        check_t5({"spiece.model": Path("spiece.model")}, 100)
 
 
 def test_other_families_and_unknown_parts_are_refused(folders: Callable[[str], Path], tmp_path: Path) -> None:

@@ -339,6 +339,44 @@ def test_loras_are_fused_as_diffusers_does(
     assert changed == len(modules)
 
 
+@pytest.mark.parametrize("form", ["lora_unet_{}.lora_{}.weight", "diffusion_model.{}.lora_{}.weight"])
+def test_loras_by_stability_ais_names_are_fused(
+    form: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As kohya's trainer and node editors write them: queries, keys and values are one module there, and modules
+    without gates have shift and scale the other way round. The sum is made on the file's own tensors."""
+    places = (
+        *("joint_blocks.0.x_block.attn2.qkv", "joint_blocks.0.context_block.attn.qkv", "x_embedder.proj"),
+        *("joint_blocks.1.context_block.adaLN_modulation.1", "joint_blocks.1.x_block.mlp.fc1"),
+        *("final_layer.adaLN_modulation.1", "final_layer.linear"),
+    )
+    prefix, kohya = "model.diffusion_model.", form.startswith("lora")
+    path = tiny_sd3.write_file(checkpoint("sd3.5"), tmp_path / "model.safetensors")
+    stored = load_file(path)
+    lora: dict[str, torch.Tensor] = {}
+    for number, place in enumerate(places):
+        weight = stored[f"{prefix}{place}.weight"]
+        down, up = (
+            torch.randn(size, generator=seeded(number)) for size in ((4, *weight.shape[1:]), (len(weight), 4))
+        )
+        name = place.replace(".", "_") if kohya else place
+        lora |= {form.format(name, "down" if kohya else "A"): down, form.format(name, "up" if kohya else "B"): up}
+        stored[f"{prefix}{place}.weight"] = (weight.float() + 0.5 * (up @ down.flatten(1)).view_as(weight)).half()
+    t5 = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"
+    down, up = torch.randn(4, 96, generator=seeded(8)), torch.randn(len(stored[f"{t5}.weight"]), 4)
+    if kohya:
+        module = t5.removeprefix("text_encoders.t5xxl.transformer.").replace(".", "_")
+        lora |= {f"lora_te3_{module}.lora_down.weight": down, f"lora_te3_{module}.lora_up.weight": up}
+        stored[f"{t5}.weight"] = (stored[f"{t5}.weight"].float() + 0.5 * up @ down).half()
+    save_file(lora, tmp_path / "style.safetensors")
+    opened = open_checkpoint(str(path), ConvertOptions(loras=[Lora(tmp_path / "style.safetensors", 0.5)]))
+    save_file(stored, changed := path.with_name("changed.safetensors"))
+    shutil.copyfile(path.with_name("model.config.json"), changed.with_name("changed.config.json"))
+    for part in ("transformer", "text_encoder_3"):
+        found, wanted = (one.models[part].tensors() for one in (opened, open_checkpoint(str(changed))))
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
 def test_previews_come_near_the_picture(with_t5: Conversion) -> None:
     ours = load_pipeline(with_t5.output)
     seen: list[Image.Image] = []

@@ -5,6 +5,7 @@ diffusers' own mapping copies every weight, and says of a tensor that it has no 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from diffusion_convert.checkpoint.computed import Computed
@@ -53,39 +54,49 @@ _TOGETHER: Mapping[tuple[str, str], tuple[str, str, str]] = {
 """Queries, keys and values, which lie in one tensor."""
 
 
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What a module is in diffusers' network: one module, or several whose rows follow each other. ``swapped``: the
+    halves of its rows are in the other order (`swap`)."""
+
+    modules: tuple[str, ...]
+    swapped: bool = False
+
+
+def modules(blocks: int) -> dict[str, Own]:
+    """Of a transformer of so many blocks, what each of Stability AI's modules is in diffusers'."""
+    found = {name: Own((own,)) for name, own in _SINGLE.items()}
+    found["final_layer.adaLN_modulation.1"] = Own(("norm_out.linear",), swapped=True)
+    for number in range(blocks):
+        at, own = f"joint_blocks.{number}", f"transformer_blocks.{number}"
+        for stream, names in _STREAMS.items():
+            found |= {f"{at}.{stream}.{name}": Own((f"{own}.{inner}",)) for name, inner in names.items()}
+        for (stream, name), several in _TOGETHER.items():
+            found[f"{at}.{stream}.{name}"] = Own(tuple(f"{own}.{inner}" for inner in several))
+    last = f"joint_blocks.{blocks - 1}.context_block.adaLN_modulation.1"
+    return {**found, last: replace(found[last], swapped=True)} if blocks else found
+
+
 def mmdit(tensors: Tensors, config: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
     """The same tensors by SD3Transformer2DModel's names. Raises CheckpointError for a name that it has no place
     for."""
     mapped: dict[str, torch.Tensor] = {"pos_embed.pos_embed": tensors["pos_embed"]}
-    swapped = set()
-    last = f"joint_blocks.{int(config['num_layers']) - 1}.context_block.adaLN_modulation.1"
+    swapped, known = set(), modules(int(config["num_layers"]))
     for name, value in tensors.items():
         module, _, kind = name.rpartition(".")
-        if module in ("final_layer.adaLN_modulation.1", last):
-            place = "norm_out.linear" if module.startswith("final") else _block_name(module)[0]
-            swapped.add(f"{place}.{kind}")
-            mapped[f"{place}.{kind}"] = value
-        elif module in _SINGLE:
-            mapped[f"{_SINGLE[module]}.{kind}"] = value
-        elif name != "pos_embed":
-            places = _block_name(module)
-            parts = value.chunk(len(places)) if len(places) > 1 else [value]
-            mapped |= {f"{place}.{kind}": part for place, part in zip(places, parts, strict=True)}
-    return Computed(mapped, dict.fromkeys(swapped, _swap))
+        if name == "pos_embed":
+            continue
+        if (own := known.get(module)) is None:
+            raise CheckpointError(f"{module}: no part of Stable Diffusion 3's transformer")
+        several = len(own.modules)
+        parts = value.chunk(several) if several > 1 else [value]
+        mapped |= {f"{place}.{kind}": part for place, part in zip(own.modules, parts, strict=True)}
+        if own.swapped:
+            swapped.add(f"{own.modules[0]}.{kind}")
+    return Computed(mapped, dict.fromkeys(swapped, swap))
 
 
-def _block_name(module: str) -> tuple[str, ...]:
-    head, number, stream, *rest = module.split(".")
-    inner = ".".join(rest)
-    if head == "joint_blocks" and stream in _STREAMS:
-        if inner in _STREAMS[stream]:
-            return (f"transformer_blocks.{number}.{_STREAMS[stream][inner]}",)
-        if (stream, inner) in _TOGETHER:
-            return tuple(f"transformer_blocks.{number}.{name}" for name in _TOGETHER[stream, inner])
-    raise CheckpointError(f"{module}: no part of Stable Diffusion 3's transformer")
-
-
-def _swap(value: torch.Tensor) -> torch.Tensor:
+def swap(value: torch.Tensor) -> torch.Tensor:
     """Scale and shift in diffusers' order, which is the other one, where no gates follow."""
     import torch
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from diffusion_runtime import strict_json
-from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.errors import CheckpointError, InputError, InstallationError
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 from diffusion_runtime.scratch import scratch
 
@@ -139,6 +140,8 @@ def write_t5(files: Mapping[str, Path], target: Path) -> None:
 
 def _load_t5(files: Mapping[str, Path]) -> Any:
     main = files.get(FAST) or files[SENTENCEPIECE]
+    if FAST not in files and find_spec("sentencepiece") is None:
+        raise InstallationError(f"{main}: run `pip install sentencepiece`, which reads it, or put {FAST} beside it")
     return _loaded("T5Tokenizer", files, main, SENTENCEPIECE, "Unigram", "T5's tokenizer")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_convert.checkpoint.computed import Computed
+from diffusion_convert.checkpoint.ldm_mmdit import swap
 from diffusion_convert.checkpoint.lora import file as lora_file
 from diffusion_convert.checkpoint.lora.kinds import Layer
 from diffusion_convert.checkpoint.lora.places import TEXT_LAYER, Place, places, text_layers
@@ -20,6 +21,7 @@ from diffusion_convert.checkpoint.torch_networks import listed
 from diffusion_convert.option_values import Lora
 from diffusion_runtime.bundle.manifest import FusedLora
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.families import FAMILIES
 
 if TYPE_CHECKING:
     import torch
@@ -29,15 +31,28 @@ _FLOAT16_MAX = 65504.0
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one LoRA does to one tensor of a network, the "weight" or the "bias" (``target``) of a module."""
+    """What one LoRA does to one tensor of a network, the "weight" or the "bias" (``target``) of the module at
+    ``place``."""
 
     layer: Layer
     target: str
     strength: float
+    place: Place
 
     def apply(self, value: torch.Tensor) -> torch.Tensor:
         """``value`` (float32) with the LoRA in it. Raises ValueError where it does not fit."""
-        return self.layer.change(self.target, value, self.strength)
+        import torch
+
+        if self.place.swapped:
+            return swap(self.layer.change(self.target, swap(value), self.strength))
+        part, count = self.place.part
+        if count == 1:
+            return self.layer.change(self.target, value, self.strength)
+        magnitudes = self.layer.parts.get("dora_scale")
+        if magnitudes is not None and magnitudes.numel() != count * len(value):
+            raise ValueError("its magnitudes are of inputs, whose norms are of the whole")
+        # A row is changed by what belongs to it alone: the others' values do not matter, their number does.
+        return self.layer.change(self.target, torch.cat([value] * count), self.strength).chunk(count)[part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,18 +151,19 @@ def _blame(name: str, weight: torch.Tensor, updates: Sequence[Update]) -> str:
 def _matched(checkpoint: Checkpoint, lora: Lora, partial_: bool) -> _Match:
     """Every layer of a LoRA with its place; all must have one unless ``partial_``."""
     file = lora_file.read(lora.path)
-    found = {subfolder: places(checkpoint, subfolder) for subfolder in {layer.subfolder for layer in file.layers}}
+    denoiser = FAMILIES[checkpoint.family].denoiser.component  # what trainers call a UNet, whatever it is
+    layers = [replace(one, subfolder=denoiser) if one.subfolder == "unet" else one for one in file.layers]
+    found = {subfolder: places(checkpoint, subfolder) for subfolder in {layer.subfolder for layer in layers}}
     _check_blocks(lora, found.get("unet") or places(checkpoint, "unet"))
     updates: list[tuple[str, str, Update]] = []
     strangers, beyond, misfits = list(file.unknown), list[str](), dict[str, Layer]()
-    for layer in file.layers:
+    for layer in layers:
         network = found[layer.subfolder]
-        place = network.get(layer.module)
-        if place is None:
+        if layer.module not in network:
             (beyond if _is_beyond(layer, network) else strangers).extend(layer.names.values())
-            continue
         try:
-            updates += _updates(layer, place, _strength(lora, layer.subfolder, place.block))
+            for place in network.get(layer.module, ()):
+                updates += _updates(layer, place, _strength(lora, layer.subfolder, place.block))
         except ValueError as error:
             misfits[f"{layer.title}: {error}"] = layer
     if misfits and not (partial_ or strangers):
@@ -182,21 +198,21 @@ def _updates(layer: Layer, place: Place, strength: float) -> Iterator[tuple[str,
             raise ValueError(f"this model has no {target} there")
         name, shape = place.tensors[target]
         try:
-            on_meta.change(target, torch.empty(shape, device="meta"), strength)
+            Update(on_meta, target, strength, place).apply(torch.empty(shape, device="meta"))
         except ValueError as error:
             raise ValueError(f"{error}, but {layer.subfolder}'s {name} has {shape}") from error
-        yield layer.subfolder, name, Update(layer, target, strength)
+        yield layer.subfolder, name, Update(layer, target, strength, place)
 
 
-def _is_beyond(layer: Layer, network: Mapping[str, Place]) -> bool:
+def _is_beyond(layer: Layer, network: Mapping[str, object]) -> bool:
     """Whether a layer is for the end of a text encoder that this checkpoint's lacks: "skipped" layers are often cut
     off, as the last one of Stable Diffusion 2 is."""
     number = TEXT_LAYER.match(layer.module)
     return number is not None and int(number[1]) >= text_layers(network) > 0
 
 
-def _check_blocks(lora: Lora, unet: Mapping[str, Place]) -> None:
-    blocks = sorted({place.block for place in unet.values()} - {""})
+def _check_blocks(lora: Lora, unet: Mapping[str, tuple[Place, ...]]) -> None:
+    blocks = sorted({place.block for several in unet.values() for place in several} - {""})
     for part, _ in lora.parts:
         if part.startswith(("in", "out", "mid")) and part not in blocks:
             raise InputError(
@@ -209,6 +225,7 @@ _PARTS = {
     "transformer": ("unet",),
     "text_encoder": ("te1", "te"),
     "text_encoder_2": ("te2", "te"),
+    "text_encoder_3": ("te",),
 }
 
 

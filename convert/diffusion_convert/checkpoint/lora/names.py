@@ -16,6 +16,8 @@ PREFIXES: Mapping[str, str] = {
     r"lora_unet[_.]": "unet",
     r"lora_te1?[_.]": TEXT_ENCODER,
     r"lora_te2[_.]": "text_encoder_2",
+    r"lora_te3[_.]": "text_encoder_3",  # T5
+    r"lora_transformer[_.]": "transformer",
     r"unet\.": "unet",
     r"transformer\.(?!text_model)": "transformer",  # Stable Diffusion 3's, by diffusers
     r"text_encoder\.": TEXT_ENCODER,
