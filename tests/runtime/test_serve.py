@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2 as httpx
@@ -25,12 +26,14 @@ from PIL import Image
 from diffusion_runtime import tasks
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.loading import load_pipeline
+from diffusion_runtime.png_record import Settings
 from diffusion_runtime.schedulers import SCHEDULERS
 from diffusion_runtime.serve import pages, server
 from diffusion_runtime.serve.apis import controlnet, web_ui
 from diffusion_runtime.serve.apis.web_ui import KARRAS, SAMPLERS
 from diffusion_runtime.serve.guard import Rules
-from diffusion_runtime.serve.orders import Refused
+from diffusion_runtime.serve.orders import Refused, Wanted
+from diffusion_runtime.serve.worker import _steering
 from serving import COMMAND, SHORT, Served, in_base64, left_mask, pixels, score, serving, start_image
 
 PROMPT = "a private prompt"
@@ -150,6 +153,9 @@ def test_edits_take_one_picture_however_clients_spell_it(served: Served, expecte
         answer = served.client.post("/v1/images/edits", data=form, files=files)
         assert answer.status_code == 400
         assert answer.json()["detail"] == f"image: got {len(names)} pictures, expected one"
+    guided = {**form, "image_guidance_scale": "1.5"}  # of models that edit
+    answer = served.client.post("/v1/images/edits", data=guided, files=[("image", picture)])
+    assert answer.status_code == 400 and "given an image and an image guidance scale" in answer.text
 
 
 def test_the_web_uis_front_ends_work_unchanged(served: Served, expected: Callable[..., bytes]) -> None:
@@ -209,6 +215,7 @@ CONTROLNET = {"controlnet": {"args": [{"model": "canny", "image": ""}]}}
         ("/score", score(["prompt", "image"], ["a", "/etc/passwd"]), 400, "is not base64"),
         ("/score", score(["prompt", "image"], ["a", "http://127.0.0.1/x.png"]), 400, "is not base64"),
         ("/score", score(["prompt", "image"], ["a", "QUJD"]), 400, "not a picture"),
+        ("/score", score(["prompt"], "a", image_guidance_scale=1.5), 400, "given an image guidance scale"),
         ("/score", {**score(["prompt"], "a"), "model": "other"}, 400, "unknown model 'other': expected one of toy"),
         ("/score", {"input_data": 3}, 422, "input_data"),
         ("/score", score(["prompt"], "a", seed=True), 422, "seed"),
@@ -417,6 +424,25 @@ def test_the_web_uis_numbers_reach_the_models_that_take_them() -> None:
     asked = web_ui.Image2Image(init_images=["…"], denoising_strength=0.4, image_cfg_scale=1.2)
     told = {kind: web_ui._numbers(asked, tasks.uses(kind)) for kind in (4, 7, 8)}
     assert told == {4: {"strength": 0.4}, 7: {}, 8: {"image_guidance_scale": 1.2}}
+
+
+def test_adapters_are_units_of_the_extension_too() -> None:
+    described: Any = SimpleNamespace(components=["T2IAdapter_edges"], ip_adapters=[SimpleNamespace(name="plus")])
+    data = in_base64(Image.new("RGB", (8, 8)))
+
+    def steering(*units: dict[str, Any]) -> dict[str, Any]:
+        args = [{"image": data, **unit} for unit in units]
+        files, pictures = zip(*controlnet.controls({"controlnet": {"args": args}}, None), strict=True)
+        return _steering(Wanted(Settings("a", controls=files), control_pictures=pictures), described)
+
+    module = "ip-adapter_clip_sd15"
+    found = steering({"model": "edges", "guidance_end": 0.5}, {"model": "plus", "weight": 0.6, "module": module})
+    assert [(one.name, one.end) for one in found["adapters"]] == [("edges", 0.5)]
+    assert [(one.name, one.scale) for one in found["picture_prompts"]] == [("plus", 0.6)]
+    assert [one.name for one in steering({"model": "canny"})["controls"]] == ["canny"]
+    for unit in ({"model": "plus", "guidance_end": 0.5}, {"model": "edges", "module": "canny"}):
+        with pytest.raises(InputError, match="is an adapter, which counts from the first step on"):
+            steering(unit)
 
 
 def test_units_of_the_controlnet_extension() -> None:

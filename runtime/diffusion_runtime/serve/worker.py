@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from diffusion_runtime import generation, images, schedulers
-from diffusion_runtime.errors import DiffusionError
+from diffusion_runtime.errors import DiffusionError, InputError
 from diffusion_runtime.noise import from_seeds
 from diffusion_runtime.serve.orders import About, Order, Picture, Progress, Wanted
 
 if TYPE_CHECKING:
-    from diffusion_runtime.control import Control
+    from diffusion_runtime.bundle.manifest import Manifest
     from diffusion_runtime.pipeline import Pipeline
 
 MAX_PIXELS = 50_000_000
@@ -89,7 +89,7 @@ class _Worker:
         self.seconds = time.monotonic() - started
 
     def about(self) -> About:
-        from diffusion_runtime import tasks
+        from diffusion_runtime import t2i_adapters, tasks
         from diffusion_runtime.control import plan
 
         described = self.pipeline.manifest
@@ -107,7 +107,10 @@ class _Worker:
             can_start_from_pictures="vae_encoder" in self.pipeline.models,
             memory=kilobytes if sys.platform == "darwin" else kilobytes << 10,
             seconds=self.seconds,
-            controlnets=plan.names(described),
+            controlnets=(
+                *(*plan.names(described), *t2i_adapters.names(described)),
+                *(one.name for one in described.ip_adapters),
+            ),
         )
 
     def make(self, order: Order) -> Done:
@@ -128,7 +131,9 @@ class _Worker:
         settings = wanted.settings
         name = settings.scheduler
         self.pipeline.scheduler_name = None if name is None else schedulers.canonical(name)
-        request = generation.request_of([settings], {**_pictures(wanted), "controls": _controls(wanted)})
+        request = generation.request_of(
+            [settings], {**_pictures(wanted), **_steering(wanted, self.pipeline.manifest)}
+        )
         run = self.pipeline.prepare(request, from_seeds([settings.seed], settings.rng))
         latents = run.start.latents
         for step in self.pipeline.denoise(run):
@@ -156,21 +161,29 @@ class _Worker:
             yield self.connection.recv()
 
 
-def _controls(wanted: Wanted) -> tuple[Control, ...]:
+def _steering(wanted: Wanted, described: Manifest) -> dict[str, tuple[Any, ...]]:
+    """The pictures that steer, by the fields of `tasks.Request`: adapters are units of the web UI's extension for
+    ControlNets, too. Raises InputError for what an adapter cannot do."""
+    from diffusion_runtime import picture_prompts, t2i_adapters
     from diffusion_runtime.control import Control
 
-    pairs = zip(wanted.settings.controls, wanted.control_pictures, strict=True)
-    return tuple(
-        Control(
-            one.name,
-            images.decode(data, "control image", "RGB", MAX_PIXELS),
-            one.scale,
-            one.start,
-            one.end,
-            one.prepare,
-        )
-        for one, data in pairs
-    )
+    after_pictures = [one.name for one in described.ip_adapters]
+    found: dict[str, list[Any]] = {"controls": [], "adapters": [], "picture_prompts": []}
+    for one, data in zip(wanted.settings.controls, wanted.control_pictures, strict=True):
+        picture = images.decode(data, "control image", "RGB", MAX_PIXELS)
+        if one.name not in (*after_pictures, *t2i_adapters.names(described)):
+            control = Control(one.name, picture, one.scale, one.start, one.end, one.prepare)
+            found["controls"].append(control)
+        elif one.start or one.prepare or (one.name in after_pictures and one.end < 1):
+            raise InputError(
+                f"{one.name}: is an adapter, which counts from the first step on (IP-Adapters to the last), and "
+                "its picture is not made here: leave out guidance_start, guidance_end and module"
+            )
+        elif one.name in after_pictures:
+            found["picture_prompts"].append(picture_prompts.PicturePrompt(picture, one.name, one.scale))
+        else:
+            found["adapters"].append(t2i_adapters.asked(one.name, picture, one.scale, one.end))
+    return {name: tuple(ones) for name, ones in found.items()}
 
 
 def _pictures(wanted: Wanted) -> dict[str, Image.Image | None]:

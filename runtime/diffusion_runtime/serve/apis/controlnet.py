@@ -56,7 +56,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/model_list")
     async def models() -> ModelList:
-        """The ControlNets of the first of the served models."""
+        """The ControlNets and adapters of the first of the served models."""
         return ModelList(model_list=list((await service.about(None)).controlnets))
 
     @router.get("/module_list")
@@ -88,7 +88,9 @@ def controls(scripts: Mapping[str, Any] | None, image: bytes | None) -> tuple[tu
 def _control(unit: Unit, image: bytes | None) -> tuple[ControlFile, bytes]:
     if unit.control_mode not in _BALANCED:
         raise Refused(f"control_mode {unit.control_mode!r}: these models know Balanced alone")
-    if unit.module.lower() not in MODULES:
+    # How the extension encodes a picture for an IP-Adapter: the models' own encoder does.
+    module = "none" if unit.module.lower().startswith("ip-adapter") else unit.module.lower()
+    if module not in MODULES:
         raise Refused(f"module {unit.module[:100]!r}: expected one of {', '.join(MODULES)}")
     text = unit.image or unit.input_image
     picture = decoded(text, "alwayson_scripts.controlnet: image") if text else image
@@ -97,4 +99,4 @@ def _control(unit: Unit, image: bytes | None) -> tuple[ControlFile, bytes]:
     span = unit.guidance_start, unit.guidance_end
     name = _HASH.sub("", unit.model)
     # The record says that there was a picture, though it is in no file that could be found again.
-    return ControlFile(name, "(of a request)", unit.weight, *span, MODULES[unit.module.lower()]), picture
+    return ControlFile(name, "(of a request)", unit.weight, *span, MODULES[module]), picture

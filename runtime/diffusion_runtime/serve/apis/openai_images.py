@@ -34,6 +34,7 @@ FORM_FIELDS = frozenset(
         *("image", "image[]", "mask", "prompt", "model", "n", "size", "response_format", "user", "quality"),
         *("output_format", "background", "input_fidelity", "moderation"),
         *("seed", "num_inference_steps", "guidance_scale", "negative_prompt", "scheduler", "strength"),
+        "image_guidance_scale",
     }
 )
 
@@ -135,6 +136,7 @@ def _add_edits(router: APIRouter, service: Service) -> None:
         negative_prompt: Annotated[str | None, Form()] = None,
         scheduler: Annotated[str | None, Form()] = None,
         strength: Annotated[Strength, Form()] = None,
+        image_guidance_scale: Annotated[Scale, Form()] = None,
     ) -> Images:
         """Paint in where the mask (or the image) is transparent; without either, make a picture like the image."""
         for name in await request.form():
@@ -156,6 +158,7 @@ def _add_edits(router: APIRouter, service: Service) -> None:
             guidance_scale=guidance_scale,
             scheduler=scheduler,
             strength=strength,
+            image_guidance_scale=image_guidance_scale,
             image=await pictures[0].read(),
             mask=None if mask is None else await mask.read(),
             mask_is_alpha=True,

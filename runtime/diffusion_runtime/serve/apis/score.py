@@ -25,6 +25,7 @@ class Parameters(BaseModel):
     eta: Annotated[float, Field(description="Fresh noise in each step of ddim; tcd's gamma.", ge=0, le=1)] = 0.0
     negative_prompt: str | None = None
     strength: Annotated[float | None, Field(description="How much of an image may change.", gt=0, le=1)] = None
+    image_guidance_scale: Annotated[float | None, Field(description="InstructPix2Pix.", ge=-1000, le=1000)] = None
 
 
 class InputData(BaseModel):
@@ -100,6 +101,7 @@ def _row(service: Service, asked: InputData, number: int, row: str | list[str | 
         scheduler=parameters.scheduler,
         eta=parameters.eta,
         strength=parameters.strength,
+        image_guidance_scale=parameters.image_guidance_scale,
         image=pictures["image"],
         mask=pictures["mask_image"],
     )
