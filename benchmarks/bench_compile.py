@@ -8,7 +8,6 @@ python benchmarks/bench_compile.py FOLDER     measures with it
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from diffusion_convert.compile import compile_package
 from diffusion_runtime import zips
 from diffusion_runtime.mil.package import open_package, write_package
 from diffusion_runtime.mil.program import Operation, Variable
+from diffusion_runtime.processes import peak_memory
 from small_bundle import ints, small_model
 
 PACKAGE = "unet.mlpackage"
@@ -38,8 +38,7 @@ def main(folder: Path) -> None:
         sys.exit(f"{folder / PACKAGE} is missing: make it with `python benchmarks/full_size.py {folder}`")
     compiled = folder / "compiled"
     timed("compile", lambda: compile_package(folder / PACKAGE, compiled, "Unet"))
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB")
+    print(f"peak memory: {peak_memory() / 1e9:.2f} GB")
     timed("zip", lambda: zips.pack(compiled, folder / "unet_compiled.zip"))
     timed("read back", lambda: open_package(compiled / "Unet.mlmodelc"))
     many_operations(folder)

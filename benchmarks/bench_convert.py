@@ -24,6 +24,7 @@ from pathlib import Path
 from diffusion_convert.conversion.events import Event
 from diffusion_convert.options import ConvertOptions
 from diffusion_runtime.families import AttentionKind
+from diffusion_runtime.processes import peak_memory
 from full_size_checkpoint import FAMILIES, write_checkpoint
 
 WHOLE = {"sd1": "original,split_einsum_v2", "sdxl": "original"}
@@ -117,8 +118,7 @@ def take_peak_gb() -> float:
     Linux; elsewhere, since it began)."""
     status = Path("/proc/self/status")
     if not status.exists():
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        return peak_memory() / 1e9
     (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: man 5 proc
     return int(line.split()[1]) * 1024 / 1e9

@@ -16,7 +16,6 @@ import argparse
 import importlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 
+from diffusion_runtime.processes import peak_memory
 from full_size import full_size_unet
 from full_size_checkpoint import SD1_UNET
 
@@ -102,13 +102,12 @@ def measure(side: str, steps: int, threads: int) -> dict[str, float]:
         step()
         wall.append(time.perf_counter() - begun[0])
         processor.append(time.process_time() - begun[1])
-    unit = 1 if sys.platform == "darwin" else 1024
     return {
         "load_seconds": loaded[0],
         "load_processor_seconds": loaded[1],
         "step_seconds": min(wall),
         "step_processor_seconds": min(processor),
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9,
+        "peak_gb": peak_memory() / 1e9,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
 import io
 import json
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 MAX_NAME = 255  # what the file systems of macOS and Linux take
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; larger than what phones and scanners make
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
+DATA_URL = "data:"
 METADATA_KEY = "coreml-sd"
 OLD_METADATA_KEY = "coreml-diffusion"
 """What this project was called until version 0.1: pictures (and manifests) of that time name it, and are read."""
@@ -46,6 +48,12 @@ def decode(data: bytes, what: str, mode: str = "RGB", most: int = MAX_PIXELS) ->
     with _decoded(io.BytesIO(data), what, FORMATS, most) as image:
         upright = ImageOps.exif_transpose(image)
         return grey(upright) if mode == "L" else in_bytes(upright).convert(mode)
+
+
+def from_base64(text: str) -> bytes:
+    """The bytes of a picture's file in base64, as it is or as a data URL. Raises ValueError for anything else."""
+    data = text.partition(",")[2] if text.startswith(DATA_URL) else text
+    return base64.b64decode("".join(data.split()), validate=True)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import importlib.metadata
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from diffusion_runtime.bundle.find import Bundle
 from diffusion_runtime.errors import DiffusionError
 from diffusion_runtime.families import DENOISERS, T5
 from diffusion_runtime.models import chained
+from diffusion_runtime.processes import peak_memory
 from diffusion_runtime.prompt import tokenizer
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _measured(
         first - loaded,
         float(np.median(steady)),
         None if expected is None else min(_psnr_db(value, outputs[key]) for key, value in expected.items()),
-        _peak_memory(),
+        peak_memory(),
         _devices(bundle, component, unit) if name == "coreml" else {},
     )
 
@@ -233,12 +233,6 @@ def _psnr_db(expected: np.ndarray, found: np.ndarray) -> float:
     if not math.isfinite(power) or (peak == 0 and power > 0):
         return -BEST_PSNR_DB
     return min(BEST_PSNR_DB, 10 * math.log10(peak**2 / power)) if power else BEST_PSNR_DB
-
-
-def _peak_memory() -> int:
-    """The most memory that this process has had so far, in bytes."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024  # macOS counts bytes, Linux KiB
 
 
 def pictures_per_minute(measurements: Sequence[Measurement], steps: int, calls_per_step: int) -> dict[str, float]:

@@ -121,14 +121,13 @@ def _read(listed: Any, requests: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def _entry(entry: Any) -> tuple[str, str, tuple[int, ...]]:
-    values = [entry.get(key) for key in ("name", "dtype", "shape")] if isinstance(entry, dict) else [None] * 3
-    name, dtype, shape = values
-    sizes = shape if isinstance(shape, list) else [None]
-    if not isinstance(name, str) or dtype not in DTYPES or not all(isinstance(n, int) and n >= 0 for n in sizes):
-        raise InputError(
-            f"run-models: an array is described as {entry!r}: expected name, shape and dtype ({', '.join(DTYPES)})"
-        )
-    return name, str(dtype), tuple(sizes)
+    match entry:
+        case {"name": str(name), "dtype": str(dtype), "shape": list(shape)} if dtype in DTYPES:
+            if all(isinstance(size, int) and size >= 0 for size in shape):
+                return name, dtype, tuple(shape)
+    raise InputError(
+        f"run-models: an array is described as {entry!r}: expected name, shape and dtype ({', '.join(DTYPES)})"
+    )
 
 
 def _write(answer: dict[str, Any], arrays: Arrays, answers: BinaryIO) -> None:

@@ -28,7 +28,8 @@ _IGNORED = ("__MACOSX/", ".DS_Store")  # what macOS's archiver adds
 _STORED = (".bin",)  # weights do not shrink
 # How pages, errors in XML and JSON, "Not Found", "Entry not found" and Git LFS's pointers begin.
 _WEBPAGES = (b"<!doc", b"<html", b"<?xml", b'{"err', b"Not F", b"Entry", b"versi")
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeError, ValueError)
+# zipfile looks at little before it unpacks: what it stumbles on in a damaged archive comes as it is.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)

@@ -339,10 +339,8 @@ def hostile_programs() -> list[bytes]:
 
 def pickled(data: bytes, random: Random) -> bytes:
     """The program inside torch's zip is damaged, or replaced by a hostile one."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = {info.filename: archive.read(info) for info in archive.infolist()}
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, OSError, ValueError, EOFError):
+    members = _members(data)
+    if members is None:
         return random.choice(hostile_programs()) if random.random() < 0.3 else flip(data, random)
     program = next((name for name in members if name.endswith("data.pkl")), None)
     if program is None:
@@ -372,6 +370,15 @@ def _pickle_numbers(data: bytes, random: Random) -> bytes:
     return data[:at] + b"J" + struct.pack("<i", value) + data[at + 1 + size :]
 
 
+def _members(data: bytes) -> dict[str, bytes] | None:
+    """The files in a zip by name; None where earlier damage has left none that can be read."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return {info.filename: archive.read(info) for info in archive.infolist()}
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, OSError, ValueError, EOFError):
+        return None
+
+
 def _zip(members: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -382,10 +389,8 @@ def _zip(members: dict[str, bytes]) -> bytes:
 
 def zipped(data: bytes, random: Random) -> bytes:
     """Names that lead out, links, bombs, wrong sizes and sums; or one of the files inside is damaged."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = {info.filename: archive.read(info) for info in archive.infolist()}
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, OSError, ValueError, EOFError):
+    members = _members(data)
+    if members is None:
         return flip(data, random)
     if not members:
         return data

@@ -66,7 +66,7 @@ def test_a_worker_stops_within_a_step(toy_folder: Path, steps: int) -> None:
     order = Order(tuple(Wanted(Settings(prompt="a", steps=4, scheduler="ddim", seed=1)) for _ in range(3)))
     pipe: Any = Pipe(order.id, steps)
     worker = _Worker(Setup(str(toy_folder), "toy", {"backend": "torch"}, 1), pipe, lambda: None)
-    assert worker.make(order) == Done(order.id, cancelled=True)
+    assert worker.make(order) == Done(cancelled=True)
     assert sum(isinstance(one, Progress) for one in pipe.sent) == steps
     assert sum(isinstance(one, Picture) for one in pipe.sent) == steps // 4
 

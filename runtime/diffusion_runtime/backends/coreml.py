@@ -116,11 +116,11 @@ class CoreMLModel:
         return {name: np.asarray(results[name]) for name in self.outputs}
 
 
-def operation_devices(path: Path, compute_units: ComputeUnits, cache: Path | None = None) -> dict[str, int]:
+def operation_devices(path: Path, compute_units: ComputeUnits) -> dict[str, int]:
     """How many operations of a model Core ML plans to run on "cpu", "gpu" and "neural engine"; empty where the
     system cannot tell (before macOS 14.4). A package is looked for among those that were compiled."""
     coremltools = import_coremltools()
-    compiled = path if path.suffix == ".mlmodelc" else (cache or default_cache()) / f"{content_key(path)}.mlmodelc"
+    compiled = path if path.suffix == ".mlmodelc" else default_cache() / f"{content_key(path)}.mlmodelc"
     if not compiled.is_dir():
         return {}
     plans = import_coremltools("models.compute_plan").MLComputePlan

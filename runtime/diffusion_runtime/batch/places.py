@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 from diffusion_runtime import images
@@ -22,35 +22,6 @@ SECONDS_BETWEEN_WRITES = 15.0
 """Object storage knows no appending: the whole of results.jsonl is written anew, this often."""
 
 Line = Mapping[str, Any]
-
-
-class Place(Protocol):
-    """Where pictures and results.jsonl go. Every write is whole or not there."""
-
-    @property
-    def inputs(self) -> Path | None:
-        """A folder for pictures that stand in the table, where there is one."""
-
-    def hold(self) -> AbstractContextManager[object]:
-        """Keep other batches out, where that can be done."""
-
-    def pictures(self) -> set[str]:
-        """The names of the pictures that are there."""
-
-    def record(self, name: str) -> Mapping[str, Any]:
-        """How a picture was made; empty where it does not say."""
-
-    def writing(self, folder: str) -> AbstractContextManager[Path]:
-        """A folder on this machine to write pictures to, which are at the place when the block ends."""
-
-    def read_results(self) -> str:
-        """results.jsonl, empty where there is none."""
-
-    def append(self, line: Line) -> None:
-        """Add a line to results.jsonl."""
-
-    def write_results(self, lines: Iterable[Line]) -> None:
-        """Replace results.jsonl."""
 
 
 def open_place(name: str) -> Place:
@@ -67,47 +38,55 @@ def text_of(line: Line) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder of this machine, or one that several machines share."""
+    """A folder of this machine, or one that several machines share. Every write is whole or not there."""
 
     path: Path
 
     @property
-    def inputs(self) -> Path:
+    def inputs(self) -> Path | None:
+        """A folder for pictures that stand in the table, where there is one."""
         return self.path / "inputs"
 
     def hold(self) -> AbstractContextManager[object]:
+        """Keep other batches out, where that can be done."""
         images.check_writable(self.path / RESULTS)
         return locked(self.path)
 
     def pictures(self) -> set[str]:
+        """The names of the pictures that are there."""
         return {path.name for path in self.path.glob("*.png")}
 
     def record(self, name: str) -> Mapping[str, Any]:
+        """How a picture was made; empty where it does not say."""
         return _record(self.path / name)
 
     @contextmanager
     def writing(self, folder: str) -> Iterator[Path]:  # noqa: ARG002 pictures are written under their own name at once
+        """A folder on this machine to write pictures to, which are at the place when the block ends."""
         yield self.path
 
     def read_results(self) -> str:
+        """results.jsonl, empty where there is none."""
         with suppress(FileNotFoundError):
             return (self.path / RESULTS).read_text(encoding="utf-8", errors="replace")
         return ""
 
     def append(self, line: Line) -> None:
+        """Add a line to results.jsonl."""
         with disk_errors(self.path / RESULTS), (self.path / RESULTS).open("a", encoding="utf-8") as file:
             file.write(text_of(line))
             file.flush()
             os.fsync(file.fileno())
 
     def write_results(self, lines: Iterable[Line]) -> None:
+        """Replace results.jsonl."""
         with unfinished_file(self.path / RESULTS) as unfinished:
             unfinished.write_text("".join(map(text_of, lines)), encoding="utf-8")
 
 
 @dataclass(slots=True)
 class Storage:
-    """A path of one of pyarrow's file systems."""
+    """A path of one of pyarrow's file systems; otherwise as `Folder`."""
 
     name: str
     files: Any
@@ -184,6 +163,10 @@ class Storage:
             yield
         except OSError as error:
             raise StorageError(f"{self.name}: {' '.join(str(error).split())}") from error
+
+
+Place = Folder | Storage
+"""Where pictures and results.jsonl go."""
 
 
 def _storage(name: str) -> Storage:

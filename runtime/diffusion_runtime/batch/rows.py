@@ -7,8 +7,6 @@ misspelt option that every row would lack.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import csv
 import hashlib
 import math
@@ -19,7 +17,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from diffusion_runtime import control, strict_json
+from diffusion_runtime import control, images, strict_json
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.control import ControlFile
 from diffusion_runtime.errors import InputError, InstallationError
@@ -37,7 +35,6 @@ COLUMNS: Mapping[str, str] = {
 }
 """A column of the table, and the option of generate that it is."""
 MAX_CELL = 64 << 20  # characters; a picture in base64 may be long
-DATA_URL = "data:"
 _TYPES: Mapping[str, Any] = {**get_type_hints(Settings), COUNT: int}
 _TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -170,7 +167,7 @@ def _shown(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_inline(column: str, value: str) -> bool:
     """A picture in base64 and not the name of a file: no file system takes such names."""
-    return COLUMNS.get(column) in FILES and (value.startswith(DATA_URL) or len(value) > 1024)
+    return COLUMNS.get(column) in FILES and (value.startswith(images.DATA_URL) or len(value) > 1024)
 
 
 def _picture(name: str, value: str, folder: Path, inputs: Path | None) -> Path:
@@ -180,10 +177,9 @@ def _picture(name: str, value: str, folder: Path, inputs: Path | None) -> Path:
         raise InputError(
             f"{name}: pictures in base64 need an output folder on this machine; give the name of a file"
         )
-    text = value.partition(",")[2] if value.startswith(DATA_URL) else value
     try:
-        data = base64.b64decode("".join(text.split()), validate=True)
-    except binascii.Error as error:
+        data = images.from_base64(value)
+    except ValueError as error:
         raise InputError(f"{name}: is neither the name of a file nor base64: {error}") from None
     path = inputs / hashlib.sha256(data).hexdigest()[:32]
     if not path.exists():

@@ -107,9 +107,9 @@ class Part(torch.nn.Module):
                 )
 
 
-def _told(name: str, value: object, allowed: tuple[object, ...] = (None,)) -> None:
+def _told(name: str, value: object) -> None:
     """Raise InputError for an argument that a converted model cannot follow."""
-    if not any(value is one for one in allowed):
+    if value is not None:
         raise InputError(f"{name}: a converted model has no input for it; leave it out")
 
 

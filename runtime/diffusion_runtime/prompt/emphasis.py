@@ -26,12 +26,7 @@ class Fragment:
 
 
 def parse(prompt: str) -> tuple[Fragment, ...]:
-    """The fragments of a prompt in order. Raises InputError for a weight that cannot be used or text that is not
-    Unicode."""
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"the prompt is not valid Unicode at character {error.start + 1}") from error
+    """The fragments of a prompt in order. Raises InputError for a weight that cannot be used."""
     closings = _closings(prompt)
     fragments: list[Fragment] = []
     weights = [1.0]

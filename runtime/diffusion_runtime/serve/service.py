@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 
-from diffusion_runtime import noise, schedulers
+from diffusion_runtime import images, noise, schedulers
 from diffusion_runtime.control import ControlFile
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.png_record import Settings
@@ -138,12 +137,11 @@ async def disconnect(request: Request) -> None:
 
 def decoded(text: str, what: str) -> bytes:
     """The bytes of a picture that a request holds in base64, as it is or as a data URL. Raises Refused."""
-    data = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return base64.b64decode("".join(data.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return images.from_base64(text)
+    except ValueError as error:
         raise Refused(f"{what}: is not base64: {error}; a request can name no file and no URL") from None
 
 
-def encoded(picture: Picture) -> str:
-    return base64.b64encode(picture.png).decode()
+def encoded(png: bytes) -> str:
+    return base64.b64encode(png).decode()

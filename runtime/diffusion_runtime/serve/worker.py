@@ -6,7 +6,6 @@ It is sent an `Order`, and `Cancel`s at any time. It sends an `About` when the m
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 import traceback
@@ -20,6 +19,7 @@ from PIL import Image
 from diffusion_runtime import generation, images, schedulers
 from diffusion_runtime.errors import DiffusionError, InputError
 from diffusion_runtime.noise import from_seeds
+from diffusion_runtime.processes import peak_memory
 from diffusion_runtime.serve.orders import About, Order, Picture, Progress, Wanted
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ class Cancel:
 class Done:
     """The end of an order: ``seconds`` it took; ``refused`` or ``failed`` in a line where it came to nothing."""
 
-    id: str
     seconds: float = 0.0
     refused: str | None = None
     failed: str | None = None
@@ -95,7 +94,6 @@ class _Worker:
         described = self.pipeline.manifest
         channels = tasks.kind(self.pipeline.channels, described.latents.channels)
         height, width = next(iter(self.pipeline.models["vae_decoder"].outputs.values())).shape[-2:]
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return About(
             name=self.setup.name,
             family=described.family,
@@ -105,7 +103,7 @@ class _Worker:
             needs=tasks.starts_from(channels),
             uses=tasks.uses(channels),
             can_start_from_pictures="vae_encoder" in self.pipeline.models,
-            memory=kilobytes if sys.platform == "darwin" else kilobytes << 10,
+            memory=peak_memory(),
             seconds=self.seconds,
             controlnets=(
                 *(*plan.names(described), *t2i_adapters.names(described)),
@@ -119,13 +117,13 @@ class _Worker:
             for index, wanted in enumerate(order.pictures):
                 self.connection.send(self._made(order, index, wanted))
         except _Cancelled:
-            return Done(order.id, cancelled=True)
+            return Done(cancelled=True)
         except DiffusionError as error:
-            return Done(order.id, refused=" ".join(str(error).split()))
+            return Done(refused=" ".join(str(error).split()))
         except Exception as error:  # a bug of ours must not end the server; its traceback is what we need
             traceback.print_exc(file=sys.stderr)
-            return Done(order.id, failed=f"{type(error).__name__}: {' '.join(str(error).split())}")
-        return Done(order.id, time.monotonic() - started)
+            return Done(failed=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return Done(time.monotonic() - started)
 
     def _made(self, order: Order, index: int, wanted: Wanted) -> Picture:
         settings = wanted.settings

@@ -8,7 +8,7 @@ default is MIL's default, and its annotation says how an operand is given:
     np.ndarray               a constant in its stored element type (compressed weights)
     int, float, bool, str, Sequence[...]   a constant, as Python value
     Literal["a", "b"]        a constant string of these; a program with another one is refused before it runs
-    Ints, Int                a constant as Python value, or a tensor where it is known only when the program runs
+    Ints                     a constant as Python value, or a tensor where it is known only when the program runs
     torch.dtype              not an operand: the element type of the first output in this run
 
 Adding ``| None`` makes no difference but to the default. Arithmetic is the run's: float tensors all have one type
@@ -34,7 +34,6 @@ from diffusion_runtime.errors import UnsupportedError
 
 Ints = Sequence[int] | Tensor
 MAX_ELEMENTS = 1 << 29
-Int = int | Tensor
 
 
 class Kind(enum.Enum):

@@ -199,4 +199,4 @@ def _model(service: Service, name: str | None) -> str | None:
 
 
 def _datum(picture: Picture) -> Datum:
-    return Datum(b64_json=encoded(picture), nsfw_content_detected=picture.flagged)
+    return Datum(b64_json=encoded(picture.png), nsfw_content_detected=picture.flagged)

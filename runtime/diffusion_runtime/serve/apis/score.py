@@ -62,7 +62,9 @@ def routes(service: Service) -> APIRouter:
         pictures = await service.make(partial(disconnect, request), service.order(wanted), asked.model)
         return [
             Generated(
-                prompt=one.settings.prompt, generated_image=encoded(picture), nsfw_content_detected=picture.flagged
+                prompt=one.settings.prompt,
+                generated_image=encoded(picture.png),
+                nsfw_content_detected=picture.flagged,
             )
             for one, picture in zip(wanted, pictures, strict=True)
         ]

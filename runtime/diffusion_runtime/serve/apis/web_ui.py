@@ -214,7 +214,7 @@ async def _answer(
     told = asked.model_dump(exclude={"init_images", "mask"})
     size = {"width": about.width, "height": about.height}
     return Answer(
-        images=[encoded(picture) for picture in pictures] if asked.send_images else [],
+        images=[encoded(picture.png) for picture in pictures] if asked.send_images else [],
         parameters={**told, **size},
         info=json.dumps(_info(asked, wanted, pictures, {**size, "sd_model_name": about.name}, interrupted, notes)),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -14,7 +13,7 @@ from PIL import Image
 
 from diffusion_runtime import images
 from diffusion_runtime.serve.orders import Busy, Cancelled, Closing, Late, Lost, Order, Picture, Progress, Refused
-from diffusion_runtime.serve.service import Service
+from diffusion_runtime.serve.service import Service, encoded
 
 PREVIEWS = 8
 """Of a picture, at most: each is a call of the decoder."""
@@ -61,7 +60,7 @@ class Drawings:
             "text": f"Step {last.step} of {last.total}",
             "done": last.step / last.total,
         }
-        return {**told, "preview": _base64(previews[-1])} if previews else told
+        return {**told, "preview": encoded(previews[-1])} if previews else told
 
 
 def every(steps: int) -> int:
@@ -84,7 +83,7 @@ def _end(making: asyncio.Task[tuple[Picture, ...]]) -> dict[str, Any]:
     return {
         "state": "made",
         "text": "; ".join(("Done", *notes)),
-        "png": _base64(picture.png),
+        "png": encoded(picture.png),
         "prompt": picture.settings.prompt,
         "seed": str(picture.settings.seed),  # as a number, JavaScript would round it
         "record": _record(picture.png),
@@ -103,10 +102,6 @@ def _in_words(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {one}" for name, one in value.items())
     return "yes" if value is True else str(value)
-
-
-def _base64(png: bytes) -> str:
-    return base64.b64encode(png).decode()
 
 
 async def _never() -> None:
