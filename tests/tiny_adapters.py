@@ -131,8 +131,10 @@ def _plus(random: torch.Generator, width: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def write_t2i_adapter(folder: Path, channels: list[int], kind: str = "full_adapter", seed: int = 0) -> Path:
-    """diffusers' folder of a T2IAdapter ("full_adapter", "light_adapter", "full_adapter_xl") of one block a level;
+def write_t2i_adapter(
+    folder: Path, channels: list[int], kind: str = "full_adapter", seed: int = 0, layers: int = 1
+) -> Path:
+    """diffusers' folder of a T2IAdapter ("full_adapter", "light_adapter", "full_adapter_xl") of ``layers`` a level;
     a light one takes grey pictures."""
     from diffusers import T2IAdapter
 
@@ -143,7 +145,7 @@ def write_t2i_adapter(folder: Path, channels: list[int], kind: str = "full_adapt
         "channels": channels,
         "downscale_factor": 16 if kind == "full_adapter_xl" else 8,
         "in_channels": 1 if kind == "light_adapter" else 3,
-        "num_res_blocks": 1,
+        "num_res_blocks": layers,
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -203,7 +203,7 @@ class ConvertOptions:
     )
     t2i_adapters: tuple[str, ...] = _opening(
         check.sources,
-        "T2I-Adapters (folder or Hub id) that steer the UNet; several with commas, or given several times.",
+        "T2I-Adapters (folder, file or Hub id) that steer the UNet; several with commas, or given several times.",
         (),
         "--t2i-adapter",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tiny_adapters
@@ -40,6 +42,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"adapter_image": PICTURES[0], "adapter": "canny", "adapter_conditioning_factor": 2.0}, "part of the steps"),
     ({"adapter_conditioning_scale": 0.5}, "there is no adapter_image"),
 ]
+SHAPES = ("channels", "downscale_factor", "in_channels", "num_res_blocks")
 Psnr = Callable[[Any, Any], float]
 
 
@@ -189,6 +192,41 @@ def test_generate_and_its_record(sd1: Path, tmp_path: Path, psnr_db: Psnr) -> No
         assert isinstance(wrong.exception, InputError) and why in str(wrong.exception)
 
 
+def tencents(name: str, layers: int) -> str:
+    """A tensor's name as TencentARC publishes it: full adapters count the layers of all blocks through."""
+    name = name.removeprefix("adapter.")
+    if not layers:
+        return name.replace(".resnets.", ".body.")
+    name = re.sub(r"body\.(\d+)\.resnets\.(\d+)", lambda at: f"body.{int(at[1]) * layers + int(at[2])}", name)
+    return re.sub(r"body\.(\d+)\.in_conv", lambda at: f"body.{int(at[1]) * layers}.in_conv", name)
+
+
+@pytest.mark.parametrize(("folder", "layers"), [(FULL, 1), (FULL, 2), (LIGHT, 0), (XL, 1)])
+def test_a_file_is_what_the_folder_is(
+    folder: str, layers: int, adapters: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """By TencentARC's names, pickled, and by diffusers'."""
+    source, family = adapters / folder, "sdxl" if folder == XL else "sd1-tiny"
+    if layers > 1:
+        channels = json.loads((source / "config.json").read_text())["channels"]
+        source = tiny_adapters.write_t2i_adapter(tmp_path / folder, channels, layers=layers)
+    tensors = load_file(source / "diffusion_pytorch_model.safetensors")
+    save_file(tensors, tmp_path / "own.safetensors")
+    torch.save({tencents(name, layers): value for name, value in tensors.items()}, tmp_path / "tencents.pth")
+    files = [str(tmp_path / name) for name in ("tencents.pth", "own.safetensors")]
+    found = open_checkpoint(str(tiny_checkpoint(family)), ConvertOptions(t2i_adapters=[*files, str(source)]))
+    assert list(found.t2i_adapters) == ["tencents", "own", folder]
+    expected = found.models[f"T2IAdapter_{folder}"]
+    for name in ("tencents", "own"):
+        network = found.models[f"T2IAdapter_{name}"]
+        assert {key: network.config[key] for key in (*SHAPES, "adapter_type")} == {
+            key: expected.config[key] for key in (*SHAPES, "adapter_type")
+        }
+        tensors, wanted = network.tensors(), expected.tensors()
+        assert tensors.keys() == wanted.keys()
+        assert all(torch.equal(tensors[key], value) for key, value in wanted.items())
+
+
 def refused(checkpoint: Path, *sources: Path) -> str:
     with pytest.raises(DiffusionError) as error:
         open_checkpoint(str(checkpoint), ConvertOptions(t2i_adapters=[str(one) for one in sources]))
@@ -203,7 +241,10 @@ def test_what_is_refused(adapters: Path, tiny_checkpoint: Callable[[str], Path],
     assert "no such file or folder" in refused(sd1, tmp_path / "nowhere")
     assert "is of class UNet2DConditionModel: expected T2IAdapter" in refused(sd1, sd1 / "unet")
     assert "is given twice" in refused(sd1, adapters / FULL, adapters / FULL)
-    assert "is a file" in refused(sd1, adapters / FULL / "config.json")
+    save_file({"body.0.other": torch.ones(1)}, tmp_path / "other.safetensors")
+    assert "no T2I-Adapter: it lacks 'adapter.body.0.in_conv.weight'" in refused(
+        sd1, tmp_path / "other.safetensors"
+    )
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"height": 136, "width": 128}, "takes multiples of 16"),
         ({"layout": "comfyui"}, "comfyui and --t2i-adapter"),

@@ -10,15 +10,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusion_convert.checkpoint import diffusers_folder, repository, torch_networks
+from diffusion_convert.checkpoint import (
+    diffusers_folder,
+    diffusers_unet,
+    repository,
+    t2i_adapter_file,
+    torch_networks,
+)
 from diffusion_convert.checkpoint.controlnet import check_names, name_of
 from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
+from diffusion_convert.checkpoint.t2i_adapter_file import CLASS_NAME
+from diffusion_runtime.bundle.integrity import sha256
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import COMPONENTS
 
-KIND, CLASS_NAME, IN_PIPELINE = "t2i_adapter", "T2IAdapter", "adapter"
+KIND, IN_PIPELINE = "t2i_adapter", "adapter"
 PREFIX = COMPONENTS[KIND].several or ""
 OPTION = "--t2i-adapter"
 LATENTS = 64
@@ -28,7 +36,8 @@ Shape = tuple[int, ...]
 
 
 def with_t2i_adapters(checkpoint: Checkpoint, sources: Sequence[str]) -> Checkpoint:
-    """The checkpoint with the T2I-Adapters of ``sources``: diffusers' folders, or Hub ids. No weight is read.
+    """The checkpoint with the T2I-Adapters of ``sources``: diffusers' folders, single
+    files, or what is on the Hub. No weight is read.
 
     Raises InputError for one that does not fit the checkpoint's UNet and for two of one name, CheckpointError for
     what is damaged or no T2I-Adapter."""
@@ -53,8 +62,13 @@ def with_t2i_adapters(checkpoint: Checkpoint, sources: Sequence[str]) -> Checkpo
 
 
 def _open(source: str) -> tuple[str, Submodel, Source]:
-    if Path(source).expanduser().is_file():
-        raise InputError(f"{OPTION} {source}: is a file: expected the folder of a T2IAdapter of diffusers")
+    path = Path(source).expanduser()
+    if not path.exists() and repository.is_file_id(source):
+        path = repository.fetch_file(source)
+    if path.is_file():
+        # Not resolved: a file in the Hub's cache is a link to one that is called by its hash.
+        name = name_of(diffusers_unet.name_of(path.absolute()))
+        return name, t2i_adapter_file.read(path), Source(name=path.name, sha256=sha256(path))
     folder, origin = repository.network_folder(source, IN_PIPELINE)
     found = diffusers_folder.read_json(folder / "config.json").get("_class_name")
     if found != CLASS_NAME:
