@@ -297,6 +297,28 @@ def test_the_output_may_be_the_checkpoints_own_folder(tiny_checkpoint: Source, t
         assert lost.exists()
     convert(folder, folder, replace(TEXT, compiled=False))
     assert not [name for name in ZIPS if (folder / name).exists()], "zips of models that are not there any more"
+    convert(folder, folder, replace(TEXT, zip=False))
+    assert (folder / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["packages", "compiled"])
+def test_a_manifest_that_was_changed_by_hand_is_written_again(
+    tiny_checkpoint: Source, tmp_path: Path, kind: str
+) -> None:
+    """Models as their hashes say, and pictures of another scale."""
+    options = replace(TEXT, zip=False)
+    convert(tiny_checkpoint("sd1"), tmp_path, options)
+    file, parts = tmp_path / "split_einsum_v2" / kind / "manifest.json", set()
+    before = file.read_text()
+    told = json.loads(before)
+    file.write_text(json.dumps(told | {"latents": told["latents"] | {"scale": 0.5}}))
+    convert(tiny_checkpoint("sd1"), tmp_path, options, lambda event: parts.add(event.part))
+    assert file.read_text() == before
+    assert parts == {""}, "nothing is converted again for that"
+    (tmp_path / "README.md").unlink()
+    assert not convert(tiny_checkpoint("sd1"), tmp_path, options).unchanged
+    assert "for Core ML" in (tmp_path / "README.md").read_text()
+    assert convert(tiny_checkpoint("sd1"), tmp_path, options).unchanged
 
 
 def test_nobody_elses_folder_is_replaced(tiny_checkpoint: Source, tmp_path: Path) -> None:

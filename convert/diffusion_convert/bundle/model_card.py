@@ -27,6 +27,7 @@ from diffusion_runtime.images import load
 from diffusion_runtime.picture_size import listed
 
 CARD_NAME = "README.md"
+_TITLE_END = " for Core ML"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _SAMPLE = "sample"
 _HUB_LICENSES = frozenset(
@@ -72,6 +73,13 @@ def put_picture(picture: Path, folder: Path) -> Path:
     return target
 
 
+def is_anothers(card: Path) -> bool:
+    """Whether that README.md is none that was written here: a checkpoint's own, or the user's."""
+    if not card.is_file():
+        return card.exists()
+    return f"{_TITLE_END}\n" not in card.read_text(encoding="utf-8", errors="replace")
+
+
 def write_model_card(folder: Path, variants: Mapping[str, Mapping[str, Manifest]]) -> Path:
     """Write README.md for the variants in ``folder``, whose manifests are given by attention and kind, with the
     zips and the sample picture that lie in it."""
@@ -101,7 +109,7 @@ def model_card(
     first = next(iter(variants.values()))
     sections = [
         "\n".join(_header(first)),
-        f"# {title_of(first)} for Core ML",
+        f"# {title_of(first)}{_TITLE_END}",
         _origin(first),
         *_folded(first),
         *([f"![A picture made with these models]({picture})"] if picture else []),

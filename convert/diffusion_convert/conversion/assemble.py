@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffusion_convert.bundle.model_card import CARD_NAME, write_model_card
+from diffusion_convert.bundle.model_card import CARD_NAME, is_anothers, write_model_card
 from diffusion_convert.bundle.sizes import write_size_folders
 from diffusion_convert.bundle.variants import compile_variant, share_identical, zip_variants
 from diffusion_convert.checkpoint import folding
@@ -54,12 +54,32 @@ def assemble(
         found[kind.value] = {PACKAGES: made}
     if plan.compiled:
         _compile(plan, found, folder, known, progress)
-    # A card that was there before any conversion is the user's own.
-    theirs = not previous.variants and (previous.output / CARD_NAME).exists()
-    if (plan.options.compiled or plan.options.layout is not Layout.APPLE) and not theirs:
+    if _has_card(plan) and not is_anothers(previous.output / CARD_NAME):
         write_model_card(folder, found)
     progress(Event("", Phase.FINISH, 1.0))
     return {name: kinds[PACKAGES] for name, kinds in found.items()}
+
+
+def is_described(plan: Plan, previous: Previous) -> bool:
+    """Whether what is there says of the plan's models what would be said now: nobody has changed a manifest, and
+    there is a card where one is written."""
+    if _has_card(plan) and not (previous.output / CARD_NAME).exists():
+        return False
+    return all(
+        made is not None and _told(made) == _told(describe(plan, attention, made.components))
+        for attention in plan.options.attention
+        for made in previous.variants.get(attention.value, {}).values()
+    )
+
+
+def _told(made: Manifest) -> dict[str, object]:
+    """All but what is measured of files or names them."""
+    files = {"kind", "components", "tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_sha256"}
+    return made.model_dump(mode="json", exclude_none=True, exclude=files)
+
+
+def _has_card(plan: Plan) -> bool:
+    return plan.options.compiled or plan.options.layout is not Layout.APPLE
 
 
 def _compile(

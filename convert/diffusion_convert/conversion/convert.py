@@ -14,7 +14,7 @@ from pathlib import Path
 from diffusion_convert.bundle.variants import sweep_variants
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.open import open_checkpoint
-from diffusion_convert.conversion.assemble import assemble, describe
+from diffusion_convert.conversion.assemble import assemble, describe, is_described
 from diffusion_convert.conversion.events import Event, Phase, Progress
 from diffusion_convert.conversion.garbage import new_garbage_only
 from diffusion_convert.conversion.part import Record, check_recipe, make
@@ -82,7 +82,7 @@ def convert(
         previous, known = read(output), Hashes()
         plan = _plan(str(source), options or ConvertOptions(), previous, progress)
         kept = kept_of(previous, plan, known)
-        if there := kept.complete(plan, known):
+        if (there := kept.complete(plan, known)) and is_described(plan, previous):
             clear(hidden)
             return Conversion(output, plan.checkpoint.family, there, {}, plan.notes, unchanged=True)
         check_space(output, plan.size_bytes)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffusion_convert.bundle.model_card import CARD_NAME
+from diffusion_convert.bundle.model_card import CARD_NAME, is_anothers
 from diffusion_convert.bundle.sizes import size_folder
 from diffusion_convert.bundle.zip_names import zip_attentions, zip_names, zip_names_by_size
 from diffusion_convert.conversion.identity import Identity
@@ -68,7 +68,8 @@ class Previous:
 
     def obsolete(self, new: set[str]) -> tuple[str, ...]:
         """Names of variants, zips and the card of the earlier conversion that are not among the ``new`` ones."""
-        found = [*self.variants, CARD_NAME] if self.variants else []
+        card = [] if is_anothers(self.output / CARD_NAME) else [CARD_NAME]
+        found = [*self.variants, *card] if self.variants else []
         for name, kinds in self.variants.items():
             for made in filter(None, kinds.values()):
                 for other in zip_attentions(name, ()):
