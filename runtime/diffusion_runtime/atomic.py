@@ -242,11 +242,13 @@ def _work_folder(place: Path) -> Iterator[Path]:
 def _held(lock: Path, shown: Path) -> Iterator[None]:
     """Hold the lock file, made if it is not there. Raises StorageError where another process holds it."""
     holder = ""
+    failed: OSError | None = None
     for _ in range(_TRIES):
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = _open(lock)
-        except (FileNotFoundError, FileExistsError):  # somebody has swept the folder just now
+        except (FileNotFoundError, FileExistsError) as error:  # somebody has swept the folder just now
+            failed = error
             time.sleep(_BETWEEN_TRIES)
             continue
         with file:
@@ -258,6 +260,8 @@ def _held(lock: Path, shown: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read()
         time.sleep(_BETWEEN_TRIES)
+    if failed is not None and not holder:
+        raise StorageError(f"{_outside(shown)}: cannot be written: {failed.strerror}; name another place")
     raise StorageError(f"{_outside(shown)}: is being written by {holder or 'another process'}; wait for it")
 
 

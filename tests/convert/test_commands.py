@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -30,6 +31,7 @@ from diffusion_convert.option_values import Lora
 from diffusion_convert.options import ConvertOptions
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.palettize.palettize_package import palettize_package
+from diffusion_convert.verification import compare
 from diffusion_runtime.bundle import integrity, manifest
 from diffusion_runtime.bundle.find import find
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError
@@ -229,6 +231,17 @@ def test_verify_compares_with_the_loras_that_were_fused(
     assert result.exit_code == 1
     assert "converted with --vae or --lora or --embedding?" in result.stderr
     assert run(app, "verify", folder, "--against", source, "--lora", f"{lora}:0.5").endswith("ok\n")
+
+
+def test_verify_refuses_a_source_of_other_widths(
+    app: typer.Typer, converted: Path, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wider = {"last_hidden_state": np.zeros((1, 77, 64), np.float32)}
+    expected = compare.Expected(({"input_ids": np.zeros((1, 77), np.float32)},), (wider,))
+    monkeypatch.setattr(compare, "reference", lambda *_: expected)
+    with pytest.raises(InputError) as raised:
+        run(app, "verify", converted, "--against", tiny_checkpoint("sd1"))
+    assert "its last_hidden_state is (1, 77, 32), and (1, 77, 64) of the source's network" in str(raised.value)
 
 
 def test_verify_names_a_changed_file_of_the_tokenizer(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -120,6 +121,18 @@ def test_ctrl_c_between_two_renames_ends_well(tmp_path: Path, monkeypatch: pytes
         write(tmp_path / "a", "new")
     assert read(tmp_path / "a") == {"new"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_place_where_no_file_can_be_is_no_other_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /proc for an administrator, who may write everywhere."""
+
+    def refuse(lock: Path) -> NoReturn:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(lock))
+
+    monkeypatch.setattr(atomic, "_open", refuse)
+    monkeypatch.setattr(atomic, "_BETWEEN_TRIES", 0)
+    with pytest.raises(StorageError, match="/a: cannot be written: No such file or directory"):
+        write(tmp_path / "a", "new")
 
 
 def test_one_of_two_writers_is_told_of_the_other(tmp_path: Path) -> None:

@@ -178,6 +178,12 @@ def _measure(paths: list[Path], expected: Expected, function: str | None = None)
         for name, array in outputs.items():
             if name not in found:
                 raise PackageError(f"{paths[-1]}: has no output {name} (it has {', '.join(found)})")
+            own, source = found[name].shape, array.shape
+            if [side for side in own if side > 1] != [side for side in source if side > 1]:
+                raise InputError(
+                    f"{paths[-1]}: its {name} is {own}, and {source} of the source's network: name the checkpoint "
+                    "that the models were converted from"
+                )
             psnr = compare.psnr_db(array, found[name])
             worst[name] = min(worst.get(name, psnr), psnr)
     return worst
