@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_runtime.errors import PackageError
-from diffusion_runtime.mil.program import Blob, TensorType, Value
+from diffusion_runtime.mil.program import Blob, DType, TensorType, Value
 from diffusion_runtime.mil.weights import WeightFile
 
 
@@ -21,6 +21,10 @@ class Stored:
     indices: Value
     lut: Value
     squared_error: float
+
+    def read(self, file: WeightFile) -> tuple[np.ndarray, np.ndarray]:
+        """The table, and the bytes of the packed indices."""
+        return file.read(*_place(file, self.lut)), file.packed(*_place(file, self.indices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +43,10 @@ class Known:
         self._found.update((key, (file, one)) for key, one in zip(keys, stored, strict=True))
 
     def read(self, key: Hashable) -> tuple[np.ndarray, np.ndarray, float]:
-        """The table, the indices as they are stored (of packed types one for each element), the squared error."""
+        """The table, the indices as they are stored, the squared error."""
         file, stored = self._found[key]
         file.release()  # of what was read before, or the whole file lies in memory in the end
-        return read(file, stored.lut), read(file, stored.indices), stored.squared_error
+        return *stored.read(file), stored.squared_error
 
 
 def key_of(array: np.ndarray, *how: Hashable) -> Hashable:
@@ -51,9 +55,7 @@ def key_of(array: np.ndarray, *how: Hashable) -> Hashable:
     return hashlib.sha256(elements).digest(), array.dtype.str, *how
 
 
-def read(file: WeightFile, value: Value) -> np.ndarray:
-    """A value's elements, in its shape."""
+def _place(file: WeightFile, value: Value) -> tuple[int, DType, tuple[int, ...]]:
     if not isinstance(value.data, Blob) or not isinstance(value.type, TensorType):
         raise PackageError(f"{file.path}: a palette was not stored")
-    shape = tuple(size or 0 for size in value.type.shape)
-    return file.read(value.data.offset, value.type.dtype, shape)
+    return value.data.offset, value.type.dtype, tuple(size or 0 for size in value.type.shape)

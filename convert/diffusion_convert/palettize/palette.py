@@ -12,15 +12,16 @@ Entries are stored in the weight's own type. They are rounded from the exact opt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from diffusion_convert.palettize import kmeans
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.mil.packing import pack, packed_size, unpack
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 _CACHED = 1 << 16
 _PATTERNS = 1 << 16
 
@@ -49,9 +50,12 @@ class Palette:
 
 
 @dataclass(frozen=True, slots=True)
-class _Histogram:
-    """Distinct finite values, ascending, and how often each occurs; and which infinities occur."""
+class Histogram:
+    """A weight's name and type; its distinct finite values, ascending, how often each occurs; and which infinities
+    occur."""
 
+    name: str
+    dtype: np.dtype
     values: np.ndarray
     counts: np.ndarray
     infinities: tuple[float, ...]
@@ -62,11 +66,7 @@ class Table:
     """The entries of a palette, as `Palette` has them, and the values that they are for."""
 
     lut: np.ndarray
-    histogram: _Histogram
-
-
-Part = tuple[np.ndarray, int, str]
-"""A weight or a group of its channels, the bits that its indices shall have, and the weight's name."""
+    histogram: Histogram
 
 
 def palettize(weight: np.ndarray, bits: int, name: str = "weight") -> Palette:
@@ -76,19 +76,57 @@ def palettize(weight: np.ndarray, bits: int, name: str = "weight") -> Palette:
     is taken. Raises InputError, naming the weight, for NaN, for other types than float16 and float32, and where
     infinities leave no entry for the finite values.
     """
-    return indexed(weight, tables([(weight, bits, name)])[0])
+    return _indexed(weight, tables([(histogram(weight, name), bits)])[0])
 
 
-def tables(parts: Iterable[Part]) -> list[Table]:
-    """The tables of `palettize`, of all parts together: a few at a time take less than one by one (`kmeans`)."""
-    described = [(_read_histogram(weight, name), bits, weight.dtype, name) for weight, bits, name in parts]
-    return _tables(described, kmeans.cluster)
+def _indexed(weight: np.ndarray, table: Table) -> Palette:
+    indices = np.empty(weight.size, np.uint8)
+
+    def put(start: int, chunk: np.ndarray) -> None:
+        indices[start : start + chunk.size] = chunk
+
+    noise = _nearest(weight, table, put)
+    return Palette(table.lut, indices.reshape(weight.shape), noise)
 
 
-def indexed(weight: np.ndarray, table: Table) -> Palette:
-    """The nearest entry of its ``table`` to each element."""
-    indices = _nearest(weight, table.lut)
-    return Palette(table.lut, indices, _noise(weight, table, indices))
+def packed(weight: np.ndarray, bits: int, table: Table) -> tuple[np.ndarray, float]:
+    """The indices of the nearest entries, packed as they are stored, and the squared error."""
+    indices = np.empty(packed_size(weight.size, bits), np.uint8)
+
+    def put(start: int, chunk: np.ndarray) -> None:
+        begin = start // 8 * bits
+        indices[begin : begin + packed_size(chunk.size, bits)] = chunk if bits == 8 else pack(chunk, bits)
+
+    noise = _nearest(weight, table, put)
+    return indices, noise
+
+
+def histogram(weight: np.ndarray, name: str) -> Histogram:
+    """Raises InputError as `palettize`."""
+    if weight.dtype not in (np.float16, np.float32) or not weight.size:
+        raise InputError(f"{name}: a weight of {weight.size} x {weight.dtype}; expected float16 or float32")
+    return _half_histogram(weight, name) if weight.dtype == np.float16 else _single_histogram(weight, name)
+
+
+def tables(parts: Sequence[tuple[Histogram, int]], cluster: Cluster = kmeans.cluster) -> list[Table]:
+    """The tables of `palettize` for weights or groups of their channels, each with the bits of its indices, all
+    together: a few at a time take less than one by one (`kmeans`). Or those of what else ``cluster`` finds."""
+    for one, bits in parts:
+        if len(one.values) and _room(one, bits) < 1:
+            raise InputError(
+                f"{one.name}: holds both infinities and finite values, for which {bits} bit has no room"
+            )
+    finite = [(one, _room(one, bits)) for one, bits in parts if len(one.values)]
+    clusters = iter(cluster([(one.values, one.counts, room) for one, room in finite]))
+    made = []
+    for one, bits in parts:
+        lut = np.array(one.infinities, one.dtype)
+        if len(one.values):
+            means = kmeans.centroids(one.values, one.counts, next(clusters))
+            between = _refined(one.values, one.counts, means, one.dtype)
+            lut = np.concatenate([lut[lut < 0], between, lut[lut > 0]])
+        made.append(Table(np.concatenate([lut, np.repeat(lut[-1:], (1 << bits) - len(lut))]), one))
+    return made
 
 
 def squared_errors(parts: Sequence[tuple[np.ndarray, str]], widths: Sequence[int]) -> list[dict[int, float]]:
@@ -97,47 +135,22 @@ def squared_errors(parts: Sequence[tuple[np.ndarray, str]], widths: Sequence[int
     errors = []
     for start in range(0, len(parts), TOGETHER):
         taken = parts[start : start + TOGETHER]
-        read = [(_read_histogram(weight, name), weight.dtype, name) for weight, name in taken]
-        described = [(histogram, bits, dtype, name) for histogram, dtype, name in read for bits in widths]
-        made = iter(_tables(described, kmeans.nearly))
+        counted = [histogram(weight, name) for weight, name in taken]
+        made = iter(tables([(one, bits) for one in counted for bits in widths], kmeans.nearly))
         errors += [{bits: _noise(weight, next(made)) for bits in widths} for weight, _ in taken]
     return errors
 
 
-def _read_histogram(weight: np.ndarray, name: str) -> _Histogram:
-    if weight.dtype not in (np.float16, np.float32) or not weight.size:
-        raise InputError(f"{name}: a weight of {weight.size} x {weight.dtype}; expected float16 or float32")
-    return _half_histogram(weight, name) if weight.dtype == np.float16 else _single_histogram(weight, name)
-
-
-def _tables(described: Sequence[tuple[_Histogram, int, np.dtype, str]], cluster: Cluster) -> list[Table]:
-    """The ``2 ** bits`` entries of the best palette of each histogram, or of what else ``cluster`` finds."""
-    for histogram, bits, _, name in described:
-        if len(histogram.values) and _room(histogram, bits) < 1:
-            raise InputError(f"{name}: holds both infinities and finite values, for which {bits} bit has no room")
-    finite = [(one, _room(one, bits), dtype) for one, bits, dtype, _ in described if len(one.values)]
-    clusters = iter(cluster([(one.values, one.counts, room) for one, room, _ in finite]))
-    made = []
-    for histogram, bits, dtype, _ in described:
-        lut = np.array(histogram.infinities, dtype)
-        if len(histogram.values):
-            means = kmeans.centroids(histogram.values, histogram.counts, next(clusters))
-            between = _refined(histogram.values, histogram.counts, means, dtype)
-            lut = np.concatenate([lut[lut < 0], between, lut[lut > 0]])
-        made.append(Table(np.concatenate([lut, np.repeat(lut[-1:], (1 << bits) - len(lut))]), histogram))
-    return made
-
-
-def _room(histogram: _Histogram, bits: int) -> int:
+def _room(one: Histogram, bits: int) -> int:
     """The entries of ``bits`` that infinities leave."""
-    return (1 << bits) - len(histogram.infinities)
+    return (1 << bits) - len(one.infinities)
 
 
-def _noise(weight: np.ndarray, table: Table, indices: np.ndarray | None = None) -> float:
+def _noise(weight: np.ndarray, table: Table) -> float:
     """The squared error of all elements. float16's distinct values are all in the histogram."""
     if weight.dtype == np.float16:
         return _squared_error(table.histogram.values, table.histogram.counts, table.lut.astype(np.float64))
-    return energies(weight, table.lut[_nearest(weight, table.lut) if indices is None else indices])[1]
+    return _nearest(weight, table, lambda _start, _chunk: None)
 
 
 def palettize_groups(weight: np.ndarray, bits: int, axis: int, group_size: int, name: str = "weight") -> Palette:
@@ -149,9 +162,9 @@ def palettize_groups(weight: np.ndarray, bits: int, axis: int, group_size: int, 
     noise = 0.0
     for start in range(0, len(parts), TOGETHER):
         taken = [np.ascontiguousarray(weight[part]) for part in parts[start : start + TOGETHER]]
-        made = tables((one, bits, name) for one in taken)
+        made = tables([(histogram(one, name), bits) for one in taken])
         for group, (one, table) in enumerate(zip(taken, made, strict=True), start):
-            palette = indexed(one, table)
+            palette = _indexed(one, table)
             luts[group], indices[parts[group]] = palette.lut, palette.indices
             noise += palette.squared_error
     shape = [1] * weight.ndim
@@ -218,22 +231,30 @@ def _widened(array: np.ndarray) -> np.ndarray:
     return wide
 
 
-def stored_energies(original: np.ndarray, lut: np.ndarray, indices: np.ndarray) -> tuple[float, float]:
-    """`energies` of what ``indices`` into ``lut`` stand for; of one table, decoded a little at a time, two elements
-    in one look-up."""
-    if lut.ndim > 1:
-        return energies(original, decode(lut, indices))
+def stored_energies(original: np.ndarray, lut: np.ndarray, indices: np.ndarray, bits: int) -> tuple[float, float]:
+    """`energies` of what packed ``indices`` into ``lut`` stand for; of one table, decoded a little at a time, two
+    elements in one look-up."""
+    if lut.size > 1 << bits:
+        return energies(original, decode(lut, unpacked(indices, bits, 0, original.size).reshape(original.shape)))
+    lut = lut.reshape(-1)
     pairs = np.zeros((len(lut), 256, 2), np.float32)  # by the second index and the first
     pairs[:, : len(lut), 0], pairs[..., 1] = lut, lut[:, None]
     table = pairs.reshape(-1).view(np.complex64)
-    values, places = original.reshape(-1), indices.reshape(-1)
-    even = values.size // 2 * 2
-    signal, noise = energies(values[even:], lut[places[even:]])
-    for one, index in zip(_chunks(values[:even], _CACHED), _chunks(places[:even], _CACHED), strict=True):
+    signal = noise = 0.0
+    for start, one in enumerate(_chunks(original, _CACHED)):
+        index = np.zeros(one.size + one.size % 2, np.uint8)
+        index[: one.size] = unpacked(indices, bits, start * _CACHED, one.size)
         decoded = np.take(table, index.view("<u2"), mode="clip").view(np.float32)  # "raise" would copy first
-        energy, difference = energies(one, decoded)
+        energy, difference = energies(one, decoded[: one.size])
         signal, noise = signal + energy, noise + difference
     return signal, noise
+
+
+def unpacked(indices: np.ndarray, bits: int, start: int, count: int) -> np.ndarray:
+    """``count`` of packed ``indices`` from ``start`` on, a multiple of 8."""
+    if bits == 8:
+        return indices[start : start + count]
+    return unpack(indices[start // 8 * bits :], bits, count)
 
 
 def snr_db(signal: float, noise: float) -> float:
@@ -249,14 +270,14 @@ def _chunks(array: np.ndarray, size: int = _CHUNK) -> Iterator[np.ndarray]:
         yield flat[start : start + size]
 
 
-def _half_histogram(weight: np.ndarray, name: str) -> _Histogram:
+def _half_histogram(weight: np.ndarray, name: str) -> Histogram:
     counts = np.zeros(_PATTERNS, np.int64)
     for chunk in _chunks(weight.view(np.uint16)):
         counts += np.bincount(chunk, minlength=_PATTERNS)
-    return _histogram(counts, _VALUES, name)
+    return _histogram(name, weight.dtype, counts, _VALUES)
 
 
-def _single_histogram(weight: np.ndarray, name: str) -> _Histogram:
+def _single_histogram(weight: np.ndarray, name: str) -> Histogram:
     scale = _scale(weight)
     counts = np.zeros(_PATTERNS, np.int64)
     totals = np.zeros(_PATTERNS)
@@ -266,7 +287,7 @@ def _single_histogram(weight: np.ndarray, name: str) -> _Histogram:
         counts += np.bincount(bins, minlength=_PATTERNS)
         totals += np.bincount(bins, weights=np.where(np.isfinite(chunk), chunk, 0), minlength=_PATTERNS)
     means = np.where(np.isfinite(_VALUES), totals / np.maximum(counts, 1), _VALUES)
-    return _histogram(counts, means, name)
+    return _histogram(name, weight.dtype, counts, means)
 
 
 def _scale(weight: np.ndarray) -> float:
@@ -275,7 +296,7 @@ def _scale(weight: np.ndarray) -> float:
     return 2.0 ** (15 - math.frexp(largest)[1]) if largest else 1.0
 
 
-def _histogram(counts: np.ndarray, values: np.ndarray, name: str) -> _Histogram:
+def _histogram(name: str, dtype: np.dtype, counts: np.ndarray, values: np.ndarray) -> Histogram:
     """Of elements counted by pattern; ``values`` is what each pattern stands for, and ascends as float16 does."""
     if invalid := int(counts.sum() - counts[_ASCENDING].sum()):
         raise InputError(f"{name}: {invalid} elements are NaN; a palette cannot hold them")
@@ -284,7 +305,7 @@ def _histogram(counts: np.ndarray, values: np.ndarray, name: str) -> _Histogram:
     finite = used[~infinite]
     first = np.flatnonzero(np.diff(values[finite], prepend=-np.inf))  # zero has two patterns
     weights = np.add.reduceat(counts[finite], first).astype(np.float64)
-    return _Histogram(values[finite[first]], weights, tuple(values[used[infinite]].tolist()))
+    return Histogram(name, dtype, values[finite[first]], weights, tuple(values[used[infinite]].tolist()))
 
 
 def _refined(values: np.ndarray, counts: np.ndarray, means: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -319,15 +340,19 @@ def _index(entries: np.ndarray, values: np.ndarray) -> np.ndarray:
 _BEYOND = 1e300  # beyond every finite float32
 
 
-def _nearest(weight: np.ndarray, lut: np.ndarray) -> np.ndarray:
-    entries = lut.astype(np.float64)
-    indices = np.empty(weight.size, np.uint8)
+def _nearest(weight: np.ndarray, table: Table, put: Callable[[int, np.ndarray], None]) -> float:
+    """Calls ``put`` with the nearest entries' indices, a little at a time: where those begin, and they. Returns the
+    squared error."""
+    entries = table.lut.astype(np.float64)
+    noise = 0.0
     if weight.dtype == np.float16:
-        table = _index(entries, _VALUES).astype(np.uint8)
-        for source, target in zip(_chunks(weight.view(np.uint16), _CACHED), _chunks(indices, _CACHED), strict=True):
-            np.take(table, source, out=target, mode="clip")  # no pattern is out of range; "raise" copies first
-    else:
-        for start in range(0, weight.size, _CHUNK):
-            chunk = weight.reshape(-1)[start : start + _CHUNK]
-            indices[start : start + _CHUNK] = _index(entries, chunk.astype(np.float64))
-    return indices.reshape(weight.shape)
+        by_pattern, space = _index(entries, _VALUES).astype(np.uint8), np.empty(_CHUNK, np.uint8)
+        for number, chunk in enumerate(_chunks(weight.view(np.uint16))):
+            # No pattern is out of range; "raise" copies first.
+            put(number * _CHUNK, np.take(by_pattern, chunk, out=space[: chunk.size], mode="clip"))
+        return _noise(weight, table)
+    for number, chunk in enumerate(_chunks(weight)):
+        indices = _index(entries, chunk.astype(np.float64)).astype(np.uint8)
+        put(number * _CHUNK, indices)
+        noise += energies(chunk, table.lut[indices])[1]
+    return noise

@@ -9,16 +9,19 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
-from diffusion_convert.palettize.known import Known, Stored, key_of, read
+from diffusion_convert.palettize.known import Known, Stored, key_of
 from diffusion_convert.palettize.palette import (
     TOGETHER,
+    Histogram,
     Palette,
     Table,
     group_slices,
-    indexed,
+    histogram,
+    packed,
     palettize,
     palettize_groups,
     snr_db,
@@ -38,7 +41,7 @@ from diffusion_convert.palettize.select import Weight
 from diffusion_runtime.atomic import disk_errors, work
 from diffusion_runtime.errors import InputError, VerificationError
 from diffusion_runtime.mil.package import Package, open_package, resolve, write_package
-from diffusion_runtime.mil.packing import pack, unpack
+from diffusion_runtime.mil.packing import pack
 from diffusion_runtime.mil.program import Blob, DType, Operation, TensorType, Value
 from diffusion_runtime.mil.rewrite import WEIGHT_PATH, rewrite, stored_in
 from diffusion_runtime.mil.weights import WeightFile, WeightWriter
@@ -46,6 +49,8 @@ from diffusion_runtime.real_path import real_path
 
 _INDEX_TYPES = {1: DType.UINT1, 2: DType.UINT2, 3: DType.UINT3, 4: DType.UINT4, 6: DType.UINT6, 8: DType.UINT8}
 _ERROR_TOLERANCE = 1e-3  # sums of squares are taken in float32 over 65,536 elements at a time
+
+_AHEAD = 2  # batches of weights whose tables are looked for before they are needed
 
 OnWeight = Callable[[str, int, int], None]
 """Called with a weight's name, how many weights are done, and how many there are."""
@@ -72,9 +77,9 @@ def palettize_package(
     targets = chosen_weights(package, options)
     with disk_errors(output), work(output.parent) as slot:
         unfinished = slot / "weight.bin"
-        with WeightWriter(unfinished) as writer, ThreadPoolExecutor(_threads()) as pool:
-            keys = [None] * len(targets) if known is None else _keys(package, options, targets, pool)
-            palettes = _palettes(package, options, targets, pool, keys, known or Known())
+        with WeightWriter(unfinished) as writer, _Maker(package, options) as maker:
+            keys = [None] * len(targets) if known is None else maker.keys(list(targets.values()))
+            palettes = maker.palettes(list(targets.values()), keys, known or Known())
             palettizer = _Palettizer(package, writer, targets, palettes, progress or _silent)
             program = rewrite(package.model.program, stored_in(writer, package), palettizer)
         with ThreadPoolExecutor(_threads()) as pool:
@@ -126,96 +131,93 @@ def _weight_file(package: Package, blob: Blob) -> WeightFile:
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """A palette as it is stored; ``indices`` are packed bytes (iOS 16) or one element each."""
+    """A palette as it is stored; ``indices`` are packed bytes."""
 
     lut: np.ndarray
     indices: np.ndarray
     squared_error: float
 
 
-def _keys(
-    package: Package, options: PalettizeOptions, targets: Mapping[str, tuple[Weight, int]], pool: ThreadPoolExecutor
-) -> list[Hashable]:
-    """Of each target; those of equal keys have equal palettes, but for the rank of a weight with one palette."""
-    by_type = packs_by_type(package)
-
-    def key(target: tuple[Weight, int]) -> Hashable:
-        weight, bits = target
-        axis = _group_axis(options, weight)
-        groups = None if axis is None else (axis, options.group_size, weight.shape)
-        return key_of(stored_array(package, weight.value), bits, by_type, groups)
-
-    return list(pool.map(key, targets.values()))
+_Target = tuple[Weight, int]
+"""A weight and the bits of its indices."""
 
 
-def _palettes(
-    package: Package,
-    options: PalettizeOptions,
-    targets: Mapping[str, tuple[Weight, int]],
-    pool: ThreadPoolExecutor,
-    keys: Sequence[Hashable],
-    known: Known,
-) -> Iterator[_Packed]:
-    """The palettes of ``targets`` in order: those that are ``known`` by their keys, the others as they are made."""
-    both = list(zip(targets.values(), keys, strict=True))
-    made = _made(package, options, [target for target, key in both if key not in known], pool)
-    for (weight, _), key in both:
-        if key not in known:
-            yield next(made)
-            continue
-        lut, indices, squared_error = known.read(key)
-        if packs_by_type(package):
-            indices = indices.reshape(weight.shape)
-            if _group_axis(options, weight) is None:
-                lut = lut.reshape(*(1,) * indices.ndim, -1, 1)
-        yield _Packed(lut, indices, squared_error)
+class _Maker:
+    """Makes palettes in threads. One alone clusters: that is short calls under Python's lock, at which two would
+    keep each other waiting, while others count, index and pack, which is long ones without it."""
 
+    def __init__(self, package: Package, options: PalettizeOptions) -> None:
+        self._package, self._options = package, options
+        self._by_type = packs_by_type(package)
+        self._pool, self._clustering = ThreadPoolExecutor(_threads()), ThreadPoolExecutor(1)
 
-def _made(
-    package: Package, options: PalettizeOptions, targets: Sequence[tuple[Weight, int]], pool: ThreadPoolExecutor
-) -> Iterator[_Packed]:
-    """The palettes of ``targets`` in order, made by ``pool`` but a few ahead of what is taken."""
-    by_type = packs_by_type(package)
-    pending: deque[Future[_Packed]] = deque()
-    for (weight, bits), table in _tables(package, options, targets, pool):
-        pending.append(pool.submit(_palette, package, options, weight, bits, by_type, table))
-        if len(pending) >= _threads():
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._clustering.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
+
+    def keys(self, targets: Sequence[_Target]) -> list[Hashable]:
+        """Of each target; those of equal keys have equal palettes, but for the rank of one table."""
+
+        def key(target: _Target) -> Hashable:
+            weight, bits = target
+            axis = _group_axis(self._options, weight)
+            groups = None if axis is None else (axis, self._options.group_size, weight.shape)
+            return key_of(self._array(weight), bits, groups)
+
+        return list(self._pool.map(key, targets))
+
+    def palettes(self, targets: Sequence[_Target], keys: Sequence[Hashable], known: Known) -> Iterator[_Packed]:
+        """The palettes of ``targets`` in order: those ``known`` by their keys, the others as they are made."""
+        made = self._made([target for target, key in zip(targets, keys, strict=True) if key not in known])
+        for (weight, _), key in zip(targets, keys, strict=True):
+            found = _Packed(*known.read(key)) if key in known else next(made)
+            if _group_axis(self._options, weight) is None:
+                # In iOS 18's rank: the weight's, one for the entries, one for the length of an entry (1).
+                rank = (*(1,) * len(weight.shape), -1, 1) if self._by_type else (-1,)
+                found = replace(found, lut=found.lut.reshape(rank))
+            yield found
+
+    def _made(self, targets: Sequence[_Target]) -> Iterator[_Packed]:
+        """The palettes of ``targets`` in order, a few ahead of what is taken."""
+        batches = [targets[start : start + TOGETHER] for start in range(0, len(targets), TOGETHER)]
+        ahead = deque(self._tables(batch) for batch in batches[:_AHEAD])
+        pending: deque[Future[_Packed]] = deque()
+        for number, batch in enumerate(batches, len(ahead)):
+            made = iter(ahead.popleft().result())
+            if number < len(batches):
+                ahead.append(self._tables(batches[number]))
+            for weight, bits in batch:
+                table = next(made) if _group_axis(self._options, weight) is None else None
+                pending.append(self._pool.submit(self._palette, weight, bits, table))
+                if len(pending) > _threads():
+                    yield pending.popleft().result()
+        while pending:
             yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
 
-
-def _tables(
-    package: Package, options: PalettizeOptions, targets: Sequence[tuple[Weight, int]], pool: ThreadPoolExecutor
-) -> Iterator[tuple[tuple[Weight, int], Table | None]]:
-    """Each target with its table, None where it has several; a few weights' tables are made together."""
-
-    def made(batch: Sequence[tuple[Weight, int]]) -> list[Table]:
-        return tables(
-            (stored_array(package, weight.value), bits, weight.name)
+    def _tables(self, batch: Sequence[_Target]) -> Future[list[Table]]:
+        """Of the weights that have one palette: they are counted at once, and clustered together after that."""
+        counted = [
+            (self._pool.submit(self._histogram, weight), bits)
             for weight, bits in batch
-            if _group_axis(options, weight) is None
-        )
+            if _group_axis(self._options, weight) is None
+        ]
+        return self._clustering.submit(lambda: tables([(one.result(), bits) for one, bits in counted]))
 
-    batches = [targets[start : start + TOGETHER] for start in range(0, len(targets), TOGETHER)]
-    ahead = deque(pool.submit(made, batch) for batch in batches[: _threads()])
-    for number, batch in enumerate(batches, len(ahead)):
-        found = iter(ahead.popleft().result())
-        if number < len(batches):
-            ahead.append(pool.submit(made, batches[number]))
-        for target in batch:
-            yield target, next(found) if _group_axis(options, target[0]) is None else None
+    def _histogram(self, weight: Weight) -> Histogram:
+        return histogram(self._array(weight), weight.name)
 
+    def _palette(self, weight: Weight, bits: int, table: Table | None) -> _Packed:
+        if table is not None:
+            return _Packed(table.lut, *packed(self._array(weight), bits, table))
+        palette = palettize_as(self._options, weight, self._array(weight), bits)
+        indices = palette.indices.reshape(-1)
+        return _Packed(palette.lut, indices if bits == 8 else pack(indices, bits), palette.squared_error)
 
-def _palette(
-    package: Package, options: PalettizeOptions, weight: Weight, bits: int, by_type: bool, table: Table | None
-) -> _Packed:
-    array = stored_array(package, weight.value)
-    palette = indexed(array, table) if table is not None else palettize_as(options, weight, array, bits)
-    if by_type:
-        return _Packed(_as_blocks(palette), palette.indices, palette.squared_error)
-    packed = palette.indices.reshape(-1) if bits == 8 else pack(palette.indices, bits)
-    return _Packed(palette.lut, packed, palette.squared_error)
+    def _array(self, weight: Weight) -> np.ndarray:
+        return stored_array(self._package, weight.value)
 
 
 def palettize_as(options: PalettizeOptions, weight: Weight, array: np.ndarray, bits: int) -> Palette:
@@ -251,13 +253,6 @@ def _group_axis(options: PalettizeOptions, weight: Weight) -> int | None:
     """The axis whose channels are grouped; None where all share one palette."""
     grouped = options.granularity == PER_GROUPED_CHANNEL and weight.axis is not None
     return weight.axis if grouped and weight.shape[weight.axis or 0] % options.group_size == 0 else None
-
-
-def _as_blocks(palette: Palette) -> np.ndarray:
-    """The table in iOS 18's rank: the weight's, one for the entries, one for the length of an entry (1)."""
-    if palette.lut.ndim > 1:
-        return palette.lut
-    return palette.lut.reshape(*(1,) * palette.indices.ndim, -1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,31 +296,28 @@ class _Palettizer:
 
     def _store(self, name: str) -> _Written:
         weight, bits = self.targets[name]
-        packed = next(self.palettes)
-        index_type = _INDEX_TYPES[bits] if packs_by_type(self.package) else DType.UINT8
-        entry_type = DType.FLOAT16 if packed.lut.dtype == np.float16 else DType.FLOAT32
+        made = next(self.palettes)
+        entry_type = DType.FLOAT16 if made.lut.dtype == np.float16 else DType.FLOAT32
+        if packs_by_type(self.package):
+            index_type, shape = _INDEX_TYPES[bits], weight.shape
+        else:
+            index_type, shape = DType.UINT8, made.indices.shape
+        indices = self.writer.add(made.indices, index_type, weight.size)
         return _Written(
-            self._add(packed.indices, index_type),
-            self._add(packed.lut, entry_type),
-            packed.squared_error,
+            Value(TensorType(index_type, shape), Blob(WEIGHT_PATH, indices)),
+            Value(TensorType(entry_type, made.lut.shape), Blob(WEIGHT_PATH, self.writer.add(made.lut, entry_type))),
+            made.squared_error,
             weight,
             bits,
         )
-
-    def _add(self, array: np.ndarray, dtype: DType) -> Value:
-        return Value(TensorType(dtype, array.shape), Blob(WEIGHT_PATH, self.writer.add(array, dtype)))
 
 
 def _checked(package: Package, path: Path, written: _Written) -> WeightReport:
     """Decompress one weight from the new file at ``path`` and compare it with the original."""
     weight = written.weight
-    file = WeightFile(path, writable=False)
-    indices, lut = read(file, written.indices), read(file, written.lut)
-    if indices.shape != weight.shape:
-        indices = (unpack(indices, written.bits, weight.size) if written.bits < 8 else indices).reshape(
-            weight.shape
-        )
-    signal, noise = stored_energies(stored_array(package, weight.value), lut.astype(np.float32), indices)
+    lut, indices = written.read(WeightFile(path, writable=False))
+    original = stored_array(package, weight.value)
+    signal, noise = stored_energies(original, lut.astype(np.float32), indices, written.bits)
     if not math.isclose(noise, written.squared_error, rel_tol=_ERROR_TOLERANCE, abs_tol=1e-9 * signal):
         raise VerificationError(
             f"{package.path}: {weight.name} at {written.bits} bits decompresses with a squared error of {noise:g}, "

@@ -27,10 +27,14 @@ def _joints(bits: int) -> Iterator[tuple[np.uint64, np.uint64, np.uint64]]:
         yield np.uint64(lower), np.uint64(room - width), np.uint64(lower << width)
 
 
-def _filled(words: np.ndarray, bits: int) -> np.ndarray:
-    """The bytes of each word that packed elements fill, as one item (a view)."""
-    filled: np.ndarray = words.view({"names": ["item"], "formats": [f"V{bits}"], "itemsize": 8})["item"]
-    return filled
+def _copy(source: np.ndarray, source_step: int, target: np.ndarray, target_step: int, bits: int) -> None:
+    """The first ``bits`` bytes of every ``source_step`` to every ``target_step``. Whole items of an odd size would
+    take numpy three times as long."""
+    size = bits & -bits
+    items = source.view(f"u{size}").reshape(-1, source_step // size)
+    places = target.view(f"u{size}").reshape(-1, target_step // size)
+    for number in range(bits // size):
+        places[:, number] = items[:, number]
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
@@ -53,7 +57,7 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
             words &= lower
             words |= moved
         begin = start // 8 * bits
-        packed[begin : begin + len(words) * bits].view(f"V{bits}")[:] = _filled(words, bits)
+        _copy(words, 8, packed[begin : begin + len(words) * bits], bits, bits)
     return packed[: packed_size(flat.size, bits)]
 
 
@@ -73,7 +77,7 @@ def unpack(packed: np.ndarray, bits: int, count: int, signed: bool = False) -> n
         begin = start // 8 * bits
         data = packed[begin : begin + len(words) * bits]
         whole = len(data) // bits
-        _filled(words, bits)[:whole] = data[: whole * bits].view(f"V{bits}")
+        _copy(data[: whole * bits], bits, words[:whole], 8, bits)
         words.view(np.uint8)[whole * 8 : whole * 8 + len(data) % bits] = data[whole * bits :]
         for lower, distance, upper in reversed(tuple(_joints(bits))):
             moved = words & upper

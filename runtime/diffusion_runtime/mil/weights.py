@@ -134,11 +134,12 @@ class WeightWriter:
         self._file.write(_HEADER.pack(0, _VERSION))
         self.count = 0
 
-    def add(self, data: np.ndarray | Iterable[np.ndarray], dtype: DType) -> int:
+    def add(self, data: np.ndarray | Iterable[np.ndarray], dtype: DType, packed: int | None = None) -> int:
         """Append one blob, given whole or in chunks, and return the offset for its ``Blob``.
 
-        Arrays must have ``numpy_dtype(dtype)``; packed types are given one element per uint8 (int4: int8).
-        Raises ValueError for another dtype or an element that does not fit.
+        Arrays must have ``numpy_dtype(dtype)``; packed types are given one element per uint8 (int4: int8), or
+        ``packed`` elements as bytes that `pack` made. Raises ValueError for another dtype, an element that does
+        not fit, or another number of bytes.
         """
         if dtype not in _CODES:
             raise ValueError(f"{dtype.value} cannot be stored in a weight file")
@@ -149,11 +150,13 @@ class WeightWriter:
         bits = packed_bits(dtype)
         size = elements = 0
         # Packed elements of two chunks may share a byte.
-        for chunk in _whole_octets(chunks, dtype) if bits else chunks:
+        for chunk in _whole_octets(chunks, dtype) if bits and packed is None else chunks:
             _check_dtype(chunk, dtype)
             elements += chunk.size
-            size += self._file.write(_bytes_of(pack(chunk, bits) if bits else chunk))
-        unused_bits = size * 8 - elements * bits if bits else 0
+            size += self._file.write(_bytes_of(pack(chunk, bits) if bits and packed is None else chunk))
+        unused_bits = size * 8 - (elements if packed is None else packed) * bits if bits else 0
+        if not 0 <= unused_bits < 8:
+            raise ValueError(f"{size} bytes are not those of {packed} x {dtype.value}")
         end = self._file.tell()
         self._file.seek(offset)
         self._file.write(_RECORD.pack(_SENTINEL, _CODES[dtype], size, offset + _RECORD.size, unused_bits))

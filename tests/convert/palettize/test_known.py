@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from diffusion_convert import convert
@@ -24,13 +23,13 @@ from diffusion_convert.palettize.palettize_package import palettize_package
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of weights whose elements were counted to look for a palette."""
     names: list[str] = []
-    original = palette._read_histogram
+    original = palette._histogram
 
-    def counted(weight: np.ndarray, name: str) -> palette._Histogram:
+    def counted(name: str, *how: Any) -> palette.Histogram:
         names.append(name)
-        return original(weight, name)
+        return original(name, *how)
 
-    monkeypatch.setattr(palette, "_read_histogram", counted)
+    monkeypatch.setattr(palette, "_histogram", counted)
     return names
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffusion_convert.palettize import palette
 from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.outputs import seeded_inputs
 from diffusion_convert.palettize.palettize_options import PER_GROUPED_CHANNEL, PalettizeOptions
@@ -22,6 +23,7 @@ from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError, UnsupportedError, VerificationError
 from diffusion_runtime.mil.package import open_package, write_package
+from diffusion_runtime.mil.packing import packed_size
 from diffusion_runtime.mil.program import Block, DType, Operation, TensorType, Value, operations
 
 Package = Callable[..., Path]
@@ -307,9 +309,7 @@ def test_outputs_are_compared_before_anything_is_published(tiny_package: Package
 def test_a_file_that_decompresses_to_something_else_is_not_published(
     tiny_package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffusion_convert.palettize import palettize_package as package
-
-    monkeypatch.setattr(package, "pack", lambda indices, bits: np.zeros(indices.size * bits // 8, np.uint8))
+    monkeypatch.setattr(palette, "pack", lambda indices, bits: np.zeros(packed_size(indices.size, bits), np.uint8))
     with pytest.raises(DiffusionError, match="decompresses with a squared error"):
         palettize_package(tiny_package("iOS16"), tmp_path / "out.mlpackage", PalettizeOptions(4))
     assert list(tmp_path.iterdir()) == []
