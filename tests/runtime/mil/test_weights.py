@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import PackageError
 from diffusion_runtime.mil.packing import pack, packed_size, unpack
-from diffusion_runtime.mil.program import DType, numpy_dtype
+from diffusion_runtime.mil.program import DType, numpy_dtype, packed_bits
 from diffusion_runtime.mil.weights import _CODES as CODES
 from diffusion_runtime.mil.weights import WeightFile, WeightWriter
 
@@ -88,6 +88,11 @@ def test_chunks_give_the_same_file_as_the_whole(dtype: DType, tmp_path: Path) ->
             writer.add(data, dtype)
             writer.add(array, dtype)
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
+    if bits := packed_bits(dtype):
+        with WeightWriter(tmp_path / "packed") as writer:
+            writer.add(pack(array, bits), dtype, array.size)
+            writer.add(array, dtype)
+        assert (tmp_path / "packed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_writer_refuses_other_types_and_elements_that_do_not_fit(tmp_path: Path) -> None:
@@ -96,6 +101,8 @@ def test_writer_refuses_other_types_and_elements_that_do_not_fit(tmp_path: Path)
             writer.add(np.zeros(3), DType.FLOAT32)
         with pytest.raises(ValueError, match="do not fit in 2 bits"):
             writer.add(np.array([4], np.uint8), DType.UINT2)
+        with pytest.raises(ValueError, match="3 bytes are not those of 13 x uint2"):
+            writer.add(np.zeros(3, np.uint8), DType.UINT2, 13)
         with pytest.raises(ValueError, match="cannot be stored"):
             writer.add(np.array([4]), DType.INT64)
 
