@@ -147,13 +147,14 @@ class WeightWriter:
         # Room for the record, which says how long the data are: that is known when they have been written.
         self._file.write(bytes(_RECORD.size))
         chunks = [data] if isinstance(data, np.ndarray) else data
-        bits = packed_bits(dtype)
+        given = dtype if packed is None else DType.UINT8
+        bits, to_pack = packed_bits(dtype), packed_bits(given)
         size = elements = 0
         # Packed elements of two chunks may share a byte.
-        for chunk in _whole_octets(chunks, dtype) if bits and packed is None else chunks:
-            _check_dtype(chunk, dtype)
+        for chunk in _whole_octets(chunks, dtype) if to_pack else chunks:
+            _check_dtype(chunk, given)
             elements += chunk.size
-            size += self._file.write(_bytes_of(pack(chunk, bits) if bits and packed is None else chunk))
+            size += self._file.write(_bytes_of(pack(chunk, to_pack) if to_pack else chunk))
         unused_bits = size * 8 - (elements if packed is None else packed) * bits if bits else 0
         if not 0 <= unused_bits < 8:
             raise ValueError(f"{size} bytes are not those of {packed} x {dtype.value}")
