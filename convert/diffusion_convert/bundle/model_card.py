@@ -17,11 +17,11 @@ from diffusion_runtime.bundle.manifest import Manifest, Source
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import (
     COMPONENTS,
-    FAMILIES,
     PROCESSORS,
     AttentionKind,
     Layout,
     compiled_names,
+    family_named,
 )
 from diffusion_runtime.images import load
 from diffusion_runtime.picture_size import listed
@@ -132,8 +132,7 @@ def _header(made: Manifest) -> Iterator[str]:
     license = _hub_license(made)
     from diffusion_runtime.tasks import starts_from
 
-    needs = starts_from(FAMILIES[made.family].in_channels) if made.family in FAMILIES else ()
-    task = "image-to-image" if needs else "text-to-image"
+    task = "image-to-image" if starts_from(family_named(made.family).in_channels) else "text-to-image"
     yield "---"
     yield f"license: {license}"
     if license == "other":

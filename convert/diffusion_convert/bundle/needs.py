@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from diffusion_convert.bundle.clients import Needs
 from diffusion_runtime import schedulers
 from diffusion_runtime.bundle.manifest import Manifest, as_unet
-from diffusion_runtime.families import FAMILIES, LATENT_SCALE
+from diffusion_runtime.families import LATENT_SCALE, TEXT_ENCODERS, family_named
 
 _BY_CHANNELS: Mapping[int, Needs] = {9: Needs.IN_PAINTING, 5: Needs.DEPTH, 7: Needs.UPSCALING, 8: Needs.EDITING}
 _PLAIN_CHANNELS = 4
@@ -68,13 +68,13 @@ def _needs_of_transformer(made: Manifest) -> Iterator[Needs]:
 
 
 def _is_joint(made: Manifest) -> bool:
-    return made.family in FAMILIES and FAMILIES[made.family].joint_text
+    return family_named(made.family).joint_text
 
 
 def _needs_of_prompts(made: Manifest) -> Iterator[Needs]:
-    family = FAMILIES.get(made.family)
-    first = next((name for name in family.encoders), "") if family is not None else ""
-    if family is not None and first == "text_encoder" and len(family.encoders) == 1:
+    family = family_named(made.family)
+    if family.encoders == TEXT_ENCODERS[:1]:
+        first = TEXT_ENCODERS[0]
         usual = {} if family.pad_token is None else {first: 0}
         own = made.folded.padding or (usual if made.padding is None else made.padding)
         if own.get(first) != 0:
@@ -88,9 +88,9 @@ def _needs_of_prompts(made: Manifest) -> Iterator[Needs]:
 
 
 def _needs_of_arithmetic(made: Manifest) -> Iterator[Needs]:
-    family = FAMILIES.get(made.family)
-    known = family if family is not None and (family.added_conditions or family.joint_text) else None
-    fixed = (LATENT_SCALE, 0.0) if known is None else (known.latent_scale, known.latent_shift)
+    family = family_named(made.family)
+    of_its_own = family.added_conditions or family.joint_text
+    fixed = (family.latent_scale, family.latent_shift) if of_its_own else (LATENT_SCALE, 0.0)
     if (made.latents.scale, made.latents.shift) != fixed:
         yield Needs.LATENT_SCALE
     if made.folded.latents is not None:

@@ -31,7 +31,7 @@ class Archive:
             with zipfile.ZipFile(path) as archive, path.open("rb") as file:
                 infos = archive.infolist()
                 members = {info.filename: _extent(path, file, info) for info in infos}
-        except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
+        except (zipfile.BadZipFile, RuntimeError, struct.error, ValueError) as error:
             raise CheckpointError(
                 f"{path}: not a checkpoint in one of torch's formats ({error}); save it again as .safetensors with "
                 "a tool that you trust"

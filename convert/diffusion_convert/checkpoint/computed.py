@@ -1,15 +1,15 @@
-"""Weights that are computed from what a file stores, each when it is read: none of them is held."""
+"""What a file holds, and weights that are computed of it, each when it is read: none of them is held."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from functools import partial
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
-class Computed(Mapping[str, "torch.Tensor"]):
+class Computed(Mapping[str, torch.Tensor]):
     """``tensors``, of which some are what a function makes of them at each access."""
 
     def __init__(
@@ -28,3 +28,25 @@ class Computed(Mapping[str, "torch.Tensor"]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """``tensors`` are views of the mapped file. ``scalars`` are the numbers and texts next to them
+    (``global_step``, ``modelspec.prediction_type``). ``packed``: what decodes those that are only stood for."""
+
+    tensors: Mapping[str, torch.Tensor]
+    scalars: Mapping[str, int | float | str] = field(default_factory=dict)
+    packed: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+
+    def decoded(self, mapped: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """``mapped``, this file's tensors under other names, each decoded when it is read."""
+        if not self.packed:
+            return mapped
+        decoders = {id(self.tensors[name]): decode for name, decode in self.packed.items()}
+        places = {name: decoders[id(value)] for name, value in mapped.items() if id(value) in decoders}
+        return Computed(mapped, {name: partial(_called, decode) for name, decode in places.items()})
+
+
+def _called(decode: Callable[[], torch.Tensor], _stand_in: torch.Tensor) -> torch.Tensor:
+    return decode()

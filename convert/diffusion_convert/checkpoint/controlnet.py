@@ -20,7 +20,7 @@ from diffusion_convert.checkpoint.family import latent_factor, refuse_other_kind
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_runtime.bundle.integrity import sha256
 from diffusion_runtime.bundle.manifest import ControlNet, Source
-from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import COMPONENTS, compiled_names, several
 
 PREFIX = COMPONENTS[KIND].several or ""
@@ -124,16 +124,9 @@ def _control_type(source: str, kind: str, network: Submodel) -> int | None:
 
 
 def _from_folder(folder: Path) -> Submodel:
-    found = diffusers_folder.read_json(folder / "config.json").get("_class_name")
-    if found not in (CLASS_NAME, UNION):
-        raise CheckpointError(
-            f"{folder}: no ControlNet: its config.json is of class {found}: expected {CLASS_NAME} or {UNION}"
-        )
-    network = diffusers_folder.read_submodel(folder, CLASS_NAME)
+    network = diffusers_folder.read_network(folder, "ControlNet", CLASS_NAME, UNION)
     # Some unions are published as of the other class; diffusers asks its user for the right one.
-    if found == CLASS_NAME and TASKS not in network.tensors():
-        return network
-    return diffusers_folder.read_submodel(folder, UNION)
+    return diffusers_folder.read_submodel(folder, UNION) if TASKS in network.tensors() else network
 
 
 def name_of(text: str) -> str:

@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from diffusion_convert.checkpoint import config_models, tensor_file
 from diffusion_convert.checkpoint.family import of_transformer, of_unet
@@ -17,9 +19,6 @@ from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import COMPONENTS
 from diffusion_runtime.real_path import is_there
-
-if TYPE_CHECKING:
-    import torch
 
 INDEX = "model_index.json"
 CARD = "README.md"
@@ -68,8 +67,6 @@ def open_folder(
     ``without``: parts that are left out, as if the index did not name them.
 
     Raises CheckpointError, with all that is missing, and InputError for a variant that no part has."""
-    if not folder.exists():
-        raise CheckpointError(f"{folder}: no such folder")
     if not (folder / INDEX).is_file():
         raise CheckpointError(
             f"{folder}: not a checkpoint in diffusers' layout: it has no {INDEX}; expected such a folder, the id "
@@ -79,22 +76,16 @@ def open_folder(
     index = read_json(folder / INDEX)
     named = {name: value for name, value in index.items() if _is_part(value) and name not in without}
     parts = {name: value for name, value in named.items() if (folder / name).is_dir()}
-    denoiser = next((name for name in DENOISERS if name in named), DENOISERS[0])
-    if denoiser != DENOISERS[0]:  # said before any file of it is missed: most pipelines have some transformer
-        of_transformer(str(named[denoiser][1]), family, str(folder))
-    missing = [name for name in (denoiser, *REQUIRED, *_text_parts(named)) if name not in parts]
-    if missing:
-        raise CheckpointError(f"{folder}: it lacks {', '.join(missing)} (it has {', '.join(sorted(parts))})")
-    absent = [name for name in NETWORKS if name in named and name not in parts]
-    models = {
-        name: read_submodel(folder / name, str(parts[name][1]), variant) for name in NETWORKS if name in parts
-    }
+    denoiser = _denoiser(folder, named, parts, family)
+    classes = {name: str(value[1]) for name, value in parts.items()}
+    models = {name: read_submodel(folder / name, classes[name], variant) for name in NETWORKS if name in parts}
     check_variant(folder, models, variant)
+    # Of the class that the index names, as in diffusers, whatever class wrote the configuration.
     schedulers = {
-        name: {**read_json(folder / name / "scheduler_config.json"), "_class_name": str(parts[name][1])}
+        name: {**read_json(folder / name / "scheduler_config.json"), "_class_name": classes[name]}
         for name in SCHEDULERS
         if name in parts
-    }  # of the class that the index names, as in diffusers, whatever class wrote the configuration
+    }
     if denoiser == DENOISERS[0]:
         found = of_unet(models["unet"].config, schedulers["scheduler"], family, str(folder), models)
     else:
@@ -111,12 +102,33 @@ def open_folder(
             if name in parts
         },
         pipeline_config={name: value for name, value in index.items() if not _is_part(value)},
-        notes=(
-            *(f"{INDEX} names a {name}, but there is no such folder: made without it" for name in absent),
-            *(f"{folder.name} has {what}; made without it" for name, what in LEFT_OUT.items() if name in named),
-            *_only_variants(models, variant),
-        ),
+        notes=tuple(_notes(folder, named, models, variant)),
     )
+
+
+def _denoiser(folder: Path, named: Mapping[str, Any], parts: Collection[str], family: str | None) -> str:
+    """The part that is the UNet or what stands for it. Raises CheckpointError for all that is missing."""
+    denoiser = next((name for name in DENOISERS if name in named), DENOISERS[0])
+    if denoiser != DENOISERS[0]:  # said before any file of it is missed: most pipelines have some transformer
+        of_transformer(str(named[denoiser][1]), family, str(folder))
+    missing = [name for name in (denoiser, *REQUIRED, *_text_parts(named)) if name not in parts]
+    if missing:
+        raise CheckpointError(f"{folder}: it lacks {', '.join(missing)} (it has {', '.join(sorted(parts))})")
+    return denoiser
+
+
+def _notes(
+    folder: Path, named: Collection[str], models: Mapping[str, Submodel], variant: str | None
+) -> Iterator[str]:
+    for name in NETWORKS:
+        if name in named and name not in models:
+            yield f"{INDEX} names a {name}, but there is no such folder: made without it"
+    for name, what in LEFT_OUT.items():
+        if name in named:
+            yield f"{folder.name} has {what}; made without it"
+    for name, model in models.items():
+        for taken in variants(file.name for file in model.files) - {variant, HALF}:
+            yield f"{name} has weights of the variant {taken} only: those are taken"
 
 
 def check_variant(folder: Path, models: Mapping[str, Submodel], variant: str | None) -> None:
@@ -129,12 +141,6 @@ def check_variant(folder: Path, models: Mapping[str, Submodel], variant: str | N
     raise InputError(
         f"--variant {variant}: {folder} has no such weights; it has {', '.join(sorted(found)) or 'no variants'}"
     )
-
-
-def _only_variants(models: Mapping[str, Submodel], variant: str | None) -> Iterator[str]:
-    for name, model in models.items():
-        for taken in variants(file.name for file in model.files) - {variant, HALF}:
-            yield f"{name} has weights of the variant {taken} only: those are taken"
 
 
 def _text_parts(named: Collection[str]) -> tuple[str, ...]:
@@ -232,6 +238,16 @@ def _shards(name: str, index: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _is_part(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and value[1] is not None
+
+
+def read_network(folder: Path, what: str, *classes: str) -> Submodel:
+    """The network in a folder, ``what`` its user calls it, of one of the ``classes``. Raises CheckpointError."""
+    found = read_json(folder / "config.json").get("_class_name")
+    if found not in classes:
+        raise CheckpointError(
+            f"{folder}: no {what}: its config.json is of class {found}: expected {' or '.join(classes)}"
+        )
+    return read_submodel(folder, str(found))
 
 
 def read_submodel(folder: Path, class_name: str, variant: str | None = None) -> Submodel:

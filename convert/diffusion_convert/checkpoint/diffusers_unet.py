@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from diffusion_convert.checkpoint.tensor_file import below
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError
 from diffusion_runtime.real_path import is_there
-
-if TYPE_CHECKING:
-    import torch
 
 PREFIXES = ("", "unet.", "model.diffusion_model.", "diffusion_model.")
 CLASS_NAME = "UNet2DConditionModel"

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from diffusion_convert.checkpoint import tensor_file
 from diffusion_convert.checkpoint.computed import Computed
@@ -19,9 +20,6 @@ from diffusion_convert.option_values import Embedding
 from diffusion_runtime.bundle.manifest import AddedEmbedding
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import TEXT_ENCODERS
-
-if TYPE_CHECKING:
-    import torch
 
 NAMES_IN_FOLDERS = ("learned_embeds.safetensors", "learned_embeds.bin")
 """What diffusers looks for in a folder."""
@@ -78,8 +76,6 @@ def with_embeddings(checkpoint: Checkpoint, embeddings: Sequence[Embedding]) -> 
 
 
 def _extended(checkpoint: Checkpoint, encoder: str, found: Sequence[_Read], numbers: Sequence[int]) -> Submodel:
-    import torch
-
     model = checkpoint.models[encoder]
     size = int(model.config["vocab_size"])
     if numbers[0] > size:
@@ -104,8 +100,6 @@ def _tensors(model: Submodel, rows: torch.Tensor, numbers: tuple[int, ...]) -> M
 
 def _with_rows(table: torch.Tensor, rows: torch.Tensor, numbers: tuple[int, ...]) -> torch.Tensor:
     """``table`` with ``rows`` at ``numbers``, in its own type, but float16 where that is coarser."""
-    import torch
-
     kind = table.dtype if table.dtype in (torch.float16, torch.float32, torch.float64) else torch.float16
     grown = torch.zeros(max(len(table), numbers[-1] + 1), table.shape[1], dtype=kind)
     grown[: len(table)] = table

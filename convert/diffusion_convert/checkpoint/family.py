@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import FAMILIES, LATENT_SCALE, MMDIT, UNET, Family
 from diffusion_runtime.schedulers import FLOW
-
-if TYPE_CHECKING:
-    from diffusion_convert.checkpoint.model import Checkpoint
 
 Config = Mapping[str, Any]
 PREDICTIONS = ("epsilon", "v_prediction", "sample", FLOW)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from pydantic import ValidationError
 
 from diffusion_convert.checkpoint.family import latent_scale
@@ -22,9 +22,6 @@ from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS
 from diffusion_runtime.folding import Folding
 from diffusion_runtime.prompt import tokenizer as tokenizers
 from diffusion_runtime.scratch import scratch
-
-if TYPE_CHECKING:
-    import torch
 
 
 def fold(checkpoint: Checkpoint, foldings: Collection[Folding]) -> Checkpoint:

@@ -12,15 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
-from diffusion_convert.checkpoint.tensor_file import GGUF_MAGIC, TensorFile
+from diffusion_convert.checkpoint.computed import TensorFile
+from diffusion_convert.checkpoint.tensor_file import GGUF_MAGIC
 from diffusion_runtime.errors import CheckpointError, InstallationError
-
-if TYPE_CHECKING:
-    import torch
 
 VERSIONS = (2, 3)
 MAX_HEADER, MAX_DIMENSIONS, MAX_KEPT = 100_000_000, 4, 8
@@ -118,8 +117,6 @@ def read(path: Path) -> TensorFile:
 def _tensors(
     mapped: mmap.mmap,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Callable[[], torch.Tensor]], Mapping[str, Any]]:
-    import torch
-
     header = _Header(memoryview(mapped)[:MAX_HEADER], len(GGUF_MAGIC))
     if (version := header.number("I")) not in VERSIONS:
         raise ValueError(f"GGUF of version {version}, expected 2 or 3")
@@ -132,7 +129,7 @@ def _tensors(
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment {str(alignment)[:80]}, expected a power of two from 8")
     start = math.ceil(header.at / alignment) * alignment
-    tensors, packed = dict[str, "torch.Tensor"](), dict[str, Callable[[], "torch.Tensor"]]()
+    tensors, packed = dict[str, torch.Tensor](), dict[str, Callable[[], torch.Tensor]]()
     for name, shape, kind, offset in places:
         if name in tensors:
             raise ValueError(f"two weights are called {name[:200]!r}")
@@ -176,8 +173,6 @@ def _tensor(
     mapped: mmap.mmap, name: str, shape: tuple[int, ...], kind: int, at: int
 ) -> torch.Tensor | Callable[[tuple[int, ...]], torch.Tensor]:
     """The weight, or what decodes it to a given shape."""
-    import torch
-
     count = math.prod(shape)
     dtype = getattr(torch, _PLAIN[kind]) if kind in _PLAIN else None
     block, size = (1, dtype.itemsize) if dtype is not None else _blocks(kind)
@@ -199,14 +194,12 @@ def _blocks(kind: int) -> tuple[int, int]:
         known = gguf.GGMLQuantizationType(kind)
         block, size = gguf.GGML_QUANT_SIZES[known]
         gguf.quants.dequantize(np.zeros((1, size), np.uint8), known)
-    except (ValueError, LookupError, NotImplementedError):
+    except (ValueError, LookupError, RuntimeError):
         raise ValueError(f"weights of type {kind}, which the package gguf cannot decode") from None
     return int(block), int(size)
 
 
 def _decode(rows: np.ndarray[Any, Any], kind: int, shape: tuple[int, ...]) -> torch.Tensor:
-    import torch
-
     gguf = _package()
     with np.errstate(all="ignore"):  # whatever a damaged file's scales make of it, as in any other format
         values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(kind))

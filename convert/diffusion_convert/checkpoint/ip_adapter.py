@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from diffusion_convert.checkpoint import diffusers_folder, tensor_file, torch_networks
 from diffusion_convert.checkpoint.ip_projections import TOKENS
@@ -21,10 +23,7 @@ from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_runtime.bundle.manifest import IpAdapter
 from diffusion_runtime.errors import CheckpointError, DiffusionError, InputError
 
-if TYPE_CHECKING:
-    import torch
-
-    Tensors = Mapping[str, torch.Tensor]
+Tensors = Mapping[str, torch.Tensor]
 
 ENCODER, PROJECTIONS = "image_encoder", "image_projection"
 """The networks that IP-Adapters add to a checkpoint."""
@@ -71,8 +70,6 @@ def with_ip_adapters(
 
     Raises InputError for an adapter that is not for this UNet or image encoder, CheckpointError for a file that is
     none or is damaged."""
-    if "unet" not in checkpoint.models:
-        raise InputError(f"{files[0][0]}: is for a UNet, and {checkpoint.name} ({checkpoint.family}) has none")
     encoder: Submodel | None = None
     adapters: list[_Adapter] = []
     for source, path in files:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusion_convert.checkpoint import ldm_configs, ldm_marks, ldm_shapes
 from diffusion_convert.checkpoint.ldm_layout import NETWORKS
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_runtime.errors import CheckpointError, InputError
-from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS, TEXT_WIDTHS, UNET
+from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS, TEXT_WIDTHS, UNET, Family
 
 TELLING_BIAS, MIN_V_SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 BASE_GLOBAL_STEP = 875_000
@@ -53,6 +53,19 @@ def detect(
             f"{path}: contradicts itself: {told[0] or 'nothing'} speaks for Stable Diffusion 1, "
             f"{told[1] or 'nothing'} for 2: --family decides ({', '.join(family.name for family in takes)})"
         )
+    return _by_prediction(path, fits, marks, scalars, beside, base, unet)
+
+
+def _by_prediction(
+    path: Path,
+    fits: Sequence[Family],
+    marks: ldm_marks.Marks,
+    scalars: Mapping[str, int | float | str],
+    beside: ldm_configs.Sections,
+    base: Checkpoint | None,
+    unet: ldm_shapes.Tensors,
+) -> tuple[str, tuple[str, ...]]:
+    """`detect` among families of one kind of networks, which differ in what their UNets predict."""
     if len(fits) == 1:
         return fits[0].name, ()
     by_prediction = {kind: family.name for family in reversed(fits) for kind in family.prediction_types}

@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from diffusion_convert.checkpoint import diffusers_unet
+from diffusion_convert.checkpoint.ldm_shapes import Tensors
 from diffusion_convert.checkpoint.tensor_file import below
-
-if TYPE_CHECKING:
-    import torch
-
-    from diffusion_convert.checkpoint.ldm_shapes import Tensors
 
 
 @dataclass(frozen=True, slots=True)

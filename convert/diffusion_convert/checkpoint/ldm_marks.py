@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_convert.checkpoint.tensor_file import TensorFile
+from diffusion_convert.checkpoint.computed import TensorFile
 from diffusion_runtime import strict_json
 from diffusion_runtime.errors import CheckpointError
 

@@ -6,15 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from diffusion_convert.checkpoint.computed import Computed
+from diffusion_convert.checkpoint.ldm_shapes import Tensors
 from diffusion_runtime.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
-
-    from diffusion_convert.checkpoint.ldm_shapes import Tensors
 
 _SINGLE: Mapping[str, str] = {
     "x_embedder.proj": "pos_embed.proj",
@@ -98,6 +96,4 @@ def mmdit(tensors: Tensors, config: Mapping[str, Any]) -> Mapping[str, torch.Ten
 
 def swap(value: torch.Tensor) -> torch.Tensor:
     """Scale and shift in diffusers' order, which is the other one, where no gates follow."""
-    import torch
-
     return torch.cat(list(value.chunk(2))[::-1])

@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from diffusion_convert.checkpoint.ldm_mmdit import mmdit
 from diffusion_convert.checkpoint.ldm_shapes import GUIDANCE, Tensors
-
-if TYPE_CHECKING:
-    import torch
 
 
 def unet(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -54,8 +53,6 @@ def clip(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]
 def clip_l(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """As `clip`, with the projection that diffusers puts in, whatever the file has: Stable Diffusion 3 takes the
     pooled state of this encoder as it is."""
-    import torch
-
     mapped = clip(tensors, config)
     like = next(iter(mapped.values()))
     return {**mapped, "text_projection.weight": torch.eye(int(config["hidden_size"]), dtype=like.dtype)}
@@ -151,7 +148,6 @@ def _depth_name(name: str) -> str:
 def _views() -> Any:
     """While it is entered, ``clone`` and ``contiguous`` return the view that they are called on. Diffusers copies
     the parts of OpenCLIP's joint projection; mapped weights should be read when they are used and not before."""
-    import torch
     from torch.overrides import TorchFunctionMode
 
     class Views(TorchFunctionMode):

@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from diffusion_runtime.errors import CheckpointError
 
-if TYPE_CHECKING:
-    import torch
-
-Tensors = Mapping[str, "torch.Tensor"]
+Tensors = Mapping[str, torch.Tensor]
 
 MMDIT_HEAD_CHANNELS = 64
 """Of each head, in all published models; where queries and keys are normed, the norm's width tells."""

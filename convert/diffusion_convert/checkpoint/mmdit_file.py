@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from diffusion_convert.checkpoint import ldm_configs
 from diffusion_convert.checkpoint.ldm_layout import Network
+from diffusion_convert.checkpoint.ldm_shapes import Tensors
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.tensor_file import below
 from diffusion_convert.checkpoint.vocabulary import FAST, SENTENCEPIECE, T5_FILES
@@ -21,11 +24,6 @@ from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import COMPONENTS, FAMILIES, T5
 from diffusion_runtime.real_path import is_there
-
-if TYPE_CHECKING:
-    import torch
-
-    from diffusion_convert.checkpoint.ldm_shapes import Tensors
 
 FAMILY, MARK = "sd3", "joint_blocks.0.x_block.attn.qkv.weight"
 T5_SUBFOLDER = COMPONENTS[T5].subfolder

@@ -91,7 +91,7 @@ def _refuse_without_unet(checkpoint: Checkpoint, options: ConvertOptions) -> Non
     family = FAMILIES[checkpoint.family]
     if family.denoiser is UNET:
         return
-    for option in ("refiner", "controlnets", "embeddings", "ip_adapters"):
+    for option in ("refiner", "controlnets", "embeddings", "ip_adapters", "t2i_adapters"):
         if getattr(options, option):
             flag = f"--{option.removesuffix('s').replace('_', '-')}"
             raise InputError(f"{flag}: it is for models with a UNet, and {family.title} has none: leave it out")

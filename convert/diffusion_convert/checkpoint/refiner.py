@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import torch
 
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_runtime.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
 
 SUBFOLDER = "refiner"
 FAMILY = "sdxl-refiner"
@@ -58,8 +56,6 @@ def as_refiner(checkpoint: Checkpoint) -> Checkpoint:
 def _differing(checkpoint: Checkpoint, refiner: Checkpoint) -> tuple[str, ...]:
     """A note on shared networks of which the refiner has another: told by their small tensors, of which every
     training changes some."""
-    import torch
-
     found = []
     for part in SHARED:
         own, other = (_vectors(one.models[part].tensors) for one in (checkpoint, refiner))

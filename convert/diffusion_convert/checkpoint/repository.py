@@ -131,10 +131,9 @@ def fetch_folder(place: str) -> Path:
     repo_id, path = _apart(place)
 
     def needed(names: frozenset[str], read_json: ReadJson) -> tuple[str, ...]:
-        files = _network_files(names, read_json, path)
-        if not files:
+        if not (files := _network_files(names, read_json, path)):
             raise CheckpointError(f"{repo_id}: has no folder {path} with a config.json")
-        return files
+        return tuple(files)
 
     return _found(_fetch(repo_id, None, needed) / path, place)
 
@@ -154,13 +153,6 @@ def _found(path: Path, place: str) -> Path:
     return path
 
 
-def _network_files(names: frozenset[str], read_json: ReadJson, folder: str) -> tuple[str, ...]:
-    inside = _inside(names, folder)
-    if "config.json" not in inside:
-        return ()
-    return tuple(sorted(f"{folder}/{name}" for name in {"config.json", *_weights(folder, inside, read_json)}))
-
-
 MAIN_REVISION = "main"
 """What the Hub calls the branch that is meant where none is named."""
 ReadJson = Callable[[str], Mapping[str, Any]]
@@ -176,47 +168,41 @@ def checkpoint_files(
     are. Empty if there is no model_index.json."""
     if INDEX not in names:
         return ()
-    needed = {INDEX, CARD} & names
-    for part in part_names(read_json(INDEX)):
-        inside = _inside(names, part)
-        wanted: set[str] = set()
-        if part in without:
-            continue
+    needed = {INDEX, CARD}
+    for part in (part for part in part_names(read_json(INDEX)) if part not in without):
         if part in NETWORKS:
-            wanted = {"config.json", *_weights(part, inside, read_json, variant)}
+            needed |= _network_files(names, read_json, part, variant)
         elif part in SCHEDULERS:
-            wanted = {"scheduler_config.json"}
+            needed.add(f"{part}/scheduler_config.json")
         elif part in TOKENIZERS:
-            wanted = {*TOKENIZER_FILES, *T5_FILES}
-        needed |= {f"{part}/{name}" for name in wanted & inside}
-    return tuple(sorted(needed))
+            needed |= {f"{part}/{name}" for name in (*TOKENIZER_FILES, *T5_FILES)}
+    return tuple(sorted(needed & names))
 
 
 def unet_files(names: frozenset[str], read_json: ReadJson, variant: str | None = None) -> tuple[str, ...]:
-    """The files of a UNet at the top of a repository; model_index.json alone of a whole checkpoint."""
-    if INDEX in names or "config.json" not in names:
-        return (INDEX,) if INDEX in names else ()
-    return tuple(sorted({"config.json", *({CARD} & names), *_weights("", set(names), read_json, variant)}))
+    """The files of a UNet at the top of a repository and the card; of a whole checkpoint model_index.json alone."""
+    return (INDEX,) if INDEX in names else _with_card(_network_files(names, read_json, "", variant), names)
 
 
 def network_files(names: frozenset[str], read_json: ReadJson, part: str) -> tuple[str, ...]:
     """The files of a network, in the folder ``part`` or at the top, and the card."""
-    inside, prefix = (_inside(names, part), f"{part}/") if f"{part}/config.json" in names else (set(names), "")
+    found = _network_files(names, read_json, part) or _network_files(names, read_json, "")
+    return _with_card(found, names)
+
+
+def _with_card(found: set[str], names: frozenset[str]) -> tuple[str, ...]:
+    return tuple(sorted((found | {CARD}) & names)) if found else ()
+
+
+def _network_files(names: frozenset[str], read_json: ReadJson, folder: str, variant: str | None = None) -> set[str]:
+    """The files of the network in a folder of a repository, "" for its top; none where there is no network."""
+    prefix = f"{folder}/" if folder else ""
+    inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     if "config.json" not in inside:
-        return ()
-    needed = {f"{prefix}{name}" for name in {"config.json", *_weights(prefix.rstrip("/"), inside, read_json)}}
-    return tuple(sorted({*needed, *({CARD} & names)}))
-
-
-def _inside(names: frozenset[str], part: str) -> set[str]:
-    return {name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")}
-
-
-def _weights(part: str, inside: set[str], read_json: ReadJson, variant: str | None = None) -> set[str]:
-    prefix = f"{part}/" if part else ""
+        return set()
     files = weight_files(inside, lambda name: read_json(prefix + name), variant)
     indices = {name for name in inside if name.endswith(".json") and ".index." in name} if len(files) > 1 else set()
-    return {*files, *indices}
+    return {f"{prefix}{name}" for name in {"config.json", *files, *indices} & inside}
 
 
 def _fetch(repo_id: str, revision: str | None, needed: Needed) -> Path:

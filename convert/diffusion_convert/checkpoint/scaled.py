@@ -4,16 +4,13 @@ MODULE.scale_weight (or weight_scale), a number. Weights without a scale are rea
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+
+import torch
 
 from diffusion_convert.checkpoint.computed import Computed
+from diffusion_convert.checkpoint.ldm_shapes import Tensors
 from diffusion_convert.checkpoint.torch_networks import listed
 from diffusion_runtime.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
-
-    from diffusion_convert.checkpoint.ldm_shapes import Tensors
 
 _SCALES = ("scale_weight", "weight_scale")
 _OF_INPUTS = ("scale_input", "input_scale", "comfy_quant")
@@ -23,10 +20,8 @@ _MARK = "scaled_fp8"
 
 def apart(part: Tensors) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A network's weights, and the scales of those that have one, by the weights' names."""
-    import torch
-
     small = (torch.float8_e4m3fn, torch.float8_e5m2)
-    weights, scales = dict[str, "torch.Tensor"](), dict[str, "torch.Tensor"]()
+    weights, scales = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for name, value in part.items():
         module, _, kind = name.rpartition(".")
         weight = f"{module}.weight"

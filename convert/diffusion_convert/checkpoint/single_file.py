@@ -11,7 +11,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from diffusion_convert.checkpoint import (
     config_models,
@@ -27,6 +29,7 @@ from diffusion_convert.checkpoint import (
     tensor_file,
     torch_networks,
 )
+from diffusion_convert.checkpoint.computed import TensorFile
 from diffusion_convert.checkpoint.diffusers_folder import LEFT_OUT, SCHEDULERS
 from diffusion_convert.checkpoint.ldm_layout import (
     NETWORKS,
@@ -44,9 +47,6 @@ from diffusion_runtime.errors import CheckpointError
 from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 from diffusion_runtime.real_path import is_there
-
-if TYPE_CHECKING:
-    import torch
 
 CLIP_VOCABULARY_SIZE = 49408
 _CONTROL = "control_model."
@@ -167,7 +167,7 @@ def _few_steps(path: Path, marks: ldm_marks.Marks, given: ldm_configs.Sections) 
 
 def _notes(
     path: Path,
-    file: tensor_file.TensorFile,
+    file: TensorFile,
     parts: Mapping[str, ldm_shapes.Tensors],
     data: Mapping[str, Any],
     given: ldm_configs.Sections,
@@ -236,7 +236,7 @@ def _map_tensors(path: Path, kind: str, config: Mapping[str, Any]) -> Mapping[st
     return file.decoded(scaled.scaled(ldm_names.NAMES[kind](weights, config), weights, scales))
 
 
-def _read(path: Path) -> tensor_file.TensorFile:
+def _read(path: Path) -> TensorFile:
     if gguf_file.is_one(path):
         return gguf_file.read(path)
     file = tensor_file.read(path)

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffusion_convert.checkpoint import (
     diffusers_folder,
     diffusers_unet,
@@ -23,7 +25,7 @@ from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.t2i_adapter_file import CLASS_NAME
 from diffusion_runtime.bundle.integrity import sha256
 from diffusion_runtime.bundle.manifest import Source
-from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import COMPONENTS
 
 KIND, IN_PIPELINE = "t2i_adapter", "adapter"
@@ -41,10 +43,6 @@ def with_t2i_adapters(checkpoint: Checkpoint, sources: Sequence[str]) -> Checkpo
 
     Raises InputError for one that does not fit the checkpoint's UNet and for two of one name, CheckpointError for
     what is damaged or no T2I-Adapter."""
-    if "unet" not in checkpoint.models:
-        raise InputError(
-            f"{OPTION} {sources[0]}: is for a UNet, and {checkpoint.name} ({checkpoint.family}) has none"
-        )
     opened = [_open(source) for source in sources]
     names = [name for name, *_ in opened]
     check_names(OPTION, PREFIX, sources, names)
@@ -70,19 +68,12 @@ def _open(source: str) -> tuple[str, Submodel, Source]:
         name = name_of(diffusers_unet.name_of(path.absolute()))
         return name, t2i_adapter_file.read(path), Source(name=path.name, sha256=sha256(path))
     folder, origin = repository.network_folder(source, IN_PIPELINE)
-    found = diffusers_folder.read_json(folder / "config.json").get("_class_name")
-    if found != CLASS_NAME:
-        raise CheckpointError(
-            f"{source}: no T2I-Adapter: its config.json is of class {found}: expected {CLASS_NAME}"
-        )
-    return name_of(origin.name), diffusers_folder.read_submodel(folder, CLASS_NAME), origin
+    return name_of(origin.name), diffusers_folder.read_network(folder, "T2I-Adapter", CLASS_NAME), origin
 
 
 def feature_shapes(adapter: Submodel, height: int, width: int, where: str = KIND) -> tuple[Shape, ...]:
     """The shapes of what an adapter gives for a picture of so many pixels, which must be a multiple of what it
     shrinks pictures by."""
-    import torch
-
     network = torch_networks.empty(adapter, where)
     channels = int(adapter.config.get("in_channels", 3))
     return tuple(tuple(one.shape) for one in network(torch.empty(1, channels, height, width, device="meta")))

@@ -7,18 +7,16 @@ import errno
 import mmap
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from diffusion_convert.checkpoint import unpickle
-from diffusion_convert.checkpoint.computed import Computed
+from diffusion_convert.checkpoint.computed import TensorFile
 from diffusion_runtime.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
 
 _TORCH_MAGICS = (b"PK", b"\x80")
 """What zips and pickles begin with."""
@@ -29,31 +27,9 @@ _PAGEOUT = 21
 pages, so that it may be given for memory of any kind: a fused weight is not in a file."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorFile:
-    """``tensors`` are views of the mapped file. ``scalars`` are the numbers and texts next to them
-    (``global_step``, ``modelspec.prediction_type``). ``packed``: what decodes those that are only stood for."""
-
-    tensors: Mapping[str, torch.Tensor]
-    scalars: Mapping[str, int | float | str] = field(default_factory=dict)
-    packed: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
-
-    def decoded(self, mapped: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """``mapped``, this file's tensors under other names, each decoded when it is read."""
-        if not self.packed:
-            return mapped
-        decoders = {id(self.tensors[name]): decode for name, decode in self.packed.items()}
-        places = {name: decoders[id(value)] for name, value in mapped.items() if id(value) in decoders}
-        return Computed(mapped, {name: partial(_called, decode) for name, decode in places.items()})
-
-
 def below(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Those whose names begin with ``prefix``, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _called(decode: Callable[[], torch.Tensor], _stand_in: torch.Tensor) -> torch.Tensor:
-    return decode()
 
 
 def read(path: Path) -> TensorFile:
@@ -72,8 +48,7 @@ def read(path: Path) -> TensorFile:
     safetensors = magic[8:9] == b"{"  # after the header's length, which may begin like anything
     pickled = magic.startswith(_TORCH_MAGICS) or path.suffix in (".ckpt", ".pt", ".bin", ".pth")
     if pickled and not safetensors:
-        found = unpickle.load(path)
-        return TensorFile(found.tensors, found.scalars)
+        return unpickle.load(path)
     return _read_safetensors(path)
 
 

@@ -8,14 +8,13 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from diffusion_convert.checkpoint import config_models, tensor_file
 from diffusion_convert.checkpoint.model import Submodel
 from diffusion_runtime.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
 
 CLASS_NAME = "AutoencoderTiny"
 BLOCKS: Mapping[str, Any] = {"num_encoder_blocks": [1, 3, 3, 3], "num_decoder_blocks": [3, 3, 3, 1]}

@@ -7,14 +7,12 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_runtime.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
-
-    from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 
 CLASSES: Mapping[str, str] = {
     "UNet2DConditionModel": "diffusers",
@@ -81,8 +79,6 @@ def build(checkpoint: Checkpoint, subfolder: str) -> torch.nn.Module:
 def check(submodel: Submodel, tensors: Mapping[str, torch.Tensor], where: str) -> torch.nn.Module:
     """The network that the configuration describes, without storage. Raises CheckpointError unless ``tensors`` are
     its weights."""
-    import torch
-
     network = empty(submodel, where)
     # One by one, as each is computed when it is read where weights are fused or scaled.
     shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in tensors.items()}
@@ -107,8 +103,6 @@ def silent() -> Iterator[None]:
 
 def empty(submodel: Submodel, where: str) -> torch.nn.Module:
     """The network without storage for its weights."""
-    import torch
-
     if submodel.class_name not in CLASSES:
         raise CheckpointError(f"{where}: unknown class {submodel.class_name!r}; known are {', '.join(CLASSES)}")
     kind: Any = getattr(importlib.import_module(CLASSES[submodel.class_name]), submodel.class_name)
@@ -134,7 +128,6 @@ def _attend_to_pictures(network: Any, tokens: Sequence[int]) -> None:
     """Give a UNet the attention processors that diffusers' `load_ip_adapter` gives it."""
     if not tokens:
         return
-    import torch
     from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
     # Its projections run once for a picture, as models of their own; what they give goes on as it is.
@@ -202,8 +195,6 @@ def unused_layers(submodel: Submodel, tensors: Mapping[str, torch.Tensor]) -> in
 
 
 def _check_types(tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    import torch
-
     known = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
     wrong = [
         f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
@@ -240,8 +231,6 @@ def listed(names: list[str]) -> str:
 
 def _fill_buffers(network: torch.nn.Module, where: str) -> None:
     """Give values to what no checkpoint carries: CLIP's position numbers."""
-    import torch
-
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if not buffer.is_meta:

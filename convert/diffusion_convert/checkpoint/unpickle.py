@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from diffusion_convert.checkpoint.archive import MAX_PICKLE_BYTES, Archive
+from diffusion_convert.checkpoint.computed import TensorFile
 from diffusion_convert.checkpoint.pickle_interpreter import INERT, MALFORMED, Inert, Interpreter, Items, Parameters
 from diffusion_runtime.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
 
 STORAGE_DTYPES = {
     "DoubleStorage": "float64",
@@ -79,16 +79,7 @@ class _View:
     stride: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Pickled:
-    """What a checkpoint holds: tensors by name, as views of the mapped file, and the plain numbers and texts that
-    lie next to its state dict (``global_step``, ``epoch``)."""
-
-    tensors: Mapping[str, torch.Tensor]
-    scalars: Mapping[str, int | float | str]
-
-
-def load(path: Path) -> Pickled:
+def load(path: Path) -> TensorFile:
     """Open a pickled checkpoint without reading any values. Where the file wraps its tensors in ``state_dict``, or
     in the only dict of tensors that there is, those are returned. What is not a tensor is left out.
 
@@ -101,7 +92,7 @@ def load(path: Path) -> Pickled:
     views = dict(_named(_flat(inner), _View))
     if not views:
         raise CheckpointError(f"{path}: holds no named tensors; expected the state dict of a model")
-    return Pickled(_map_views(path, views, members), dict(_named(outer, (int, float, str))))
+    return TensorFile(_map_views(path, views, members), dict(_named(outer, (int, float, str))))
 
 
 def _within(found: object) -> object:
@@ -233,8 +224,6 @@ def _rebuild_tensor(*args: object) -> object:
 def _map_views(
     path: Path, views: Mapping[str, _View], members: Mapping[str, tuple[int, int]]
 ) -> dict[str, torch.Tensor]:
-    import torch
-
     # Not shared: whoever writes to a tensor writes to a copy of its pages, and never to the user's file.
     mapped: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
     tensors = {}
@@ -250,8 +239,6 @@ def _map_views(
 
 
 def _tensor(mapped: torch.UntypedStorage, begin: int, view: _View) -> torch.Tensor:
-    import torch
-
     dtype: torch.dtype = getattr(torch, view.storage.dtype)
     if 0 in view.size:
         return torch.empty(view.size, dtype=dtype)
@@ -264,8 +251,6 @@ def _tensor(mapped: torch.UntypedStorage, begin: int, view: _View) -> torch.Tens
 
 
 def _item_bytes(dtype: str) -> int:
-    import torch
-
     found: torch.dtype = getattr(torch, dtype)
     return found.itemsize
 

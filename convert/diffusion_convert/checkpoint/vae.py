@@ -6,33 +6,26 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from diffusion_convert.checkpoint import (
-    config_models,
     diffusers_folder,
     ldm_configs,
-    ldm_names,
-    ldm_shapes,
     repository,
+    single_file,
     tensor_file,
     tiny_vae,
     torch_networks,
 )
 from diffusion_convert.checkpoint.family import latent_factor
+from diffusion_convert.checkpoint.ldm_layout import NETWORKS, split
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.families import FAMILIES
 
-if TYPE_CHECKING:
-    import torch
-
-CLASS_NAME = "AutoencoderKL"
-CLASSES = (CLASS_NAME, tiny_vae.CLASS_NAME)
-PREFIXES = ("first_stage_model.", "vae.", "")
-"""Where a VAE lies in a file in LDM's layout: within a checkpoint, or alone."""
-
-_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+CLASSES = ("AutoencoderKL", tiny_vae.CLASS_NAME)
 _DIFFUSERS_MARKS = ("decoder.up_blocks.", "decoder.layers.")
 
 
@@ -68,10 +61,7 @@ def _option(subfolder: str) -> str:
 
 
 def _from_folder(folder: Path) -> Submodel:
-    kind = diffusers_folder.read_json(folder / "config.json").get("_class_name")
-    if kind not in CLASSES:
-        raise CheckpointError(f"{folder}: its config.json is of class {kind}: expected {' or '.join(CLASSES)}")
-    return diffusers_folder.read_submodel(folder, str(kind))
+    return diffusers_folder.read_network(folder, "VAE", *CLASSES)
 
 
 def _from_file(path: Path, family: str) -> Submodel:
@@ -85,28 +75,15 @@ def _from_file(path: Path, family: str) -> Submodel:
                 f"{path}: in diffusers' layout, but without the config.json that belongs next to it"
             )
         return replace(_from_folder(path.parent), tensors=partial(_read_all, path), files=(path,))
-    try:
-        data, beside = ldm_configs.family_data(family), ldm_configs.read_beside(path)
-        config = ldm_configs.config("vae", "vae", _part(tensors), data, beside)
-        config = config_models.checked(CLASS_NAME, config, "vae")
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: no VAE in LDM's layout: {error}") from error
-    return Submodel(CLASS_NAME, config, partial(_map_tensors, path, config), (path,))
+    if (part := split(tensors).get("vae")) is None:
+        raise CheckpointError(f"{path}: no VAE in LDM's layout")
+    network = next(network for network in NETWORKS if network.kind == "vae")
+    data, beside = ldm_configs.family_data(family), ldm_configs.read_beside(path)
+    return single_file.submodel(path, network, part, data, beside)
 
 
 def _read_all(path: Path) -> Mapping[str, torch.Tensor]:
     return tensor_file.read(path).tensors
-
-
-def _map_tensors(path: Path, config: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
-    return ldm_names.vae(_part(tensor_file.read(path).tensors), config)
-
-
-def _part(tensors: ldm_shapes.Tensors) -> dict[str, torch.Tensor]:
-    """The VAE's own tensors, without what it was trained with (``loss.…``, averages)."""
-    prefix = next(prefix for prefix in PREFIXES if not prefix or any(name.startswith(prefix) for name in tensors))
-    own = tensor_file.below(tensors, prefix)
-    return {name: value for name, value in own.items() if name.startswith(_PARTS)}
 
 
 def _check_fits(source: str, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:

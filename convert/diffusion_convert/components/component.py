@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.options import ConvertOptions
 from diffusion_convert.verification.bounds import MIN_PSNR_DB
-from diffusion_runtime.families import kind_of, subfolder_of
+from diffusion_runtime.families import AttentionKind, kind_of, subfolder_of
 from diffusion_runtime.picture_size import Size
-
-if TYPE_CHECKING:
-    import torch
-
-    from diffusion_convert.checkpoint.model import Checkpoint
-    from diffusion_convert.options import ConvertOptions
-    from diffusion_runtime.families import AttentionKind
 
 
 @dataclass(frozen=True, slots=True)

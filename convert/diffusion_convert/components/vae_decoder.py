@@ -39,15 +39,11 @@ def picture_dtype(checkpoint: Checkpoint) -> str:
     return "float32" if FAMILIES[checkpoint.family].added_conditions else "float16"
 
 
-def wide_parts(checkpoint: Checkpoint, *modules: str) -> tuple[str, ...]:
+def wide_parts(checkpoint: Checkpoint, subfolder: str, *modules: str) -> tuple[str, ...]:
     """``modules`` of a VAE that says ``force_upcast``: all of it, as diffusers does, since pictures, unlike noise,
     overflow float16 in SDXL's. VAEs that were mended for float16 say false."""
-    return modules if _is_wide(checkpoint, "vae") else ()
-
-
-def _is_wide(checkpoint: Checkpoint, subfolder: str) -> bool:
     upcast = checkpoint.models[subfolder].config.get("force_upcast")
-    return bool(upcast) and picture_dtype(checkpoint) == "float32"
+    return modules if upcast and picture_dtype(checkpoint) == "float32" else ()
 
 
 def own_latents(checkpoint: Checkpoint, subfolder: str = "vae") -> Affine | None:
@@ -83,7 +79,7 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape,
         outputs=(Port("image", (1, 3, shape.height, shape.width), "float32", "A picture in -1..1"),),
         sample=draw,
         description="Decodes latents into a picture.",
-        exact=("decoder", "post_quant_conv") if _is_wide(checkpoint, subfolder) else (),
+        exact=wide_parts(checkpoint, subfolder, "decoder", "post_quant_conv"),
     )
 
 

@@ -83,7 +83,7 @@ def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape)
         ),
         sample=lambda seed: {"x": plain_patches(size, factor, seed).astype(np.float16).astype(dtype)},
         description="Encodes a picture into the mean and log-variance of its latents.",
-        exact=wide_parts(checkpoint, "encoder", "quant_conv"),
+        exact=wide_parts(checkpoint, "vae", "encoder", "quant_conv"),
     )
 
 

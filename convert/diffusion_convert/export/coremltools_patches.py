@@ -21,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 
 from diffusion_convert.export.placeholders import FLOAT16_MAX, Placeholders, thin
 from diffusion_runtime.coremltools_import import import_coremltools
@@ -41,65 +42,71 @@ ASK_FOR_TYPES = (
 """The modules of coremltools' MIL that call ``get_type_info`` by a name of their own."""
 
 
+Replacement = tuple[Any, str, Any]
+"""Of which module or class, the name, and what takes its place."""
+
+
 @contextmanager
 def patched_coremltools(
     placeholders: Placeholders, write: Write, progress: OnFraction = lambda _: None
 ) -> Iterator[None]:
     """In this context, one ``ct.convert`` is fast, and its large constants go to ``write`` one by one: a
     placeholder as itself, for the caller to look up."""
-    import torch
-
-    passes = import_coremltools("converters.mil.mil.passes.pass_pipeline")
-    block = import_coremltools("converters.mil.mil.block")
-    quantization = import_coremltools("converters.mil.mil.passes.defs.quantization")
-    deduplication = import_coremltools("converters.mil.mil.passes.defs.cleanup.const_deduplication")
-    unary = import_coremltools("converters.mil.mil.ops.defs.iOS15.elementwise_unary")
-    helper = import_coremltools("converters.mil.backend.mil.load").helper
-    frontend = import_coremltools("converters.mil.frontend.torch.ops")
-    done = _counter(progress)
+    logger = logging.getLogger("coremltools")
     with ExitStack() as replaced:
-
-        def replace(owner: Any, name: str, value: Any) -> None:
+        for owner, name, value in (*_in_passes(placeholders, progress), *_in_types(), *_at_the_ends(write)):
             replaced.enter_context(mock.patch.object(owner, name, value))
-
-        # It would validate every block after each pass: once is enough for passes that are not ours.
-        replace(passes.PassPipelineManager, "apply_pipeline", staticmethod(_passes(passes.PASS_REGISTRY, done)))
-        # It would look at every element of a placeholder, once for every operation that uses it.
-        replace(quantization.FP16ComputePrecision, "fp16_overflow", staticmethod(_overflow(placeholders)))
-        replace(block.Block, "_propagate_nonreplaceable_vars", lambda _: None)  # of compressed weights: none here
-        cast = quantization.FP16ComputePrecision
-        replace(cast, "_check_underflow_to_zero", _underflow(cast._check_underflow_to_zero))
-        duplicates = deduplication.const_deduplication
-        # It would compare constants by value: placeholders have a code each, so no two are equal.
-        replace(duplicates, "should_be_deduplicated", staticmethod(_small(duplicates.should_be_deduplicated)))
-        # It would write out what a placeholder only repeats, which takes the memory of the whole weight.
-        replace(unary.cast, "get_cast_value", classmethod(_cast(unary.cast.get_cast_value.__func__)))
-        # The one place where the serialiser writes a constant to the weight file: here the real weight comes in.
-        replace(helper, "_get_offset_by_writing_data", lambda var, _: write(var.val))
-        node = import_coremltools("converters.mil.frontend.torch.internal_graph").InternalTorchIRNode
-        replace(node, "from_torchscript_node", classmethod(_placed(node.from_torchscript_node.__func__)))
-        # It would compare each weight of the trace with itself, element by element.
-        replace(torch, "equal", _equal(torch.equal))
-        # They describe a type anew each time that they ask whether it is a tensor, half a million times.
-        for module in ASK_FOR_TYPES:
-            types = import_coremltools(f"converters.mil.mil.{module}")
-            replace(types, "get_type_info", _remembered(types.get_type_info))
-        # It would print the whole program for a log that nobody reads.
-        replace(block.Function, "__str__", lambda function: function.name)
-        # It would infer all types and values anew where it has found nothing to do.
-        transposes = import_coremltools("converters.mil.mil.passes.defs.optimize_repeat_ops")._TransposeOptimization
-        replace(transposes, "apply_transform", _nothing_to_cancel(transposes.apply_transform))
-        # It would copy lists of names by `copy.deepcopy`.
-        variable = import_coremltools("converters.mil.mil.var").Var
-        replace(variable, "scopes", property(variable.scopes.fget, _set_scopes))
-        # It would collect garbage while all of the program is still needed; we do after it.
-        replace(import_coremltools("converters._converters_entry"), "gc", SimpleNamespace(collect=lambda: 0))
-        logger = logging.getLogger("coremltools")
         replaced.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)
-        # Its progress bars would be drawn through ours.
-        replace(frontend, "_tqdm", lambda nodes, **_: nodes)
         yield
+
+
+def _mil(name: str) -> Any:
+    return import_coremltools(f"converters.mil.mil.{name}")
+
+
+def _in_passes(placeholders: Placeholders, progress: OnFraction) -> Iterator[Replacement]:
+    passes, cast = _mil("passes.pass_pipeline"), _mil("passes.defs.quantization").FP16ComputePrecision
+    # It would validate every block after each pass: once is enough for passes that are not ours.
+    run = _passes(passes.PASS_REGISTRY, _counter(progress))
+    yield passes.PassPipelineManager, "apply_pipeline", staticmethod(run)
+    # It would look at every element of a placeholder, once for every operation that uses it.
+    yield cast, "fp16_overflow", staticmethod(_overflow(placeholders))
+    yield cast, "_check_underflow_to_zero", _underflow(cast._check_underflow_to_zero)
+    # It would compare constants by value: placeholders have a code each, so no two are equal.
+    duplicates = _mil("passes.defs.cleanup.const_deduplication").const_deduplication
+    yield duplicates, "should_be_deduplicated", staticmethod(_small(duplicates.should_be_deduplicated))
+    # It would infer all types and values anew where it has found nothing to do.
+    transposes = _mil("passes.defs.optimize_repeat_ops")._TransposeOptimization
+    yield transposes, "apply_transform", _nothing_to_cancel(transposes.apply_transform)
+    # It would collect garbage while all of the program is still needed; we do after it.
+    yield import_coremltools("converters._converters_entry"), "gc", SimpleNamespace(collect=lambda: 0)
+
+
+def _in_types() -> Iterator[Replacement]:
+    block, variable, cast = _mil("block"), _mil("var").Var, _mil("ops.defs.iOS15.elementwise_unary").cast
+    yield block.Block, "_propagate_nonreplaceable_vars", lambda _: None  # of compressed weights: none here
+    # It would print the whole program for a log that nobody reads.
+    yield block.Function, "__str__", lambda function: function.name
+    # It would copy lists of names by `copy.deepcopy`.
+    yield variable, "scopes", property(variable.scopes.fget, _set_scopes)
+    # It would write out what a placeholder only repeats, which takes the memory of the whole weight.
+    yield cast, "get_cast_value", classmethod(_cast(cast.get_cast_value.__func__))
+    # They describe a type anew each time that they ask whether it is a tensor, half a million times.
+    for types in map(_mil, ASK_FOR_TYPES):
+        yield types, "get_type_info", _remembered(types.get_type_info)
+
+
+def _at_the_ends(write: Write) -> Iterator[Replacement]:
+    # The one place where the serialiser writes a constant to the weight file: here the real weight comes in.
+    helper = import_coremltools("converters.mil.backend.mil.load").helper
+    yield helper, "_get_offset_by_writing_data", lambda var, _: write(var.val)
+    node = import_coremltools("converters.mil.frontend.torch.internal_graph").InternalTorchIRNode
+    yield node, "from_torchscript_node", classmethod(_placed(node.from_torchscript_node.__func__))
+    # It would compare each weight of the trace with itself, element by element.
+    yield torch, "equal", _equal(torch.equal)
+    # Its progress bars would be drawn through ours.
+    yield import_coremltools("converters.mil.frontend.torch.ops"), "_tqdm", lambda nodes, **_: nodes
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
@@ -18,9 +19,11 @@ from diffusion_convert.checkpoint.tensor_file import let_go
 from diffusion_convert.compile.metadata_json import compute_precision
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.export.coremltools_patches import patched_coremltools, temporary_files_in
+from diffusion_convert.export.derivations import Derivations
 from diffusion_convert.export.placeholders import Misplaced, Placeholders, is_finite
 from diffusion_convert.export.split_attention import COPY, in_one_piece, split
 from diffusion_convert.export.trace import trace
+from diffusion_convert.networks import teach_coremltools
 from diffusion_convert.options import Precision
 from diffusion_runtime.atomic import work
 from diffusion_runtime.coremltools_import import import_coremltools
@@ -31,9 +34,6 @@ from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import write_package
 from diffusion_runtime.mil.program import DType, FunctionInterface, Metadata
 from diffusion_runtime.mil.weights import WeightWriter
-
-if TYPE_CHECKING:
-    import torch
 
 OnPhase = Callable[[str, float], None]
 """Told what is being done ("load", "trace", "convert", "save") and how much of it is done, from 0 to 1."""
@@ -176,8 +176,6 @@ def _convert(
     writer: WeightWriter,
     clock: _Clock,
 ) -> tuple[Model, dict[str, str]]:
-    from diffusion_convert.networks import teach_coremltools
-
     ct = import_coremltools()
     teach_coremltools()
 
@@ -213,8 +211,6 @@ def _shape(ct: Any, port: Port) -> Any:
 def _stored(array: np.ndarray, weight: tuple[str, torch.Tensor] | None) -> np.ndarray:
     """The elements to store for a constant: its own, or those of the named weight that it stands for, in the
     constant's type."""
-    import torch
-
     if weight is None:
         return np.ascontiguousarray(array)
     name, tensor = weight

@@ -14,15 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from diffusion_convert.checkpoint.tensor_file import let_go
 from diffusion_runtime.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
 
 FLOAT16_MAX = 65504.0
 MIN_SIZE = 1024
@@ -106,8 +103,6 @@ class Placeholders:
 
     def exceeds_float16(self, index: int) -> bool:
         """Whether an element of that weight is beyond float16. Types that are no wider than float16 have none."""
-        import torch
-
         # A weight is read once for all operations that use it: it may be computed (LoRAs) or on a slow disk.
         if index not in self._exceeding:
             tensor = self._weights[index].read()
@@ -134,8 +129,6 @@ class Placeholders:
             raise Misplaced(f"{listed} did not come out of the converter", missing)
 
     def _stand_in(self, name: str, tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        import torch
-
         if not tensor.is_floating_point():
             return tensor
         small = tensor.numel() < MIN_SIZE or tensor.ndim < 2 or tensor.shape[0] < 2

@@ -13,16 +13,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import nn
 
+from diffusion_convert.networks.attention import split_einsum, split_einsum_v2
+from diffusion_convert.networks.transformer import Attention, SpatialAttention
 from diffusion_runtime.errors import UnsupportedError
 from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.program import Block, DType, Operation, TensorType, Value, Variable
-
-if TYPE_CHECKING:
-    from torch import nn
 
 COPY = re.compile(r"(_head_\d+)?(_chunk_\d+)?$")
 """What the names of copies end with, after the name of the operation that they are copies of."""
@@ -45,9 +44,6 @@ class Pieces:
 def in_one_piece(network: nn.Module) -> Iterator[Mapping[str, Pieces]]:
     """In this context, split attentions of ``network`` have one head and one chunk: right in shape, wrong in value.
     Gives what each is to be split into, by the path of its module."""
-    from diffusion_convert.networks.attention import split_einsum, split_einsum_v2
-    from diffusion_convert.networks.transformer import Attention, SpatialAttention
-
     chunks = {split_einsum.attend: 0, split_einsum_v2.attend: split_einsum_v2.QUERY_CHUNK}
     found = {
         path: module

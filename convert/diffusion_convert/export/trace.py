@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-    from diffusion_convert.components.component import Graph
+from diffusion_convert.components.component import Graph
 
 _MAX_COMPUTED = 4096
 """Operations on tensors of at most this many elements are computed: a network may look at a mask or an index."""
@@ -18,8 +20,6 @@ _MAX_COMPUTED = 4096
 
 def trace(graph: Graph) -> torch.jit.ScriptModule:
     """``graph.module`` as TorchScript. Takes seconds for a full-size UNet, where computing would take minutes."""
-    import torch
-
     examples = tuple(torch.zeros(()).expand(port.shape) for port in graph.inputs)
     with torch.no_grad(), _shapes_only():
         traced: torch.jit.ScriptModule = torch.jit.trace(  # type: ignore[no-untyped-call]
@@ -35,60 +35,56 @@ def _shapes_only() -> Iterator[None]:
     It lies below the tracer, which records the operations as always. What is done here, it must not record, down to
     the sizes that torch's own shape functions read: the tracer follows one thread, so that is done in another.
     """
-    import torch
-    from torch.overrides import TorchFunctionMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves, tree_map
+    with ThreadPoolExecutor(max_workers=1) as untraced, _ShapesOnly(untraced), _RecordedConvolution():
+        yield
 
+
+class _ShapesOnly(TorchDispatchMode):
+    def __init__(self, untraced: ThreadPoolExecutor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.untraced = untraced
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return self.untraced.submit(_run, func, args, kwargs or {}).result()
+
+
+class _RecordedConvolution(TorchFunctionMode):
+    """The tracer does not record a convolution but what it calls, which `_ShapesOnly` is above of."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        call = _convolve if func is torch.conv2d else func
+        return call(*args, **(kwargs or {}))
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     views = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-
-    def as_meta(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        return torch.device("meta") if isinstance(value, torch.device) else value
-
-    def as_zeros(value: Any) -> Any:
-        return torch.zeros((), dtype=value.dtype).expand(value.shape) if isinstance(value, torch.Tensor) else value
-
-    def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(views):
-            return shaped(func, args, kwargs)
-
-    def shaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(views):
         if func._schema.is_mutable and _is_zeros(args[0]):
-            return args[
-                0
-            ]  # what is written to one stored element would be of all; an operation gives what it wrote to
+            # What is written to one stored element would be of all; an operation gives what it wrote to.
+            return args[0]
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         small = all(tensor.numel() <= _MAX_COMPUTED for tensor in tensors)
         if small or func._schema.is_mutable:
             return func(*args, **kwargs)
-        return tree_map(as_zeros, func(*tree_map(as_meta, args), **tree_map(as_meta, kwargs)))
+        return tree_map(_as_zeros, func(*tree_map(_as_meta, args), **tree_map(_as_meta, kwargs)))
 
-    class ShapesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        def __torch_dispatch__(
-            self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
-        ) -> Any:
-            return untraced.submit(run, func, args, kwargs or {}).result()
 
-    class RecordedConvolution(TorchFunctionMode):
-        """The tracer does not record a convolution but what it calls, which `ShapesOnly` is above of."""
+def _as_meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return torch.device("meta") if isinstance(value, torch.device) else value
 
-        def __torch_function__(
-            self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
-        ) -> Any:
-            call = _convolve if func is torch.conv2d else func
-            return call(*args, **(kwargs or {}))
 
-    shapes_only: TorchDispatchMode = ShapesOnly()  # type: ignore[no-untyped-call]
-    with ThreadPoolExecutor(max_workers=1) as untraced, shapes_only, RecordedConvolution():
-        yield
+def _as_zeros(value: Any) -> Any:
+    return torch.zeros((), dtype=value.dtype).expand(value.shape) if isinstance(value, torch.Tensor) else value
 
 
 def _is_zeros(value: Any) -> bool:
     """Whether a value is one of the results that only have a shape."""
-    import torch
-
     return isinstance(value, torch.Tensor) and value.numel() > 1 and not any(value.stride())
 
 
@@ -102,8 +98,6 @@ def _convolve(
     groups: int = 1,
 ) -> torch.Tensor:
     """``torch.conv2d`` by the operation that the tracer records for it."""
-    import torch
-
     strides, padded, dilated = (
         [size, size] if isinstance(size, int) else list(size) for size in (stride, padding, dilation)
     )

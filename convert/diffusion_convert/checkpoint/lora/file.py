@@ -6,16 +6,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from diffusion_convert.checkpoint import tensor_file
 from diffusion_convert.checkpoint.lora import names, settings
 from diffusion_convert.checkpoint.lora.kinds import Layer, Parts, kind_of
 from diffusion_convert.checkpoint.lora.settings import Settings
 from diffusion_runtime.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
 
 FILE_NAMES = (
     "pytorch_lora_weights.safetensors",
@@ -133,8 +132,6 @@ def _grouped(
 
 def _numbers(scalars: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Alphas that a pickled file holds as plain numbers."""
-    import torch
-
     return {
         name: torch.tensor(float(value))
         for name, value in scalars.items()

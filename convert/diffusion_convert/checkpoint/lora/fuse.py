@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from diffusion_convert.checkpoint.computed import Computed
 from diffusion_convert.checkpoint.ldm_mmdit import swap
@@ -22,9 +23,6 @@ from diffusion_convert.option_values import Lora
 from diffusion_runtime.bundle.manifest import FusedLora
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import FAMILIES
-
-if TYPE_CHECKING:
-    import torch
 
 _FLOAT16_MAX = 65504.0
 
@@ -41,8 +39,6 @@ class Update:
 
     def apply(self, value: torch.Tensor) -> torch.Tensor:
         """``value`` (float32) with the LoRA in it. Raises ValueError where it does not fit."""
-        import torch
-
         if self.place.swapped:
             return swap(self.layer.change(self.target, swap(value), self.strength))
         part, count = self.place.part
@@ -118,8 +114,6 @@ def _with_updates(name: str, updates: Sequence[Update], weight: torch.Tensor) ->
 
 def _dtype(weight: torch.Tensor) -> torch.dtype:
     """Of the fused weight: of its own type, but float16 where that would round coarser than the models do."""
-    import torch
-
     return weight.dtype if weight.dtype in (torch.float16, torch.float32, torch.float64) else torch.float16
 
 
@@ -188,8 +182,6 @@ def _matched(checkpoint: Checkpoint, lora: Lora, partial_: bool) -> _Match:
 
 def _updates(layer: Layer, place: Place, strength: float) -> Iterator[tuple[str, str, Update]]:
     """Raises ValueError where the module lacks what the layer changes, or has it in another shape."""
-    import torch
-
     on_meta = replace(layer, parts={part: value.to("meta") for part, value in layer.parts.items()})
     for target in layer.targets():
         if target not in place.tensors:

@@ -10,12 +10,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-Parts = Mapping[str, "torch.Tensor"]
+Parts = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +132,6 @@ def _without_point(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _over_norm(magnitude: torch.Tensor, weight: torch.Tensor, outputs: bool) -> torch.Tensor:
     """DoRA's magnitude over the norm of what belongs to one output (or, in LyCORIS' older files, one input)."""
-    import torch
-
     axis = 0 if outputs else 1
     others = [dimension for dimension in range(weight.ndim) if dimension != axis]
     norm: torch.Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
@@ -148,8 +144,6 @@ def _over_norm(magnitude: torch.Tensor, weight: torch.Tensor, outputs: bool) -> 
 def _lora(parts: Parts) -> torch.Tensor:
     """up @ down, over the kernel of down or of the Tucker core ``mid`` (rank, rank, …kernel), which up and down act
     on from both sides. LyCORIS' extraction keeps the largest of what is left as sparse values."""
-    import torch
-
     up, down = parts["up"].float(), parts["down"].float()
     if math.prod(up.shape[2:]) != 1:
         raise ValueError("its tensors do not fit each other")
@@ -174,8 +168,6 @@ def _embedding(parts: Parts) -> torch.Tensor:
 
 def _tucker(core: torch.Tensor, out: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
     """A kernel of a core (rank, rank, …kernel), ``out`` (rank, outputs) and ``into`` (rank, inputs)."""
-    import torch
-
     return torch.einsum("pq...,po,qi->oi...", core.float(), out.float(), into.float())
 
 
@@ -193,7 +185,6 @@ def _loha(parts: Parts) -> torch.Tensor:
 
 def _lokr(parts: Parts) -> torch.Tensor:
     """The Kronecker product of two matrices, of which the second may have a kernel; each may be of low rank."""
-    import torch
 
     def factor(number: int) -> torch.Tensor:
         if f"lokr_w{number}" in parts:
