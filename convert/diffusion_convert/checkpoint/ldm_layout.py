@@ -11,6 +11,7 @@ import torch
 from diffusion_convert.checkpoint import diffusers_unet
 from diffusion_convert.checkpoint.ldm_shapes import Tensors
 from diffusion_convert.checkpoint.tensor_file import below
+from diffusion_runtime.families import COMPONENTS, T5
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,15 @@ NETWORKS = (
     ),
     Network("depth", ("depth_model.model.",), "depth_estimator", "DPTForDepthEstimation"),
 )
+SD3_NETWORKS = (
+    Network("mmdit", ("model.diffusion_model.", ""), "transformer", "SD3Transformer2DModel"),
+    Network("vae", ("first_stage_model.", "vae."), "vae", "AutoencoderKL"),
+    Network("clip_l", ("text_encoders.clip_l.transformer.",), "text_encoder", "CLIPTextModelWithProjection"),
+    Network("clip_2", ("text_encoders.clip_g.transformer.",), "text_encoder_2", "CLIPTextModelWithProjection"),
+    Network("t5", ("text_encoders.t5xxl.transformer.",), COMPONENTS[T5].subfolder, "T5EncoderModel"),
+)
+"""Those of Stable Diffusion 3 in one file, as Stability AI publishes it."""
+_MMDIT_MARK = "joint_blocks.0.x_block.attn.qkv.weight"
 _BARE_UNET = "input_blocks.0.0.weight"
 _UNET_MARK = f"{NETWORKS[0].prefixes[0]}{_BARE_UNET}"
 _ADDED = "label_emb.0.0.weight"
@@ -121,6 +131,9 @@ def unwrapped(tensors: Tensors) -> Tensors:
 def split(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of each network of a file, by kind and by the names inside the network. Training's averages
     (``model_ema.…``) are taken where the file has no other UNet; noise schedules belong to no network."""
+    if any(f"{prefix}{_MMDIT_MARK}" in tensors for prefix in SD3_NETWORKS[0].prefixes):
+        found = {network.kind: _of_sd3(tensors, network) for network in SD3_NETWORKS}
+        return {kind: part for kind, part in found.items() if part}
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for network in NETWORKS:
         prefix = next((prefix for prefix in network.prefixes if any(n.startswith(prefix) for n in tensors)), None)
@@ -141,6 +154,18 @@ def split(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
     if "unet" not in parts and (averaged := _averaged(tensors)):
         parts["unet"] = averaged
     return parts
+
+
+def _of_sd3(tensors: Tensors, network: Network) -> dict[str, torch.Tensor]:
+    """What of a file is of the network, by the names inside it; nothing where it is not there."""
+    of_others = tuple(prefix for other in SD3_NETWORKS for prefix in other.prefixes if prefix)
+    for prefix in network.prefixes:
+        found = below(tensors, prefix)
+        if not prefix:
+            found = {name: value for name, value in found.items() if not name.startswith(of_others)}
+        if found:
+            return found
+    return {}
 
 
 def _add_bare(tensors: Tensors, parts: dict[str, dict[str, torch.Tensor]]) -> None:

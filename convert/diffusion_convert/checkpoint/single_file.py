@@ -24,7 +24,6 @@ from diffusion_convert.checkpoint import (
     ldm_marks,
     ldm_names,
     ldm_shapes,
-    mmdit_file,
     scaled,
     tensor_file,
     torch_networks,
@@ -34,21 +33,23 @@ from diffusion_convert.checkpoint.diffusers_folder import LEFT_OUT, SCHEDULERS
 from diffusion_convert.checkpoint.ldm_layout import (
     NETWORKS,
     OTHER_LAYOUTS,
+    SD3_NETWORKS,
     Network,
     only_averaged,
     split,
     unwrapped,
 )
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
-from diffusion_convert.checkpoint.vocabulary import TOKENIZER_FILES
+from diffusion_convert.checkpoint.vocabulary import FAST, SENTENCEPIECE, T5_FILES, TOKENIZER_FILES
 from diffusion_runtime.bundle.integrity import sha256
 from diffusion_runtime.bundle.manifest import Source
-from diffusion_runtime.errors import CheckpointError
-from diffusion_runtime.families import FAMILIES, TEXT_ENCODERS
+from diffusion_runtime.errors import CheckpointError, InputError
+from diffusion_runtime.families import COMPONENTS, FAMILIES, T5, TEXT_ENCODERS
 from diffusion_runtime.prompt.tokenizer import VOCABULARY_FILES
 from diffusion_runtime.real_path import is_there
 
 CLIP_VOCABULARY_SIZE = 49408
+SD3, T5_SUBFOLDER = "sd3", COMPONENTS[T5].subfolder
 _CONTROL = "control_model."
 GIVEN_BY = {"vae": "--vae or --base", "text encoder": "--base"}
 """What a file may lack, and the option that gives it."""
@@ -64,11 +65,9 @@ def open_single_file(
     of another kind, InputError for a family that contradicts the file.
     """
     file = _read(path)
-    if mmdit_file.is_one(file.tensors):
-        return mmdit_file.open_file(
-            *(path, file.tensors, family, without_vae, base), submodel=submodel, clip_tokenizer=clip_tokenizer
-        )
     parts = split(file.tensors)
+    if "mmdit" in parts:
+        return _open_sd3(path, parts, family, without_vae, base)
     _check_layout(path, file.tensors, parts, without_vae, base)
     given = ldm_configs.read_beside(path)
     if diffusers_unet.is_one(file.tensors):
@@ -104,6 +103,53 @@ def open_single_file(
         pipeline_config=data.get("pipeline_config", {}),
         notes=(*notes, *_notes(path, file, parts, data, given), *_few_steps(path, marks, given)),
     )
+
+
+def _open_sd3(
+    path: Path,
+    parts: Mapping[str, ldm_shapes.Tensors],
+    family: str | None,
+    without_vae: bool,
+    base: Checkpoint | None,
+) -> Checkpoint:
+    """Stable Diffusion 3: the transformer and the VAE, and in some files the text encoders. T5's tokenizer is in no
+    file: without a folder ``tokenizer_3`` beside it, or a base that has one, T5 is left out."""
+    if family not in (None, SD3):
+        raise InputError(f"{path}: family {family!r} does not fit a Stable Diffusion 3 model: expected {SD3}")
+    if base is not None and base.family != SD3:
+        raise InputError(f"--base {base.source.name}: is {base.family}, but {path} is {SD3}")
+    data, beside = ldm_configs.family_data(SD3), ldm_configs.read_beside(path)
+    models = dict(base.models) if base is not None else {}
+    for network in SD3_NETWORKS:
+        if network.kind in parts:
+            models[network.subfolder] = submodel(path, network, parts[network.kind], data, beside)
+    needed = ("vae", *FAMILIES[SD3].encoders)[int(without_vae) :]
+    if missing := [name for name in needed if name not in models]:
+        raise CheckpointError(f"{path}: has no {' and no '.join(missing)}: give what is missing with --base")
+    own = _tokenizers(path, data, models, None) if base is None else base.tokenizers
+    tokenizers = {**own, **_t5_tokenizer(path)}
+    notes: tuple[str, ...] = ()
+    if T5_SUBFOLDER not in tokenizers and models.pop(T5_SUBFOLDER, None) is not None:
+        notes = (
+            f"{path.name} has T5 without its tokenizer: made without T5; a folder tokenizer_3 beside the file, or "
+            "--base, gives it",
+        )
+    scheduler = data["scheduler"] if base is None else base.schedulers["scheduler"]
+    return Checkpoint(
+        name=path.stem,
+        family=SD3,
+        source=Source(name=path.name, sha256=sha256(path)),
+        models=models,
+        schedulers={"scheduler": ldm_configs.merge(scheduler, beside.get("scheduler", {}))},
+        tokenizers=tokenizers,
+        notes=notes,
+    )
+
+
+def _t5_tokenizer(path: Path) -> dict[str, Mapping[str, Path]]:
+    folder = path.parent / "tokenizer_3"
+    there = {name: folder / name for name in T5_FILES if is_there(folder / name, CheckpointError)}
+    return {T5_SUBFOLDER: there} if there.keys() & {FAST, SENTENCEPIECE} else {}
 
 
 def _with_unet_of(base: Checkpoint, unet: ldm_shapes.Tensors, data: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +194,7 @@ def _tokenizers(
         return {name: base.tokenizers[name] for name in encoders}
     folders = {name: name.replace("text_encoder", "tokenizer") for name in encoders}
     return {
-        name: clip_tokenizer(path, folder, data[folder], models[name].config["vocab_size"])
+        name: _clip_tokenizer(path, folder, data[folder], models[name].config["vocab_size"])
         for name, folder in folders.items()
     }
 
@@ -230,9 +276,7 @@ def _mapped(kind: str, part: ldm_shapes.Tensors, config: Mapping[str, Any]) -> M
 
 def _map_tensors(path: Path, kind: str, config: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
     file = _read(path)
-    sd3 = [one for one in mmdit_file.NETWORKS if one.kind == kind] if mmdit_file.is_one(file.tensors) else []
-    part = mmdit_file.part(file.tensors, sd3[0]) if sd3 else split(file.tensors)[kind]
-    weights, scales = scaled.apart(part)
+    weights, scales = scaled.apart(split(file.tensors)[kind])
     return file.decoded(scaled.scaled(ldm_names.NAMES[kind](weights, config), weights, scales))
 
 
@@ -274,7 +318,7 @@ def _check_layout(
     raise CheckpointError(f"{path}: has no {' and no '.join(missing)}: {what}")
 
 
-def clip_tokenizer(path: Path, name: str, settings: str, vocabulary_size: int) -> dict[str, Path]:
+def _clip_tokenizer(path: Path, name: str, settings: str, vocabulary_size: int) -> dict[str, Path]:
     """Files by name: those next to the checkpoint or in a folder ``name`` there, else CLIP's vocabulary with the
     family's settings."""
     for folder in (path.parent / name, path.parent):
