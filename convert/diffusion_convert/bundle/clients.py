@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffusion_runtime.families import LATENT_SCALE, Layout
 
@@ -117,6 +117,8 @@ _STEER_COMFYUI = """choose the UNet's package for ControlNets (`control-unet`, `
 and their pictures in ComfyUI's own nodes, which feed the UNet."""
 _ENCODER_INPUT = "looks for an input `z` of the VAE encoder, which is called `x` here and in Apple's models"
 
+_COMFYUI_1 = Client("ComfyUI-CoreMLSuite 1.x", _COMFYUI, _IN_COMFYUI, _STEER_COMFYUI, kinds=("packages",))
+
 CLIENTS: tuple[Client, ...] = (
     Client(
         "Apple's ml-stable-diffusion (Swift)",
@@ -195,20 +197,7 @@ python -m python_coreml_stable_diffusion.pipeline --prompt "a photograph of an a
         """unpack a zip of the table above and remove `VAEEncoder.mlmodelc` from the folder: the app stops
 where the encoder's input is not called `z`.""",
     ),
-    Client(
-        "ComfyUI-CoreMLSuite 1.x",
-        _COMFYUI,
-        _IN_COMFYUI,
-        _STEER_COMFYUI,
-        kinds=("packages",),
-    ),
-    Client(
-        "ComfyUI-CoreMLSuite 2.x",
-        _COMFYUI,
-        _IN_COMFYUI,
-        _STEER_COMFYUI,
-        layout=Layout.COMFYUI,
-        kinds=("packages",),
-    ),
+    _COMFYUI_1,
+    replace(_COMFYUI_1, name="ComfyUI-CoreMLSuite 2.x", layout=Layout.COMFYUI),
     Client("coreml-sd", {}, kinds=("packages", "compiled")),
 )

@@ -8,6 +8,13 @@ from functools import partial
 
 import torch
 
+FLOAT16_MAX = 65504.0
+
+
+def least_float16(tensor: torch.Tensor) -> torch.dtype:
+    """Of what is computed of a tensor: its own type, but float16 where that would round coarser than models do."""
+    return tensor.dtype if tensor.dtype in (torch.float16, torch.float32, torch.float64) else torch.float16
+
 
 class Computed(Mapping[str, torch.Tensor]):
     """``tensors``, of which some are what a function makes of them at each access."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from diffusion_convert.checkpoint import tensor_file
-from diffusion_convert.checkpoint.computed import Computed
+from diffusion_convert.checkpoint.computed import FLOAT16_MAX, Computed, least_float16
 from diffusion_convert.checkpoint.family import text_length
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.vocabulary import numbers_of
@@ -100,7 +100,7 @@ def _tensors(model: Submodel, rows: torch.Tensor, numbers: tuple[int, ...]) -> M
 
 def _with_rows(table: torch.Tensor, rows: torch.Tensor, numbers: tuple[int, ...]) -> torch.Tensor:
     """``table`` with ``rows`` at ``numbers``, in its own type, but float16 where that is coarser."""
-    kind = table.dtype if table.dtype in (torch.float16, torch.float32, torch.float64) else torch.float16
+    kind = least_float16(table)
     grown = torch.zeros(max(len(table), numbers[-1] + 1), table.shape[1], dtype=kind)
     grown[: len(table)] = table
     grown[list(numbers)] = rows.to(kind)
@@ -170,7 +170,7 @@ def _problems(checkpoint: Checkpoint, vectors: Mapping[str, torch.Tensor]) -> It
             )
         elif len(values) > room:
             yield f"{len(values)} vectors, but a prompt has room for {room}"
-        elif not bool(values.float().isfinite().all()) or float(values.float().abs().max()) > 65504.0:
+        elif not bool(values.float().isfinite().all()) or float(values.float().abs().max()) > FLOAT16_MAX:
             yield "holds values that are not finite, or too large for float16: the file is damaged"
     counts = {len(values) for values in vectors.values() if values.ndim == 2}
     if len(counts) > 1:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 TOKENS = "tokens"
@@ -21,34 +22,28 @@ class Projections(nn.Module):
     def from_config(cls, config: Mapping[str, Any]) -> Projections:
         """``projections``: of each its ``kind`` ("plain", "plus" or "full"), the width of what it takes (``embed``)
         and gives (``width``), its ``tokens``; a resampler's ``hidden`` width and ``heads``."""
-        return cls([KINDS[one["kind"]](one) for one in config["projections"]])
+        return cls(list(map(_layer, config["projections"])))
+
+    def forward(self, *pictures: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        found = tuple(layer(picture) for layer, picture in zip(self.layers, pictures, strict=True))
+        return found if len(found) > 1 else found[0]
 
 
-def _plain(one: Mapping[str, Any]) -> nn.Module:
-    from diffusers.models.embeddings import ImageProjection
+def _layer(one: Mapping[str, Any]) -> nn.Module:
+    from diffusers.models import embeddings
 
-    made: nn.Module = ImageProjection(one["embed"], one["width"], one[TOKENS])
+    embed, width = one["embed"], one["width"]
+    made: nn.Module
+    if one["kind"] == "plain":
+        made = embeddings.ImageProjection(embed, width, one[TOKENS])
+    elif one["kind"] == "full":
+        made = embeddings.IPAdapterFullImageProjection(embed, width)
+    else:
+        made = embeddings.IPAdapterPlusImageProjection(
+            embed_dims=embed,
+            output_dims=width,
+            hidden_dims=one["hidden"],
+            heads=one["heads"],
+            num_queries=one[TOKENS],
+        )
     return made
-
-
-def _full(one: Mapping[str, Any]) -> nn.Module:
-    from diffusers.models.embeddings import IPAdapterFullImageProjection
-
-    made: nn.Module = IPAdapterFullImageProjection(one["embed"], one["width"])
-    return made
-
-
-def _plus(one: Mapping[str, Any]) -> nn.Module:
-    from diffusers.models.embeddings import IPAdapterPlusImageProjection
-
-    made: nn.Module = IPAdapterPlusImageProjection(
-        embed_dims=one["embed"],
-        output_dims=one["width"],
-        hidden_dims=one["hidden"],
-        heads=one["heads"],
-        num_queries=one[TOKENS],
-    )
-    return made
-
-
-KINDS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {"plain": _plain, "plus": _plus, "full": _full}

@@ -5,29 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.ip_adapter import patches
-from diffusion_convert.checkpoint.ip_projections import TOKENS
+from diffusion_convert.checkpoint.ip_projections import TOKENS, Projections
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Port, Shape
 from diffusion_convert.networks.attention import ATTENTION
 from diffusion_convert.networks.picture_prompts import projection
 from diffusion_runtime.families import AttentionKind
-
-
-class Projections(nn.Module):
-    """Each adapter's picture to its tokens (1, width, 1, tokens)."""
-
-    def __init__(self, layers: list[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, *pictures: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        found = tuple(layer(picture) for layer, picture in zip(self.layers, pictures, strict=True))
-        return found if len(found) > 1 else found[0]
 
 
 def build(checkpoint: Checkpoint, attention: AttentionKind | None, shape: Shape) -> Graph:  # noqa: ARG001

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion_convert.checkpoint.computed import Computed
+from diffusion_convert.checkpoint.computed import FLOAT16_MAX, Computed, least_float16
 from diffusion_convert.checkpoint.ldm_mmdit import swap
 from diffusion_convert.checkpoint.lora import file as lora_file
 from diffusion_convert.checkpoint.lora.kinds import Layer
@@ -23,8 +23,6 @@ from diffusion_convert.option_values import Lora
 from diffusion_runtime.bundle.manifest import FusedLora
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import FAMILIES
-
-_FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,18 +107,13 @@ def _with_updates(name: str, updates: Sequence[Update], weight: torch.Tensor) ->
     # What had no room in float16 before is not this LoRA's fault: the export keeps such weights in float32.
     if not _storable(fused) and _storable(weight):
         raise InputError(_blame(name, weight, updates))
-    return fused.to(_dtype(weight))
-
-
-def _dtype(weight: torch.Tensor) -> torch.dtype:
-    """Of the fused weight: of its own type, but float16 where that would round coarser than the models do."""
-    return weight.dtype if weight.dtype in (torch.float16, torch.float32, torch.float64) else torch.float16
+    return fused.to(least_float16(weight))
 
 
 def _storable(weight: torch.Tensor) -> bool:
     """Whether float16 has room for every element; no NaN has."""
     low, high = (float(value) for value in weight.float().aminmax())
-    return low >= -_FLOAT16_MAX and high <= _FLOAT16_MAX
+    return low >= -FLOAT16_MAX and high <= FLOAT16_MAX
 
 
 def _blame(name: str, weight: torch.Tensor, updates: Sequence[Update]) -> str:
@@ -137,7 +130,7 @@ def _blame(name: str, weight: torch.Tensor, updates: Sequence[Update]) -> str:
                 f"--lora {layer.path}: {layer.names[part]} holds infinite or undefined values: the file is damaged"
             )
     return (
-        f"--lora {layer.path}: {layer.title} makes {name} too large for float16 (over {_FLOAT16_MAX:.0f}) at "
+        f"--lora {layer.path}: {layer.title} makes {name} too large for float16 (over {FLOAT16_MAX:.0f}) at "
         f"weight {update.strength:g}: the file is damaged, or for another model"
     )
 
