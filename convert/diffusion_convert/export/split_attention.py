@@ -36,8 +36,7 @@ class Pieces:
 
     def sizes(self, queries: int) -> list[int]:
         """The queries of each chunk; the last has what is left."""
-        chunk = self.chunk or queries
-        return [min(chunk, queries - start) for start in range(0, queries, chunk)]
+        return split_einsum_v2.chunk_sizes(queries, self.chunk or queries)
 
 
 @contextmanager

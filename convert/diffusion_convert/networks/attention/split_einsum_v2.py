@@ -31,10 +31,9 @@ def attend(
     return join([_attend_in_chunks(*one, masks, sizes) for one in by_head], dim=1)
 
 
-def chunk_sizes(queries: int) -> list[int]:
-    """The lengths of the chunks: 512 each, and the remainder if there is one."""
-    whole, rest = divmod(queries, QUERY_CHUNK)
-    return [QUERY_CHUNK] * whole + [rest] * (rest > 0)
+def chunk_sizes(queries: int, chunk: int = QUERY_CHUNK) -> list[int]:
+    """The lengths of the chunks: ``chunk`` each, and the remainder if there is one."""
+    return [min(chunk, queries - start) for start in range(0, queries, chunk)]
 
 
 def _attend_in_chunks(
