@@ -33,8 +33,10 @@ SCHEDULERS = ("scheduler", "low_res_scheduler")
 REQUIRED = ("vae", "scheduler")
 DENOISERS = ("unet", "transformer")
 """One of them is in every pipeline."""
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-"""Each belongs to the text encoder of the same number."""
+TOKENIZERS = {
+    name: name.replace("tokenizer", "text_encoder") for name in ("tokenizer", "tokenizer_2", "tokenizer_3")
+}
+"""The subfolder of each one's text encoder."""
 T5_PARTS = ("text_encoder_3", "tokenizer_3")
 """What Stable Diffusion 3 may be converted without."""
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -96,11 +98,7 @@ def open_folder(
         source=source,
         models=models,
         schedulers=schedulers,
-        tokenizers={
-            name.replace("tokenizer", "text_encoder"): _tokenizer(folder / name)
-            for name in TOKENIZERS
-            if name in parts
-        },
+        tokenizers={TOKENIZERS[name]: _tokenizer(folder / name) for name in TOKENIZERS if name in parts},
         pipeline_config={name: value for name, value in index.items() if not _is_part(value)},
         notes=tuple(_notes(folder, named, models, variant)),
     )

@@ -72,12 +72,7 @@ def open_single_file(
     given = ldm_configs.read_beside(path)
     if diffusers_unet.is_one(file.tensors):
         given = ldm_configs.merge({"unet": diffusers_unet.config_beside(path)}, given)
-    edm = [name for name in ldm_marks.EDM if name in file.tensors]
-    if edm and "_class_name" not in given.get("scheduler", {}):
-        raise CheckpointError(
-            f"{path}: has {edm[0]}, so its noise levels are EDM's (Playground v2.5, CosXL), which a file does not "
-            f"tell: give its diffusers folder, or scheduler and VAE in {path.with_suffix('.config.json').name}"
-        )
+    _check_noise_levels(path, file.tensors, given)
     marks = ldm_marks.read(path, file, settled="prediction_type" in given.get("scheduler", {}))
     if ldm_shapes.GUIDANCE in parts["unet"]:
         marks = replace(marks, few_steps="lcm")
@@ -292,6 +287,15 @@ def _check_all_used(part: ldm_shapes.Tensors, mapped: ldm_shapes.Tensors) -> Non
     used = {id(value) for value in mapped.values()}
     if left := [name for name, value in part.items() if id(value) not in used]:
         raise CheckpointError(f"its UNet has parts that no covered family has: {torch_networks.listed(left)}")
+
+
+def _check_noise_levels(path: Path, tensors: ldm_shapes.Tensors, given: ldm_configs.Sections) -> None:
+    edm = [name for name in ldm_marks.EDM if name in tensors]
+    if edm and "_class_name" not in given.get("scheduler", {}):
+        raise CheckpointError(
+            f"{path}: has {edm[0]}, so its noise levels are EDM's (Playground v2.5, CosXL), which a file does not "
+            f"tell: give its diffusers folder, or scheduler and VAE in {path.with_suffix('.config.json').name}"
+        )
 
 
 def _check_layout(

@@ -143,16 +143,7 @@ def _attend_to_pictures(network: Any, tokens: Sequence[int]) -> None:
 def _fitting(tensors: Mapping[str, torch.Tensor], network: torch.nn.Module, where: str) -> dict[str, torch.Tensor]:
     """``tensors`` by the network's names and in its shapes."""
     expected = network.state_dict()
-    found = {_name(name, expected): tensor for name, tensor in tensors.items()}
-    for one, other in _TIED:
-        if (one in found) != (other in found) and {one, other} <= expected.keys():
-            found[one] = found[other] = found[one if one in found else other]
-    layers = {layer[1] for name in expected if (layer := _TEXT_LAYER.match(name))}
-    found = {
-        name: tensor
-        for name, tensor in found.items()
-        if not (layers and (layer := _TEXT_LAYER.match(name)) and layer[1] not in layers)  # see `unused_layers`
-    }
+    found = _named(tensors, expected)
     parts = {name.partition(".")[0] for name in expected}
     shapes = {
         name: tensor.reshape(expected[name].shape) if _squeezes(tensor, expected[name]) else tensor
@@ -183,6 +174,20 @@ def _fitting(tensors: Mapping[str, torch.Tensor], network: torch.nn.Module, wher
     if wrong:
         raise CheckpointError(f"{where}: the weights are not those of config.json's network: {'; '.join(wrong)}")
     return shapes
+
+
+def _named(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """``tensors`` by the network's names, without those of layers that it does not have (`unused_layers`)."""
+    found = {_name(name, expected): tensor for name, tensor in tensors.items()}
+    for one, other in _TIED:
+        if (one in found) != (other in found) and {one, other} <= expected.keys():
+            found[one] = found[other] = found[one if one in found else other]
+    layers = {layer[1] for name in expected if (layer := _TEXT_LAYER.match(name))}
+    return {
+        name: tensor
+        for name, tensor in found.items()
+        if not (layers and (layer := _TEXT_LAYER.match(name)) and layer[1] not in layers)
+    }
 
 
 def unused_layers(submodel: Submodel, tensors: Mapping[str, torch.Tensor]) -> int:

@@ -93,6 +93,7 @@ def build(
     config = checkpoint.models[subfolder].config
     length, width = text_length(checkpoint, subfolder), int(config["hidden_size"])
     pooled = int(config["projection_dim"]) if hasattr(model, "text_projection") else width
+    states = (1, length, width)
     skip, name = checkpoint.clip_skip, "hidden_embeds" if penultimate else "last_hidden_state"
     which = "before the last layer" if penultimate else "of all tokens"
     encoder: nn.Module = (
@@ -100,7 +101,6 @@ def build(
         if attention is None
         else TextEncoder(model, ATTENTION[attention], penultimate, skip).eval()
     )
-    more = (UNSKIPPED,) if skip else ()
     padding = (checkpoint.folded.padding or {}).get(subfolder)
     if padding is not None:
         encoder = Padded(encoder, Padding(folding.end_token(checkpoint, subfolder), padding, length))
@@ -110,15 +110,12 @@ def build(
         outputs=(
             Port(
                 name,
-                (1, length, width),
+                states,
                 "float32",
                 f"The states {which}, for the UNet" + (f", {skip} layers earlier" if skip else ""),
             ),
             Port("pooled_outputs", (1, pooled), "float32", "The state of the first end-of-text token"),
-            *(
-                Port(one, (1, length, width), "float32", f"The states {which}, for negative prompts")
-                for one in more
-            ),
+            *((Port(UNSKIPPED, states, "float32", f"The states {which}, for negative prompts"),) if skip else ()),
         ),
         sample=lambda seed: {"input_ids": prompt_ids(config, seed, length).astype(np.float32)},
         description="Encodes a prompt's tokens into the states that the UNet attends to.",
