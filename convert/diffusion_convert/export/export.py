@@ -145,8 +145,6 @@ def _program(
     clock: _Clock,
 ) -> _Program:
     """The network of a checkpoint with placeholders for its weights, which are written."""
-    from diffusion_convert.export.derivations import Derivations
-
     with Derivations(checkpoint.models[component.subfolder].tensors()) as derivations:
         graph = component.build(checkpoint, options.attention, options.shape)
     # What is computed of a placeholder while the network is built looks like a weight and is nonsense.
