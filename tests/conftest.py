@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import inspect
+import itertools
 import os
 import shutil
 import subprocess
@@ -12,7 +13,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -21,29 +24,12 @@ os.environ.pop("HF_HUB_OFFLINE", None)
 
 TESTS = Path(__file__).resolve().parent
 CHECKPOINTS = TESTS / "checkpoints"
-_MANY = 100_000
-_collections = [0]
 
 
 def pytest_configure() -> None:
     """Half a million objects are made while tests are collected, and none of them is garbage. What is garbage later
     are networks, which conversions collect."""
     gc.set_threshold(50_000)
-
-
-def pytest_runtest_setup() -> None:
-    """Let the garbage collector pass over the million objects of libraries, and over the networks of fixtures, as
-    `coreml-sd convert` does: a conversion collects dozens of times, and each time that took longer than converting
-    a tiny network. Where nothing was collected, nothing is looked for."""
-    if _full_collections() != _collections[0]:
-        if len(gc.get_objects()) > _MANY:
-            gc.collect()
-            gc.freeze()
-        _collections[0] = _full_collections()
-
-
-def _full_collections() -> int:
-    return int(gc.get_stats()[2]["collections"])
 
 
 LONGEST = (
@@ -102,7 +88,30 @@ def _networks_are_converted_once(shared: Path) -> Iterator[None]:
 
     if "PYTEST_XDIST_WORKER" in os.environ:  # or the first conversions collect before the libraries are passed over
         warm_up()
-    with remembered.conversions(shared / "remembered"):
+    with remembered.conversions(shared / "remembered"), _old_objects_passed_over():
+        yield
+
+
+@contextmanager
+def _old_objects_passed_over() -> Iterator[None]:
+    """In this context, the garbage collector passes over all that is there when a conversion starts, as it does for
+    a process that only converts: a million objects of libraries, models of fixtures. A conversion collects dozens
+    of times, and each time would take longer than converting a tiny network."""
+    from diffusion_convert.conversion import garbage
+
+    conversion = sys.modules["diffusion_convert.conversion.convert"]
+    started = itertools.count()
+
+    @contextmanager
+    def settled_first() -> Iterator[None]:
+        if next(started) % 50 == 0:  # what was passed over may be garbage by now
+            gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        with garbage.new_garbage_only():
+            yield
+
+    with mock.patch.object(conversion, "new_garbage_only", settled_first):
         yield
 
 

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 from unittest import mock
@@ -30,14 +30,19 @@ from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.components.component import Component, Graph, Shape
 from diffusion_convert.export import export, placeholders
 from diffusion_convert.export.placeholders import Misplaced, Placeholders, thin
+from diffusion_convert.palettize import recipe
+from diffusion_convert.palettize.damage import Damage, measure_damage
 from diffusion_convert.verification import compare
 from diffusion_runtime.coremltools_import import import_messages
 from diffusion_runtime.families import COMPONENTS, kind_of
+from diffusion_runtime.mil import proto
 from diffusion_runtime.mil.weights import WeightWriter
 
 Measure = Callable[..., compare.Verdict]
 Refer = Callable[..., compare.Expected]
 Made = TypeVar("Made")
+MOST_PROGRAMS = 32
+"""So many that were read are in memory. They are not changed by anything: who rewrites one makes another."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ def conversions(folder: Path) -> Iterator[None]:
         mock.patch.object(export, "_convert", _remembering(export._convert, trace_key, folder)),
         mock.patch.object(compare, "reference", _referring(compare.reference, folder)),
         mock.patch.object(compare, "_measure", _measuring(compare._measure, folder)),
+        mock.patch.object(recipe, "measure_damage", _damaging(measure_damage, folder)),
+        mock.patch.object(proto, "model_from_bytes", lru_cache(MOST_PROGRAMS)(proto.model_from_bytes)),
     ):
         yield
 
@@ -157,11 +164,32 @@ def _measuring(measure: Measure, folder: Path) -> Measure:
     return measuring
 
 
+def _damaging(measure: Callable[..., Damage], folder: Path) -> Callable[..., Damage]:
+    @wraps(measure)
+    def damaging(package: Path, *given: Any) -> Damage:
+        path = folder / _told_of(package, given).hexdigest()
+        damage: Damage | None = _kept(path)
+        if damage is None:
+            damage = measure(package, *given)
+            _keep(damage, path)
+        return damage
+
+    return damaging
+
+
 def verdict_key(package: Path, expected: compare.Expected, passes: Sequence[Any]) -> str:
-    """Of everything that the package computes from, and what it is compared with. Not of the description, which has
-    the checkpoint's name."""
+    """Of everything that the package computes from, and what it is compared with."""
+    told = _told_of(package, [one.__qualname__ for one in passes])
+    for run in (*expected.inputs, *expected.outputs):
+        for name, array in sorted(run.items()):
+            told.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return str(told.hexdigest())
+
+
+def _told_of(package: Path, asked: object) -> Any:
+    """A hash of a package and of what is asked of it. Not of its description, which has the checkpoint's name."""
     model = import_messages("Model_pb2").Model()
-    told = hashlib.sha256(repr([one.__qualname__ for one in passes]).encode())
+    told = hashlib.sha256(repr(asked).encode())
     for file in sorted(path for path in (package / "Data").rglob("*") if path.is_file()):
         data = file.read_bytes()
         if file.suffix == ".mlmodel":
@@ -169,10 +197,7 @@ def verdict_key(package: Path, expected: compare.Expected, passes: Sequence[Any]
             model.description.metadata.Clear()
             data = model.SerializeToString(deterministic=True)
         told.update(file.name.encode() + hashlib.sha256(data).digest())
-    for run in (*expected.inputs, *expected.outputs):
-        for name, array in sorted(run.items()):
-            told.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    return told.hexdigest()
+    return told
 
 
 def program_key(component: Component, checkpoint: Checkpoint, options: export.ExportOptions) -> str:
