@@ -18,12 +18,13 @@ from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.components import table
 from diffusion_convert.conversion import part, workspace
 from diffusion_convert.options import ConvertOptions
-from diffusion_convert.palettize.outputs import compare_outputs, require_outputs
+from diffusion_convert.palettize.outputs import compare_outputs, require_outputs, seeded_inputs
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.palettize.palettize_package import palettize_package
 from diffusion_convert.verification import compare
 from diffusion_convert.verification.folder import Comparison, verify_models
 from diffusion_runtime import zips
+from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.errors import PackageError, StorageError, VerificationError
 from diffusion_runtime.families import AttentionKind
@@ -152,6 +153,18 @@ def test_values_beyond_the_limit_are_found(tiny_unet: Path) -> None:
     name = next(op.outputs[0].name for op in package.model.function.block.operations if op.type == "conv")
     for size, found in ((99.0, False), (101.0, True), (math.nan, True)):
         assert (name in compare.overflowing(tiny_unet, {name: size}, 100.0)) == found
+
+
+def test_undefined_values_are_no_small_ones(tiny_unet: Path) -> None:
+    model = TorchBackend().load(tiny_unet)
+    defined, undefined = seeded_inputs(model.inputs, 2)
+    expected = compare.Expected((defined, undefined, defined), ({}, {}, {}))
+    undefined["sample"][0, 0, 0, 0] = math.nan
+    verdict = compare.measure(tiny_unet, expected, lambda _: None)
+    assert math.isnan(verdict.largest["sample"])
+    found = compare.overflowing(tiny_unet, verdict.largest, 1e9)
+    assert len(found) > 20
+    assert all(math.isnan(size) for size in found.values())
 
 
 @pytest.mark.parametrize(

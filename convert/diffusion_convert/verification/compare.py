@@ -8,10 +8,9 @@ other operations, weights rounded to float16.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,10 +146,10 @@ def _measure(path: Path, expected: Expected, progress: OnFraction, passes: Seque
             progress(min(len(seen) / count, 1.0))
         if op not in MOVES and value.is_floating_point() and value.numel():
             # Not `aminmax`, which takes sixty times as long where the channels lie last.
-            largest[name] = max(largest.get(name, 0.0), -float(value.amin()), float(value.amax()))
+            largest[name] = _most((largest.get(name, 0.0), -float(value.amin()), float(value.amax())))
 
     worst: dict[str, float] = {}
-    made = tuple(model.observe(partial(watch, run), **inputs) for run, inputs in enumerate(expected.inputs))
+    made = tuple(model.observe_all(watch, expected.inputs))
     for found, outputs in zip(made, expected.outputs, strict=True):
         for name, array in outputs.items():
             worst[name] = min(worst.get(name, math.inf), psnr_db(array, found[name]))
@@ -178,7 +177,7 @@ def overflowing(path: Path, largest: Mapping[str, float], limit: float) -> dict[
     found: dict[str, float] = {}
     known = dict(largest)
     for operation in operations(package.model.function.block):
-        taken = max((known.get(name, 0.0) for name in _taken(operation)), default=0.0)
+        taken = _most(known.get(name, 0.0) for name in _taken(operation))
         for variable in operation.outputs:
             if operation.type in MOVES:
                 known[variable.name] = taken
@@ -186,8 +185,13 @@ def overflowing(path: Path, largest: Mapping[str, float], limit: float) -> dict[
             sizes = (known.get(variable.name, 0.0), known.get(variable.name + SCORES, 0.0), taken)
             hot = [size for size in sizes if size > limit or math.isnan(size)]
             if half and hot:
-                found[variable.name] = max(hot)
+                found[variable.name] = _most(hot)
     return found
+
+
+def _most(sizes: Iterable[float]) -> float:
+    """The largest, at least 0; nan, which `max` passes over, where one is."""
+    return float(np.max([0.0, *sizes]))
 
 
 def check(component: Component, path: Path, verdict: Verdict, explain: Callable[[], str]) -> None:

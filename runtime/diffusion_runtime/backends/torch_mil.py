@@ -16,7 +16,7 @@ from diffusion_runtime.errors import InputError, PackageError, UnsupportedError
 from diffusion_runtime.mil.fuse import fuse
 from diffusion_runtime.mil.lower import REFUSALS, lower, refusal
 from diffusion_runtime.mil.memory_format import CHANNELS_LAST_DEVICES
-from diffusion_runtime.mil.observe import explain, intermediates, observe
+from diffusion_runtime.mil.observe import ObserveRun, explain, intermediates, observe_all
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import FunctionInterface, Metadata
 
@@ -101,7 +101,15 @@ class TorchModel:
 
     def observe(self, watch: Callable[[str, str, Tensor], None], **arrays: np.ndarray) -> dict[str, np.ndarray]:
         """Run once and call ``watch(name, op, value)`` for every value that an op computes, in order."""
-        return self._arrays(observe(self.module, self._tensors(arrays), watch))
+        (outputs,) = self.observe_all(lambda _, *value: watch(*value), [arrays])
+        return outputs
+
+    def observe_all(
+        self, watch: ObserveRun, runs: Sequence[Mapping[str, np.ndarray]]
+    ) -> list[dict[str, np.ndarray]]:
+        """`observe` for several runs at once, each weight read once; ``watch`` takes the run's number first."""
+        found = observe_all(self.module, [self._tensors(arrays) for arrays in runs], watch)
+        return [self._arrays(outputs) for outputs in found]
 
     def intermediates(self, names: Sequence[str], **arrays: np.ndarray) -> dict[str, np.ndarray]:
         """Run once and give the values of the given MIL names. Raises InputError for names that do not exist."""

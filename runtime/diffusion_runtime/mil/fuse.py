@@ -186,7 +186,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 DIFFERENTIABLE: tuple[Pass, ...] = (fuse_norms, fuse_silu, fuse_attention)
 """Passes after which gradients can be taken: nothing writes into what a backward pass needs."""
 
-WATCHABLE: tuple[Pass, ...] = (fuse_plain_attention, use_channels_last)
+WATCHABLE: tuple[Pass, ...] = (fuse_plain_attention, use_channels_last, use_winograd)
 """Passes after which every value can still be watched, or is known by a bound (`observe.SCORES`)."""
 
 PASSES: tuple[Pass, ...] = (*DIFFERENTIABLE, use_channels_last, use_winograd, pack_kernels, reuse_memory)

@@ -50,20 +50,22 @@ STREAMED_ELEMENTS = 4096
 
 
 class Stored(torch.nn.Module):
-    """A weight that stays in its file and is read and widened each time it is needed."""
+    """A weight that stays in its file and is read and widened each time it is needed. It tells of itself what a
+    tensor does: shape, dtype and device."""
 
     def __init__(
         self, constant: Constant, dtype: torch.dtype, device: torch.device, release: Callable[[], None]
     ) -> None:
         super().__init__()
-        self._constant, self._dtype, self._device, self._release = constant, dtype, device, release
+        self.shape, self.dtype, self.device = _static(constant.type) or (), dtype, device
+        self._constant, self._release = constant, release
 
     def forward(self) -> Tensor:
-        value = self._constant.as_tensor(self._dtype)
+        value = self._constant.as_tensor(self.dtype)
         # Not widened, so still the mapped file: its pages are let go of below.
         value = value.clone() if value.dtype == torch.float16 else value
         self._release()
-        return value.to(self._device)
+        return value.to(self.device)
 
 
 def lower(

@@ -42,6 +42,13 @@ def value_of(module: fx.GraphModule, node: Any) -> Tensor | None:
     return value
 
 
+def weight_of(module: fx.GraphModule, node: Any) -> Any:
+    """The value of a constant node, or the `lower.Stored` weight that stands for one; else None."""
+    if not isinstance(node, fx.Node) or node.op not in ("get_attr", "call_module"):
+        return None
+    return getattr(module, str(node.target))
+
+
 def scalar(module: fx.GraphModule, node: Any) -> float | None:
     """The value of a constant node of one element."""
     value = value_of(module, node)

@@ -15,7 +15,7 @@ from torch import fx
 
 from diffusion_runtime.memory import release
 from diffusion_runtime.mil import fused
-from diffusion_runtime.mil.match import operand, operation, others, put, shape_of, value_of
+from diffusion_runtime.mil.match import operand, operation, others, put, shape_of, value_of, weight_of
 from diffusion_runtime.mil.ops.convolution import paddings
 
 CHANNELS_LAST_DEVICES = ("cpu", "cuda")
@@ -44,7 +44,7 @@ def use_channels_last(module: fx.GraphModule) -> None:
 def _convolution(module: fx.GraphModule, node: fx.Node) -> dict[str, Any] | None:
     """Arguments of ``fused.conv2d``; None if ``node`` is not a convolution with constant weights and even
     padding."""
-    shape, kernel = shape_of(operand(node, "x")), value_of(module, operand(node, "weight"))
+    shape, kernel = shape_of(operand(node, "x")), weight_of(module, operand(node, "weight"))
     if shape is None or len(shape) != 4 or kernel is None or kernel.device.type not in CHANNELS_LAST_DEVICES:
         return None
     strides, dilations = operand(node, "strides") or [1, 1], operand(node, "dilations") or [1, 1]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from diffusion_runtime.errors import DiffusionError, InputError, PackageError
+from diffusion_runtime.mil import fused, winograd
 from diffusion_runtime.mil.by_rows import Rows, defer, large_scores, product, scores_in_parts
 from diffusion_runtime.mil.constants import torch_dtype
 from diffusion_runtime.mil.fuse_attention import PEAK
@@ -22,6 +24,7 @@ Observe = Callable[[str, str, Tensor], None]
 attention (`by_rows.HELD_ELEMENTS`) come in parts, one call for each. An attention that is one op, or has become one
 (`fuse.WATCHABLE`), shows, before its value, its scores without their scale under the name with `SCORES` after it:
 what they cannot exceed where that is below `FAR`, else the scores, in parts as well."""
+ObserveRun = Callable[[int, str, str, Tensor], None]
 SCORES = ".scores"
 FAR = 2.0**14
 """A quarter of what float16 can hold: scores that are smaller need not be known."""
@@ -32,9 +35,22 @@ def observe(
 ) -> dict[str, Tensor]:
     """Run ``module`` and show each computed value to ``watch`` before it is freed. Where names of values that are
     wanted ``whole`` are given, nothing comes in parts."""
-    with torch.no_grad():
-        outputs: dict[str, Tensor] = _Watched(module, watch, whole).run(*inputs)
+    (outputs,) = observe_all(module, [inputs], lambda _, *value: watch(*value), whole)
     return outputs
+
+
+def observe_all(
+    module: fx.GraphModule, runs: Sequence[Sequence[Tensor]], watch: ObserveRun, whole: Sequence[str] = ()
+) -> list[dict[str, Tensor]]:
+    """`observe` for several runs side by side, op by op: each weight is read once, and a convolution takes the rows
+    of all. ``watch`` is also told which run it is."""
+    watched = [_Watched(module, inputs, partial(watch, run), whole) for run, inputs in enumerate(runs)]
+    watched[0].others = watched[1:]
+    with torch.no_grad():
+        for node in module.graph.nodes:
+            for one in watched:
+                one.step(node)
+    return [one.env[node] for one in watched]  # the last node's values: the outputs
 
 
 def explain(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
@@ -72,11 +88,23 @@ def _longest(rows: Tensor) -> float:
 class _Watched(fx.Interpreter):
     """Checks each value against its declared type, and says which op an error comes from."""
 
-    def __init__(self, module: fx.GraphModule, watch: Observe, whole: Sequence[str]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, inputs: Sequence[Tensor], watch: Observe, whole: Sequence[str]
+    ) -> None:
         super().__init__(module)
+        self.args_iter = iter(inputs)
         self.extra_traceback = False  # errors keep their one line
+        self.others: Sequence[_Watched] = ()
+        """The runs beside this one: what is computed for all at once it computes, and gives to them."""
+        self._given: dict[fx.Node, Any] = {}
         self._watch = watch
         self._in_parts = frozenset() if whole else large_scores(module)
+
+    def step(self, n: fx.Node) -> None:
+        """Compute the value of the next node, and free what is not needed any more."""
+        self.env[n] = self.run_node(n)
+        for unused in self.user_to_last_uses.get(n, ()):
+            del self.env[unused]
 
     def run_node(self, n: fx.Node) -> Any:
         where = f"{n.meta.get('op', n.op)} {n.meta.get('mil', n.name)}"
@@ -102,12 +130,16 @@ class _Watched(fx.Interpreter):
         if operation(n) == "attend":
             query, key = by_head(query, key, arguments["labels"], arguments.get("heads", 1))
         # By Cauchy and Schwarz no score is larger; nor is an operand with a factor on its way to the product.
-        most = peak * max(1.0, _longest(query)) * max(1.0, _longest(key))
+        most = peak * max(_longest(query), 1.0) * max(_longest(key), 1.0)  # in this order nan stays nan
         parts = [query.new_tensor(most)] if most < FAR else scores_in_parts(query * peak, key)
         for part in parts:
             self._watch(n.meta["mil"] + SCORES, n.meta["op"], part)
 
     def _value(self, n: fx.Node) -> Any:
+        if n in self._given:
+            return self._given.pop(n)
+        if self.others and (n.op == "call_module" or n.target in (fused.conv2d, winograd.conv2d)):
+            return self._value_for_all(n)
         if n.op == "call_function" and self._in_parts:
             _, arguments = self.fetch_args_kwargs_from_env(n)
             if n in self._in_parts:
@@ -115,6 +147,19 @@ class _Watched(fx.Interpreter):
             if any(isinstance(value, Rows) for value in arguments.values()):
                 return product(n, arguments)
         return super().run_node(n)
+
+    def _value_for_all(self, n: fx.Node) -> Any:
+        if n.op == "call_module":
+            mine = super().run_node(n)
+            theirs = [mine for _ in self.others]
+        else:
+            arguments = [one.fetch_args_kwargs_from_env(n)[1] for one in (self, *self.others)]
+            rows = [given["x"] for given in arguments]
+            function: Any = n.target
+            mine, *theirs = function(**{**arguments[0], "x": torch.cat(rows)}).split([len(x) for x in rows])
+        for one, value in zip(self.others, theirs, strict=True):
+            one._given[n] = value
+        return mine
 
     def _show(self, n: fx.Node, value: Tensor) -> None:
         self._watch(n.meta["mil"], n.meta["op"], value)

@@ -24,44 +24,53 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from diffusion_runtime.mil import fused
-from diffusion_runtime.mil.match import operand, put, put_buffer, shape_of, value_of
+from diffusion_runtime.mil.match import operand, put, put_buffer, shape_of, weight_of
 
 MIN_CHANNELS = 256
 """With fewer channels, in or out, the sums before and after the products take longer than what is saved."""
 MIN_TILES = 512
 """2x2 outputs, of all rows of the batch; with fewer, what is saved is not worth the memory: a transformed kernel is
 16/9 as large. 512: 32x32 pixels in a batch of two."""
+MIN_TILES_OF_STREAMED = 32
+"""The same where the kernel is transformed each time, as it is read from its file, and not held."""
 HELD_ELEMENTS = 2**17
 """Inputs of a channel times tiles that are transformed at once, so that they stay in the processor's cache."""
 
 
 def use_winograd(module: fx.GraphModule) -> None:
-    """Convolutions in channels-last memory that gain by it; their kernels are kept transformed."""
+    """Convolutions in channels-last memory that gain by it; their kernels are kept transformed, or become so when
+    they are read."""
     for node in list(module.graph.nodes):
         weight: Any = operand(node, "weight") if node.target is fused.conv2d else None
-        kernel = value_of(module, weight)
+        kernel = weight_of(module, weight)
         if kernel is None or not _fits(node, kernel):
             continue
-        kept = put_buffer(module, node, transform(kernel), "winograd")
-        arguments = {"x": operand(node, "x"), "weight": kept, "bias": operand(node, "bias")}
+        arguments = {"x": operand(node, "x"), "weight": weight, "bias": operand(node, "bias")}
+        if isinstance(kernel, Tensor):
+            arguments["weight"] = put_buffer(module, node, transform(kernel), "winograd")
+        elif len(weight.users) == 1:
+            kernel.register_forward_hook(lambda _module, _inputs, value: transform(value))
+        else:
+            continue
         put(module, node, conv2d, arguments, "conv")
         if not weight.users:  # now, not after the pass: all kernels twice would be too much memory
             module.graph.erase_node(weight)
             delattr(module, weight.target)
 
 
-def _fits(node: fx.Node, kernel: Tensor) -> bool:
+def _fits(node: fx.Node, kernel: Any) -> bool:
     """Whether the convolution with ``kernel`` is one that gains."""
     shape = shape_of(operand(node, "x"))
     if shape is None or kernel.dtype != torch.float32 or kernel.device.type != "cpu":
         return False
     plain = {"strides": [1, 1], "padding": [1, 1], "dilations": [1, 1], "groups": 1}
     batch, _, height, width = shape
+    least = MIN_TILES if isinstance(kernel, Tensor) else MIN_TILES_OF_STREAMED
     return (
         kernel.shape[2:] == (3, 3)
         and all(operand(node, name) == value for name, value in plain.items())
         and height % 2 == width % 2 == 0
-        and batch * height * width // 4 >= MIN_TILES
+        and batch * height * width // 4 >= least
         and min(kernel.shape[:2]) >= MIN_CHANNELS
     )
 

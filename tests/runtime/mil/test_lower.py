@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 from diffusion_runtime.errors import InputError, PackageError, UnsupportedError
 from diffusion_runtime.mil import by_rows
 from diffusion_runtime.mil.check import check_package
+from diffusion_runtime.mil.fuse import WATCHABLE, fuse
 from diffusion_runtime.mil.lower import Stored, lower
-from diffusion_runtime.mil.observe import explain, intermediates, observe
+from diffusion_runtime.mil.observe import explain, intermediates, observe, observe_all
 from diffusion_runtime.mil.ops.registry import OPS, mil_op
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import Block, DType, Operation, TensorType, Value
@@ -121,6 +123,31 @@ def test_streamed_weights_stay_in_the_file(save_program: Callable[..., Path]) ->
     assert sum(buffer.numel() for buffer in module.buffers()) == 0
     torch.testing.assert_close(module(x)["y"], x @ torch.from_numpy(big).float())
     torch.testing.assert_close(module(x), lower(package)(x))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_runs_side_by_side_show_what_each_shows_alone_and_read_each_weight_once(
+    count: int, save_program: Callable[..., Path]
+) -> None:
+    kernel, big = (torch.randn(shape).numpy() for shape in ((64, 8, 3, 3), (64, 128)))
+
+    def body(mb: Any, x: Any) -> Any:
+        features = mb.conv(x=x, weight=mb.const(val=kernel, name="kernel"), pad_type="same", name="features")
+        return mb.matmul(x=mb.reduce_mean(x=features, axes=[2, 3]), y=mb.const(val=big, name="big"), name="y")
+
+    module = fuse(lower(open_package(save_program(body, x=(2, 8, 6, 6))), stream_weights=True), WATCHABLE)
+    alone: list[tuple[str, str, torch.Tensor]] = []
+    runs = [[torch.randn(2, 8, 6, 6)] for _ in range(count)]
+    expected = [observe(module, run, lambda *value: alone.append(value)) for run in runs]
+    read: list[torch.nn.Module] = []
+    for child in module.children():
+        child.register_forward_hook(lambda child, *_: read.append(child))
+    shown: list[list[tuple[str, str, torch.Tensor]]] = [[] for _ in runs]
+    torch.testing.assert_close(observe_all(module, runs, lambda run, *value: shown[run].append(value)), expected)
+    assert len(read) == len(set(read)) == 2
+    for (*names, value), (*same, found) in zip(alone, chain.from_iterable(shown), strict=True):
+        assert names == same
+        torch.testing.assert_close(found, value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_runtime.mil import winograd
-from diffusion_runtime.mil.fuse import fuse
+from diffusion_runtime.mil.fuse import WATCHABLE, fuse
 from diffusion_runtime.mil.lower import lower
 from diffusion_runtime.mil.package import open_package
 
@@ -66,6 +66,18 @@ def test_a_program_computes_large_convolutions_by_it(save_program: Callable[...,
     assert any(node.target is winograd.conv2d for node in module.graph.nodes)
     assert [buffer.shape for buffer in module.buffers()] == [(16, CHANNELS, CHANNELS)]
     x = randn(2, CHANNELS, 32, 32)
+    (expected,), (found,) = lower(package)(x).values(), module(x).values()
+    assert float((found - expected).square().mean().sqrt() / expected.abs().max()) < 1e-6
+
+
+def test_kernels_that_stay_in_their_file_are_transformed_as_they_are_read(
+    save_program: Callable[..., Path],
+) -> None:
+    package = open_package(saved(save_program, 8))
+    module = fuse(lower(package, stream_weights=True), WATCHABLE)
+    assert any(node.target is winograd.conv2d for node in module.graph.nodes)
+    assert not list(module.buffers())
+    x = randn(2, CHANNELS, 8, 8)
     (expected,), (found,) = lower(package)(x).values(), module(x).values()
     assert float((found - expected).square().mean().sqrt() / expected.abs().max()) < 1e-6
 
