@@ -10,6 +10,7 @@ from pathlib import Path
 from diffusion_runtime.backends import ComputeUnits, load_backend, resolve
 from diffusion_runtime.bundle import find, manifest
 from diffusion_runtime.bundle.find import Bundle
+from diffusion_runtime.bundle.views import as_unet
 from diffusion_runtime.bundle.without_manifest import Assumed
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import T5, family_named
@@ -83,7 +84,7 @@ def load_pipeline(
     if depth_estimator is not None:
         lender = find.find(Path(depth_estimator), backend=name, compute_units=units)
         models = _with_estimator(models, lender, find.open_models(lender, opener, units))
-    described = manifest.as_unet(found.manifest)
+    described = as_unet(found.manifest)
     return Pipeline(described, models, clip, chosen, check_safety, notes, clip_2, _t5(found))
 
 

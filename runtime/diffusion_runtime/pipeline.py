@@ -53,7 +53,8 @@ from diffusion_runtime.arguments import (
     taken,
     texts_of,
 )
-from diffusion_runtime.bundle.manifest import Manifest, of_refiner
+from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.bundle.views import of_refiner
 from diffusion_runtime.control import plan
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusion_runtime import denoising, guidance, schedulers, tasks
-from diffusion_runtime.bundle import manifest
+from diffusion_runtime.bundle import views
 from diffusion_runtime.denoising import Step
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.models import Models
@@ -55,7 +55,7 @@ def of_size(made: Manifest, models: Models, asked: Size) -> tuple[Manifest, Mode
             f"{asked} pixels: these models make {listed(made.sizes)} (width x height); convert again "
             f"with --size {asked} to add that size"
         )
-    return manifest.of_size(made, asked), models.of_size(str(asked))
+    return views.of_size(made, asked), models.of_size(str(asked))
 
 
 def scheduler(

@@ -27,7 +27,7 @@ from diffusion_convert.conversion.convert import Conversion
 from diffusion_convert.export import placeholders
 from diffusion_convert.option_values import Lora
 from diffusion_runtime import load_pipeline
-from diffusion_runtime.bundle.manifest import as_unet
+from diffusion_runtime.bundle.views import as_unet
 from diffusion_runtime.diffusers import load_diffusers_pipeline
 from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.folding import Folding

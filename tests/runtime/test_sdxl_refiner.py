@@ -21,7 +21,7 @@ from diffusion_convert.cli.main import app
 from diffusion_convert.hub.download import download
 from diffusion_convert.hub.publish import publish
 from diffusion_runtime import InputError, Pipeline, load_pipeline
-from diffusion_runtime.bundle import manifest
+from diffusion_runtime.bundle import manifest, views
 from hub_server import Hub, serving
 
 pytestmark = pytest.mark.slow
@@ -238,4 +238,4 @@ def test_what_cannot_be_is_said(models: Path, tiny_checkpoint: Callable[[str], P
 def test_a_manifest_without_the_component_has_no_refiner(models: Path) -> None:
     described = json.loads((models / "original" / "packages" / "manifest.json").read_text())
     del described["components"]["refiner"]
-    assert manifest.of_refiner(manifest.Manifest.model_validate(described)) is None
+    assert views.of_refiner(manifest.Manifest.model_validate(described)) is None

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from diffusion_convert.bundle.clients import Needs
 from diffusion_runtime import schedulers
-from diffusion_runtime.bundle.manifest import Manifest, as_unet
+from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.bundle.views import as_unet, text_tokens
 from diffusion_runtime.families import LATENT_SCALE, TEXT_ENCODERS, family_named
 
 _BY_CHANNELS: Mapping[int, Needs] = {9: Needs.IN_PAINTING, 5: Needs.DEPTH, 7: Needs.UPSCALING, 8: Needs.EDITING}
@@ -63,7 +64,7 @@ def _needs_of_transformer(made: Manifest) -> Iterator[Needs]:
         yield Needs.SD3
         unet = as_unet(made).components.get("unet")
         rows = {tensor.shape[0] for tensor in unet.inputs} if unet is not None else {2}
-        if rows != {2} or made.text_tokens() != 2 * tokens_of_encoder(made):
+        if rows != {2} or text_tokens(made) != 2 * tokens_of_encoder(made):
             yield Needs.SD3_SHAPES
 
 
@@ -123,4 +124,4 @@ def tokens_of_unet(made: Manifest) -> int:
     length = tokens_of_encoder(made)
     if _is_joint(made):
         return length  # T5's follow
-    return (made.text_tokens() or length) if length else length
+    return (text_tokens(made) or length) if length else length

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.integrity import Hashes, measured, tokenizer_files, tokenizer_hashes
-from diffusion_runtime.bundle.manifest import Manifest, of_size
+from diffusion_runtime.bundle.manifest import Manifest
+from diffusion_runtime.bundle.views import of_size
 from diffusion_runtime.links import share_file, share_tree
 from diffusion_runtime.picture_size import Size
 

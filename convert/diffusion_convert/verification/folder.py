@@ -20,7 +20,7 @@ from diffusion_convert.layouts import laid_out
 from diffusion_convert.verification import compare
 from diffusion_convert.verification.bounds import bound_db
 from diffusion_convert.verification.compare import Expected
-from diffusion_runtime.bundle import manifest, without_manifest
+from diffusion_runtime.bundle import manifest, views, without_manifest
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.integrity import check_files
 from diffusion_runtime.bundle.manifest import FILE_NAME, AddedEmbedding, FusedLora, Manifest
@@ -73,7 +73,7 @@ def verify_models(models: Path, checkpoint: Checkpoint, report: Callable[[str], 
         folded = replace(fold(checkpoint, names) if names else checkpoint, clip_skip=described.clip_skip)
         shown = folder.relative_to(models).as_posix() if folder != models else folder.name
         for name, size, component in _each(described):
-            shape = Shape(size.height, size.width, described.batch_size, described.text_tokens())
+            shape = Shape(size.height, size.width, described.batch_size, views.text_tokens(described))
             key = name, shape, described.layout, names, described.clip_skip
             title = f"{name} {size}" if size in map(parse_size, described.components[name].sizes) else name
             if key not in references:

@@ -15,6 +15,7 @@ from pathlib import Path
 from diffusion_runtime.backends import Backend, ComputeUnits
 from diffusion_runtime.bundle import manifest, without_manifest
 from diffusion_runtime.bundle.manifest import Component, Manifest
+from diffusion_runtime.bundle.views import as_unet
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.families import (
     ATTENTIONS,
@@ -123,7 +124,7 @@ def parse_units(text: str) -> ComputeUnits:
 
 def unit_notes(bundle: Bundle, compute_units: ComputeUnits | None) -> tuple[str, ...]:
     """Warnings for the compute units that the UNet would run on."""
-    unet = manifest.as_unet(bundle.manifest).unet
+    unet = as_unet(bundle.manifest).unet
     if unet is None:
         return ()
     units = compute_units or parse_units(unet.compute_units)
