@@ -65,6 +65,7 @@ _FOLDED = " or ".join(folding.value for folding in Folding if folding.about.by_d
 _BITS = ", ".join(map(str, PALETTE_BITS))
 
 
+MOST_PICTURES = 8  # of one IP-Adapter; each makes the UNet's attention longer
 _IDLE_WITHOUT = {"only_controlled": "controlnet", "lora_partial": "lora", "image_encoder": "ip_adapter"}
 SizeLike = Size | tuple[int, int] | str
 """Width and height in pixels, or a text as the command line takes it."""
@@ -194,6 +195,9 @@ class ConvertOptions:
         (),
         "--ip-adapter",
     )
+    ip_adapter_pictures: int = _opening(
+        check.whole, "Pictures that each IP-Adapter can draw after at once, 1 to 8. Default: 1.", 1
+    )
     image_encoder: str | None = _opening(
         check.source,
         "The IP-Adapters' image encoder (folder, or on the Hub). Default: image_encoder beside the file.",
@@ -254,6 +258,7 @@ class ConvertOptions:
             controlnets: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = ...,
             only_controlled: bool = ...,
             ip_adapters: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = ...,
+            ip_adapter_pictures: int = ...,
             image_encoder: str | os.PathLike[str] | None = ...,
             no_t5: bool = ...,
             t2i_adapters: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = ...,
@@ -295,6 +300,9 @@ class ConvertOptions:
             named = [str(one) for one in several]
             if twice := [one for one in named if named.count(one) > 1]:
                 raise InputError(f"--{what} {twice[0]} is given twice: give it once")
+        if not 1 <= self.ip_adapter_pictures <= (MOST_PICTURES if self.ip_adapters else 1):
+            given = self.ip_adapter_pictures
+            raise InputError(f"--ip-adapter-pictures {given}: expected 1 to {MOST_PICTURES}, with --ip-adapter")
         for name, needed in _IDLE_WITHOUT.items():
             if getattr(self, name) and not getattr(self, f"{needed}s"):
                 flag, other = (f"--{one.replace('_', '-')}" for one in (name, needed))

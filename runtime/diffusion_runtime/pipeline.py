@@ -214,7 +214,7 @@ class Pipeline:
             refiner_start: the part of the steps after which the refiner goes on that was converted with the base,
                 as 0.8: what ``denoising_end`` and ``denoising_start`` do with two pipelines. None: no refiner.
             ip_adapter_image: to draw after, through IP-Adapters (`convert --ip-adapter`): a picture, or one for
-                each adapter in their order, None for one that is not used.
+                each adapter in their order, None for one that is not used; a list of several for one adapter.
             ip_adapter_image_embeds: in its place, what diffusers' `prepare_ip_adapter_image_embeds` gives.
             ip_adapter_scale: how much of it, for all adapters or for each, as diffusers' `set_ip_adapter_scale`
                 has it. None: 1.
@@ -301,7 +301,7 @@ class Pipeline:
         job = tasks.Job(request, self.manifest, self.models, (height, width), scheduler, noise)
         task.check(job)
         guided = self.is_guided(request)
-        picture_prompts.check(self.manifest, self.models, request.picture_prompts, guided)
+        picture_prompts.check(self.manifest, self.models, request.picture_prompts, guided, unet)
         controls = plan.planned(job)
         refiner = None if refined is None else self._refiners(refined, job)
         tokenizers = (self.tokenizer, *([self.tokenizer_2] if self.tokenizer_2 else []))

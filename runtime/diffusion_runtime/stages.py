@@ -79,7 +79,7 @@ def apart(request: Request) -> tuple[Request, Request | None]:
         raise InputError("refiner_start and denoising_end are both given: give one")
     base = replace(request, denoising_end=request.refiner_start, refiner_start=None)
     refined = replace(request, image=None, mask=None, strength=None, latents=None, refiner_start=None)
-    refined = replace(refined, controls=(), guess_mode=False)
+    refined = replace(refined, controls=(), guess_mode=False, adapters=(), picture_prompts=())
     return base, replace(refined, denoising_start=request.refiner_start)
 
 

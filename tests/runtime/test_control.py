@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffusion_convert import ConvertOptions, convert
-from diffusion_runtime import InputError, Pipeline, images, load_pipeline, schedulers
+from diffusion_runtime import InputError, Pipeline, images, load_pipeline, schedulers, stages
 from diffusion_runtime.batch import rows
 from diffusion_runtime.batch.tasks import tasks_of
 from diffusion_runtime.batch.worker import Setup, Worker
@@ -25,7 +25,9 @@ from diffusion_runtime.control import Control, ControlFile
 from diffusion_runtime.control.canny import canny
 from diffusion_runtime.control.pictures import hint
 from diffusion_runtime.diffusers import load_diffusers_pipeline
+from diffusion_runtime.picture_prompts import PicturePrompt
 from diffusion_runtime.pipeline import RuntimeNote
+from diffusion_runtime.tasks import Request
 from pictures import half_mask, picture
 
 pytestmark = pytest.mark.slow
@@ -285,6 +287,21 @@ def test_what_cannot_be_is_said(pipeline: Pipeline, given: dict[str, Any], messa
     with pytest.raises(InputError) as caught:
         pipeline("x", num_inference_steps=1, **{**ONE, **given})
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_nothing_steers_a_refiner() -> None:
+    control = Control(EDGES, picture(64))
+    asked = Request(
+        ("x",),
+        controls=(control,),
+        guess_mode=True,
+        adapters=(control,),
+        picture_prompts=(PicturePrompt(picture(64)),),
+        refiner_start=0.5,
+    )
+    base, refined = stages.apart(asked)
+    assert base.controls and base.guess_mode and base.adapters and base.picture_prompts
+    assert refined == Request(("x",), denoising_start=0.5)
 
 
 def test_models_without_controlnets_say_so(toy_folder: Path) -> None:

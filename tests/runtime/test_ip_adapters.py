@@ -19,7 +19,7 @@ import tiny_adapters
 from diffusion_convert import ConvertOptions, convert
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.cli.main import app
-from diffusion_runtime import DiffusionError, InputError, Pipeline, load_pipeline
+from diffusion_runtime import DiffusionError, InputError, Pipeline, load_pipeline, picture_prompts
 from diffusion_runtime.bundle import manifest
 
 pytestmark = pytest.mark.slow
@@ -137,6 +137,34 @@ def test_without_guidance_and_with_diffusers_embeds(ours: Pipeline, theirs: Any,
     assert psnr_db(made, expected) >= PARITY_DB
 
 
+def test_several_pictures_for_one_adapter(
+    files: Path, theirs: Any, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, psnr_db: Psnr
+) -> None:
+    """As diffusers takes them, in a list; one alone fills the places of two."""
+    options = ConvertOptions(
+        "original", components=PARTS, ip_adapters=files / NAMES[1], ip_adapter_pictures=2, compiled=False
+    )
+    convert(tiny_checkpoint("sd1"), tmp_path / "models", options)
+    ours = load_pipeline(tmp_path / "models", "torch")
+    theirs.set_ip_adapter_scale([0.0, 0.8, 0.0])
+    two, embeds = PICTURES[1:], None
+    for given in (two, two[:1]):
+        asked = [PICTURES[0], given, PICTURES[0]]
+        expected = arrays(theirs(**ASKED, ip_adapter_image=asked, generator=seeded()))
+        made = arrays(ours(**ASKED, ip_adapter_image=[given], ip_adapter_scale=0.8, generator=seeded()))
+        assert psnr_db(made, expected) >= PARITY_DB
+        embeds = embeds or (theirs.prepare_ip_adapter_image_embeds(asked, None, "cpu", 1, True), made)
+    (_, encoded, _), first = embeds  # type: ignore[misc]
+    again = arrays(ours(**ASKED, ip_adapter_image_embeds=[encoded], ip_adapter_scale=0.8, generator=seeded()))
+    assert psnr_db(again, first) >= PARITY_DB
+    assert psnr_db(made, first) < PARITY_DB  # the second picture counts
+    prompts = [picture_prompts.PicturePrompt(one) for one in two]  # as the command line gives them
+
+    assert picture_prompts.placed(ours.manifest, prompts)[0].count == 2
+    with pytest.raises(InputError, match="3 pictures, but these models take 2 of each"):
+        ours("a cat", ip_adapter_image=[PICTURES])
+
+
 def test_sdxl_at_6_bits_compiled(
     files: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, psnr_db: Psnr
 ) -> None:
@@ -239,7 +267,7 @@ def test_what_is_refused(
         convert(sd1, tmp_path / "out", ConvertOptions(layout="comfyui", ip_adapters=plain))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"ip_adapter_image": [*PICTURES, PICTURES[0]]}, "4 pictures for IP-Adapters"),
-        ({"ip_adapter_image": [PICTURES]}, "one PIL picture for each IP-Adapter"),
+        ({"ip_adapter_image": [PICTURES]}, "3 pictures, but these models take 1 of each: .*ip-adapter-pictures 3"),
         ({"ip_adapter_image": PICTURES, "ip_adapter_scale": [1.0]}, "1 IP-Adapter scales for 3 pictures"),
         ({"ip_adapter_image": PICTURES, "ip_adapter_scale": {"up": 1.0}}, "by block"),
         ({"ip_adapter_image": PICTURES, "ip_adapter_scale": float("nan")}, "expected a number"),

@@ -63,10 +63,11 @@ class _Adapter:
 
 
 def with_ip_adapters(
-    checkpoint: Checkpoint, files: Sequence[tuple[str, Path]], encoder_folder: Path | None
+    checkpoint: Checkpoint, files: Sequence[tuple[str, Path]], encoder_folder: Path | None, pictures: int = 1
 ) -> Checkpoint:
     """The checkpoint with IP-Adapters: ``files`` are (as the user named it, path); the image encoder is in
-    ``encoder_folder``, None: in the folder ``image_encoder`` beside the first file.
+    ``encoder_folder``, None: in the folder ``image_encoder`` beside the first file. The UNet attends to the
+    tokens of so many ``pictures`` of each.
 
     Raises InputError for an adapter that is not for this UNet or image encoder, CheckpointError for a file that is
     none or is damaged."""
@@ -81,7 +82,7 @@ def with_ip_adapters(
         _check_encoder(adapters[-1], encoder)
     if encoder is None:
         return checkpoint
-    unet = _with_keys(checkpoint, adapters)
+    unet = _with_keys(checkpoint, adapters, pictures)
     projections = Submodel(
         "Projections",
         {"projections": [dict(adapter.config) for adapter in adapters]},
@@ -167,7 +168,7 @@ def _check_encoder(adapter: _Adapter, encoder: Submodel) -> None:
         )
 
 
-def _with_keys(checkpoint: Checkpoint, adapters: Sequence[_Adapter]) -> Submodel:
+def _with_keys(checkpoint: Checkpoint, adapters: Sequence[_Adapter], pictures: int) -> Submodel:
     """The UNet that attends to the adapters' tokens."""
     unet = checkpoint.models["unet"]
     if any(_listed(unet.config.get("only_cross_attention", False))):
@@ -185,9 +186,10 @@ def _with_keys(checkpoint: Checkpoint, adapters: Sequence[_Adapter]) -> Submodel
                 f"{adapter.config['width']} channels, but that of {checkpoint.name} ({checkpoint.family}) has "
                 f"{len(places)} to {width}"
             )
+    tokens = [pictures * int(one.config[TOKENS]) for one in adapters]
     return replace(
         unet,
-        config={**unet.config, torch_networks.PICTURE_TOKENS: [int(one.config[TOKENS]) for one in adapters]},
+        config={**unet.config, torch_networks.PICTURE_TOKENS: tokens},
         tensors=partial(_unet_tensors, unet.tensors, tuple(adapters), tuple(places)),
         files=(*unet.files, *(adapter.path for adapter in adapters)),
     )

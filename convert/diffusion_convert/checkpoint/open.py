@@ -64,7 +64,7 @@ def _with_networks(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoin
             checkpoint = with_embeddings(checkpoint, [_fetched(one) for one in options.embeddings])
     if options.t2i_adapters:
         checkpoint = with_t2i_adapters(checkpoint, options.t2i_adapters)
-    return _with_ip_adapters(checkpoint, options.ip_adapters, options.image_encoder)
+    return _with_ip_adapters(checkpoint, options)
 
 
 def _open_source(source: str, options: ConvertOptions) -> Checkpoint:
@@ -97,8 +97,9 @@ def _refuse_without_unet(checkpoint: Checkpoint, options: ConvertOptions) -> Non
             raise InputError(f"{flag}: it is for models with a UNet, and {family.title} has none: leave it out")
 
 
-def _with_ip_adapters(checkpoint: Checkpoint, sources: Sequence[str], image_encoder: str | None) -> Checkpoint:
+def _with_ip_adapters(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
     """A file on the Hub is fetched with the image encoder beside it, which only the first is asked for."""
+    sources, image_encoder = options.ip_adapters, options.image_encoder
     if not sources:
         return checkpoint
     folder = None
@@ -110,7 +111,7 @@ def _with_ip_adapters(checkpoint: Checkpoint, sources: Sequence[str], image_enco
             (source, _adapter_file(source, beside=folder is None and not index))
             for index, source in enumerate(sources)
         ]
-        return with_ip_adapters(checkpoint, files, folder)
+        return with_ip_adapters(checkpoint, files, folder, options.ip_adapter_pictures)
 
 
 def _adapter_file(source: str, beside: bool) -> Path:

@@ -19,13 +19,13 @@ def of_refiner(made: Manifest) -> Manifest | None:
     """The manifest of the refiner in a bundle, as if it was alone there; None where there is none."""
     if made.refiner is None or "refiner" not in made.components:
         return None
-    left_out = {*UNETS, "text_encoder", *several("controlnet", made.components).values()}
+    steering = (several(kind, made.components).values() for kind in ("controlnet", "t2i_adapter"))
+    left_out = {*UNETS, "text_encoder", *(name for names in steering for name in names)}
     own = {name: component for name, component in made.components.items() if name not in left_out}
     own["unet"] = own.pop("refiner")
     told = {name: getattr(made.refiner, name) for name in Refiner.model_fields}
-    return made.model_copy(
-        update={**told, "family": "sdxl-refiner", "components": own, "refiner": None, "controlnets": {}}
-    )
+    told |= {"family": "sdxl-refiner", "components": own, "refiner": None}
+    return made.model_copy(update={**told, "controlnets": {}, "ip_adapters": (), "t2i_adapters": {}})
 
 
 def as_unet(made: Manifest) -> Manifest:

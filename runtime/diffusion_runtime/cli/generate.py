@@ -112,7 +112,7 @@ def generate(
         list[str] | None,
         option(
             "Draw after a picture, by an IP-Adapter: PICTURE, PICTURE:SCALE or NAME=PICTURE:SCALE; one for "
-            "each adapter."
+            "each adapter, or several for one that was converted for them."
         ),
     ] = None,
     clip_skip: Annotated[
