@@ -78,7 +78,13 @@ def predictor(
     guided = is_guided(guidance_scale, image_guidance_scale)
     each = 1 if not guided else 2 if image_guidance_scale is None else 3
     rows = pictures * each
-    calls = _calls(unet, rows, each, conditions, tuple(zip(conditions.steers, controlnets, strict=True)))
+    _check_inputs(unet, conditions)
+    nets = tuple(zip(conditions.steers, controlnets, strict=True))
+    batch = unet.inputs["sample"].shape[0]
+    # A fixed batch: what is left over computes the last row again.
+    padded = [*range(rows), *[rows - 1] * (-rows % batch)]
+    chunks = [padded[start : start + batch] for start in range(0, len(padded), batch)]
+    calls = [_call(unet, chunk, each, conditions, nets) for chunk in chunks]
 
     def predict(latents: torch.Tensor, timestep: float, index: int = 0) -> torch.Tensor:
         outputs = [call.run(latents, timestep, index) for call in calls]
@@ -135,21 +141,6 @@ def _culprit(calls: Sequence[_Call]) -> DiffusionError:
     return not_finite("unet" if all(np.isfinite(array).all() for array in steered) else "a ControlNet")
 
 
-def _calls(
-    unet: Model,
-    rows: int,
-    rows_per_picture: int,
-    conditions: Conditions,
-    nets: Sequence[tuple[Steer, Model]],
-) -> tuple[_Call, ...]:
-    _check_inputs(unet, conditions)
-    batch = unet.inputs["sample"].shape[0]
-    # A fixed batch: what is left over computes the last row again.
-    padded = [*range(rows), *[rows - 1] * (-rows % batch)]
-    chunks = [padded[start : start + batch] for start in range(0, len(padded), batch)]
-    return tuple(_call(unet, chunk, rows_per_picture, conditions, nets) for chunk in chunks)
-
-
 def _call(
     unet: Model,
     rows: Sequence[int],
@@ -191,15 +182,7 @@ def _check_inputs(unet: Model, conditions: Conditions) -> None:
     # Left at zero, residuals change nothing: so a UNet that can be steered draws without ControlNets, too.
     unknown = [name for name in unet.inputs if name not in filled and not name.startswith((RESIDUAL, FEATURE))]
     missing = [name for name in filled if name not in unet.inputs]
-    if unknown or missing:
-        raise InputError(
-            f"unet: takes {', '.join(unet.inputs)}; "
-            + "; ".join(
-                part
-                for part in (
-                    f"nothing is known to fill {', '.join(unknown)}" if unknown else "",
-                    f"it has no place for {', '.join(missing)}" if missing else "",
-                )
-                if part
-            )
-        )
+    wrong = [f"nothing is known to fill {', '.join(unknown)}"] if unknown else []
+    wrong += [f"it has no place for {', '.join(missing)}"] if missing else []
+    if wrong:
+        raise InputError(f"unet: takes {', '.join(unet.inputs)}; {'; '.join(wrong)}")

@@ -123,7 +123,7 @@ def load_diffusers_pipeline(
         **({"controlnet": steered[0] if isinstance(controlnet, str) else steered} if steered else {}),
         "unet": CoreMLUNet(models[name], config),
         "transformer": CoreMLTransformer(models[name], config, tokens),
-        "vae": _vae(models, manifest),
+        "vae": CoreMLVAE(models["vae_decoder"], _optional(models, "vae_encoder"), manifest.latents),
         "scheduler": schedulers.build(
             {**manifest.scheduler, "prediction_type": manifest.prediction_type}, ours.scheduler_name
         ),
@@ -227,10 +227,6 @@ def _unet_config(manifest: Manifest, shapes: Shapes, class_name: str) -> dict[st
         else max(height, width),
         "time_cond_proj_dim": condition[1] if condition else None,
     }
-
-
-def _vae(models: Models, manifest: Manifest) -> CoreMLVAE:
-    return CoreMLVAE(models["vae_decoder"], _optional(models, "vae_encoder"), manifest.latents)
 
 
 def _optional(models: Models, name: str) -> Timed | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -103,7 +103,7 @@ class Engine:
         """Load the models, as many sets as the budget has room for. Raises the DiffusionError of models that cannot
         be loaded."""
         for one in self.sets.values():
-            if self.budget is None or self._memory() < self.budget:
+            if self.budget is None or self._memory(self.sets.values()) < self.budget:
                 await self._load(one)
         self._tasks = [asyncio.create_task(self._run(one)) for one in self.sets.values()]
 
@@ -177,8 +177,8 @@ class Engine:
         for one in self.sets.values():
             await self._unload(one)
 
-    def _memory(self) -> int:
-        return sum(one.about.memory for one in self.sets.values() if one.about is not None)
+    def _memory(self, sets: Iterable[ModelSet]) -> int:
+        return sum(one.about.memory for one in sets if one.about is not None)
 
     async def _run(self, one: ModelSet) -> None:
         while True:
@@ -284,20 +284,14 @@ class Engine:
             return
         known = [one.about.memory for one in self.sets.values() if one.about is not None]
         need = wanted.about.memory if wanted.about is not None else max(known, default=0)
-        while self._loaded_memory() + need > self.budget:
-            idle = [one for one in self.sets.values() if one.child is not None and one.current is None]
-            if not idle:
-                busy = [one for one in self.sets.values() if one.child is not None]
-                if not busy:
-                    return
-                await _until_idle(busy)
-                continue
-            await self._unload(min(idle, key=lambda one: one.used))
-
-    def _loaded_memory(self) -> int:
-        return sum(
-            one.about.memory for one in self.sets.values() if one.about is not None and one.child is not None
-        )
+        while loaded := [one for one in self.sets.values() if one.child is not None]:
+            if self._memory(loaded) + need <= self.budget:
+                return
+            idle = [one for one in loaded if one.current is None]
+            if idle:
+                await self._unload(min(idle, key=lambda one: one.used))
+            else:
+                await _until_idle(loaded)
 
     async def _unload(self, one: ModelSet) -> None:
         child, one.child = one.child, None

@@ -45,38 +45,19 @@ def conv_transpose(
     weight: Tensor,
     bias: Tensor | None = None,
     pad: Sequence[int] | None = None,
-    output_shape: Sequence[int] | None = None,
-    pad_type: Literal["valid", "custom", "same"] = "valid",
+    pad_type: Literal["valid", "custom"] = "valid",
     strides: Sequence[int] | None = None,
     dilations: Sequence[int] | None = None,
     groups: int = 1,
 ) -> Tensor:
-    """``weight`` is (channels in, channels out / groups, *kernel).
-
-    The whole transposed convolution is cut by ``pad`` before and after each dimension, or for ``same`` to
-    ``strides`` times the input's size; ``output_shape`` says how much to keep: where that is more, zeros follow.
-    """
+    """``weight`` is (channels in, channels out / groups, *kernel). The whole transposed convolution is cut by
+    ``pad`` before and after each dimension. No conversion from torch names an output's shape."""
     spatial = spatial_rank("conv_transpose", x)
-    strides, dilations = strides or [1] * spatial, dilations or [1] * spatial
-    reach = [(size - 1) * dilation + 1 for size, dilation in zip(weight.shape[2:], dilations, strict=True)]
-    whole = [(size - 1) * stride + k for size, stride, k in zip(x.shape[2:], strides, reach, strict=True)]
-    if pad_type == "same":
-        kept = (
-            list(output_shape[2:]) if output_shape else [n * s for n, s in zip(x.shape[2:], strides, strict=True)]
-        )
-        starts = [max(size - keep, 0) // 2 for size, keep in zip(whole, kept, strict=True)]
-    else:
-        cuts = list(pad or [0] * 2 * spatial) if pad_type == "custom" else [0] * 2 * spatial
-        starts = cuts[::2]
-        rest = [size - before - after for size, before, after in zip(whole, starts, cuts[1::2], strict=True)]
-        kept = list(output_shape[2:]) if output_shape else rest
-    y = _CONV_TRANSPOSE[spatial](x, weight, None, strides, 0, 0, groups, dilations)
-    for axis, (start, keep) in enumerate(zip(starts, kept, strict=True), start=2):
-        y = y.narrow(axis, start, min(keep, y.shape[axis] - start))
-    missing = [keep - size for keep, size in zip(kept, y.shape[2:], strict=True)]
-    if any(missing):
-        y = F.pad(y, [size for count in reversed(missing) for size in (0, count)])
-    return y if bias is None else y + bias.reshape(-1, *[1] * spatial)
+    y = _CONV_TRANSPOSE[spatial](x, weight, bias, strides or 1, 0, 0, groups, dilations or 1)
+    cuts = pad if pad and pad_type == "custom" else [0] * 2 * spatial
+    for axis, (before, after) in enumerate(zip(cuts[::2], cuts[1::2], strict=True), start=2):
+        y = y.narrow(axis, before, y.shape[axis] - before - after)
+    return y
 
 
 @mil_op("inverse")
