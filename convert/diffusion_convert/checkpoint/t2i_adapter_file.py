@@ -9,16 +9,14 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from diffusion_convert.checkpoint import tensor_file
+from diffusion_convert.checkpoint.ldm_shapes import Tensors
 from diffusion_convert.checkpoint.model import Submodel
 from diffusion_runtime.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
-
-    from diffusion_convert.checkpoint.ldm_shapes import Tensors
 
 CLASS_NAME = "T2IAdapter"
 _OWN = "adapter."
