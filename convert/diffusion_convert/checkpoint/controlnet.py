@@ -11,14 +11,12 @@ from typing import Any
 from diffusion_convert.checkpoint import (
     controlnet_file,
     diffusers_folder,
-    diffusers_unet,
     repository,
     torch_networks,
 )
 from diffusion_convert.checkpoint.controlnet_file import CLASS_NAME, KIND, TASKS, UNION
 from diffusion_convert.checkpoint.family import latent_factor, refuse_other_kinds
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
-from diffusion_runtime.bundle.integrity import sha256
 from diffusion_runtime.bundle.manifest import ControlNet, Source
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import COMPONENTS, compiled_names, several
@@ -81,14 +79,10 @@ def _described(one: Opened) -> ControlNet:
 
 def _open(source: str, unet: Mapping[str, Any]) -> Opened:
     place, kind = _apart(source)
-    path, notes = Path(place).expanduser(), tuple[str, ...]()
-    if not path.exists() and repository.is_file_id(place):
-        path = repository.fetch_file(place)
-    if path.is_file():
+    notes = tuple[str, ...]()
+    if (file := repository.network_file(place)) is not None:
+        path, name, origin = file
         network = controlnet_file.read(path, unet)
-        # Not resolved: a file in the Hub's cache is a link to one that is called by its hash.
-        name = diffusers_unet.name_of(path.absolute())
-        origin = Source(name=path.name, sha256=sha256(path))
         if controlnet_file.is_guess(path, network.config):
             notes = (f"{path.name} is taken for a ControlNet that gives means over the picture, by its name",)
     else:

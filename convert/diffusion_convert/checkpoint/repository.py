@@ -24,6 +24,7 @@ from diffusion_convert.checkpoint.vocabulary import T5_FILES, TOKENIZER_FILES
 from diffusion_convert.hub import client
 from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_file
+from diffusion_runtime.bundle.integrity import sha256
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import CheckpointError, HubError
 from diffusion_runtime.real_path import real_path
@@ -97,6 +98,18 @@ def is_repository_id(source: str) -> bool:
 def is_file_id(source: str) -> bool:
     """Whether ``source`` is a file of weights in the form OWNER/NAME/FILE, and does not begin as a path does."""
     return source.count("/") > 1 and source.endswith(FILES) and not source.startswith(("/", ".", "~"))
+
+
+def network_file(source: str) -> tuple[Path, str, Source] | None:
+    """The file of a network that ``source`` names, here or as OWNER/NAME/PATH on the Hub, what it is called, and
+    where it is from; None where a folder is named."""
+    path = Path(source).expanduser()
+    if not path.exists() and is_file_id(source):
+        path = fetch_file(source)
+    if not path.is_file():
+        return None
+    # Not resolved: a file in the Hub's cache is a link to one that is called by its hash.
+    return path, diffusers_unet.name_of(path.absolute()), Source(name=path.name, sha256=sha256(path))
 
 
 def fetch_file(place: str, folder: str | None = None) -> Path:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffusion_convert.checkpoint import (
     diffusers_folder,
-    diffusers_unet,
     repository,
     t2i_adapter_file,
     torch_networks,
@@ -23,7 +21,6 @@ from diffusion_convert.checkpoint.controlnet import check_names, name_of
 from diffusion_convert.checkpoint.family import latent_factor
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.checkpoint.t2i_adapter_file import CLASS_NAME
-from diffusion_runtime.bundle.integrity import sha256
 from diffusion_runtime.bundle.manifest import Source
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.families import COMPONENTS
@@ -60,13 +57,9 @@ def with_t2i_adapters(checkpoint: Checkpoint, sources: Sequence[str]) -> Checkpo
 
 
 def _open(source: str) -> tuple[str, Submodel, Source]:
-    path = Path(source).expanduser()
-    if not path.exists() and repository.is_file_id(source):
-        path = repository.fetch_file(source)
-    if path.is_file():
-        # Not resolved: a file in the Hub's cache is a link to one that is called by its hash.
-        name = name_of(diffusers_unet.name_of(path.absolute()))
-        return name, t2i_adapter_file.read(path), Source(name=path.name, sha256=sha256(path))
+    if (file := repository.network_file(source)) is not None:
+        path, name, origin = file
+        return name_of(name), t2i_adapter_file.read(path), origin
     folder, origin = repository.network_folder(source, IN_PIPELINE)
     return name_of(origin.name), diffusers_folder.read_network(folder, "T2I-Adapter", CLASS_NAME), origin
 
