@@ -32,6 +32,13 @@ def pytest_configure() -> None:
     gc.set_threshold(50_000)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws without a seed of its own does not depend on the tests that its process had before."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
 LONGEST = (
     "swift/test_pictures.py",  # first of all, as others wait until it has built the Swift package
     "test_fuzz.py",
