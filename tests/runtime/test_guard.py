@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.serve import server
 from diffusion_runtime.serve.app import build
 from diffusion_runtime.serve.engine import Engine
 from diffusion_runtime.serve.guard import Rules
@@ -60,3 +63,11 @@ def test_web_pages_of_an_allowed_origin_may_send_and_read() -> None:
     assert ask(rules, "OPTIONS", "/score", {**other, **asking}).status_code == 400
     refused = ask(rules, "GET", "/health/live", other)
     assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers
+
+
+def test_rules_know_their_hosts() -> None:
+    rules = Rules(hosts=("a.example",))
+    assert rules.knows("a.example") and not rules.knows("192.0.2.1") and not rules.knows("b.example")
+    assert Rules(any_address=True).knows("192.0.2.1")
+    with pytest.raises(InputError, match="cannot be read"):
+        server.read_keys(Path("nowhere"))

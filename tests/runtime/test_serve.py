@@ -8,14 +8,12 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2 as httpx
@@ -23,17 +21,10 @@ import openai
 import pytest
 from PIL import Image
 
-from diffusion_runtime import tasks
-from diffusion_runtime.errors import InputError
 from diffusion_runtime.loading import load_pipeline
-from diffusion_runtime.png_record import Settings
 from diffusion_runtime.schedulers import SCHEDULERS
-from diffusion_runtime.serve import pages, server
-from diffusion_runtime.serve.apis import controlnet, web_ui
+from diffusion_runtime.serve import pages
 from diffusion_runtime.serve.apis.web_ui import KARRAS, SAMPLERS
-from diffusion_runtime.serve.guard import Rules
-from diffusion_runtime.serve.orders import Refused, Wanted
-from diffusion_runtime.serve.worker import _steering
 from serving import COMMAND, SHORT, Served, in_base64, left_mask, pixels, score, serving, start_image
 
 PROMPT = "a private prompt"
@@ -304,13 +295,6 @@ def test_a_worker_that_is_killed_loses_no_request(served: Served, expected: Call
     assert pixels(answer.json()[0]["generated_image"]) == expected(num_inference_steps=60)
 
 
-def test_a_slow_sender_hinders_nobody(served: Served) -> None:
-    host, port = served.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as slow:
-        slow.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
-        assert served.client.post("/score", json=score(["prompt"], "a")).status_code == 200
-
-
 def test_what_the_server_is_told(served: Served) -> None:
     assert served.client.get("/health/live").json() == {"status": "live"}
     assert served.client.get("/health/ready").json() == {"status": "ready"}
@@ -409,87 +393,3 @@ def test_what_cannot_be_served_is_one_line(
     )
     assert shown.returncode == 2, shown.stderr
     assert said.format(models=toy_folder) in shown.stderr.splitlines()[-1]
-
-
-def test_rules_know_their_hosts() -> None:
-    rules = Rules(hosts=("a.example",))
-    assert rules.knows("a.example") and not rules.knows("192.0.2.1") and not rules.knows("b.example")
-    assert Rules(any_address=True).knows("192.0.2.1")
-    with pytest.raises(InputError, match="cannot be read"):
-        server.read_keys(Path("nowhere"))
-
-
-def test_the_web_uis_numbers_reach_the_models_that_take_them() -> None:
-    """Its clients send a strength to all of them."""
-    asked = web_ui.Image2Image(init_images=["…"], denoising_strength=0.4, image_cfg_scale=1.2)
-    told = {kind: web_ui._numbers(asked, tasks.uses(kind)) for kind in (4, 7, 8)}
-    assert told == {4: {"strength": 0.4}, 7: {}, 8: {"image_guidance_scale": 1.2}}
-
-
-def test_adapters_are_units_of_the_extension_too() -> None:
-    described: Any = SimpleNamespace(components=["T2IAdapter_edges"], ip_adapters=[SimpleNamespace(name="plus")])
-    data = in_base64(Image.new("RGB", (8, 8)))
-
-    def steering(*units: dict[str, Any]) -> dict[str, Any]:
-        args = [{"image": data, **unit} for unit in units]
-        files, pictures = zip(*controlnet.controls({"controlnet": {"args": args}}, None), strict=True)
-        return _steering(Wanted(Settings("a", controls=files), control_pictures=pictures), described)
-
-    module = "ip-adapter_clip_sd15"
-    found = steering({"model": "edges", "guidance_end": 0.5}, {"model": "plus", "weight": 0.6, "module": module})
-    assert [(one.name, one.end) for one in found["adapters"]] == [("edges", 0.5)]
-    assert [(one.name, one.scale) for one in found["picture_prompts"]] == [("plus", 0.6)]
-    assert [one.name for one in steering({"model": "canny"})["controls"]] == ["canny"]
-    for unit in ({"model": "plus", "guidance_end": 0.5}, {"model": "edges", "module": "canny"}):
-        with pytest.raises(InputError, match="is an adapter, which counts from the first step on"):
-            steering(unit)
-
-
-def test_units_of_the_controlnet_extension() -> None:
-    """As its front ends send them; what another mode or module would change is refused."""
-    data = in_base64(Image.new("RGB", (8, 8)))
-    unit = {"model": "control_canny [d14c016b]", "module": "None", "input_image": data, "weight": 0.7}
-    late = {"enabled": True, "module": "canny", "guidance_start": 0.2, "guidance_end": 0.5, "pixel_perfect": True}
-    asked = {"controlnet": {"args": [unit, late, {"enabled": False, "module": "unknown"}]}}
-    (first, picture), (second, start) = controlnet.controls(asked, b"start")
-    assert (first.name, first.scale, first.start, first.end, first.prepare) == (
-        "control_canny",
-        0.7,
-        0.0,
-        1.0,
-        None,
-    )
-    assert (second.scale, second.start, second.end, second.prepare) == (1.0, 0.2, 0.5, "canny")
-    assert (picture, start) == (base64.b64decode(data), b"start")
-    assert controlnet.controls(None, None) == controlnet.controls({"controlnet": {}}, None) == ()
-    for changes, why in (
-        ({"control_mode": 2}, "know Balanced alone"),
-        ({"module": "openpose"}, "expected one of none, canny, depth"),
-        ({"input_image": None}, "a unit has no image"),
-        ({"weight": "x"}, "args 0.weight: Input should be a valid number"),
-        ({"input_image": "?"}, "is not base64"),
-    ):
-        with pytest.raises(Refused, match=why):
-            controlnet.controls({"controlnet": {"args": [{**unit, **changes}]}}, None)
-    with pytest.raises(Refused, match="11 units: expected at most 10"):
-        controlnet.controls({"controlnet": {"args": [unit] * 11}}, None)
-
-
-@pytest.mark.slow
-def test_controlnets_steer_through_the_web_uis_api(steered: Callable[[str], Path], tmp_path: Path) -> None:
-    pipeline = load_pipeline(steered("sd1") / "original" / "packages", "torch", check_safety=False)
-    picture = start_image()
-    told: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 7.0, "seed": 1}
-    expected = pipeline(
-        "a cat", control_image=picture, controlnet="edges_v1-tiny", controlnet_conditioning_scale=0.7, **told
-    ).images[0]
-    folder = steered("sd1") / "original" / "packages"
-    unit: dict[str, Any] = {"model": "edges_v1-tiny", "image": in_base64(picture), "weight": 0.7}
-    asked = {"prompt": "a cat", "seed": 1, "steps": 2, "alwayson_scripts": {"controlnet": {"args": [unit]}}}
-    with serving(tmp_path / "log.txt", f"sd1={folder}", "--no-safety") as one:
-        assert "edges_v1-tiny" in one.client.get("/controlnet/model_list").json()["model_list"]
-        answer = one.client.post("/sdapi/v1/txt2img", json=asked)
-        assert pixels(answer.json()["images"][0]) == expected.tobytes()
-        unit["model"] = "pose"
-        refused = one.client.post("/sdapi/v1/txt2img", json=asked)
-        assert refused.status_code == 400 and "is none of these models' ControlNets" in refused.text
