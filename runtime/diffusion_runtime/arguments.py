@@ -210,14 +210,14 @@ def noise_of(
     return from_seeds(list(seed) if isinstance(seed, Sequence) else [seed], rng)
 
 
-def texts_of(prompt: Texts, negative: Texts | None, count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def texts_of(prompt: Texts | None, negative: Texts | None, count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """One prompt and one negative prompt per picture; no negative prompts where none is given."""
     if not isinstance(count, int) or count < 1:
         raise InputError(f"{count!r} pictures per prompt: expected a whole number, at least 1")
     for name, texts in (("prompt", prompt), ("negative prompt", negative or "")):
         if not isinstance(texts, (str, list, tuple)):
             raise InputError(f"{name} is a {type(texts).__name__}: expected a text or a list of texts")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
     if negative is None:
         return _repeated(prompts, count), ()
     negatives: list[str] = [negative] * len(prompts) if isinstance(negative, str) else list(negative)

@@ -58,13 +58,19 @@ class Handle:
 def refuse(others: Mapping[str, object]) -> None:
     """Raise InputError for arguments that would have no effect, all in one line."""
     unknown = [name for name in others if name not in NEUTRAL]
-    unusable = [name for name, value in others.items() if name in NEUTRAL and value != NEUTRAL[name]]
+    unusable = [name for name, value in others.items() if name in NEUTRAL and not _is(value, NEUTRAL[name])]
     if unknown:
         raise InputError(f"unknown argument {', '.join(unknown)}: `help(Pipeline.__call__)` lists what there is")
     if unusable:
         raise InputError(
-            f"{', '.join(unusable)}: diffusers has it, but converted models cannot do it; leave it out"
+            f"{', '.join(unusable)}: diffusers has it, this pipeline does not; leave it out, or take diffusers' "
+            "own pipeline: load_diffusers_pipeline of diffusion_runtime.diffusers"
         )
+
+
+def _is(value: object, neutral: object) -> bool:
+    """As ``value == neutral``, where an array would compare its elements."""
+    return value is neutral if neutral is None else isinstance(value, (bool, int, float)) and value == neutral
 
 
 def run_steps(
@@ -80,7 +86,10 @@ def run_steps(
     Raises InputError where a callback asks for other tensors than the latents or gives latents that do not fit."""
     tensors = list(callback_on_step_end_tensor_inputs)
     if set(tensors) - {"latents"}:
-        raise InputError(f"callback_on_step_end_tensor_inputs {tensors}: only 'latents' can be had")
+        raise InputError(
+            f"callback_on_step_end_tensor_inputs {tensors}: only 'latents' can be had here, others in "
+            "load_diffusers_pipeline's pipelines"
+        )
     latents, changed = start.latents, None
     try:
         while not handle.interrupt:

@@ -182,7 +182,9 @@ class Pipeline:
         self, prompt: Texts, *, output_type: Literal["pt", "latent"], **arguments: Unpack[Arguments]
     ) -> Result[torch.Tensor]: ...
 
-    def __call__(self, prompt: Texts, *, output_type: str = "pil", **arguments: Unpack[Arguments]) -> Result[Any]:
+    def __call__(
+        self, prompt: Texts | None = None, *, output_type: str = "pil", **arguments: Unpack[Arguments]
+    ) -> Result[Any]:
         """Make pictures. Names and defaults are those of diffusers' pipelines, where they have the argument.
 
         Args:

@@ -216,6 +216,17 @@ def test_components_without_a_choice_are_stored_once(made: Conversion) -> None:
             assert len({(file / "Manifest.json").stat().st_ino for file in files}) == 1, name
 
 
+def test_equal_files_of_variants_are_stored_once(made: Conversion) -> None:
+    """Without compiled models, too: the UNets' weights are the same bytes."""
+    places: dict[str, set[int]] = {}
+    for variant, described in made.variants.items():
+        for component in described.components.values():
+            for name, digest in component.sha256.items():
+                file = made.output / variant / "packages" / name
+                places.setdefault(digest, set()).add(file.stat().st_ino)
+    assert max(map(len, places.values())) == 1
+
+
 def test_manifest_tells_what_no_interface_tells(made: Conversion, family: str) -> None:
     recipe = tiny_checkpoints.RECIPES[family]
     manifest = made.variants["original"]

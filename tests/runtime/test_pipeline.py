@@ -343,7 +343,8 @@ def test_odd_prompts_make_diffusers_picture(reference: Load, psnr_db: Psnr, prom
         ({"latents": np.zeros((1, 4, 8, 8))}, "latents are a ndarray: expected a tensor"),
         ({"strength": 0.5}, "given a strength, but these models do text to image: a prompt alone; or image to"),
         ({"noise_level": 20}, "given a noise level, but these models do text to image"),
-        ({"timesteps": [9], "sigmas": [1.0]}, "timesteps, sigmas: diffusers has it, but converted models cannot"),
+        ({"timesteps": [9], "sigmas": [1.0]}, "timesteps, sigmas: diffusers has it, this pipeline does not; "),
+        ({"sigmas": np.array([1.0, 0.5])}, "sigmas: diffusers has it, .* load_diffusers_pipeline"),
         ({"clip_skip": 2}, "clip skip 2: it is part of the models, .* convert again with --clip-skip 2"),
         ({"guidance": 3}, "unknown argument guidance"),
         ({"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}, "only 'latents' can be had"),
@@ -356,6 +357,12 @@ def test_bad_arguments_are_one_clear_line(reference: Load, arguments: dict[str, 
     with pytest.raises(InputError, match=message) as caught:
         made(reference("sd1").pipeline(), **arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_states_in_place_of_a_prompt_are_refused_by_name(reference: Load) -> None:
+    asked: dict[str, Any] = {"prompt_embeds": torch.zeros(1, 77, 32)}
+    with pytest.raises(InputError, match="prompt_embeds: diffusers has it, this pipeline does not"):
+        reference("sd1").pipeline()(**asked)
 
 
 def test_numpys_numbers_are_numbers(reference: Load) -> None:

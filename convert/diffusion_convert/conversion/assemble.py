@@ -53,7 +53,11 @@ def assemble(
         made = _packages(plan, place, records, kind, folder / kind.value / PACKAGES, known)
         found[kind.value] = {PACKAGES: made}
     if plan.compiled:
-        _compile(plan, found, folder, known, progress)
+        _compile(found, folder, known, progress)
+    share_identical(folder, found)
+    if plan.compiled and plan.options.zip:
+        progress(Event("", Phase.ZIP, 0.0))
+        zip_variants(folder, {name: kinds[COMPILED] for name, kinds in found.items()})
     if _has_card(plan) and not is_anothers(previous.output / CARD_NAME):
         write_model_card(folder, found)
     progress(Event("", Phase.FINISH, 1.0))
@@ -82,17 +86,11 @@ def _has_card(plan: Plan) -> bool:
     return plan.options.compiled or plan.options.layout is not Layout.APPLE
 
 
-def _compile(
-    plan: Plan, found: dict[str, dict[str, Manifest]], folder: Path, known: Hashes, progress: Progress
-) -> None:
+def _compile(found: dict[str, dict[str, Manifest]], folder: Path, known: Hashes, progress: Progress) -> None:
     for number, (name, kinds) in enumerate(found.items()):
         progress(Event("", Phase.COMPILE, number / len(found), name))
         variant, source = folder / name, kinds[PACKAGES]
         kinds[COMPILED] = compile_variant(variant / PACKAGES, variant / COMPILED, source=source, known=known)
-    share_identical(folder, found)
-    if plan.options.zip:
-        progress(Event("", Phase.ZIP, 0.0))
-        zip_variants(folder, {name: kinds[COMPILED] for name, kinds in found.items()})
 
 
 def _packages(
