@@ -127,9 +127,13 @@ def named_inputs(settings: Settings, picture: Path) -> dict[str, Any]:
     }
 
 
-def control_hashes(settings: Settings) -> list[str]:
-    """SHA-256 of the controls' files, in order."""
-    return [_sha256(Path(control.image)) for control in settings.controls]
+def by_content(settings: Settings) -> dict[str, list[dict[str, Any]]]:
+    """What of `LISTED` is there, with SHA-256 in place of the files' names."""
+    return {
+        name: [{**asdict(one), "image": _sha256(Path(one.image))} for one in listed]
+        for name in LISTED
+        if (listed := getattr(settings, name))
+    }
 
 
 def find(picture: Path, name: str, remedy: str) -> str:

@@ -444,6 +444,13 @@ def test_a_table_names_controls(steered: Kind, tmp_path: Path) -> None:
     for name in ("table.csv", "table.jsonl"):
         (row,) = rows.read(tmp_path / name)
         assert row.options["controls"] == expected
+    (tmp_path / "others.csv").write_text(
+        "prompt,adapter,ip_adapter_image\na,edges=edges.png:0.8:0.5,edges.png:0.6\n"
+    )
+    (other,) = rows.read(tmp_path / "others.csv")
+    assert other.options["adapters"] == (ControlFile("edges", str(tmp_path / "edges.png"), 0.8, end=0.5),)
+    assert other.options["ip_adapter_images"] == (ControlFile("", str(tmp_path / "edges.png"), 0.6),)
+    (of_others,), failed = tasks_of([other], {"steps": 2}, 1, "models")
     (task,), failed = tasks_of([row], {"steps": 2}, 1, "models")
     assert not failed
     folder = tmp_path / "out"
@@ -453,3 +460,4 @@ def test_a_table_names_controls(steered: Kind, tmp_path: Path) -> None:
     assert [one["name"] for one in images.read_metadata(folder / "000001.png")["controls"]] == [EDGES, TILE]
     picture(64, 2).save(tmp_path / "edges.png")  # another picture, another task
     assert tasks_of([row], {"steps": 2}, 1, "models")[0][0].key != task.key
+    assert tasks_of([other], {"steps": 2}, 1, "models")[0][0].key != of_others.key

@@ -24,14 +24,13 @@ from diffusion_runtime.errors import InputError, InstallationError
 from diffusion_runtime.png_record import FILES, LISTED, Settings
 
 COUNT = "count"
-NO_COLUMNS = LISTED.keys() - {"controls"}
 COLUMNS: Mapping[str, str] = {
-    **{field.name: field.name for field in fields(Settings) if field.name not in NO_COLUMNS},
+    **{field.name: field.name for field in fields(Settings)},
     COUNT: COUNT,
     "num_inference_steps": "steps",
     "num_images_per_prompt": COUNT,
     "mask_image": "mask",
-    "control": "controls",
+    **{option.removeprefix("--").replace("-", "_"): name for name, option in LISTED.items()},
 }
 """A column of the table, and the option of generate that it is."""
 MAX_CELL = 64 << 20  # characters; a picture in base64 may be long
@@ -97,7 +96,7 @@ def _row(number: int, raw: Raw, folder: Path, ignored: Set[str], inputs: Path | 
             if name in options:
                 raise InputError(f"{column} and another column both say {name}: give one")
             options[name] = (
-                _controls(column, value, folder) if name == "controls" else _typed(column, value, _TYPES[name])
+                _steering(column, value, name, folder) if name in LISTED else _typed(column, value, _TYPES[name])
             )
         if "prompt" not in options:
             raise InputError("prompt: missing")
@@ -110,12 +109,15 @@ def _row(number: int, raw: Raw, folder: Path, ignored: Set[str], inputs: Path | 
     return Row(number, _shown(given), options, count)
 
 
-def _controls(column: str, value: Any, folder: Path) -> tuple[ControlFile, ...]:
-    """Controls as --control takes them: a list of texts, or several in one text with semicolons between them."""
+def _steering(column: str, value: Any, name: str, folder: Path) -> tuple[ControlFile, ...]:
+    """What steers, as --control and its like take it: a list of texts, or several in one text with semicolons."""
+    from diffusion_runtime import picture_prompts, t2i_adapters  # torch: where a table has such a column
+
+    parsers = {"adapters": t2i_adapters.parse, "ip_adapter_images": picture_prompts.parse}
     texts = value.split(";") if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{column}: got {strict_json.shortened(value)}, expected texts as canny=edges.png:0.8")
-    files = (control.parse(text) for text in texts if text.strip())
+    files = (parsers.get(name, control.parse)(text) for text in texts if text.strip())
     return tuple(replace(file, image=str(folder / file.image)) for file in files)
 
 

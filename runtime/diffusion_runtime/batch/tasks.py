@@ -13,7 +13,7 @@ from diffusion_runtime import noise, png_record, strict_json
 from diffusion_runtime.batch.places import Line, Place
 from diffusion_runtime.batch.rows import Row
 from diffusion_runtime.errors import DiffusionError, InputError
-from diffusion_runtime.png_record import FILES, Settings
+from diffusion_runtime.png_record import FILES, LISTED, Settings
 
 KEY = "batch_key"
 """What a picture's record calls the key of its task."""
@@ -165,17 +165,18 @@ def _line(
 
 def _key(settings: Settings, count: int, models: str) -> str:
     files = [(name, getattr(settings, name)) for name in FILES]
-    for name, path in (*files, *((f"control {one.name}", one.image) for one in settings.controls)):
+    files += [
+        (f"{option[2:]} {one.name}", one.image)
+        for name, option in LISTED.items()
+        for one in getattr(settings, name)
+    ]
+    for name, path in files:
         if path is not None and not Path(path).is_file():
             raise InputError(f"{name} {path}: no such file")
     # Defaults are left out: an option that is new to a later version changes no key of an earlier one's batch.
     usual = asdict(Settings(prompt=""))
     told = {name: value for name, value in asdict(settings).items() if name not in FILES and value != usual[name]}
-    content = {**told, **png_record.hashes(settings)}  # wherever the files lie
-    if settings.controls:
-        hashes = png_record.control_hashes(settings)
-        content["controls"] = [
-            {**asdict(one), "image": digest} for one, digest in zip(settings.controls, hashes, strict=True)
-        ]
+    # Wherever the files lie.
+    content = {**told, **png_record.hashes(settings), **png_record.by_content(settings)}
     text = json.dumps({**content, "count": count, "models": models}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
