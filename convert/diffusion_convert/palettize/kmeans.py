@@ -8,8 +8,8 @@ mean. That cost has the concave Monge property, from which follows all that is u
   minimum-weight k-link path in graphs with the concave Monge property and applications", 1994; for k-means
   Grønlund, Larsen, Mathiasen, Nielsen, Schneider, Song: "Fast exact k-means, k-medians and Bregman divergence
   clustering in 1D", 2017, section 3);
-- where no penalty finds k edges, two shortest paths of one penalty, with fewer and with more edges, can be spliced
-  to one of k edges that is as short;
+- where a penalty finds e edges instead of k, it has shown where the best k-edge path runs: node m of that lies
+  between nodes m - |k - e| and m of the shorter of both. What is left is searched node by node;
 - the best last edge to a node moves right as the node does, which prunes the search for it.
 
 The shortest path of one penalty is found for whole blocks of nodes at once, so that numpy does the work: up to a
@@ -25,9 +25,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_FANOUT = 4
-_GUESSES = 4
-"""Penalties to try for a path on the other side of k edges than the first one found."""
+_FANOUT = 4  # a power of two
+_RUNS = 12
+_WIDE = 2
+"""Times all nodes: searching so many node by node takes about as long as a run with another penalty."""
 _NEAR = 16
 
 Problem = tuple[np.ndarray, np.ndarray, int]
@@ -38,10 +39,15 @@ def cluster(problems: Sequence[Problem]) -> list[np.ndarray]:
     """For each problem the boundaries of the best k clusters: int array b of k + 1 with cluster m =
     values[b[m]:b[m + 1]]; where there are no more than k values, each is a cluster of its own."""
     searches = [_Search.of(*problem) for problem in problems]
-    while unfinished := [search for search in searches if search.path is None]:
-        paths = _shortest_paths([search.line for search in unfinished], [search.penalty for search in unfinished])
-        for search, path in zip(unfinished, paths, strict=True):
+    for _ in range(_RUNS):
+        if not (wide := [search for search in searches if search.is_wide]):
+            break
+        paths = _shortest_paths([search.line for search in wide], [search.penalty for search in wide])
+        for search, path in zip(wide, paths, strict=True):
             search.learn(path)
+    if unfinished := [search for search in searches if search.path is None]:
+        for search, path in zip(unfinished, _paths_within(unfinished), strict=True):
+            search.path = path
     return [search.path for search in searches if search.path is not None]
 
 
@@ -70,11 +76,9 @@ def centroids(values: np.ndarray, counts: np.ndarray, boundaries: np.ndarray) ->
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A path that is optimal for its length, its squared error, and a penalty at which it is the shortest (0: not
-    looked for)."""
+    """A path that is optimal for its length, and a penalty at which it is the shortest (0: not looked for)."""
 
     path: np.ndarray
-    error: float
     penalty: float = 0.0
 
     @property
@@ -96,6 +100,17 @@ class _Line:
         sums = (counts, counts * centred, counts * centred**2)
         return _Line(*(np.concatenate([[0.0], np.cumsum(terms)]) for terms in sums))
 
+    @staticmethod
+    def joined(lines: Sequence[_Line]) -> tuple[_Line, np.ndarray]:
+        """One after the other, and where each begins."""
+        bases = _begins(np.array([len(line.zeroth) for line in lines]))
+        parts = zip(*((line.zeroth, line.first, line.second) for line in lines), strict=True)
+        return _Line(*(np.concatenate(part) for part in parts)), bases
+
+    def at(self, nodes: np.ndarray) -> _Line:
+        """The sums at ``nodes`` alone."""
+        return _Line(self.zeroth[nodes], self.first[nodes], self.second[nodes])
+
     def cost(self, path: np.ndarray) -> float:
         """The squared error of the clustering ``path``."""
         sizes, firsts = np.diff(self.zeroth[path]), np.diff(self.first[path])
@@ -116,6 +131,16 @@ def _companded(values: np.ndarray, counts: np.ndarray, k: int, rounds: int = 4) 
     return boundaries
 
 
+def _next_penalty(k: int, few: _Found, many: _Found) -> float:
+    """The penalty at which ``k`` edges are expected: error falls with k to the second power, its slope (which is
+    the penalty) with the third. Between two known lengths, the line through both on logarithmic scales."""
+    if few.penalty and many.penalty:
+        ends = np.log([few.edges, many.edges])
+        return float(np.exp(np.interp(np.log(k), ends, np.log([few.penalty, many.penalty]))))
+    known = few if few.penalty else many
+    return float(known.penalty * (known.edges / k) ** 3)
+
+
 @dataclass(slots=True)
 class _Search:
     """What is known of one problem: optimal paths of fewer and of more edges than ``k``, and ``path``, the best of
@@ -126,82 +151,97 @@ class _Search:
     few: _Found
     many: _Found
     penalty: float = 0.0
-    guesses: int = _GUESSES
     path: np.ndarray | None = None
 
     @staticmethod
     def of(values: np.ndarray, counts: np.ndarray, k: int) -> _Search:
         count, line = len(values), _Line.of(values, counts)
-        whole = np.array([0, count])
-        search = _Search(line, k, _Found(whole, line.cost(whole)), _Found(np.arange(count + 1), 0.0))
+        search = _Search(line, k, _Found(np.array([0, count])), _Found(np.arange(count + 1)))
         if k >= count:
             search.path = search.many.path
         elif k == 1:
             search.path = search.few.path
         else:
-            # Error falls with about (k + 1) to the second power, and its slope is the penalty.
-            search.penalty = 2 * line.cost(_companded(values, counts, k)) / (k + 1)
+            search.penalty = 2 * line.cost(_companded(values, counts, k)) / k
         return search
 
+    @property
+    def is_wide(self) -> bool:
+        """True where a run with another penalty is worth its time."""
+        if self.path is not None or not 0 < self.penalty < np.inf:
+            return False
+        lowest, highest = self.bounds()
+        return int((highest - lowest).sum()) > _WIDE * len(self.line.zeroth)
+
     def learn(self, path: np.ndarray) -> None:
-        """Take in the shortest path at ``penalty``, and set the next penalty."""
-        found = _Found(path, self.line.cost(path), self.penalty)
+        """Take in the shortest path at ``penalty``."""
+        found = _Found(path, self.penalty)
         if found.edges == self.k:
             self.path = path
-        elif not (self.guesses or self.few.edges < found.edges < self.many.edges):
-            self.path = _spliced(self.few.path, self.many.path, self.k)
         elif found.edges < self.k:
             self.few = found
         else:
             self.many = found
-        self.guesses = 0 if self.few.penalty and self.many.penalty else max(self.guesses - 1, 0)
-        self.penalty = self._next_penalty()
+        self.penalty = _next_penalty(self.k, self.few, self.many)
 
-    def _next_penalty(self) -> float:
-        """Between two lengths the penalty at which both are as short: where no other path is shorter then,
-        `_spliced` goes on. Until both are known, one at which rather fewer or more edges are expected: the penalty
-        is the slope of the error, which falls with the third power of the edges."""
-        few, many = self.few, self.many
-        if self.guesses:
-            penalty, edges = (few.penalty, few.edges + 2 / 3) if few.penalty else (many.penalty, many.edges - 2 / 3)
-            return penalty * (edges / self.k) ** 3
-        return (few.error - many.error) / (many.edges - few.edges)
-
-
-def _spliced(few: np.ndarray, many: np.ndarray, k: int) -> np.ndarray:
-    """The path of ``k`` edges that begins as ``many`` and ends as ``few``: both are shortest at one penalty, and
-    so is it, for where an edge of ``few`` spans one of ``many`` the Monge property lets them be exchanged."""
-    ahead = k + 1 - len(few)
-    spans = (few[:-1] <= many[ahead:k]) & (many[ahead + 1 : k + 1] <= few[1:])
-    at = int(spans.argmax())
-    return np.concatenate([many[: at + ahead + 1], few[at + 1 :]])
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first and the last place of each node of a best path."""
+        few, many = self.few.path, self.many.path
+        missing, surplus = self.k - self.few.edges, self.many.edges - self.k
+        lowest = np.maximum(np.concatenate([np.zeros(missing, np.int64), few]), many[: self.k + 1])
+        highest = np.minimum(np.concatenate([few, np.full(missing, few[-1])]), many[surplus:])
+        # Among paths that tie, rounding may have chosen two that do not go together.
+        return np.minimum(lowest, highest), np.maximum(lowest, highest)
 
 
 def _shortest_paths(lines: Sequence[_Line], penalties: Sequence[float]) -> list[np.ndarray]:
     """For each line the cheapest path from its first node to its last where each edge costs its penalty more."""
-    sizes = np.array([len(line.zeroth) for line in lines])
-    bases, ends = _begins(sizes), sizes.cumsum() - 1
-    line = _Line(*(np.concatenate([getattr(one, name) for one in lines]) for name in ("zeroth", "first", "second")))
-    distance, parent = np.zeros(sizes.sum()), np.zeros(sizes.sum(), np.int64)
-    reduced = np.zeros(sizes.sum())  # distance less the second sums, which cancel in all comparisons
+    line, bases = _Line.joined(lines)
+    ends = bases + np.array([len(each.zeroth) for each in lines]) - 1
+    distance = np.zeros(len(line.zeroth))
+    reduced = np.zeros(len(line.zeroth))  # distance less the second sums, which cancel in all comparisons
+    parent = np.zeros(len(line.zeroth), np.int64)
     parent[bases] = bases
     settled, last, penalty, step = bases, ends, np.array(penalties), np.ones(len(bases), np.int64)
     while len(settled):
         lengths = np.minimum(step, last - settled)
-        best, value = _row_minima(line, reduced, settled + 1, lengths, parent[settled], settled)
+        rows = _ranges(settled + 1, lengths)
+        left, right = parent[settled].repeat(lengths), settled.repeat(lengths)
+        best, value = _row_minima(line, reduced, rows, lengths, left, right)
         value += penalty.repeat(lengths)
-        rows, numbers = _ranges(settled + 1, lengths), _ranges(np.zeros_like(lengths), lengths)
         reached = value + line.second[rows]
+        numbers = _ranges(np.zeros_like(lengths), lengths)
         beyond = reached > (distance[settled] + penalty).repeat(lengths)
-        keep = np.minimum.reduceat(np.where(beyond, numbers, lengths.repeat(lengths)), _begins(lengths)).clip(1)
+        begins = lengths.cumsum() - lengths
+        keep = np.minimum.reduceat(np.where(beyond, numbers, lengths.repeat(lengths)), begins).clip(1)
         kept = numbers < keep.repeat(lengths)
         block = rows[kept]
         distance[block], parent[block], reduced[block] = reached[kept], best[kept], value[kept]
-        step = np.where(keep == lengths, 2 * step, keep + keep // 8 + 1)
+        step = np.where(keep == lengths, 2 * step, keep + keep // 4 + 1)
         settled = settled + keep
         on = settled < last
         settled, last, penalty, step = settled[on], last[on], penalty[on], step[on]
     return [_walk(parent, end) - base for base, end in zip(bases.tolist(), ends.tolist(), strict=True)]
+
+
+def _paths_within(searches: Sequence[_Search]) -> list[np.ndarray]:
+    """For each search the best path within its bounds. The places of all nodes stand one after the other."""
+    bounds = [search.bounds() for search in searches]
+    places = [_ranges(lowest, highest - lowest + 1) for lowest, highest in bounds]
+    line, bases = _Line.joined([search.line.at(nodes) for search, nodes in zip(searches, places, strict=True)])
+    reduced, parent = np.zeros(len(line.zeroth)), np.zeros(len(line.zeroth), np.int64)
+    begins = [base + _begins(highest - lowest + 1) for base, (lowest, highest) in zip(bases, bounds, strict=True)]
+    place = np.concatenate(places)
+    parent[bases] = bases
+    for node in range(1, max(search.k for search in searches) + 1):
+        on = [index for index, search in enumerate(searches) if node <= search.k]
+        first, before = (np.array([begins[index][which] for index in on]) for which in (node, node - 1))
+        lengths = np.array([bounds[index][1][node] - bounds[index][0][node] + 1 for index in on])
+        rows = _ranges(first, lengths)
+        left = before.repeat(lengths)
+        right = np.minimum(first.repeat(lengths) - 1, left + place[rows] - 1 - place[left])
+        parent[rows], reduced[rows] = _row_minima(line, reduced, rows, lengths, left, right)
+    return [place[_walk(parent, int(begin[-1]))] for begin in begins]
 
 
 def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -224,53 +264,50 @@ def _walk(parent: np.ndarray, end: int) -> np.ndarray:
 
 
 def _row_minima(
-    line: _Line, reduced: np.ndarray, begin: np.ndarray, lengths: np.ndarray, left: np.ndarray, right: np.ndarray
+    line: _Line, reduced: np.ndarray, rows: np.ndarray, lengths: np.ndarray, left: np.ndarray, right: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For the end nodes begin … begin + length - 1 of each line the best start in left … right, and its value.
+    """For each end node in ``rows`` (of each line so many as ``lengths`` says) the best start in left … right, and
+    its value.
 
-    Coarse to fine: the last row of each line is solved first. Then rows are parted into `_FANOUT` bands again and
-    again, where the last of each is solved, between the best starts of those that are solved on both sides.
+    Coarse to fine: of every block of rows the last is solved first, and bounds those before it.
     """
-    ends = lengths.cumsum()
-    best, value = np.empty(ends[-1], np.int64), np.empty(ends[-1])
-    right, value[ends - 1] = (
-        found[0] for found in _band_minima(line, reduced, (begin + lengths - 1)[None], left, right)
-    )
-    best[ends - 1] = right
-    at, stride = ends - lengths, 1  # where each band's rows begin; the bands' length
-    shift = begin - at
-    while stride < lengths.max():
+    best = np.zeros(len(rows), np.int64)
+    value = np.empty(len(rows))
+    number, count = _ranges(np.ones_like(lengths), lengths), lengths.repeat(lengths)
+    stride = 1
+    while stride * _FANOUT <= lengths.max():
         stride *= _FANOUT
-    while stride > 1:
-        stride //= _FANOUT
-        inner = np.minimum(at + np.arange(1, _FANOUT)[:, None] * stride, ends) - 1
-        best[inner], value[inner] = _band_minima(line, reduced, inner + shift, left, right)
+    while stride:
+        block = stride * _FANOUT
+        behind = number & (block - 1)
+        at = ((behind & (stride - 1) == 0) & (behind != 0)).nonzero()[0]
+        back = behind[at]
+        first = np.where(back < number[at], best[at - back], left[at])
+        after = at - back + block
+        solved = number[at] - back + block <= count[at]
+        last = np.minimum(np.where(solved, best[after.clip(max=len(best) - 1)], right[at]), right[at])
         # Rounding may have put the best starts of two rows that tie the wrong way round.
-        bounds = np.maximum.accumulate(np.concatenate([left[None], best[inner], right[None]]))
-        at = (at + np.arange(_FANOUT)[:, None] * stride).T.reshape(-1)
-        ends, shift = ends.repeat(_FANOUT), shift.repeat(_FANOUT)
-        on = at + 1 < ends
-        at, ends, shift = at[on], ends[on], shift[on]
-        left, right = bounds[:-1].T.reshape(-1)[on], bounds[1:].T.reshape(-1)[on]
+        best[at], value[at] = _ranges_minima(line, reduced, rows[at], first, np.maximum(first, last))
+        stride //= _FANOUT
     return best, value
 
 
-def _band_minima(
-    line: _Line, reduced: np.ndarray, rows: np.ndarray, left: np.ndarray, right: np.ndarray
+def _ranges_minima(
+    line: _Line, reduced: np.ndarray, rows: np.ndarray, first: np.ndarray, last: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The leftmost best start in left … right of each band for ``rows`` (any number, bands), and its value."""
-    lengths = right - left + 1
+    """The leftmost best start in first … last (inclusive) for each of ``rows``, and its value."""
+    lengths = last - first + 1
     begins = _begins(lengths)
-    start = _ranges(left, lengths)
-    values = line.first[rows].repeat(lengths, axis=1)
-    values -= line.first[start]
-    values *= values
-    sizes = line.zeroth[rows].repeat(lengths, axis=1)
+    start = _ranges(first, lengths)
+    sums = line.first[rows].repeat(lengths)
+    sums -= line.first[start]
+    sums *= sums
+    sizes = line.zeroth[rows].repeat(lengths)
     sizes -= line.zeroth[start]
-    values /= sizes
-    np.subtract(reduced[start], values, out=values)
-    lowest = np.minimum.reduceat(values, begins, axis=1)
+    sums /= sizes
+    values = reduced[start]
+    values -= sums
+    lowest = np.minimum.reduceat(values, begins)
     # The leftmost of equal ones, as the Monge property needs it.
-    hits = (values == lowest.repeat(lengths, axis=1)).reshape(-1).nonzero()[0]
-    each = begins + np.arange(len(rows))[:, None] * len(start)
-    return start[hits[hits.searchsorted(each)] % len(start)], lowest
+    hits = (values == lowest.repeat(lengths)).nonzero()[0]
+    return start[hits[hits.searchsorted(begins)]], lowest

@@ -31,7 +31,7 @@ _VALUES = np.arange(_PATTERNS, dtype=np.uint16).view(np.float16).astype(np.float
 _ASCENDING = np.concatenate([np.arange(0xFC00, 0x7FFF, -1), np.arange(0x7C01)])
 """The bits of float16's values from least to greatest, without NaN."""
 
-TOGETHER = 8
+TOGETHER = 4
 """Weights whose palettes are looked for together. More take little less time, and 5 MB more each."""
 
 Cluster = Callable[[Sequence[kmeans.Problem]], list[np.ndarray]]
