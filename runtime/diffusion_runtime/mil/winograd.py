@@ -33,7 +33,7 @@ MIN_TILES = 512
 16/9 as large. 512: 32x32 pixels in a batch of two."""
 MIN_TILES_OF_STREAMED = 32
 """The same where the kernel is transformed each time, as it is read from its file, and not held."""
-HELD_ELEMENTS = 2**17
+HELD_ELEMENTS = 2**18
 """Inputs of a channel times tiles that are transformed at once, so that they stay in the processor's cache."""
 
 
