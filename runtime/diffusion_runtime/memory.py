@@ -8,7 +8,7 @@ from typing import Any
 
 HELD_ELSEWHERE = 2**28
 """Bytes from which on memory comes from the system and goes back to it at once: holes of that size would hurt."""
-HELD_AT_MOST = 2**30
+HELD_AT_MOST = 2**29
 """Bytes at the end of the heap that are kept for the next tensors."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

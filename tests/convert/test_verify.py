@@ -17,7 +17,7 @@ from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.torch_networks import build
 from diffusion_convert.components import table
-from diffusion_convert.components.component import Shape
+from diffusion_convert.components.component import Graph, Shape
 from diffusion_convert.components.unet import UNet
 from diffusion_convert.export import export as export_module
 from diffusion_convert.export.export import Exported, ExportOptions, export
@@ -122,6 +122,28 @@ def test_no_mistake_is_published(
     with mistake, pytest.raises(VerificationError, match="the first operation that differs is"):
         convert(tiny_checkpoint("sd1"), tmp_path / "models", options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("nothing_remembered")
+@pytest.mark.parametrize(("name", "batches"), [("unet", [4]), ("text_encoder", [1, 1, 1])])
+def test_runs_are_rows_of_one_batch_where_all_is_by_rows(
+    name: str, batches: list[int], checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    component, compute = table()[name], compare._outputs
+    ran: list[int] = []
+
+    def watched(graph: Graph, arrays: compare.Arrays) -> compare.Arrays:
+        ran.extend(len(array) for array in list(arrays.values())[:1])
+        return compute(graph, arrays)
+
+    monkeypatch.setattr(compare, "_outputs", watched)
+    found = compare.reference(component, checkpoint, SHAPE, silent)
+    assert ran == batches
+    graph = component.build(checkpoint, None, SHAPE)
+    for arrays, outputs in zip(found.inputs, found.outputs, strict=True):
+        for output, array in compute(graph, arrays).items():
+            assert outputs[output].shape == array.shape
+            assert compare.psnr_db(array, outputs[output]) > 110
 
 
 def test_reference_survives_the_disk(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.tensor_file import let_go
-from diffusion_convert.components.component import Component, Shape
+from diffusion_convert.components.component import Component, Graph, Shape
 from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import VerificationError
@@ -92,18 +92,23 @@ def draw(component: Component, checkpoint: Checkpoint, shape: Shape) -> tuple[Ar
 
 
 def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progress: OnFraction) -> Expected:
-    """Run the checkpoint's own network. Its weights are widened to float32 one module at a time."""
-    import torch
-
+    """Run the checkpoint's own network. Its weights are widened to float32 one module at a time, once for all runs
+    where those can be rows of one batch."""
     graph = component.build(checkpoint, None, shape)
     inputs = tuple(graph.sample(seed) for seed in range(component.runs))
-    outputs = []
-    with torch_networks.silent(), widened(graph.module), torch.inference_mode():
-        for run, arrays in enumerate(inputs):
-            found = graph.module(*(torch.from_numpy(arrays[port.name]).float() for port in graph.inputs))
-            tensors = found if isinstance(found, tuple) else (found,)
-            outputs.append({port.name: tensor.numpy() for port, tensor in zip(graph.outputs, tensors, strict=True)})
-            progress((run + 1) / component.runs)
+    together = _together(component, checkpoint, shape, graph)
+    outputs: list[Arrays] = []
+    if together is None:
+        for arrays in inputs:
+            outputs.append(_outputs(graph, arrays))
+            progress(len(outputs) / component.runs)
+    else:
+        found = _outputs(
+            together, {name: np.concatenate([arrays[name] for arrays in inputs]) for name in inputs[0]}
+        )
+        parts = {name: np.split(array, component.runs) for name, array in found.items()}
+        outputs += [{name: part[run] for name, part in parts.items()} for run in range(component.runs)]
+        progress(1.0)
     release()
     for name, array in (item for run in outputs for item in run.items()):
         if not np.isfinite(array).all():
@@ -112,6 +117,27 @@ def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progre
                 "the checkpoint is damaged"
             )
     return Expected(inputs, tuple(outputs))
+
+
+def _together(component: Component, checkpoint: Checkpoint, shape: Shape, graph: Graph) -> Graph | None:
+    """The ``graph`` for all runs as one batch; None where there is one run, or where it takes or gives what is not
+    by rows of the batch."""
+    if component.runs == 1:
+        return None
+    larger = component.build(checkpoint, None, replace(shape, batch_size=component.runs * shape.batch_size))
+    ports = zip((*graph.inputs, *graph.outputs), (*larger.inputs, *larger.outputs), strict=True)
+    by_rows = all(many.shape == (component.runs * one.shape[0], *one.shape[1:]) for one, many in ports)
+    return larger if by_rows else None
+
+
+def _outputs(graph: Graph, arrays: Arrays) -> Arrays:
+    """What the network of ``graph`` computes in float32."""
+    import torch
+
+    with torch_networks.silent(), widened(graph.module), torch.inference_mode():
+        found = graph.module(*(torch.from_numpy(arrays[port.name]).float() for port in graph.inputs))
+    tensors = found if isinstance(found, tuple) else (found,)
+    return {port.name: tensor.numpy() for port, tensor in zip(graph.outputs, tensors, strict=True)}
 
 
 def measure(path: Path, expected: Expected, progress: OnFraction) -> Verdict:
