@@ -241,9 +241,9 @@ def stored_energies(original: np.ndarray, lut: np.ndarray, indices: np.ndarray, 
     pairs[:, : len(lut), 0], pairs[..., 1] = lut, lut[:, None]
     table = pairs.reshape(-1).view(np.complex64)
     signal = noise = 0.0
-    for start, one in enumerate(_chunks(original, _CACHED)):
+    for start, one in enumerate(_chunks(original)):
         index = np.zeros(one.size + one.size % 2, np.uint8)
-        index[: one.size] = unpacked(indices, bits, start * _CACHED, one.size)
+        index[: one.size] = unpacked(indices, bits, start * _CHUNK, one.size)
         decoded = np.take(table, index.view("<u2"), mode="clip").view(np.float32)  # "raise" would copy first
         energy, difference = energies(one, decoded[: one.size])
         signal, noise = signal + energy, noise + difference
