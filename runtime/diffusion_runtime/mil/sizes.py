@@ -19,8 +19,9 @@ from diffusion_runtime.errors import UnsupportedError
 from diffusion_runtime.mil.ops.registry import Op
 from diffusion_runtime.mil.program import TensorType, ValueType
 
-_UNKNOWN = "scaled_dot_product_attention"
-"""The op that meta tensors say nothing of: it is computed without the scores that it would need there."""
+_UNKNOWN = frozenset({"lstm", "scaled_dot_product_attention"})
+"""Ops that meta tensors say nothing of: one takes a step for each element of a sequence, the other is computed
+without the scores that it would need there."""
 
 
 @dataclass
@@ -67,7 +68,7 @@ def _made(op: Op, arguments: Mapping[str, Any]) -> tuple[int, Sequence[Tensor] |
     watch = _Allocations()
     try:
         with torch.no_grad(), torch.device("meta"), watch:
-            found = None if op.name == _UNKNOWN else op.function(**arguments)
+            found = None if op.name in _UNKNOWN else op.function(**arguments)
     except (RuntimeError, ValueError, IndexError, TypeError, OverflowError):
         found = None
     return watch.largest, found if found is None or op.several else (found,)

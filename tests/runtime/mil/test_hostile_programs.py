@@ -160,6 +160,11 @@ FALSE: dict[str, tuple[Operation, ...]] = {
         KERNEL,
         named("large", "conv_transpose", x="image", weight="kernel", strides=ints(M, M)),
     ),
+    "conv_transpose, enlarged": (
+        AS_IMAGE,
+        KERNEL,
+        named("large", "conv_transpose", x="image", weight="kernel", output_shape=ints(1, 1, 1 << 14, 1 << 14)),
+    ),
     "avg_pool": (
         AS_IMAGE,
         named("large", "avg_pool", x="image", kernel_sizes=ints(1, 1), pad_type=text("custom"), pad=PADS),

@@ -33,6 +33,27 @@ def same_pad(x: torch.Tensor, kernel: tuple[int, ...], strides: tuple[int, ...],
     return F.pad(x, pads)
 
 
+def torch_lstm(bidirectional: bool, backwards: bool = False) -> tuple[dict[str, Any], tuple[torch.Tensor, ...]]:
+    """MIL operands (gates input, forget, output, cell) and results of torch's (input, forget, cell, output)."""
+    layer = torch.nn.LSTM(3, 5, bidirectional=bidirectional)
+    x, h, c = torch.randn(6, 2, 3), torch.randn(1 + bidirectional, 2, 5), torch.randn(1 + bidirectional, 2, 5)
+    arguments: dict[str, Any] = {
+        "x": x,
+        "initial_h": h.permute(1, 0, 2).flatten(1),
+        "initial_c": c.permute(1, 0, 2).flatten(1),
+    }
+    for suffix, back in (("", ""), ("_reverse", "_back"))[: 1 + bidirectional]:
+        gates = {
+            name: getattr(layer, f"{name}_l0{suffix}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        }
+        order = {name: torch.cat([item.chunk(4)[gate] for gate in (0, 1, 3, 2)]) for name, item in gates.items()}
+        arguments |= {f"weight_ih{back}": order["weight_ih"], f"weight_hh{back}": order["weight_hh"]}
+        arguments[f"bias{back}"] = order["bias_ih"] + order["bias_hh"]
+    output, (hidden, memory) = layer(x.flip(0) if backwards else x, (h, c))
+    output = output.flip(0) if backwards else output
+    return arguments, (output, hidden.permute(1, 0, 2).flatten(1), memory.permute(1, 0, 2).flatten(1))
+
+
 ROWS: list[tuple[str, dict[str, Any], Expected]] = [
     ("silu", {"x": X}, lambda: X * torch.sigmoid(X)),
     ("conv", {"x": X, "weight": W}, lambda: F.conv2d(X, W)),
@@ -85,8 +106,26 @@ ROWS: list[tuple[str, dict[str, Any], Expected]] = [
     ),
     (
         "conv_transpose",
+        {
+            "x": X,
+            "weight": DOWN,
+            "bias": BIAS[:3],
+            "pad_type": "custom",
+            "pad": [1, 1, 0, 0],
+            "strides": [2, 2],
+            "output_shape": [2, 3, 18, 15],
+        },
+        lambda: F.conv_transpose2d(X, DOWN, BIAS[:3], 2, (1, 0), (1, 1)),
+    ),
+    (
+        "conv_transpose",
         {"x": X, "weight": DOWN, "pad_type": "custom", "pad": [1, 0, 0, 1]},
         lambda: F.conv_transpose2d(X, DOWN)[:, :, 1:, :-1],
+    ),
+    (
+        "conv_transpose",
+        {"x": X, "weight": DOWN, "pad_type": "same", "strides": [2, 2]},
+        lambda: F.conv_transpose2d(X, DOWN, None, 2)[:, :, :18, :14],
     ),
     (
         "conv_transpose",
@@ -185,3 +224,13 @@ def test_op_computes_its_definition(op: str, arguments: dict[str, Any], expected
     assert result.shape == wanted.shape
     assert result.dtype == wanted.dtype
     torch.testing.assert_close(result, wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("output_sequence", [True, False])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+def test_lstm_computes_what_torch_computes(direction: str, output_sequence: bool) -> None:
+    arguments, (output, hidden, memory) = torch_lstm(direction == "bidirectional", direction == "reverse")
+    sequence, last, cell = OPS["lstm"].function(**arguments, direction=direction, output_sequence=output_sequence)
+    torch.testing.assert_close(sequence, output if output_sequence else hidden[None])
+    torch.testing.assert_close(last, hidden)
+    torch.testing.assert_close(cell, memory)
