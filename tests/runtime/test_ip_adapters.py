@@ -272,7 +272,7 @@ def test_what_is_refused(
         ({"ip_adapter_image": PICTURES, "ip_adapter_scale": {"up": 1.0}}, "by block"),
         ({"ip_adapter_image": PICTURES, "ip_adapter_scale": float("nan")}, "expected a number"),
         ({"ip_adapter_scale": 0.5}, "there is no ip_adapter_image"),
-        ({"cross_attention_kwargs": {"ip_adapter_masks": []}}, "cannot do it"),
+        ({"cross_attention_kwargs": {"ip_adapter_masks": []}}, "this pipeline does not"),
     ]
     for given, why in cases:
         with pytest.raises(InputError, match=why):

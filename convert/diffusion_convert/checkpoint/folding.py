@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from diffusion_convert.checkpoint.family import latent_scale
 from diffusion_convert.checkpoint.model import Checkpoint
@@ -73,7 +74,11 @@ def own_latents(checkpoint: Checkpoint, subfolder: str = "vae") -> OwnLatents:
     config = checkpoint.models[subfolder].config
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None or not FAMILIES[checkpoint.family].added_conditions:
-        return OwnLatents(scale=latent_scale(config), shift=float(config.get("shift_factor") or 0.0))
+        try:
+            return OwnLatents(scale=latent_scale(config), shift=float(config.get("shift_factor") or 0.0))
+        except ValidationError as error:
+            reason = error.errors()[0]
+            raise CheckpointError(f"{checkpoint.name}: the VAE's {reason['loc'][0]}: {reason['msg']}") from error
     channels = int(config["latent_channels"])
     if (len(mean), len(std)) != (channels, channels):
         raise CheckpointError(
