@@ -40,7 +40,7 @@ PLAIN = {"prediction_type": "epsilon", "scaling_factor": "0.18215", "timestep_sp
                 "hidden_size": "40",
             },
         ),
-        # Its pipeline class imposes no offset, as StableDiffusionPipeline does.
+        # Its pipeline class imposes no offset; StableDiffusionPipeline imposes 1.
         ("sd1-lcm", "unet", {**PLAIN, "steps_offset": "0", "set_alpha_to_one": "true"}),
     ],
 )
