@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from diffusion_convert import convert
+from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.checkpoint.torch_networks import build
@@ -129,16 +131,26 @@ def test_no_mistake_is_published(
 def test_runs_are_rows_of_one_batch_where_all_is_by_rows(
     name: str, batches: list[int], checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    component, compute = table()[name], compare._outputs
+    component, compute, built = table()[name], compare._outputs, torch_networks.build
     ran: list[int] = []
+    networks: list[weakref.ref[torch.nn.Module]] = []
+
+    def alone(*arguments: Any) -> torch.nn.Module:
+        assert not any(network() for network in networks)  # each maps the checkpoint
+        network = built(*arguments)
+        networks.append(weakref.ref(network))
+        return network
 
     def watched(graph: Graph, arrays: compare.Arrays) -> compare.Arrays:
         ran.extend(len(array) for array in list(arrays.values())[:1])
         return compute(graph, arrays)
 
-    monkeypatch.setattr(compare, "_outputs", watched)
-    found = compare.reference(component, checkpoint, SHAPE, silent)
+    with monkeypatch.context() as patched:
+        patched.setattr(compare, "_outputs", watched)
+        patched.setattr(torch_networks, "build", alone)
+        found = compare.reference(component, checkpoint, SHAPE, silent)
     assert ran == batches
+    assert len(networks) > 1
     graph = component.build(checkpoint, None, SHAPE)
     for arrays, outputs in zip(found.inputs, found.outputs, strict=True):
         for output, array in compute(graph, arrays).items():

@@ -7,6 +7,7 @@ other operations, weights rounded to float16.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,21 +95,17 @@ def draw(component: Component, checkpoint: Checkpoint, shape: Shape) -> tuple[Ar
 def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progress: OnFraction) -> Expected:
     """Run the checkpoint's own network. Its weights are widened to float32 one module at a time, once for all runs
     where those can be rows of one batch."""
-    graph = component.build(checkpoint, None, shape)
-    inputs = tuple(graph.sample(seed) for seed in range(component.runs))
-    together = _together(component, checkpoint, shape, graph)
+    graph, inputs, together = _network(component, checkpoint, shape)
     outputs: list[Arrays] = []
-    if together is None:
-        for arrays in inputs:
-            outputs.append(_outputs(graph, arrays))
-            progress(len(outputs) / component.runs)
-    else:
-        found = _outputs(
-            together, {name: np.concatenate([arrays[name] for arrays in inputs]) for name in inputs[0]}
-        )
+    if together:
+        found = _outputs(graph, {name: np.concatenate([arrays[name] for arrays in inputs]) for name in inputs[0]})
         parts = {name: np.split(array, component.runs) for name, array in found.items()}
         outputs += [{name: part[run] for name, part in parts.items()} for run in range(component.runs)]
         progress(1.0)
+    else:
+        for arrays in inputs:
+            outputs.append(_outputs(graph, arrays))
+            progress(len(outputs) / component.runs)
     release()
     for name, array in (item for run in outputs for item in run.items()):
         if not np.isfinite(array).all():
@@ -119,15 +116,23 @@ def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progre
     return Expected(inputs, tuple(outputs))
 
 
-def _together(component: Component, checkpoint: Checkpoint, shape: Shape, graph: Graph) -> Graph | None:
-    """The ``graph`` for all runs as one batch; None where there is one run, or where it takes or gives what is not
-    by rows of the batch."""
+def _network(component: Component, checkpoint: Checkpoint, shape: Shape) -> tuple[Graph, tuple[Arrays, ...], bool]:
+    """The network, the runs' inputs, and whether it takes all of them as one batch: where there are several, and
+    all that it takes and gives is by rows. One is built at a time: each maps the checkpoint, which limits of memory
+    count whole."""
+    graph = component.build(checkpoint, None, shape)
+    inputs = tuple(graph.sample(seed) for seed in range(component.runs))
     if component.runs == 1:
-        return None
-    larger = component.build(checkpoint, None, replace(shape, batch_size=component.runs * shape.batch_size))
-    ports = zip((*graph.inputs, *graph.outputs), (*larger.inputs, *larger.outputs), strict=True)
-    by_rows = all(many.shape == (component.runs * one.shape[0], *one.shape[1:]) for one, many in ports)
-    return larger if by_rows else None
+        return graph, inputs, False
+    wanted = [(component.runs * port.shape[0], *port.shape[1:]) for port in (*graph.inputs, *graph.outputs)]
+    del graph
+    gc.collect()  # networks are cycles
+    graph = component.build(checkpoint, None, replace(shape, batch_size=component.runs * shape.batch_size))
+    if [port.shape for port in (*graph.inputs, *graph.outputs)] == wanted:
+        return graph, inputs, True
+    del graph
+    gc.collect()
+    return component.build(checkpoint, None, shape), inputs, False
 
 
 def _outputs(graph: Graph, arrays: Arrays) -> Arrays:
