@@ -133,12 +133,13 @@ def test_runs_are_rows_of_one_batch_where_all_is_by_rows(
 ) -> None:
     component, compute, built = table()[name], compare._outputs, torch_networks.build
     ran: list[int] = []
-    networks: list[weakref.ref[torch.nn.Module]] = []
+    networks: dict[str, list[weakref.ref[torch.nn.Module]]] = {}
 
-    def alone(*arguments: Any) -> torch.nn.Module:
-        assert not any(network() for network in networks)  # each maps the checkpoint
-        network = built(*arguments)
-        networks.append(weakref.ref(network))
+    def alone(of: Checkpoint, subfolder: str) -> torch.nn.Module:
+        earlier = networks.setdefault(subfolder, [])  # a UNet's inputs are a text encoder's outputs
+        assert not any(network() for network in earlier)  # each maps the checkpoint
+        network = built(of, subfolder)
+        earlier.append(weakref.ref(network))
         return network
 
     def watched(graph: Graph, arrays: compare.Arrays) -> compare.Arrays:
@@ -150,7 +151,7 @@ def test_runs_are_rows_of_one_batch_where_all_is_by_rows(
         patched.setattr(torch_networks, "build", alone)
         found = compare.reference(component, checkpoint, SHAPE, silent)
     assert ran == batches
-    assert len(networks) > 1
+    assert len(networks[name]) > 1
     graph = component.build(checkpoint, None, SHAPE)
     for arrays, outputs in zip(found.inputs, found.outputs, strict=True):
         for output, array in compute(graph, arrays).items():
