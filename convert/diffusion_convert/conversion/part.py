@@ -35,6 +35,7 @@ from diffusion_runtime.bundle.integrity import Hashes, measured
 from diffusion_runtime.errors import InputError, PackageError, VerificationError
 from diffusion_runtime.families import CHUNKED, T5, TEXT_ENCODERS
 from diffusion_runtime.links import share_file, share_tree
+from diffusion_runtime.memory import release
 from diffusion_runtime.mil.package import open_package
 
 RECORD = "record.json"
@@ -282,6 +283,7 @@ def _palettize(job: Job, record: Record, outputs: Samples | None) -> Record:
         progress=lambda _, done, total: job.report("palettize", done / total),
     )
     gc.collect()  # both packages' weights stay mapped, the 16-bit ones with no file any more
+    release()
     component = record.component.model_copy(
         update={
             "palettization": checked.report.palettization,
