@@ -118,15 +118,17 @@ def reference(component: Component, checkpoint: Checkpoint, shape: Shape, progre
 
 def _network(component: Component, checkpoint: Checkpoint, shape: Shape) -> tuple[Graph, tuple[Arrays, ...], bool]:
     """The network, the runs' inputs, and whether it takes all of them as one batch: where there are several, and
-    all that it takes and gives is by rows. One is built at a time: each maps the checkpoint, which limits of memory
-    count whole."""
+    all that it takes and gives is by rows. One is mapped at a time, inputs are drawn before: limits of memory count
+    the whole of each."""
     graph = component.build(checkpoint, None, shape)
-    inputs = tuple(graph.sample(seed) for seed in range(component.runs))
     if component.runs == 1:
-        return graph, inputs, False
+        return graph, (graph.sample(0),), False
     wanted = [(component.runs * port.shape[0], *port.shape[1:]) for port in (*graph.inputs, *graph.outputs)]
+    sample = graph.sample
     del graph
     gc.collect()  # networks are cycles
+    inputs = tuple(sample(seed) for seed in range(component.runs))
+    gc.collect()  # those that a UNet's inputs were made with
     graph = component.build(checkpoint, None, replace(shape, batch_size=component.runs * shape.batch_size))
     if [port.shape for port in (*graph.inputs, *graph.outputs)] == wanted:
         return graph, inputs, True
