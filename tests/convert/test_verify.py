@@ -127,10 +127,14 @@ def test_no_mistake_is_published(
 
 
 @pytest.mark.usefixtures("nothing_remembered")
-@pytest.mark.parametrize(("name", "batches"), [("unet", [4]), ("text_encoder", [1, 1, 1])])
-def test_runs_are_rows_of_one_batch_where_all_is_by_rows(
-    name: str, batches: list[int], checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "pixels", "batches"),
+    [("unet", 4 * 64 * 64, [4]), ("unet", 4 * 64 * 64 - 1, [2, 2]), ("text_encoder", 2**20, [1, 1, 1])],
+)
+def test_runs_are_rows_of_one_batch_where_all_is_by_rows_and_small(
+    name: str, pixels: int, batches: list[int], checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compare, "PIXELS_TOGETHER", pixels)
     component, compute, built = table()[name], compare._outputs, torch_networks.build
     ran: list[int] = []
     networks: dict[str, list[weakref.ref[torch.nn.Module]]] = {}

@@ -42,6 +42,8 @@ MOVES = frozenset(
 """Operations whose results are elements of their operands: what those may be, they may be."""
 NEAR_LIMIT = FLOAT16_MAX / 2
 """Where float16 is given up at `Precision.AUTO`: other prompts and latents than the seeded ones may give more."""
+PIXELS_TOGETHER = 2**20
+"""Of pictures of all rows in a batch of the reference's: 4 of 512x512. SDXL's at 1024x1024 would pass 8 GB."""
 BEST_PSNR_DB = 200.0
 """What is reported for outputs that are equal, bit for bit."""
 
@@ -129,11 +131,13 @@ def _network(component: Component, checkpoint: Checkpoint, shape: Shape) -> tupl
     gc.collect()  # networks are cycles
     inputs = tuple(sample(seed) for seed in range(component.runs))
     gc.collect()  # those that a UNet's inputs were made with
-    graph = component.build(checkpoint, None, replace(shape, batch_size=component.runs * shape.batch_size))
-    if [port.shape for port in (*graph.inputs, *graph.outputs)] == wanted:
-        return graph, inputs, True
-    del graph
-    gc.collect()
+    batch = component.runs * shape.batch_size
+    if batch * shape.height * shape.width <= PIXELS_TOGETHER:
+        graph = component.build(checkpoint, None, replace(shape, batch_size=batch))
+        if [port.shape for port in (*graph.inputs, *graph.outputs)] == wanted:
+            return graph, inputs, True
+        del graph
+        gc.collect()
     return component.build(checkpoint, None, shape), inputs, False
 
 
