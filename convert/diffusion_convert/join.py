@@ -135,7 +135,7 @@ class _Store:
 
 def _check(package: Package, program: Program, weights: Path) -> None:
     """Compare each stored value of ``package`` with its copy in ``program`` and the file ``weights``."""
-    written = WeightFile(weights, writable=False)
+    written = WeightFile(weights)
     for value, copy in zip(_stored(package.model.program), _stored(program), strict=True):
         if isinstance(value.type, TensorType) and isinstance(value.data, Blob) and isinstance(copy.data, Blob):
             shape = tuple(size or 0 for size in value.type.shape)

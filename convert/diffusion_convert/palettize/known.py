@@ -39,7 +39,7 @@ class Known:
 
     def add(self, path: Path, keys: Sequence[Hashable], stored: Sequence[Stored]) -> None:
         """Those in the weight file ``path``."""
-        file = WeightFile(path, writable=False)
+        file = WeightFile(path)
         self._found.update((key, (file, one)) for key, one in zip(keys, stored, strict=True))
 
     def read(self, key: Hashable) -> tuple[np.ndarray, np.ndarray, float]:

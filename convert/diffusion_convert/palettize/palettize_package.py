@@ -126,7 +126,7 @@ def _open(source: Path, output: Path) -> Package:
 
 
 def _weight_file(package: Package, blob: Blob) -> WeightFile:
-    return WeightFile(resolve(package.root, blob.path, package.path), writable=False)
+    return WeightFile(resolve(package.root, blob.path, package.path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +315,7 @@ class _Palettizer:
 def _checked(package: Package, path: Path, written: _Written) -> WeightReport:
     """Decompress one weight from the new file at ``path`` and compare it with the original."""
     weight = written.weight
-    lut, indices = written.read(WeightFile(path, writable=False))
+    lut, indices = written.read(WeightFile(path))
     original = stored_array(package, weight.value)
     signal, noise = stored_energies(original, lut.astype(np.float32), indices, written.bits)
     if not math.isclose(noise, written.squared_error, rel_tol=_ERROR_TOLERANCE, abs_tol=1e-9 * signal):

@@ -5,8 +5,10 @@ Weights are read when asked for, not before: a constant is a promise of an array
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -72,11 +74,24 @@ def to_tensor(array: np.ndarray, kind: ValueType, float_dtype: torch.dtype) -> T
     wanted = torch_dtype(kind, float_dtype)
     if isinstance(kind, TensorType) and array.shape != kind.shape:
         raise PackageError(f"holds an array of shape {array.shape}, but {kind.shape} is declared")
-    if not array.flags.writeable:
-        array = array.copy()
     if array.dtype in (np.uint16, np.uint32, np.uint64):
         array = array.astype(np.int64)
-    return torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape)).to(wanted)
+    tensor = _view(np.ascontiguousarray(array).reshape(array.shape))
+    return tensor.to(wanted, copy=not array.flags.writeable)  # where weights are mapped, a write would be the end
+
+
+def _view(array: np.ndarray) -> Tensor:
+    """A tensor of the same memory, which may be read-only."""
+    if not array.flags.writeable:
+        _torch_has_warned()
+    return torch.from_numpy(array)
+
+
+@cache
+def _torch_has_warned() -> None:
+    """torch warns of the first tensor of read-only memory, and once: here, where nobody sees it."""
+    with warnings.catch_warnings(action="ignore"):
+        torch.from_numpy(np.frombuffer(b"\0", np.uint8))
 
 
 def torch_dtype(kind: ValueType, float_dtype: torch.dtype) -> torch.dtype:

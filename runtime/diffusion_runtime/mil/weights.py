@@ -45,20 +45,19 @@ _CODES = {
 
 
 class WeightFile:
-    """A mapped weight file. Opening reads the header alone; ``read`` returns views into the map, ``writable`` for
-    torch, which warns of others. The system counts a writable map as memory of the process's own (RLIMIT_DATA).
+    """A mapped weight file. Opening reads the header alone; ``read`` returns views into the map, which is
+    read-only: the system counts a writable one as memory of the process's own (RLIMIT_DATA).
 
     Raises PackageError where the file is missing, shorter than a header or not of this version.
     """
 
-    def __init__(self, path: Path, *, writable: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        access = mmap.ACCESS_COPY if writable else mmap.ACCESS_READ
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for whoever writes to it
                 raise PackageError(f"{path}: the weight file is not a regular file")
             with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=access)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise PackageError(f"{path}: the weight file cannot be read: {error}") from error
         self._bytes = np.frombuffer(self._map, np.uint8)
@@ -78,9 +77,8 @@ class WeightFile:
     def read(self, offset: int, dtype: DType, shape: tuple[int, ...]) -> np.ndarray:
         """The blob at ``offset`` as an array of ``shape``.
 
-        Elements of whole bytes stay in the map (no copy; writing to them never reaches the file); packed ones are
-        unpacked, one per uint8 or int8. Raises PackageError where no such blob lies there: wrong place, type or
-        size, or beyond the end of the file.
+        Elements of whole bytes stay in the map (no copy); packed ones are unpacked, one per uint8 or int8. Raises
+        PackageError where no such blob lies there: wrong place, type or size, or beyond the end of the file.
         """
         data = self._data(offset, dtype, math.prod(shape))
         bits = packed_bits(dtype)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import PackageError
+from diffusion_runtime.mil.constants import to_tensor
 from diffusion_runtime.mil.packing import pack, packed_size, unpack
-from diffusion_runtime.mil.program import DType, numpy_dtype, packed_bits
+from diffusion_runtime.mil.program import DType, TensorType, numpy_dtype, packed_bits
 from diffusion_runtime.mil.weights import _CODES as CODES
 from diffusion_runtime.mil.weights import WeightFile, WeightWriter
 
@@ -69,15 +72,17 @@ def test_every_blob_reads_back(weights: tuple[Path, dict[tuple[DType, int], int]
     )
 
 
-def test_whole_bytes_are_mapped_and_writing_to_them_never_reaches_the_file(
+def test_whole_bytes_are_mapped_read_only_and_tensors_of_them_are_not(
     weights: tuple[Path, dict[tuple[DType, int], int]],
 ) -> None:
     path, offsets = weights
     before = path.read_bytes()
     array = WeightFile(path).read(offsets[DType.FLOAT32, 64], DType.FLOAT32, (8, 8))
-    assert not array.flags.owndata
-    array[:] = 99
-    assert path.read_bytes() == before
+    assert not array.flags.owndata and not array.flags.writeable
+    with warnings.catch_warnings(action="error"):
+        tensor = to_tensor(array, TensorType(DType.FLOAT32, (8, 8)), torch.float32)
+    tensor[:] = 99
+    assert path.read_bytes() == before and not (array == 99).any()
 
 
 @pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.UINT3, DType.UINT6, DType.INT4])
