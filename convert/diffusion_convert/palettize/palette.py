@@ -34,8 +34,20 @@ _ASCENDING = np.concatenate([np.arange(0xFC00, 0x7FFF, -1), np.arange(0x7C01)])
 TOGETHER = 4
 """Weights whose palettes are looked for together. More take little less time, and 5 MB more each."""
 
-Cluster = Callable[[Sequence[kmeans.Problem]], list[np.ndarray]]
-"""`kmeans.cluster`, or what does nearly the same."""
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Distinct finite values (ascending) and how often each occurs, float64; ``count`` entries of type ``dtype``
+    are wanted."""
+
+    values: np.ndarray
+    counts: np.ndarray
+    count: int
+    dtype: np.dtype
+
+
+Entries = Callable[[Sequence[Problem]], list[np.ndarray]]
+"""`best_entries`, or what does nearly the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,23 +120,39 @@ def histogram(weight: np.ndarray, name: str) -> Histogram:
     return _half_histogram(weight, name) if weight.dtype == np.float16 else _single_histogram(weight, name)
 
 
-def tables(parts: Sequence[tuple[Histogram, int]], cluster: Cluster = kmeans.cluster) -> list[Table]:
+def best_entries(problems: Sequence[Problem]) -> list[np.ndarray]:
+    """Ascending entries with the least squared error, up to their rounding; no more than there are values."""
+    return _entries(problems, kmeans.cluster([(one.values, one.counts, one.count) for one in problems]))
+
+
+def _near_entries(problems: Sequence[Problem]) -> list[np.ndarray]:
+    return _entries(problems, kmeans.nearly([(one.values, one.counts, one.count) for one in problems]))
+
+
+def _entries(problems: Sequence[Problem], boundaries: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [
+        _refined(one.values, one.counts, kmeans.centroids(one.values, one.counts, bounds), one.dtype)
+        for one, bounds in zip(problems, boundaries, strict=True)
+    ]
+
+
+def tables(parts: Sequence[tuple[Histogram, int]], find: Entries = best_entries) -> list[Table]:
     """The tables of `palettize` for weights or groups of their channels, each with the bits of its indices, all
-    together: a few at a time take less than one by one (`kmeans`). Or those of what else ``cluster`` finds."""
+    together: a few at a time take less than one by one (`kmeans`). Or those of what else ``find`` finds."""
     for one, bits in parts:
         if len(one.values) and _room(one, bits) < 1:
             raise InputError(
                 f"{one.name}: holds both infinities and finite values, for which {bits} bit has no room"
             )
-    finite = [(one, _room(one, bits)) for one, bits in parts if len(one.values)]
-    clusters = iter(cluster([(one.values, one.counts, room) for one, room in finite]))
+    finite = [
+        Problem(one.values, one.counts, _room(one, bits), one.dtype) for one, bits in parts if len(one.values)
+    ]
+    found = iter(find(finite))
     made = []
     for one, bits in parts:
         lut = np.array(one.infinities, one.dtype)
         if len(one.values):
-            means = kmeans.centroids(one.values, one.counts, next(clusters))
-            between = _refined(one.values, one.counts, means, one.dtype)
-            lut = np.concatenate([lut[lut < 0], between, lut[lut > 0]])
+            lut = np.concatenate([lut[lut < 0], next(found), lut[lut > 0]])
         made.append(Table(np.concatenate([lut, np.repeat(lut[-1:], (1 << bits) - len(lut))]), one))
     return made
 
@@ -136,7 +164,7 @@ def squared_errors(parts: Sequence[tuple[np.ndarray, str]], widths: Sequence[int
     for start in range(0, len(parts), TOGETHER):
         taken = parts[start : start + TOGETHER]
         counted = [histogram(weight, name) for weight, name in taken]
-        made = iter(tables([(one, bits) for one in counted for bits in widths], kmeans.nearly))
+        made = iter(tables([(one, bits) for one in counted for bits in widths], _near_entries))
         errors += [{bits: _noise(weight, next(made)) for bits in widths} for weight, _ in taken]
     return errors
 

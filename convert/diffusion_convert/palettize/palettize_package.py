@@ -7,18 +7,22 @@ import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
+from diffusion_convert.palettize.entries_process import EntriesProcess
 from diffusion_convert.palettize.known import Known, Stored, key_of
 from diffusion_convert.palettize.palette import (
     TOGETHER,
+    Entries,
     Histogram,
     Palette,
     Table,
+    best_entries,
     group_slices,
     histogram,
     packed,
@@ -51,6 +55,8 @@ _INDEX_TYPES = {1: DType.UINT1, 2: DType.UINT2, 3: DType.UINT3, 4: DType.UINT4, 
 _ERROR_TOLERANCE = 1e-3  # sums of squares are taken in float32 over 65,536 elements at a time
 
 _AHEAD = 2  # batches of weights whose tables are looked for before they are needed
+_LONG = 2**25
+"""Elements of weights: where there are more, the start of a process (a third of a second) is well spent."""
 
 OnWeight = Callable[[str, int, int], None]
 """Called with a weight's name, how many weights are done, and how many there are."""
@@ -143,13 +149,14 @@ _Target = tuple[Weight, int]
 
 
 class _Maker:
-    """Makes palettes in threads. One alone clusters: that is short calls under Python's lock, at which two would
-    keep each other waiting, while others count, index and pack, which is long ones without it."""
+    """Makes palettes in threads. One alone looks for entries, and where that is long has a process do it
+    (`entries_process`), while others count, index and pack."""
 
     def __init__(self, package: Package, options: PalettizeOptions) -> None:
         self._package, self._options = package, options
         self._by_type = packs_by_type(package)
         self._pool, self._clustering = ThreadPoolExecutor(_threads()), ThreadPoolExecutor(1)
+        self._elsewhere = ExitStack()
 
     def __enter__(self) -> Self:
         return self
@@ -157,6 +164,7 @@ class _Maker:
     def __exit__(self, *_: object) -> None:
         self._clustering.shutdown(cancel_futures=True)
         self._pool.shutdown(cancel_futures=True)
+        self._elsewhere.close()
 
     def keys(self, targets: Sequence[_Target]) -> list[Hashable]:
         """Of each target; those of equal keys have equal palettes, but for the rank of one table."""
@@ -183,12 +191,14 @@ class _Maker:
     def _made(self, targets: Sequence[_Target]) -> Iterator[_Packed]:
         """The palettes of ``targets`` in order, a few ahead of what is taken."""
         batches = [targets[start : start + TOGETHER] for start in range(0, len(targets), TOGETHER)]
-        ahead = deque(self._tables(batch) for batch in batches[:_AHEAD])
+        long = sum(weight.size for weight, _ in targets) > _LONG and _threads() > 1
+        find = self._elsewhere.enter_context(EntriesProcess()) if long else best_entries
+        ahead = deque(self._tables(batch, find) for batch in batches[:_AHEAD])
         pending: deque[Future[_Packed]] = deque()
         for number, batch in enumerate(batches, len(ahead)):
             made = iter(ahead.popleft().result())
             if number < len(batches):
-                ahead.append(self._tables(batches[number]))
+                ahead.append(self._tables(batches[number], find))
             for weight, bits in batch:
                 table = next(made) if _group_axis(self._options, weight) is None else None
                 pending.append(self._pool.submit(self._palette, weight, bits, table))
@@ -197,14 +207,14 @@ class _Maker:
         while pending:
             yield pending.popleft().result()
 
-    def _tables(self, batch: Sequence[_Target]) -> Future[list[Table]]:
+    def _tables(self, batch: Sequence[_Target], find: Entries) -> Future[list[Table]]:
         """Of the weights that have one palette: they are counted at once, and clustered together after that."""
         counted = [
             (self._pool.submit(self._histogram, weight), bits)
             for weight, bits in batch
             if _group_axis(self._options, weight) is None
         ]
-        return self._clustering.submit(lambda: tables([(one.result(), bits) for one, bits in counted]))
+        return self._clustering.submit(lambda: tables([(one.result(), bits) for one, bits in counted], find))
 
     def _histogram(self, weight: Weight) -> Histogram:
         return histogram(self._array(weight), weight.name)
