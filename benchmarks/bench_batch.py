@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import command_line
 from diffusion_runtime.batch.local import LocalWorkers
 from diffusion_runtime.batch.on_ray import RayWorkers, connect
 from diffusion_runtime.batch.places import Folder
@@ -66,9 +67,9 @@ def measure(models: Path, folder: Path, rows: int, steps: int, workers: int, ray
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("bench-out") / "batch")
-    parser.add_argument("--rows", type=int, default=120)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rows", type=command_line.positive, default=120)
+    parser.add_argument("--steps", type=command_line.positive, default=25)
+    parser.add_argument("--workers", type=command_line.positive, nargs="+", default=[1, 2])
     options = parser.parse_args()
     models = packages(options.folder / "models")
     ray = connect("local")
@@ -86,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

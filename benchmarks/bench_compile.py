@@ -1,8 +1,8 @@
 """Seconds and peak memory of compiling, zipping and reading back a full-size SD 1.5 UNet, and a program of as many
 operations as the largest UNet has (9,160), for which there is a bound.
 
-python benchmarks/full_size.py FOLDER         writes FOLDER/unet.mlpackage
-python benchmarks/bench_compile.py FOLDER     measures with it
+    python benchmarks/full_size.py FOLDER         writes FOLDER/unet.mlpackage
+    python benchmarks/bench_compile.py FOLDER     measures with it
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+import command_line
 from diffusion_convert.compile import compile_package
 from diffusion_runtime import zips
 from diffusion_runtime.mil.package import open_package, write_package
@@ -33,7 +34,10 @@ def timed(name: str, work: Callable[[], object]) -> None:
     print(f"{name}: {time.perf_counter() - wall:.1f} s ({time.process_time() - processor:.1f} s of processor)")
 
 
-def main(folder: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args().folder
     if not (folder / PACKAGE).exists():
         sys.exit(f"{folder / PACKAGE} is missing: make it with `python benchmarks/full_size.py {folder}`")
     compiled = folder / "compiled"
@@ -68,6 +72,4 @@ def many_operations(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    main(parser.parse_args().folder)
+    command_line.run(main)

@@ -1,13 +1,14 @@
 """Seconds and peak memory of converting a full-size checkpoint with random weights, by phase.
 
     python benchmarks/bench_convert.py [--family sd1|sdxl] [--folder DIR] [--attention KIND ...] [--whole]
+    python benchmarks/bench_convert.py --component unet --nbits 6 --size 512x512 --size 768x512
 
 For each attention, the UNet (Stable Diffusion 1.5: 859.5 M parameters at 512x512; XL: 2,567 M at 1024x1024; batch
 2) is converted and verified in its own process. ``--whole`` converts all components in both variants instead, of XL
-in its default one, as a user would; ``--component`` only those. Processor seconds are printed as well as seconds:
-they can be compared on a machine that does other things, too. A phase's peak is all memory in use, pages of mapped
-files included, which the system may take back; ``--limit-gb`` refuses the process more memory of its own than that
-(RLIMIT_DATA).
+in its default one, as a user would; ``--component`` only those; ``--size`` for these sizes. Processor seconds are
+printed as well as seconds: they can be compared on a machine that does other things, too. A phase's peak is all
+memory in use, pages of mapped files included, which the system may take back; ``--limit-gb`` refuses the process
+more memory of its own than that (RLIMIT_DATA).
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import sys
 import time
 from pathlib import Path
 
+import command_line
 from diffusion_convert.conversion.events import Event
 from diffusion_convert.options import ConvertOptions
-from diffusion_runtime.families import AttentionKind
+from diffusion_runtime.families import COMPONENTS, AttentionKind
 from diffusion_runtime.processes import peak_memory
 from full_size_checkpoint import FAMILIES, write_checkpoint
 
@@ -36,7 +38,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/coreml-sd-bench"))  # noqa: S108
     parser.add_argument("--attention", action="append", choices=[kind.value for kind in AttentionKind])
     parser.add_argument("--whole", action="store_true")
-    parser.add_argument("--component", action="append", default=[])
+    parser.add_argument("--component", action="append", default=[], choices=COMPONENTS)
+    parser.add_argument("--size", action="append", default=[], metavar="WIDTHxHEIGHT")
     parser.add_argument("--nbits", type=int)
     parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--limit-gb", type=float)
@@ -46,6 +49,7 @@ def main() -> None:
     if arguments.child:
         convert(checkpoint, arguments.child.split(","), arguments)
         return
+    options_of([], arguments)  # what is wrong with them is said before a checkpoint is written
     print(f"checkpoint: {write_checkpoint(checkpoint, arguments.family)}", flush=True)
     kinds = arguments.attention or [kind.value for kind in AttentionKind]
     if arguments.whole or arguments.component:
@@ -61,17 +65,10 @@ def convert(checkpoint: Path, kinds: list[str], arguments: argparse.Namespace) -
     if arguments.limit_gb:
         limit = int(arguments.limit_gb * 1e9)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    components = tuple(arguments.component) or (() if arguments.whole else ("unet",))
-    what = ", ".join(components) or "whole checkpoint"
-    output = arguments.folder / f"models-{arguments.family}-{'-'.join([*components, *kinds])}"
+    options = options_of(kinds, arguments)
+    what = ", ".join([*options.components, *map(str, options.sizes)]) or "whole checkpoint"
+    output = arguments.folder / f"models-{arguments.family}-{'-'.join([*options.components, *kinds])}"
     shutil.rmtree(output, ignore_errors=True)
-    options = ConvertOptions(
-        attention=tuple(AttentionKind(kind) for kind in kinds),
-        components=components,
-        nbits=arguments.nbits,
-        compiled=False,
-        verify=not arguments.no_verify,
-    )
     phases = Phases()
     diffusion_convert.convert(checkpoint, output, options, phases)
     phases.switch("")
@@ -84,6 +81,17 @@ def convert(checkpoint: Path, kinds: list[str], arguments: argparse.Namespace) -
         flush=True,
     )
     shutil.rmtree(output)
+
+
+def options_of(kinds: list[str], arguments: argparse.Namespace) -> ConvertOptions:
+    return ConvertOptions(
+        attention=tuple(AttentionKind(kind) for kind in kinds),
+        components=tuple(arguments.component) or (() if arguments.whole else ("unet",)),
+        nbits=arguments.nbits,
+        sizes=tuple(arguments.size),
+        compiled=False,
+        verify=not arguments.no_verify,
+    )
 
 
 class Phases:
@@ -125,4 +133,4 @@ def take_peak_gb() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import command_line
 from bench_palettized_quality import CHECKPOINT, ROOT, judged
 
 LORA = ROOT / "tests" / "checkpoints" / "shapes-lcm"
@@ -37,8 +38,8 @@ def converted(folder: Path, nbits: int | None) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("bench-out") / "few-steps")
-    parser.add_argument("--every", type=int, default=1)
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--every", type=command_line.positive, default=1)
+    parser.add_argument("--steps", type=command_line.positive, nargs="+", default=[1, 2, 4, 8])
     arguments = parser.parse_args()
     print("| weights | LCM steps | pictures right | seconds |\n|---|---|---|---|")
     for nbits in (None, 6):
@@ -51,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+import command_line
 from diffusion_runtime import denoising, guidance, noise, schedulers
 from diffusion_runtime.backends import TensorSpec
 
@@ -120,9 +121,9 @@ def measure(steps: int = 50, rounds: int = 25) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=25)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=command_line.positive, default=50)
+    parser.add_argument("--rounds", type=command_line.positive, default=25)
     options = parser.parse_args()
     found = measure(options.steps, options.rounds)
     print(json.dumps({"loop": found}, indent=2))
@@ -131,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -9,6 +9,7 @@ Swift's figures include what Python leaves to Core ML's binding: inputs to float
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 
 import bench_loop
+import command_line
 
 PACKAGE = Path(__file__).resolve().parents[1] / "swift_bridge"
 # A scratch folder of its own: with testing enabled, everything is built in another way.
@@ -39,6 +41,7 @@ def measure() -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if shutil.which("swift") is None:
         print("no `swift` on PATH: the Swift package is not measured")
         return
@@ -50,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

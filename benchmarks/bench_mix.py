@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import command_line
 from bench_convert import take_peak_gb
 from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
@@ -20,7 +21,7 @@ from diffusion_convert.palettize.recipe import mix
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--package", type=Path, required=True)
+    parser.add_argument("--package", type=command_line.package, required=True)
     parser.add_argument("--bits", type=float, default=4.5)
     arguments = parser.parse_args()
     peaks = []
@@ -42,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+import command_line
+
 LIMITS: Mapping[str, float] = {
     "speedup": 10,
     "memory_share": 0.5,
@@ -129,13 +131,17 @@ def compare(source: Path, folder: Path, bits: int) -> dict[str, object]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--package", type=Path)
+    parser.add_argument(
+        "--package", type=command_line.package, help="default: FOLDER/unet.mlpackage, made where it is missing"
+    )
     parser.add_argument("--folder", type=Path, default=Path("bench-out"))
-    parser.add_argument("--bits", type=int, default=6)
+    parser.add_argument("--bits", type=int, default=6, choices=(1, 2, 4, 6, 8))
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
+        if arguments.package is None or arguments.output is None:
+            parser.error("--way, one side alone, takes --package and --output")
         run_one(arguments.way, arguments.package, arguments.output, arguments.bits)
         return 0
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -153,4 +159,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

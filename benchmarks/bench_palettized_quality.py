@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import command_line
+
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "tests" / "checkpoints" / "shapes"
 PALETTIZED = ("text_encoder", "unet")
@@ -106,7 +108,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("bench-out") / "palettized-quality")
-    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--every", type=command_line.positive, default=1)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS)
     arguments = parser.parse_args()
     packages = converted(arguments.folder / "models")
@@ -122,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT / "tests"))  # where this is a program
 import httpx2 as httpx  # noqa: E402
 from PIL import Image  # noqa: E402
 
+import command_line  # noqa: E402
 from serving import Served, decoded, serving  # noqa: E402
 from shapes_models import packages  # noqa: E402
 
@@ -191,8 +192,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("bench-out") / "serve")
     parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--clients", type=command_line.positive, default=8)
+    parser.add_argument("--rounds", type=command_line.positive, default=200)
     options = parser.parse_args()
     torch.set_num_threads(1)
     models = packages(options.folder / "models")
@@ -218,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

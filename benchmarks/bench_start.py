@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import command_line
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINT = HERE.parent / "tests" / "checkpoints" / "shapes"
@@ -61,8 +62,8 @@ def main() -> None:
         "doctor": ["doctor"],
         "generate, one step": draw,
     }.items():
-        wall, processor = best([timed([*command, *arguments]) for _ in range(RUNS)])
-        print(f"{name:38}{wall:7.2f} s {processor:7.2f} s processor", flush=True)
+        wall, processor, peak_gb = best([timed([*command, *arguments]) for _ in range(RUNS)])
+        print(f"{name:38}{wall:7.2f} s {processor:7.2f} s processor {peak_gb:6.2f} GB peak", flush=True)
     (until,) = best([(until_first_step(draw),) for _ in range(RUNS)])
     print(f"{'generate, until the first step is done':38}{until:7.2f} s", flush=True)
 
@@ -72,14 +73,17 @@ def best(runs: list[tuple[float, ...]]) -> tuple[float, ...]:
     return tuple(min(values) for values in zip(*runs, strict=True))
 
 
-def timed(command: list[str]) -> tuple[float, float]:
-    """Seconds and processor seconds of a command."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def timed(command: list[str]) -> tuple[float, float, float]:
+    """Seconds, processor seconds and the most memory (GB) of a command."""
     began = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - began
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    unit = 1e9 if sys.platform == "darwin" else 1e9 / 1024  # macOS counts bytes, Linux KiB
+    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
 
 
 def until_first_step(arguments: list[str]) -> float:
@@ -93,4 +97,4 @@ def until_first_step(arguments: list[str]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+import command_line
 from diffusion_runtime.processes import peak_memory
 from full_size import full_size_unet
 from full_size_checkpoint import SD1_UNET
@@ -145,7 +146,8 @@ PACKAGES: dict[str, Callable[[Path], Path]] = {
 }
 
 
-def main(folder: Path, names: list[str], steps: int, threads: int, venv: Path | None) -> None:
+def show(folder: Path, names: list[str], steps: int, threads: int, venv: Path | None) -> None:
+    """Print a table of figures, in ratio to diffusers'."""
     reference = apart("diffusers", steps, threads)
     if isinstance(reference, str):
         raise SystemExit(f"diffusers: {reference}")
@@ -167,20 +169,26 @@ def main(folder: Path, names: list[str], steps: int, threads: int, venv: Path | 
         )
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("bench-out"))
-    parser.add_argument("names", nargs="*", choices=[*PACKAGES, *OTHERS, []], default=[], metavar="NAME")
+    known = (*PACKAGES, *(name for name in OTHERS if name != "diffusers"))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)} (default: all)")
     openvino = Path(os.environ["OPENVINO"]) if "OPENVINO" in os.environ else None
     parser.add_argument("--openvino", type=Path, metavar="VENV", default=openvino)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=command_line.positive, default=3)
+    parser.add_argument("--threads", type=command_line.positive, default=torch.get_num_threads())
     parser.add_argument("--side", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if unknown := [name for name in given.names if name not in known]:
+        parser.error(f"unknown network {unknown[0]!r}: expected one of {', '.join(known)}")
     if given.openvino is not None:  # last, so that all else is ours
         sys.path += [str(path) for path in given.openvino.glob("lib/python*/site-packages")]
     if given.side is not None:
         print(json.dumps(measure(given.side, given.steps, given.threads)))
     else:
-        names = given.names or [*PACKAGES, *(name for name in OTHERS if name != "diffusers")]
-        main(given.folder, names, given.steps, given.threads, given.openvino)
+        show(given.folder, given.names or list(known), given.steps, given.threads, given.openvino)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+import command_line
 from diffusion_runtime.families import AttentionKind
 from full_size_checkpoint import SD1_UNET, VAE, random_weight
 
@@ -61,7 +62,11 @@ def full_size_unet(folder: Path, attention: AttentionKind = AttentionKind.ORIGIN
     return path
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     print(full_size_unet(parser.parse_args().folder))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

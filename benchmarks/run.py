@@ -1,8 +1,6 @@
 """`make bench`: every measurement at full size, one after the other, each in a process of its own.
 
-    python benchmarks/run.py [NAME ...]      all, or only those named: loop, swift, unet, checkpoint, sdxl,
-                                              sdxl-6bit, sdxl-depth, compile, palettize, mix, demo, start,
-                                              quality, steps, torch, serve, batch
+    python benchmarks/run.py [NAME ...]      all, or only those named
 
 Needs about 25 GB of disk (bench-out/, removed by `make clean`) and 16 GB of memory, most of it coremltools'
 and diffusers' own, against which we are measured. Ends with status 1 if a measurement failed.
@@ -27,6 +25,12 @@ BENCHES: dict[str, tuple[tuple[str, ...], ...]] = {
     "loop": (("bench_loop.py",),),
     "swift": (("bench_loop_swift.py",),),
     "unet": (("bench_convert.py", "--folder", str(OUTPUT)),),
+    "sizes": (
+        (
+            *("bench_convert.py", "--folder", str(OUTPUT), "--component", "unet", "--attention", "original"),
+            *("--nbits", "6", "--size", "512x512", "--size", "768x512"),
+        ),
+    ),
     "checkpoint": (("bench_convert.py", "--folder", str(OUTPUT), "--whole"),),
     "sdxl": (("bench_convert.py", "--folder", str(OUTPUT), "--whole", "--family", "sdxl", "--limit-gb", "8"),),
     "sdxl-6bit": (
