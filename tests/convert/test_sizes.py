@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,9 @@ from diffusion_runtime.cli import generate
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import InputError, UnsupportedError
 from diffusion_runtime.picture_size import Size, parse_size
+from diffusion_runtime.png_record import Settings
+from diffusion_runtime.serve.orders import Order, Wanted
+from diffusion_runtime.serve.worker import Setup, _Worker
 
 SIZES = (Size(64, 64), Size(96, 64))
 NEW, OLD = "macOS15", "macOS14"
@@ -204,6 +209,20 @@ def test_generate_draws_the_size_that_is_asked_for(bundles: Make, tmp_path: Path
     first, second = (np.array(Image.open(path)) for path in (out, again))
     assert first.shape == (64, 96, 3)
     np.testing.assert_array_equal(first, second)
+
+
+def test_a_server_draws_each_size(bundles: Make) -> None:
+    made = bundles(OLD)
+    ours, its = Pipe()
+    worker = _Worker(Setup(str(made.several), "models", {}), its, lambda: None)
+    assert worker.about().sizes == SIZES
+    second = SIZES[1]
+    wanted = Wanted(Settings("a cat", seed=1, steps=2, width=second.width, height=second.height))
+    assert worker.make(Order((wanted,))).refused is None
+    *_, picture = (ours.recv() for _ in range(4))  # PNDM takes a step more
+    alone = load_pipeline(made.alone[second])("a cat", num_inference_steps=2, seed=1).images[0]
+    with Image.open(io.BytesIO(picture.png)) as found:
+        np.testing.assert_array_equal(np.array(found), np.array(alone))
 
 
 def test_image_to_image_and_latents_know_the_size(bundles: Make) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from diffusion_runtime import processes
+from diffusion_runtime.picture_size import Size
 from diffusion_runtime.png_record import Settings
 from diffusion_runtime.serve.engine import Engine, ModelSet, Waiting
 from diffusion_runtime.serve.orders import About, Lost, Order, Wanted
@@ -42,7 +43,7 @@ def load(one: ModelSet, memory: int) -> None:
     """As `Engine` leaves a set whose worker has said what it is."""
     child: Any = Silent(*Pipe())
     one.child = child
-    one.about = About(one.setup.name, "sd1", "original", 64, 64, (), (), True, memory, 0.0)
+    one.about = About(one.setup.name, "sd1", "original", (Size(64, 64),), (), (), True, memory, 0.0)
 
 
 def test_models_that_wait_for_room_do_not_wait_for_a_worker_that_has_died() -> None:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from diffusion_runtime import images
+from diffusion_runtime.picture_size import Size
 from diffusion_runtime.png_record import Settings
 from diffusion_runtime.serve.engine import Engine
 from diffusion_runtime.serve.guard import Message, Receive, Scope, Send
@@ -41,7 +42,7 @@ PICTURE = Picture(
 def page(channels: int = 4) -> Any:
     """The page of one set of models with a UNet of so many input channels."""
     service = Service(Engine([Setup("nowhere", "models", {})]))
-    known = About("models", "sd1", "original", 64, 64, (), uses(channels), True, 0, 0.0)
+    known = About("models", "sd1", "original", (Size(64, 64),), (), uses(channels), True, 0, 0.0)
     service.engine.default.about = known
     return layout._Page(service, Drawings(service), cast("Any", None))
 
@@ -49,7 +50,7 @@ def page(channels: int = 4) -> Any:
 def ordered(channels: int = 4, **changed: Any) -> Wanted:
     values: dict[str, Any] = {
         "prompt": "a cat", "negative": "", "start": "", "strength": 0.6, "noise_level": 30, "steps": 25,
-        "guidance": "", "scheduler": layout.OWN_SCHEDULER, "seed": "",
+        "guidance": "", "scheduler": layout.OWN_SCHEDULER, "seed": "", "size": "64x64",
     }  # fmt: skip
     order: Order = asyncio.run(page(channels).order("models", *{**values, **changed}.values()))
     return order.pictures[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field
 
+from diffusion_runtime.picture_size import Size, listed
 from diffusion_runtime.png_record import Settings
 
 
@@ -51,20 +52,33 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a set of models is, as its worker says when it has loaded them. Sizes in pixels, ``memory`` in bytes;
-    ``needs`` and ``uses`` are keys of `tasks.job.GIVEN`: what it has to be given, and what it can be."""
+    """What a set of models is, as its worker says when it has loaded them. ``sizes`` are in pixels, the first is
+    made where none is asked for; ``memory`` in bytes; ``needs`` and ``uses`` are keys of `tasks.job.GIVEN`: what it
+    has to be given, and what it can be."""
 
     name: str
     family: str
     attention: str
-    width: int
-    height: int
+    sizes: tuple[Size, ...]
     needs: tuple[str, ...]
     uses: tuple[str, ...]
     can_start_from_pictures: bool
     memory: int
     seconds: float
     controlnets: tuple[str, ...] = ()
+
+    def size(self, width: int | None, height: int | None) -> Size:
+        """That of the pictures, None: the first one's. Raises Refused for one that they don't make."""
+        own = self.sizes[0]
+        size = Size(width or own.width, height or own.height)
+        if size not in self.sizes:
+            raise Refused(f"size {size}: the models {self.name} make {self.made}")
+        return size
+
+    @property
+    def made(self) -> str:
+        """The sizes, in words."""
+        return f"{self.sizes[0]} alone" if len(self.sizes) == 1 else listed(self.sizes)
 
 
 class Refused(Exception):

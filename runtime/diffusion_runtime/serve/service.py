@@ -13,6 +13,7 @@ from starlette.requests import Request
 from diffusion_runtime import images, noise, schedulers
 from diffusion_runtime.control import ControlFile
 from diffusion_runtime.errors import InputError
+from diffusion_runtime.picture_size import Size
 from diffusion_runtime.png_record import Settings
 from diffusion_runtime.serve.engine import Engine, OnProgress, Waiting
 from diffusion_runtime.serve.orders import About, Cancelled, Late, Order, Picture, Refused, Wanted
@@ -53,6 +54,7 @@ class Service:
         mask: bytes | None = None,
         mask_is_alpha: bool = False,
         controls: Sequence[tuple[ControlFile, bytes]] = (),
+        size: Size | None = None,
     ) -> Wanted:
         """One picture, within the limits. Raises Refused for what is not."""
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt or "")):
@@ -77,6 +79,8 @@ class Service:
             strength=strength if image is not None else None,
             image_guidance_scale=image_guidance_scale,
             noise_level=noise_level,
+            width=None if size is None else size.width,
+            height=None if size is None else size.height,
             controls=tuple(file for file, _ in controls),
         )
         return Wanted(settings, image, mask, mask_is_alpha, tuple(picture for _, picture in controls))
@@ -85,12 +89,6 @@ class Service:
         if not 1 <= len(pictures) <= self.limits.pictures:
             raise Refused(f"{len(pictures)} pictures: expected 1 to {self.limits.pictures} per request")
         return Order(tuple(pictures), preview_every)
-
-    async def check_size(self, model: str | None, width: int, height: int) -> None:
-        """Raises Refused where the models make pictures of another size: they can make only one."""
-        about = await self.about(model)
-        if (width, height) != (about.width, about.height):
-            raise Refused(f"size {width}x{height}: the models {about.name} make {about.width}x{about.height} alone")
 
     async def about(self, model: str | None) -> About:
         return await self.engine.about(model)

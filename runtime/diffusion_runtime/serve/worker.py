@@ -93,13 +93,11 @@ class _Worker:
 
         described = self.pipeline.manifest
         channels = tasks.kind(self.pipeline.channels, described.latents.channels)
-        height, width = next(iter(self.pipeline.models["vae_decoder"].outputs.values())).shape[-2:]
         return About(
             name=self.setup.name,
             family=described.family,
             attention=described.attention,
-            width=width,
-            height=height,
+            sizes=self.pipeline.sizes,
             needs=tasks.starts_from(channels),
             uses=tasks.uses(channels),
             can_start_from_pictures="vae_encoder" in self.pipeline.models,

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 
+from diffusion_runtime.picture_size import listed
 from diffusion_runtime.serve.orders import Picture, Refused
 from diffusion_runtime.serve.service import Service, disconnect, encoded
 
@@ -28,7 +29,7 @@ Strength = Annotated[
     float | None, Field(gt=0, le=1, description="How much of the image may change (not of OpenAI).")
 ]
 Count = Annotated[int, Field(ge=1, description="How many pictures.")]
-Size = Annotated[str, Field(description="auto, or the models' own size.")]
+Size = Annotated[str, Field(description="auto, or one that the models make.")]
 FORM_FIELDS = frozenset(
     {
         *("image", "image[]", "mask", "prompt", "model", "n", "size", "response_format", "user", "quality"),
@@ -179,18 +180,17 @@ async def _answer(
     model = _model(service, name)
     about = await service.about(model)
     match = SIZE.fullmatch(size or "auto")
-    if match:
-        await service.check_size(model, int(match[1]), int(match[2]))
-    elif (size or "auto") != "auto":
-        raise Refused(f"Invalid size {size!r}: expected auto or {about.width}x{about.height}")
+    if match is None and (size or "auto") != "auto":
+        raise Refused(f"Invalid size {size!r}: expected auto or {listed(about.sizes)}")
+    drawn = about.size(int(match[1]), int(match[2])) if match else about.sizes[0]
     if count > service.limits.pictures:
         raise Refused(f"n {count}: expected at most {service.limits.pictures}")
+    settings["size"] = drawn if match else None
     wanted = [
         service.wanted(prompt, seed=None if seed is None else seed + index, **settings) for index in range(count)
     ]
     pictures = await service.make(partial(disconnect, request), service.order(wanted), model)
-    shown = f"{about.width}x{about.height}"
-    return Images(created=int(time.time()), data=[_datum(picture) for picture in pictures], size=shown)
+    return Images(created=int(time.time()), data=[_datum(picture) for picture in pictures], size=str(drawn))
 
 
 def _model(service: Service, name: str | None) -> str | None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from diffusion_runtime.picture_size import Size
 from diffusion_runtime.serve.orders import Refused, Wanted
 from diffusion_runtime.serve.service import Service, decoded, disconnect, encoded
 
@@ -26,6 +27,8 @@ class Parameters(BaseModel):
     negative_prompt: str | None = None
     strength: Annotated[float | None, Field(description="How much of an image may change.", gt=0, le=1)] = None
     image_guidance_scale: Annotated[float | None, Field(description="InstructPix2Pix.", ge=-1000, le=1000)] = None
+    width: Annotated[int | None, Field(description="In pixels. Default: the models' first size.", ge=1)] = None
+    height: Annotated[int | None, Field(description="The same.", ge=1)] = None
 
 
 class InputData(BaseModel):
@@ -58,7 +61,11 @@ def routes(service: Service) -> APIRouter:
     @router.post("/score")
     async def score(request: Request, asked: Score) -> list[Generated]:
         """Make a picture for each row."""
-        wanted = _wanted(service, asked.input_data)
+        told = asked.input_data.parameters
+        size = None
+        if told.width is not None or told.height is not None:
+            size = (await service.about(asked.model)).size(told.width, told.height)
+        wanted = _wanted(service, asked.input_data, size)
         pictures = await service.make(partial(disconnect, request), service.order(wanted), asked.model)
         return [
             Generated(
@@ -72,16 +79,16 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _wanted(service: Service, asked: InputData) -> list[Wanted]:
+def _wanted(service: Service, asked: InputData, size: Size | None) -> list[Wanted]:
     unknown = [name for name in asked.columns if name not in COLUMNS]
     if unknown or "prompt" not in asked.columns or len(set(asked.columns)) != len(asked.columns):
         raise Refused(f"columns {asked.columns}: expected prompt and, once each, any of {', '.join(COLUMNS[1:])}")
     if asked.index is not None and len(asked.index) != len(asked.data):
         raise Refused(f"index has {len(asked.index)} entries for {len(asked.data)} rows of data")
-    return [_row(service, asked, number, row) for number, row in enumerate(asked.data)]
+    return [_row(service, asked, size, number, row) for number, row in enumerate(asked.data)]
 
 
-def _row(service: Service, asked: InputData, number: int, row: str | list[str | None]) -> Wanted:
+def _row(service: Service, asked: InputData, size: Size | None, number: int, row: str | list[str | None]) -> Wanted:
     values = [row] if isinstance(row, str) else row
     if len(values) != len(asked.columns):
         raise Refused(f"data[{number}]: {len(values)} values for {len(asked.columns)} columns")
@@ -106,4 +113,5 @@ def _row(service: Service, asked: InputData, number: int, row: str | list[str | 
         image_guidance_scale=parameters.image_guidance_scale,
         image=pictures["image"],
         mask=pictures["mask_image"],
+        size=size,
     )

@@ -1,7 +1,7 @@
 """`/sdapi/v1/…`: the shapes of the Stable Diffusion web UI's API, so that front ends for it work unchanged.
 
-The models make one size: width and height of a request are not followed, nor is how the web UI prepares masks; the
-answer's notes say so.
+Width and height of a request are followed where the models make that size; where they do not, as how the web UI
+prepares masks is not, the answer's notes say so.
 What the web UI has and these models have not (high-resolution passes, tiling, scripts, …) is refused where it
 would change the picture.
 """
@@ -18,8 +18,9 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_runtime import noise
+from diffusion_runtime.picture_size import Size
 from diffusion_runtime.serve.apis import controlnet
-from diffusion_runtime.serve.orders import Cancelled, Picture, Refused, Wanted
+from diffusion_runtime.serve.orders import About, Cancelled, Picture, Refused, Wanted
 from diffusion_runtime.serve.service import Service, decoded, disconnect, encoded
 
 SAMPLERS: Mapping[str, str] = {
@@ -144,7 +145,8 @@ def routes(service: Service) -> APIRouter:
     async def txt2img(request: Request, asked: Text2Image) -> Answer:
         """Pictures from a prompt."""
         model = _check(service, asked)
-        return await _answer(service, request, asked, _wanted(service, asked), model)
+        size = _size(await service.about(model), asked)
+        return await _answer(service, request, asked, _wanted(service, asked, size=size), model, size)
 
     @router.post("/img2img")
     async def img2img(request: Request, asked: Image2Image) -> Answer:
@@ -154,9 +156,10 @@ def routes(service: Service) -> APIRouter:
             raise Refused("inpainting_mask_invert: is not there; send the mask as it is to be used")
         image = decoded(asked.init_images[0], "init_images")
         mask = decoded(asked.mask, "mask") if asked.mask else None  # "" is none in the web UI, too
-        numbers = _numbers(asked, (await service.about(model)).uses)
-        wanted = _wanted(service, asked, image=image, mask=mask, **numbers)
-        return await _answer(service, request, asked, wanted, model, _not_followed(asked))
+        about = await service.about(model)
+        size = _size(about, asked)
+        wanted = _wanted(service, asked, image=image, mask=mask, size=size, **_numbers(asked, about.uses))
+        return await _answer(service, request, asked, wanted, model, size, _not_followed(asked))
 
     @router.get("/progress")
     async def progress() -> ProgressAnswer:
@@ -203,16 +206,19 @@ async def _answer(
     asked: Text2Image,
     wanted: list[Wanted],
     model: str | None,
+    drawn: Size | None,
     notes: Sequence[str] = (),
 ) -> Answer:
     about = await service.about(model)
     interrupted = False
+    if drawn is None:
+        drawn, notes = about.sizes[0], [*notes, f"the models make {about.made}"]
     try:
         pictures = await service.make(partial(disconnect, request), service.order(wanted), model, follow=True)
     except Cancelled as error:  # by /interrupt: what is finished is the answer, as in the web UI
         pictures, interrupted = error.pictures, True
     told = asked.model_dump(exclude={"init_images", "mask"})
-    size = {"width": about.width, "height": about.height}
+    size = {"width": drawn.width, "height": drawn.height}
     return Answer(
         images=[encoded(picture.png) for picture in pictures] if asked.send_images else [],
         parameters={**told, **size},
@@ -255,6 +261,14 @@ def _check(service: Service, asked: Text2Image) -> str | None:
     if name is not None:
         service.engine.find(str(name))
     return None if name is None else str(name)
+
+
+def _size(about: About, asked: Text2Image) -> Size | None:
+    """Of the pictures; None where the models do not make the one that is asked for: they draw their first."""
+    try:
+        return about.size(asked.width, asked.height)
+    except Refused:
+        return None
 
 
 def _numbers(asked: Image2Image, uses: Sequence[str]) -> dict[str, float | None]:
@@ -330,8 +344,6 @@ def _info(
     seeds = [one.settings.seed for one in wanted]
     size = f"{extra['width']}x{extra['height']}"
     notes = [*unfollowed, *sorted({note for picture in pictures for note in picture.notes})]
-    if (asked.width or extra["width"], asked.height or extra["height"]) != (extra["width"], extra["height"]):
-        notes.append(f"the models make {size} alone")
     sampler = asked.sampler_name or asked.sampler_index or ""
     texts = [
         f"{one.settings.prompt}\n"

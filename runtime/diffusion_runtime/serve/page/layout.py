@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from diffusion_runtime.errors import InputError
+from diffusion_runtime.picture_size import Size, parse_size
 from diffusion_runtime.schedulers import SCHEDULERS
 from diffusion_runtime.serve.orders import About, Lost, Order, Refused
 from diffusion_runtime.serve.page.drawing import Drawings, every, failed
@@ -59,7 +61,7 @@ def _controls(gr: Any, service: Service, most: int) -> SimpleNamespace:
             of.noise_level = gr.Slider(0, 350, DEFAULT_NOISE_LEVEL, step=1, label="Noise level", visible=False)
             with gr.Row():
                 of.model = gr.Dropdown(names, value=names[0], label="Models", visible=len(names) > 1, min_width=130)
-                of.size = gr.Textbox("…", label="Size", interactive=False, min_width=130)
+                of.size = gr.Dropdown(["…"], value="…", label="Size", interactive=False, min_width=130)
             most_steps = service.limits.steps
             of.steps = gr.Slider(1, most_steps, min(STEPS, most_steps), step=1, label="Steps")
             with gr.Row():
@@ -70,7 +72,7 @@ def _controls(gr: Any, service: Service, most: int) -> SimpleNamespace:
             of.made = _part(gr, "made")
     # In the order of `_Page.draw`.
     of.asked = [of.model, of.prompt, of.negative, of.start, of.strength, of.noise_level]
-    of.asked += [of.steps, of.guidance, of.scheduler, of.seed]
+    of.asked += [of.steps, of.guidance, of.scheduler, of.seed, of.size]
     return of
 
 
@@ -139,6 +141,7 @@ class _Page:
         guidance: str,
         scheduler: str,
         seed: str,
+        size: str,
     ) -> Order:
         """Raises Refused, and Lost where the models cannot be loaded."""
         about = await self.service.about(model)
@@ -154,16 +157,18 @@ class _Page:
             noise_level=int(noise_level) if "noise_level" in about.uses else None,
             image=image,
             mask=mask,
+            size=_size(about, size),
         )
         return self.service.order([wanted], every(int(steps)))
 
     async def describe(self, gr: Any, model: str) -> list[Any]:
-        """The size, the parts for a picture and the noise level that the models take."""
+        """The sizes, the parts for a picture and the noise level that the models take."""
         try:
             about = await self.service.about(model)
         except Lost as error:
-            return [str(error), gr.skip(), gr.skip()]
-        size = f"{about.width} × {about.height}, the only one of these models"
+            return [gr.Dropdown([str(error)], value=str(error), interactive=False), gr.skip(), gr.skip()]
+        sizes = list(map(str, about.sizes))
+        size = gr.Dropdown(sizes, value=sizes[0], interactive=len(sizes) > 1)
         told = {"picture": _takes_pictures(about), "mask": "mask" in about.uses, "needs": _needs(about.needs)}
         return [size, gr.HTML(**told), gr.Slider(visible="noise_level" in about.uses)]
 
@@ -183,6 +188,16 @@ def _needs(needs: Sequence[str]) -> str:
     if not needs:
         return ""
     return "These models need a picture" + (" and a painted mask." if "mask" in needs else ".")
+
+
+def _size(about: About, chosen: str) -> Size | None:
+    """Raises Refused for what is no size of the models: others may have been chosen since."""
+    if len(about.sizes) == 1:
+        return None
+    try:
+        return about.size(*parse_size(chosen))
+    except InputError as error:
+        raise Refused(str(error)) from None
 
 
 def _pictures(start: str) -> tuple[bytes | None, bytes | None]:
