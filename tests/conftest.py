@@ -104,9 +104,9 @@ def _old_objects_passed_over() -> Iterator[None]:
     """In this context, the garbage collector passes over all that is there when a conversion starts, as it does for
     a process that only converts: a million objects of libraries, models of fixtures. A conversion collects dozens
     of times, and each time would take longer than converting a tiny network."""
+    from diffusion_convert.conversion import convert as conversion
     from diffusion_convert.conversion import garbage
 
-    conversion = sys.modules["diffusion_convert.conversion.convert"]
     started = itertools.count()
 
     @contextmanager

@@ -94,6 +94,7 @@ REPLACED = {
         "should_be_deduplicated",
     ),
     "cast": ("converters.mil.mil.ops.defs.iOS15.elementwise_unary", "cast", "get_cast_value"),
+    "constants": ("converters.mil.mil.ops.defs.iOS15.control_flow", "Const", "_get_type_val"),
     "scope": ("converters.mil.frontend.torch.internal_graph", "InternalTorchIRNode", "from_torchscript_node"),
     "types": ("converters.mil.mil.types", "type_mapping", "get_type_info"),
     "print": ("converters.mil.mil.block", "Function", "__str__"),
@@ -121,7 +122,7 @@ def test_everything_is_put_back(module: str, owner: str, name: str) -> None:
     "name",
     [
         *("_passes", "_overflow", "_underflow", "_small", "_cast", "_placed", "_equal", "_remembered"),
-        "_nothing_to_cancel",
+        *("_nothing_to_cancel", "_once"),
     ],
 )
 def test_every_replacement_is_used(name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def _mil(name: str) -> Any:
 
 def _in_passes(placeholders: Placeholders, progress: OnFraction) -> Iterator[Replacement]:
     passes, cast = _mil("passes.pass_pipeline"), _mil("passes.defs.quantization").FP16ComputePrecision
-    # It would validate every block after each pass: once is enough for passes that are not ours.
+    # It would validate every block after each pass. The passes are not ours, and what they make is validated twice
+    # before it is serialised.
     run = _passes(passes.PASS_REGISTRY, _counter(progress))
     yield passes.PassPipelineManager, "apply_pipeline", staticmethod(run)
     # It would look at every element of a placeholder, once for every operation that uses it.
@@ -92,6 +93,9 @@ def _in_types() -> Iterator[Replacement]:
     yield variable, "scopes", property(variable.scopes.fget, _set_scopes)
     # It would write out what a placeholder only repeats, which takes the memory of the whole weight.
     yield cast, "get_cast_value", classmethod(_cast(cast.get_cast_value.__func__))
+    # It would ask for a constant's type, then for its value, and look both up each time.
+    constant = _mil("ops.defs.iOS15.control_flow").Const
+    yield constant, "_get_type_val", _once(constant._get_type_val)
     # They describe a type anew each time that they ask whether it is a tensor, half a million times.
     for types in map(_mil, ASK_FOR_TYPES):
         yield types, "get_type_info", _remembered(types.get_type_info)
@@ -138,7 +142,7 @@ def _counter(progress: OnFraction) -> Callable[[], None]:
 
 
 def _passes(registry: Any, done: Callable[[], None]) -> Callable[[Any, Any], None]:
-    """All passes of a pipeline, and the program validated once, after the last."""
+    """All passes of a pipeline."""
 
     def apply_pipeline(program: Any, pipeline: Any) -> None:
         pipeline.validate()
@@ -147,7 +151,6 @@ def _passes(registry: Any, done: Callable[[], None]) -> Callable[[Any, Any], Non
             graph_pass.set_options(pipeline.get_options(name))
             graph_pass(program)
             done()
-        program.validate(check_essential_scope=True)
 
     return apply_pipeline
 
@@ -176,8 +179,11 @@ def _overflow(placeholders: Placeholders) -> Callable[[Any], bool]:
 
 
 def _underflow(original: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
+    """What the original looks at one by one are values that became zero, or the next to it."""
+
     def check_underflow_to_zero(self: Any, new_var: Any, var: Any) -> None:
-        if np.size(var.val) < 400:  # as the original does, which copies the constant to find its size
+        few = new_var.val is not None and np.size(var.val) < 400  # as the original does, which copies the constant
+        if few and not np.all(np.abs(new_var.val) > np.finfo(np.float16).smallest_subnormal):
             original(self, new_var, var)
 
     return check_underflow_to_zero
@@ -203,6 +209,20 @@ def _remembered(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return known[kind]
 
     return get_type_info
+
+
+def _once(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """``original``, called once where it is asked for the same value again at once."""
+    asked: list[Any] = [None, None]
+
+    def get_type_val(self: Any, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):  # which are copied
+            return original(self, value)
+        if asked[0] is not value:
+            asked[:] = value, original(self, value)
+        return asked[1]
+
+    return get_type_val
 
 
 def _nothing_to_cancel(original: Callable[[Any], None]) -> Callable[[Any], None]:
