@@ -474,32 +474,35 @@ VARIATIONS = ("sdxl-v-zero-snr", "sd1-lcm", "sdxl-lcm", "sd1-small", "sd1-tiny",
 FAMILIES = tuple(name for name in RECIPES if name not in VARIATIONS)
 
 
-def networks(family: str) -> dict[str, str]:
-    """By component, what its program follows from: two families' networks are the same where this is. Weights do
-    not count."""
+def attentions(family: str) -> dict[str, str]:
+    """By component, what its attentions follow from: two families' are the same where this is. Weights, sizes and
+    what a UNet's first layer takes do not count."""
     recipe = RECIPES[family]
-    size = recipe.unet["sample_size"] << len(recipe.vae["block_out_channels"]) - 1
+    unet, vae = (
+        {key: value for key, value in config.items() if key not in ("in_channels", "sample_size")}
+        for config in (recipe.unet, recipe.vae)
+    )
     found: dict[str, Any] = {
-        "unet": (recipe.unet, "Pix2Pix" in recipe.pipeline),  # which has three rows
+        "unet": unet,
         "text_encoder": recipe.text and (recipe.text, bool(recipe.text_2)),
         "text_encoder_2": recipe.text_2 and (recipe.text_2, bool(recipe.text)),
-        "vae_decoder": (recipe.vae, size),
-        "vae_encoder": (recipe.vae, size),
-        "safety_checker": recipe.safety_checker and size,
+        "vae_decoder": vae,
+        "vae_encoder": vae,
+        "safety_checker": recipe.safety_checker,
         "depth_estimator": recipe.depth_estimator,
     }
     return {name: repr(network) for name, network in found.items() if network}
 
 
-def new_networks() -> dict[str, tuple[str, ...]]:
-    """By family, its components whose networks no earlier family has."""
+def new_attentions() -> dict[str, tuple[str, ...]]:
+    """By family, its components with attentions that no earlier family has."""
     seen: set[tuple[str, str]] = set()
     found = {}
     for family in FAMILIES:
-        own = networks(family)
+        own = attentions(family)
         found[family] = tuple(name for name in own if (name, own[name]) not in seen)
         seen |= set(own.items())
-    return found
+    return {family: names for family, names in found.items() if names}
 
 
 def build(family: str, folder: Path, seed: int = 0, **unet_overrides: Any) -> Path:

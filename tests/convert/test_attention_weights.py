@@ -34,15 +34,15 @@ def counts(path: Path) -> Counter[str]:
     return Counter(one.type for one in operations(open_package(path).model.function.block))
 
 
-NEW = tiny_checkpoints.new_networks()
+NEW = tiny_checkpoints.new_attentions()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", NEW)
-def test_every_network_of_every_family_on_new_systems(
+def test_every_attention_of_every_family_on_new_systems(
     family: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Once each: the VAE of the next family is the same program."""
+    """Once each: the VAE of the next family is the same program, an inpainting UNet has the plain one's blocks."""
     options = ConvertOptions("original", components=NEW[family], target="macOS15", compiled=False, zip=False)
     made = convert(tiny_checkpoint(family), tmp_path / "models", options)
     assert made.variants["original"].components.keys() == set(NEW[family])
