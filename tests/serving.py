@@ -16,18 +16,20 @@ from typing import Any
 import httpx2 as httpx
 from PIL import Image, ImageDraw
 
+from forked import process_of
+
 COMMAND = [sys.executable, "-c", "from diffusion_convert.cli.main import main; main()", "serve"]
 SHORT = {"num_inference_steps": 3, "seed": 5}
 
 
 class Served:
-    """A server and a client of it."""
+    """A server and a client of it. ``python`` runs it: `forked_python` where its start is not what is tested."""
 
-    def __init__(self, log: Path, *arguments: object) -> None:
-        self.log = log
+    def __init__(self, log: Path, *arguments: object, python: str | Path = sys.executable) -> None:
+        self.log, self.python = log, python
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [*COMMAND, *map(str, arguments), "--port", "0", "--threads", "1"],
+                [python, *COMMAND[1:], *map(str, arguments), "--port", "0", "--threads", "1"],
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
@@ -45,11 +47,15 @@ class Served:
         return int(self.url.rpartition(":")[2])
 
     @property
+    def pid(self) -> int:
+        """Of the process that serves."""
+        is_forked = self.python != sys.executable
+        return process_of(Path(self.python), self.process) if is_forked else self.process.pid
+
+    @property
     def workers(self) -> list[int]:
         """Processes below the server that hold models. Needs /proc."""
-        found = subprocess.run(
-            ["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False
-        ).stdout
+        found = subprocess.run(["pgrep", "-P", str(self.pid)], capture_output=True, text=True, check=False).stdout
         return [pid for pid in map(int, found.split()) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
 
     def metric(self, name: str) -> float:
@@ -64,8 +70,8 @@ class Served:
 
 
 @contextmanager
-def serving(log: Path, *arguments: object) -> Iterator[Served]:
-    one = Served(log, *arguments)
+def serving(log: Path, *arguments: object, python: str | Path = sys.executable) -> Iterator[Served]:
+    one = Served(log, *arguments, python=python)
     try:
         yield one
     finally:

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -77,11 +76,13 @@ def test_a_controlnet_of_another_family_is_one_line_and_exit_code_2(
     assert not (tmp_path / "models").exists()
 
 
-def test_ctrl_c_is_one_line_and_exit_code_130(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_ctrl_c_is_one_line_and_exit_code_130(
+    tiny_checkpoint: Callable[[str], Path], forked_python: Path, tmp_path: Path
+) -> None:
     """What is finished is kept and named; nothing can be seen of the rest; the same conversion goes on."""
     output = tmp_path / "models"
     options = ["--components", ",".join(PARTS), "--attention", "original", "--no-compiled"]
-    process = start(sys.executable, tiny_checkpoint("sd1"), "-o", output, *options)
+    process = start(forked_python, tiny_checkpoint("sd1"), "-o", output, *options)
     deadline = time.monotonic() + 120
     while not list(output.glob(f"{WORK_FOLDER}/*/parts/{PARTS[0]}/record.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
@@ -159,10 +160,10 @@ def test_every_note_is_said_once(
     assert "note: " not in shown
 
 
-def test_a_working_folder_that_was_removed_is_named(tmp_path: Path) -> None:
+def test_a_working_folder_that_was_removed_is_named(forked_python: Path, tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     code = f"import os; os.chdir({str(tmp_path / 'gone')!r}); os.rmdir(os.getcwd())\n{MAIN}"
-    command = [sys.executable, "-c", code, "compile", str(tmp_path / "a.mlpackage"), "-o", "out"]
+    command = [str(forked_python), "-c", code, "compile", str(tmp_path / "a.mlpackage"), "-o", "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == cli.BAD_INPUT
     assert done.stderr.splitlines()[-1:] == [
@@ -170,11 +171,11 @@ def test_a_working_folder_that_was_removed_is_named(tmp_path: Path) -> None:
     ], done.stderr
 
 
-def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+def test_names_that_are_not_utf_8(forked_python: Path, tmp_path: Path) -> None:
     packages = small_bundle.write_bundle(tmp_path / "out", ("original",)) / "original" / "packages"
     output = os.fsencode(tmp_path) + b"/caf\xe9"
     command: list[str | bytes | Path] = [
-        sys.executable,
+        forked_python,
         "-c",
         MAIN,
         "compile",

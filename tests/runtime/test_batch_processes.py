@@ -7,9 +7,10 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,31 @@ from diffusion_runtime.batch.on_ray import RayWorkers, connect
 from diffusion_runtime.batch.places import Folder
 from diffusion_runtime.batch.run import Batch, prepare, setups
 from diffusion_runtime.errors import InputError
+from forked import process_of
 
-COMMAND = [sys.executable, "-c", "from diffusion_convert.cli.main import main; main()", "batch"]
-
-
-def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, **options)
+COMMAND = ["-c", "from diffusion_convert.cli.main import main; main()", "batch"]
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_the_command_says_what_came_of_it(toy_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def run(forked_python: Path) -> Run:
+    def done(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [str(forked_python), *COMMAND, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+
+    return done
+
+
+@pytest.fixture
+def forked_workers(forked_python: Path) -> Iterator[None]:
+    """Those that this process starts, without the seconds that imports take."""
+    before = spawn.get_executable()
+    spawn.set_executable(str(forked_python))
+    yield
+    spawn.set_executable(before)
+
+
+def test_the_command_says_what_came_of_it(run: Run, toy_folder: Path, tmp_path: Path) -> None:
     write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b", "image": "gone.png"}])
     arguments = (toy_folder, tmp_path / "p.jsonl", "-o", tmp_path / "out", "--steps", 2, "--backend", "torch")
     shown = run(*arguments)
@@ -42,7 +58,7 @@ def test_the_command_says_what_came_of_it(toy_folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_two_hundred_rows_killed_five_times_are_those_of_an_undisturbed_run(
-    toy_folder: Path, tmp_path: Path
+    run: Run, forked_python: Path, toy_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.txt").write_text("".join(f"prompt {n}\n" for n in range(200)))
 
@@ -55,7 +71,7 @@ def test_two_hundred_rows_killed_five_times_are_those_of_an_undisturbed_run(
     drawn = random.Random(3)
     for moment in sorted(drawn.sample(range(1, 190), 5)):
         started = subprocess.Popen(
-            [*COMMAND, *arguments("killed", 2)],
+            [forked_python, *COMMAND, *arguments("killed", 2)],
             start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -64,7 +80,9 @@ def test_two_hundred_rows_killed_five_times_are_those_of_an_undisturbed_run(
         while started.poll() is None and len(pictures(tmp_path / "killed")) < killed_at:
             time.sleep(0.01)
         # Now the whole group, now the first process alone, whose workers must notice.
-        os.killpg(started.pid, signal.SIGKILL) if drawn.random() < 0.5 else started.kill()
+        kill = os.killpg if drawn.random() < 0.5 else os.kill
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            kill(process_of(forked_python, started), signal.SIGKILL)
         started.wait()
     last = run(*arguments("killed", 2))
     assert last.returncode == 0, last.stderr
@@ -76,6 +94,7 @@ def test_two_hundred_rows_killed_five_times_are_those_of_an_undisturbed_run(
     }
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_worker_that_dies_is_replaced_and_its_row_made(toy_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("".join(f"{n}\n" for n in range(6)))
     place = Folder(tmp_path / "out")
@@ -89,6 +108,7 @@ def test_a_worker_that_dies_is_replaced_and_its_row_made(toy_folder: Path, tmp_p
     assert [line["error"] for line in results(place.path)] == [None] * 6
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_row_whose_worker_always_dies_is_given_up(
     toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

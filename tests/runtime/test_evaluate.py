@@ -149,14 +149,14 @@ def test_pictures_are_those_of_batch_and_are_made_once(
 
 
 def test_killed_it_goes_on_with_its_own_worker(
-    evaluate: Evaluate, toy_folder: Path, drawn: Path, tmp_path: Path
+    evaluate: Evaluate, toy_folder: Path, drawn: Path, forked_python: Path, tmp_path: Path
 ) -> None:
     """The command as a process, with a worker's: SIGKILL in the middle changes nothing in the end."""
     given = {"guidance": "2", "steps": 2, "reference_images": drawn / "pictures"}
     assert evaluate(f"toy={toy_folder}", **given)[0] == 0
     words = ["--prompts", drawn / "captions.txt", "--reference-images", drawn / "pictures", "--guidance=2"]
     words += ["--steps=2", "--clip", CLIP, "--features=clip", "--backend=torch", "--threads=1"]
-    program = [sys.executable, "-c", "from diffusion_convert.cli.main import main; main()", "evaluate"]
+    program = [str(forked_python), "-c", "from diffusion_convert.cli.main import main; main()", "evaluate"]
     arguments = [*program, f"toy={toy_folder}", *map(str, words), "-o", str(tmp_path / "killed")]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         while process.poll() is None and len(list(tmp_path.glob("killed/toy/*/*.png"))) < 5:
@@ -346,19 +346,12 @@ def test_a_missing_extra_is_one_line(evaluate: Evaluate, toy_folder: Path, monke
     assert code == 2 and error == "error: evaluate needs torchmetrics: run `pip install 'coreml-sd[evaluate]'`\n"
 
 
-def test_clip_score_agrees_in_order_with_the_judge(
-    evaluate: Evaluate, tmp_path: Path, build_once: Callable[..., Path]
-) -> None:
+def test_clip_score_agrees_in_order_with_the_judge(evaluate: Evaluate, tmp_path: Path, shapes_folder: Path) -> None:
     """The shapes checkpoint over guidance scales: where more pictures are right, the CLIP score is higher."""
-    from diffusion_convert import ConvertOptions, convert
-
-    shapes = CLIP.parent / "shapes"
-    options = ConvertOptions(attention="original", compiled=False, zip=False, verify=False)
-    models = build_once("shapes-original", lambda to: convert(shapes, to / "models", options)) / "models"
     write_reference(tmp_path / "drawn", every=18, pictures=2, seed=0)
     scales = (0.5, 1.5, 5.0)
     code, _, error = evaluate(
-        models,
+        shapes_folder,
         "--no-safety",
         guidance=",".join(map(str, scales)),
         steps=10,

@@ -35,19 +35,19 @@ Serve = Callable[..., Served]
 
 
 @pytest.fixture(scope="module")
-def served(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(toy_folder: Path, forked_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("served") / "log.txt"
-    with serving(log, f"toy={toy_folder}", "--queue", 2, "--max-body", 1) as one:
+    with serving(log, f"toy={toy_folder}", "--queue", 2, "--max-body", 1, python=forked_python) as one:
         yield one
     assert PROMPT not in log.read_text()
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
+def serve(forked_python: Path, tmp_path: Path) -> Iterator[Serve]:
     started: list[Served] = []
 
     def start(*arguments: object) -> Served:
-        started.append(Served(tmp_path / f"log{len(started)}.txt", *arguments))
+        started.append(Served(tmp_path / f"log{len(started)}.txt", *arguments, python=forked_python))
         return started[-1]
 
     yield start
@@ -378,13 +378,13 @@ def test_several_models_share_a_memory_budget(
     ],
 )
 def test_what_cannot_be_served_is_one_line(
-    toy_folder: Path, tmp_path: Path, arguments: list[str], said: str
+    toy_folder: Path, forked_python: Path, tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     (tmp_path / "short.txt").write_text("abc\n")
     (tmp_path / "keys.txt").write_text("k" * 20)
     folders = [f"x={toy_folder}"]
     shown = subprocess.run(
-        [*COMMAND, *folders, *(one.format(models=toy_folder) for one in arguments)],
+        [forked_python, *COMMAND[1:], *folders, *(one.format(models=toy_folder) for one in arguments)],
         cwd=tmp_path,
         capture_output=True,
         text=True,

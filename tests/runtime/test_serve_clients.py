@@ -39,8 +39,9 @@ def generate(coreml_sd: Path) -> Callable[..., object]:
 
 
 @pytest.fixture(scope="module")
-def served(shapes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("served") / "log.txt", f"shapes={shapes_folder}") as one:
+def served(shapes_folder: Path, forked_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    log = tmp_path_factory.mktemp("served") / "log.txt"
+    with serving(log, f"shapes={shapes_folder}", python=forked_python) as one:
         yield one
 
 

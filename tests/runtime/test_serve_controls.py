@@ -78,7 +78,9 @@ def test_units_of_the_controlnet_extension() -> None:
 
 
 @pytest.mark.slow
-def test_controlnets_steer_through_the_web_uis_api(steered: Callable[[str], Path], tmp_path: Path) -> None:
+def test_controlnets_steer_through_the_web_uis_api(
+    steered: Callable[[str], Path], forked_python: Path, tmp_path: Path
+) -> None:
     pipeline = load_pipeline(steered("sd1") / "original" / "packages", "torch", check_safety=False)
     picture = start_image()
     told: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 7.0, "seed": 1}
@@ -88,7 +90,7 @@ def test_controlnets_steer_through_the_web_uis_api(steered: Callable[[str], Path
     folder = steered("sd1") / "original" / "packages"
     unit: dict[str, Any] = {"model": "edges_v1-tiny", "image": in_base64(picture), "weight": 0.7}
     asked = {"prompt": "a cat", "seed": 1, "steps": 2, "alwayson_scripts": {"controlnet": {"args": [unit]}}}
-    with serving(tmp_path / "log.txt", f"sd1={folder}", "--no-safety") as one:
+    with serving(tmp_path / "log.txt", f"sd1={folder}", "--no-safety", python=forked_python) as one:
         assert "edges_v1-tiny" in one.client.get("/controlnet/model_list").json()["model_list"]
         answer = one.client.post("/sdapi/v1/txt2img", json=asked)
         assert pixels(answer.json()["images"][0]) == expected.tobytes()

@@ -62,10 +62,10 @@ REQUESTS = [
 
 
 @pytest.fixture(scope="module")
-def served(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(toy_folder: Path, forked_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """With limits that keep the longest request short."""
     log = tmp_path_factory.mktemp("served") / "log.txt"
-    with serving(log, f"toy={toy_folder}", "--max-steps", 60, "--max-pictures", 2) as one:
+    with serving(log, f"toy={toy_folder}", "--max-steps", 60, "--max-pictures", 2, python=forked_python) as one:
         yield one
 
 
