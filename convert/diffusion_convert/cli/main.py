@@ -6,7 +6,8 @@ import errno
 import io
 import os
 import sys
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +28,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Convert Stable Diffusion checkpoints to Core ML on any machine, check them there, and run them.",
 )
+
+
+@cache
+def _command() -> Any:
+    """All commands with their options, as typer makes them of functions: once for whoever calls `main` again."""
+    return typer.main.get_command(app)
 
 
 def _version(asked: bool) -> None:
@@ -76,7 +83,7 @@ def main() -> None:
     try:
         interruption.heed()
         with interruption.seen():
-            code = app(standalone_mode=False)
+            code = _command()(standalone_mode=False)
     except DiffusionError as error:
         typer.echo(f"error: {_one_line(str(error))}", err=True)
         sys.exit(BAD_INPUT)
