@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -110,7 +111,7 @@ def empty(submodel: Submodel, where: str) -> torch.nn.Module:
     tokens = config.pop(PICTURE_TOKENS, ())
     config.pop(FEATURES_OF, None)
     try:
-        with silent(), torch.device("meta"):
+        with silent(), torch.device("meta"), _nothing_drawn():
             if hasattr(kind, "from_config"):
                 network: torch.nn.Module = kind.from_config(config)
                 _attend_to_pictures(network, tokens)
@@ -122,6 +123,22 @@ def empty(submodel: Submodel, where: str) -> torch.nn.Module:
             f"{where}: config.json does not describe a {submodel.class_name}: {reason}"
         ) from error
     return network
+
+
+@contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """In this context, layers do not draw first weights, half of the time where they have no storage."""
+    layers = (
+        torch.nn.Linear,
+        torch.nn.modules.conv._ConvNd,
+        torch.nn.GroupNorm,
+        torch.nn.LayerNorm,
+        torch.nn.Embedding,
+    )
+    with ExitStack() as restored:
+        for layer in layers:
+            restored.enter_context(mock.patch.object(layer, "reset_parameters", lambda _: None))
+        yield
 
 
 def _attend_to_pictures(network: Any, tokens: Sequence[int]) -> None:
