@@ -13,8 +13,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -102,8 +103,9 @@ def _networks_are_converted_once(shared: Path) -> Iterator[None]:
 @contextmanager
 def _old_objects_passed_over() -> Iterator[None]:
     """In this context, the garbage collector passes over all that is there when a conversion starts, as it does for
-    a process that only converts: a million objects of libraries, models of fixtures. A conversion collects dozens
-    of times, and each time would take longer than converting a tiny network."""
+    a process that only converts: a million objects of libraries, models of fixtures. Then it collects once: what a
+    conversion collects after each network is little where networks are tiny, and looking for it is a tenth of the
+    conversion."""
     from diffusion_convert.conversion import convert as conversion
     from diffusion_convert.conversion import garbage
 
@@ -118,18 +120,32 @@ def _old_objects_passed_over() -> Iterator[None]:
         with garbage.new_garbage_only():
             yield
 
-    with mock.patch.object(conversion, "new_garbage_only", settled_first):
+    with ExitStack() as replaced:
+        replaced.enter_context(mock.patch.object(conversion, "new_garbage_only", settled_first))
+        for module in _collecting():
+            replaced.enter_context(mock.patch.object(module, "gc", SimpleNamespace(collect=lambda: 0)))
         yield
+
+
+def _collecting() -> tuple[ModuleType, ...]:
+    from diffusion_convert.conversion import part
+    from diffusion_convert.palettize import checked
+    from diffusion_convert.verification import compare
+
+    return part, compare, checked
 
 
 @pytest.fixture
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks are built, run, traced and converted, whether or not they were before: for tests of how."""
+    """Networks are built, run, traced and converted, whether or not they were before, and let go of: for tests of
+    how."""
     from diffusion_convert.export import export
     from diffusion_convert.verification import compare
 
     for module, name in ((export, "_program"), (export, "_convert"), (compare, "reference")):
         monkeypatch.setattr(module, name, inspect.unwrap(getattr(module, name)))
+    for module in _collecting():
+        monkeypatch.setattr(module, "gc", gc)
 
 
 @pytest.fixture(scope="session")

@@ -110,6 +110,8 @@ SDXL_UNET: Mapping[str, Any] = {
     "upcast_attention": None,
     "use_linear_projection": True,
 }
+SDXL_FLAT_UNET: Mapping[str, Any] = {**SDXL_UNET, "transformer_layers_per_block": 1}
+"""For kinds that differ from the plain one in what the UNet takes."""
 SDXL_REFINER_UNET: Mapping[str, Any] = {
     **SDXL_UNET,
     "attention_head_dim": [2, 4, 4, 4],
@@ -385,7 +387,6 @@ RECIPES: Mapping[str, Recipe] = {
             "block_out_channels": [24, 60, 36],
             "cross_attention_dim": 40,
             "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"],
-            "layers_per_block": 2,
             "norm_num_groups": 6,
             "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"],
         },
@@ -429,10 +430,14 @@ RECIPES: Mapping[str, Recipe] = {
     "sdxl": Recipe(**_XL),
     "sdxl-v-zero-snr": Recipe(**{**_XL, "scheduler": EULER_V_ZERO_SNR}),
     "sdxl-inpainting": Recipe(
-        **{**_XL, "pipeline": "StableDiffusionXLInpaintPipeline", "unet": {**SDXL_UNET, "in_channels": 9}}
+        **{**_XL, "pipeline": "StableDiffusionXLInpaintPipeline", "unet": {**SDXL_FLAT_UNET, "in_channels": 9}}
     ),
     "sdxl-pix2pix": Recipe(
-        **{**_XL, "pipeline": "StableDiffusionXLInstructPix2PixPipeline", "unet": {**SDXL_UNET, "in_channels": 8}}
+        **{
+            **_XL,
+            "pipeline": "StableDiffusionXLInstructPix2PixPipeline",
+            "unet": {**SDXL_FLAT_UNET, "in_channels": 8},
+        }
     ),
     "sdxl-refiner": Recipe(
         **{
@@ -444,7 +449,7 @@ RECIPES: Mapping[str, Recipe] = {
         }
     ),
     "sd1-lcm": Recipe("LatentConsistencyModelPipeline", unet={**SD1_UNET, "time_cond_proj_dim": 16}, scheduler=LCM),
-    "sdxl-lcm": Recipe(**{**_XL, "unet": {**SDXL_UNET, "time_cond_proj_dim": 16}, "scheduler": LCM}),
+    "sdxl-lcm": Recipe(**{**_XL, "unet": {**SDXL_FLAT_UNET, "time_cond_proj_dim": 16}, "scheduler": LCM}),
     "sd1-small": Recipe(unet={**SD1_UNET, **_DISTILLED}),
     "sd1-tiny": Recipe(
         unet={

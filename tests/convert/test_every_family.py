@@ -42,9 +42,11 @@ SAME_BLOCKS = {
     "sdxl-inpainting": SPLIT_2,
     "sdxl-pix2pix": SPLIT,
     "sdxl-lcm": SPLIT,
+    "sd1-tiny": SPLIT,
+    "sdxl-small": SPLIT_2,
 }
-"""Their UNets differ from another's before and after the blocks with attentions: one of the split kinds is enough,
-and one, two and three rows have both."""
+"""Their UNets differ from another's before and after the blocks with attentions, or in how many there are: one of
+the split kinds is enough, and one, two and three rows have both."""
 
 
 def attentions(family: str) -> tuple[AttentionKind, ...]:

@@ -105,6 +105,7 @@ def test_weights_are_checked_one_by_one(tiny_checkpoint: Callable[[str], Path]) 
     assert 1 <= counting.most <= 2  # the next is there before the last one's name is taken
 
 
+@pytest.mark.usefixtures("nothing_remembered")
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_no_package_stays_mapped_when_it_has_been_palettized(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
