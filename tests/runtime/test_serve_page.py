@@ -20,7 +20,6 @@ from PIL import Image, ImageDraw
 
 from diffusion_convert import convert
 from diffusion_convert.options import ConvertOptions
-from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.loading import load_pipeline
 from diffusion_runtime.pipeline import Pipeline
 from serving import Served
@@ -54,7 +53,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def models(build_once: Callable[..., Path]) -> Path:
-    options = ConvertOptions(attention=(AttentionKind.ORIGINAL,), compiled=False, zip=False, verify=False)
+    options = ConvertOptions("original", sizes="64x64,96x64", compiled=False, zip=False, verify=False)
     return build_once("page-shapes", lambda to: convert(SHAPES, to / "models", options)) / "models"
 
 
@@ -117,7 +116,7 @@ def open_tab(browser: Browser, served: Served) -> Iterator[OpenTab]:
         page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
         page.goto(served.url)
         page.wait_for_function(
-            "[...document.querySelectorAll('input, textarea')].some(e => /64 × 64/.test(e.value))"
+            "[...document.querySelectorAll('input, textarea')].some(e => /64x64/.test(e.value))"
         )
         return page
 
@@ -186,6 +185,16 @@ def test_a_picture_from_a_prompt_is_generates(open_tab: OpenTab, pipeline: Pipel
     page.get_by_role("button", name="Use this seed").click()
     page.wait_for_function("[...document.querySelectorAll('input, textarea')].some(e => e.value === '5')")
     assert page.get_by_label("Seed").input_value() == "5"
+
+
+def test_a_size_is_chosen_where_there_are_several(open_tab: OpenTab, pipeline: Pipeline) -> None:
+    page = open_tab()
+    page.get_by_role("combobox", name="Size").click()
+    page.get_by_role("option", name="96x64", exact=True).click()
+    ask(page)
+    picture = drawn(page)
+    assert picture.size == (96, 64)
+    assert picture.tobytes() == made(pipeline, width=96, height=64)
 
 
 def test_what_is_chosen_is_used(open_tab: OpenTab, pipeline: Pipeline) -> None:
