@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -18,7 +19,9 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from batches import Here
 from diffusion_convert import ConvertOptions, convert
+from diffusion_convert.bundle.model_card import model_card
 from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.compile import compile_package
 from diffusion_convert.components import of_checkpoint
@@ -36,8 +39,9 @@ from diffusion_convert.verification.folder import verify_models
 from diffusion_runtime import load_pipeline
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.bundle import manifest
-from diffusion_runtime.cli import generate
+from diffusion_runtime.cli import batch, generate
 from diffusion_runtime.coremltools_import import import_coremltools
+from diffusion_runtime.diffusers import load_diffusers_pipeline
 from diffusion_runtime.errors import InputError, UnsupportedError
 from diffusion_runtime.picture_size import Size, parse_size
 from diffusion_runtime.png_record import Settings
@@ -144,7 +148,6 @@ def test_a_size_is_added_to_what_is_there(
 
 def test_one_package_has_a_function_for_each_size(bundles: Make) -> None:
     made = bundles(NEW)
-    assert "pictures of 64x64 and 96x64 pixels" in (made.several / "README.md").read_text()
     ct = import_coremltools()
     for name in ("unet", "vae_decoder", "vae_encoder", "safety_checker"):
         component = manifest.read(made.packages).components[name]
@@ -162,6 +165,22 @@ def test_one_package_has_a_function_for_each_size(bundles: Make) -> None:
     assert sorted(path.name for path in (made.several / "original").iterdir()) == ["packages"]
     with pytest.raises(UnsupportedError, match=r"functions size_64x64, size_96x64 .*convert with --target macOS14"):
         compile_package(made.packages / UNET, made.several / "never")
+
+
+def test_the_card_tells_the_sizes_and_what_compiles_them(bundles: Make) -> None:
+    card = (bundles(NEW).several / "README.md").read_text()
+    assert "pictures of 64x64 and 96x64 pixels" in card
+    assert "Pictures are of 64x64 pixels, with `--height 64 --width 96` of 96x64, and so on." in card
+    assert "compiled models, which are not here: on a Mac, `coreml-sd bundle --compiler xcrun` makes them" in card
+    described = manifest.read(bundles(NEW).packages)
+    low = {
+        "sizes": {"96x64": described.components["unet"].at(SIZES[1]).model_copy(update={"psnr_db": {"x": 21.5}})}
+    }
+    unet = described.components["unet"].model_copy(update=low)
+    changed = described.model_copy(update={"components": {**described.components, "unet": unet}})
+    assert re.search(r"\| unet \| 6 bits \| .* \| 21.5 dB \|", model_card({"original": changed}, {})), (
+        "of all sizes"
+    )
 
 
 def test_older_targets_have_a_folder_for_each_size(bundles: Make) -> None:
@@ -209,6 +228,28 @@ def test_generate_draws_the_size_that_is_asked_for(bundles: Make, tmp_path: Path
     first, second = (np.array(Image.open(path)) for path in (out, again))
     assert first.shape == (64, 96, 3)
     np.testing.assert_array_equal(first, second)
+
+
+def test_a_batch_and_diffusers_pipeline_are_of_the_size_that_is_asked_for(
+    bundles: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion_runtime.batch.local.LocalWorkers", Here)
+    (tmp_path / "a.txt").write_text("a cat\n")
+    app, second = typer.Typer(), SIZES[1]
+    batch.register(app)
+    asked = [str(bundles(OLD).several), str(tmp_path / "a.txt"), "-o", str(tmp_path / "out"), "--steps", "2"]
+    told = CliRunner().invoke(app, [*asked, "--seed", "1", "--height", "64", "--width", "96"])
+    assert told.exit_code == 0, told.output
+    (path,) = (tmp_path / "out").glob("*.png")
+    alone = load_pipeline(bundles(OLD).alone[second])("a cat", num_inference_steps=2, seed=1).images[0]
+    with Image.open(path) as found:
+        np.testing.assert_array_equal(np.array(found), np.array(alone))
+    models = bundles(NEW).several
+    theirs = load_diffusers_pipeline(models, "text-to-image", height=second.height, width=second.width)
+    picture = theirs("a cat", height=second.height, width=second.width, num_inference_steps=1).images[0]
+    assert picture.size == second
+    with pytest.raises(InputError, match="these models make 64x64 and 96x64"):
+        load_diffusers_pipeline(models, "text-to-image", height=128)
 
 
 def test_a_server_draws_each_size(bundles: Make) -> None:

@@ -97,6 +97,11 @@ def test_a_sweep_of_two_models(evaluate: Evaluate, toy_folder: Path, drawn: Path
     assert (record["steps"], record["scheduler"], record["reference"]) == (2, "pndm", str(drawn / "pictures"))
 
 
+def test_a_size_is_asked_for_where_models_make_several(evaluate: Evaluate, toy_folder: Path, drawn: Path) -> None:
+    given = {"guidance": "2", "steps": 1, "reference_images": drawn / "pictures"}
+    assert "row 1: 96x64 pixels: these models make 64x64" in evaluate(toy_folder, width=96, **given)[2]
+
+
 def test_the_first_models_are_the_reference_where_no_pictures_are_given(
     evaluate: Evaluate, toy_folder: Path, tmp_path: Path
 ) -> None:

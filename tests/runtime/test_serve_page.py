@@ -115,9 +115,7 @@ def open_tab(browser: Browser, served: Served) -> Iterator[OpenTab]:
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
         page.goto(served.url)
-        page.wait_for_function(
-            "[...document.querySelectorAll('input, textarea')].some(e => /64x64/.test(e.value))"
-        )
+        page.wait_for_function("[...document.querySelectorAll('input, textarea')].some(e => /64x64/.test(e.value))")
         return page
 
     yield opened

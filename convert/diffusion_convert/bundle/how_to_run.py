@@ -8,7 +8,7 @@ from diffusion_convert.bundle.clients import CLIENTS, Client, Needs
 from diffusion_convert.bundle.needs import controls_of, needs_of
 from diffusion_runtime.bundle.find import KINDS
 from diffusion_runtime.bundle.manifest import Manifest
-from diffusion_runtime.families import COMPONENTS, PROCESSORS, Layout, compiled_names, preferred
+from diffusion_runtime.families import COMPONENTS, PROCESSORS, TARGETS, Layout, compiled_names, compiles, preferred
 
 REPOSITORY = "REPOSITORY"
 """Stands in the card for the repository's id until it is published."""
@@ -18,7 +18,7 @@ def running(made: Manifest, place: Mapping[str, str], kinds: Collection[str] = K
     """What to do with the models in each app that can run them, and one line for each that cannot, in Markdown.
     ``kinds``: what there is of them, packages and compiled models or one of these."""
     needs = needs_of(made)
-    others = {client: _obstacles(client, needs, kinds, made.layout) for client in CLIENTS if client.how}
+    others = {client: _obstacles(client, needs, kinds, made) for client in CLIENTS if client.how}
     parts = [f"**{client.name}**: {client.how.format_map(place)}" for client, why in others.items() if not why]
     lines = [f"- {client.name}: {'; '.join(why)}." for client, why in others.items() if why]
     if lines:
@@ -32,20 +32,20 @@ def steering(made: Manifest, place: Mapping[str, str], kinds: Collection[str] = 
     if not asked or not made.controlnets:
         return ""
     needs = needs_of(made) | asked
-    able = [one for one in CLIENTS if one.steer and not _obstacles(one, needs, kinds, made.layout)]
+    able = [one for one in CLIENTS if one.steer and not _obstacles(one, needs, kinds, made)]
     lines = [f"- {client.name}: {client.steer.format_map(place)}" for client in able]
     lines += [
         f"- Not with {client.name}, which {'; '.join(why)}."
         for client in CLIENTS
-        if client.how and not _obstacles(client, needs_of(made), kinds, made.layout)
+        if client.how and not _obstacles(client, needs_of(made), kinds, made)
         if (why := client.obstacles(needs))
     ]
     return "\n".join(lines)
 
 
-def _obstacles(client: Client, needs: frozenset[Needs], kinds: Collection[str], layout: Layout) -> tuple[str, ...]:
+def _obstacles(client: Client, needs: frozenset[Needs], kinds: Collection[str], made: Manifest) -> tuple[str, ...]:
     found = client.obstacles(needs)
-    if client.layout is not layout:
+    if client.layout is not made.layout:
         another = (
             f" with `--layout {client.layout.value}`"
             if client.layout is not Layout.APPLE
@@ -53,14 +53,16 @@ def _obstacles(client: Client, needs: frozenset[Needs], kinds: Collection[str], 
         )
         return found or (f"has an interface of its own: convert{another}",)
     if not set(client.kinds) & set(kinds):
-        return (*found, f"reads {_KINDS[client.kinds[0]]}")
+        return (*found, f"reads {_missing(client.kinds[0], made)}")
     return found
 
 
-_KINDS = {
-    "compiled": "compiled models, which are not here: `coreml-sd bundle` makes them",
-    "packages": "packages, which are not here",
-}
+def _missing(kind: str, made: Manifest) -> str:
+    if kind == "packages":
+        return "packages, which are not here"
+    needs_mac = len(made.sizes) > len(made.size_folders) + 1 or not compiles(TARGETS[made.target])
+    how = "on a Mac, `coreml-sd bundle --compiler xcrun`" if needs_mac else "`coreml-sd bundle`"
+    return f"compiled models, which are not here: {how} makes them"
 
 
 def title_of(made: Manifest) -> str:

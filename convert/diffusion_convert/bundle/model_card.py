@@ -256,6 +256,9 @@ coreml-sd generate models --prompt "a photograph of an astronaut riding a horse"
 ```
 
 """
+    if others := made.sizes[1:]:
+        chosen = f"--height {others[0].height} --width {others[0].width}"
+        ours += f"Pictures are of {made.sizes[0]} pixels, with `{chosen}` of {others[0]}, and so on.\n\n"
     shown = ours if made.layout is Layout.APPLE else ""
     return f"{_long_prompts(made)}{shown}{running(made, place_of(made, variants, units), kinds)}"
 
@@ -273,7 +276,7 @@ def _controlnets(variants: Collection[str], made: Manifest, kinds: Collection[st
     yield "## ControlNets"
     yield "\n".join(rows)
     units = AttentionKind(next(iter(variants))).about.compute_units
-    yield f"""Pictures that steer are of {made.width}x{made.height} pixels.
+    yield f"""Pictures that steer are of {listed(made.sizes)} pixels.
 
 {steering(made, place_of(made, variants, units), kinds)}"""
 
@@ -298,7 +301,8 @@ def _quality_table(variants: Mapping[str, Manifest]) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for attention, made in variants.items():
         for name, component in made.components.items():
-            worst = min(component.psnr_db.values(), default=None)
+            of_all = (component, *component.sizes.values())
+            worst = min((value for one in of_all for value in one.psnr_db.values()), default=None)
             shown = "not measured" if worst is None else f"{worst:.1f} dB"
             palettes = component.palettization
             weights = component.precision if palettes is None else f"{palettes.nbits:g} bits"

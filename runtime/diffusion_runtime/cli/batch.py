@@ -22,8 +22,9 @@ Make many pictures from a table of prompts.
 
 PROMPTS is a .txt with one prompt per line, or a .jsonl, .csv or .parquet with a
 column "prompt" and, where wanted, others: negative_prompt, seed, steps,
-guidance_scale, scheduler, eta, rng, strength, noise_level, count, and image, mask
-and depth_image, which name files beside PROMPTS (or hold them in base64).
+guidance_scale, scheduler, eta, rng, strength, noise_level, height, width, count
+and image, mask and depth_image, which name files beside PROMPTS (or hold them
+in base64).
 
 Pictures and results.jsonl (row, input, file, seed, seconds, flagged, error) go to
 the output folder. Run the same command again after an interruption, or with more
@@ -46,7 +47,7 @@ of workers; the last bits do on --threads and on the kind of processor.
 """
 
 
-SETTINGS = ("negative_prompt", "steps", "guidance_scale", "scheduler", "eta", "rng", "strength")
+SETTINGS = ("negative_prompt", "steps", "guidance_scale", "scheduler", "eta", "rng", "strength", "height", "width")
 """Of generate's options, those that are for rows that do not say them."""
 
 

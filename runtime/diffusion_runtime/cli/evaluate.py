@@ -55,8 +55,10 @@ Examples:
 Run the same command again after an interruption: it goes on where it stopped.
 """
 
+SIZE = ("height", "width")
 
-@takes(options.BACKEND, options.WORKERS)
+
+@takes({name: options.PICTURE[name] for name in SIZE}, options.BACKEND, options.WORKERS)
 def evaluate(
     models: Annotated[
         list[str],
@@ -96,7 +98,7 @@ def evaluate(
         kinds = given["workers"], given["compute_units"], given["device"]
         return batches.setups(folder, loading, place, each, *kinds)
 
-    chosen = {"steps": steps, "scheduler": scheduler, "seed": seed}
+    chosen = {"steps": steps, "scheduler": scheduler, "seed": seed, **options.chosen(given, SIZE)}
     what = sweep.Sweep(
         sweep.name_models(models), prompts, sweep.parse_scales(guidance), output, chosen, setups, ignored
     )

@@ -94,6 +94,8 @@ def load_diffusers_pipeline(
     backend: str = "auto",
     compute_units: ComputeUnits | str | None = None,
     controlnet: str | Sequence[str] | None = None,
+    height: int | None = None,
+    width: int | None = None,
     **options: Any,
 ) -> Any:
     """diffusers' own pipeline class for the models at ``path``, with the bundle's tokenizer and scheduler, in which
@@ -103,11 +105,12 @@ def load_diffusers_pipeline(
     for in-painting, depth and upscaling.
     ``controlnet``: the name of a ControlNet among the models, or a part that says which, or several names: the
     class is then that for ControlNets.
+    ``height``, ``width``: of models of several sizes, that of the pictures; None: their first one's.
     ``backend``, ``compute_units`` and ``options`` are those of `diffusion_runtime.load_pipeline`.
-    Pictures have the size that the models were converted for, and Stable Diffusion 3 the ``max_sequence_length``.
+    Pictures have a size that the models were converted for, and Stable Diffusion 3 the ``max_sequence_length``.
     Raises InputError for a task that these models cannot do, and as `load_pipeline` does; in use, for other sizes,
     gradients, and devices other than the CPU's."""
-    ours = load_pipeline(path, backend, compute_units, **options)
+    ours = load_pipeline(path, backend, compute_units, **options).at(height, width)
     manifest, models = ours.manifest, ours.models
     steered = _controlnets(ours, [controlnet] if isinstance(controlnet, str) else controlnet or ())
     name = plan.UNET if steered else next(one for one in UNETS if one in manifest.components)
