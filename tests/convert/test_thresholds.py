@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from diffusion_convert import convert
 from diffusion_convert.checkpoint.open import open_checkpoint
@@ -28,6 +29,7 @@ from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.errors import PackageError, StorageError, VerificationError
 from diffusion_runtime.families import AttentionKind
+from diffusion_runtime.mil.lower import Stored
 from diffusion_runtime.mil.package import open_package
 
 OPTIONS = ConvertOptions(
@@ -113,6 +115,27 @@ def test_bounds_of_bits_are_near_what_bits_keep(bits: int, tiny_unet: Path, tmp_
     for bad in (kept - 20, 2.9):
         with pytest.raises(VerificationError, match="noise_pred"):
             require_outputs(Path("unet.mlpackage"), {"noise_pred": bad}, bits)
+
+
+def test_two_calls_are_compared_side_by_side(
+    tiny_unet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each package's weights are read once for both, and the figures are those of calls by themselves."""
+    small = tmp_path / "small.mlpackage"
+    palettize_package(tiny_unet, small, PalettizeOptions(bits=4))
+    whole, few = (TorchBackend().load(package) for package in (tiny_unet, small))
+    samples = seeded_inputs(whole.inputs, 2)
+    alone = [compare.psnr_db(whole(**one)["noise_pred"], few(**one)["noise_pred"]) for one in samples]
+    read: list[Stored] = []
+    forward = Stored.forward
+
+    def reading(stored: Stored) -> torch.Tensor:
+        read.append(stored)
+        return forward(stored)
+
+    monkeypatch.setattr(Stored, "forward", reading)
+    assert compare_outputs(tiny_unet, small)["noise_pred"] == pytest.approx(min(alone), abs=0.01)
+    assert len(read) == len(set(read)) > 0
 
 
 def test_three_bits_lie_between_two_and_four() -> None:

@@ -16,7 +16,7 @@ from diffusion_runtime.errors import InputError, PackageError, UnsupportedError
 from diffusion_runtime.mil.fuse import fuse
 from diffusion_runtime.mil.lower import REFUSALS, lower, refusal
 from diffusion_runtime.mil.memory_format import CHANNELS_LAST_DEVICES
-from diffusion_runtime.mil.observe import ObserveRun, explain, intermediates, observe_all
+from diffusion_runtime.mil.observe import ObserveRun, intermediates, observe_all
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import FunctionInterface, Metadata
 
@@ -96,7 +96,7 @@ class TorchModel:
             with torch.inference_mode():
                 return self._arrays(self.module(*tensors))
         except (*REFUSALS, UnsupportedError) as error:
-            self._explain(tensors)
+            self._observed([tensors], None)  # op by op: the error of the one that fails
             raise PackageError(f"{self.path}: {refusal(error)}") from error
 
     def observe(self, watch: Callable[[str, str, Tensor], None], **arrays: np.ndarray) -> dict[str, np.ndarray]:
@@ -105,10 +105,11 @@ class TorchModel:
         return outputs
 
     def observe_all(
-        self, watch: ObserveRun, runs: Sequence[Mapping[str, np.ndarray]]
+        self, watch: ObserveRun | None, runs: Sequence[Mapping[str, np.ndarray]]
     ) -> list[dict[str, np.ndarray]]:
-        """`observe` for several runs at once, each weight read once; ``watch`` takes the run's number first."""
-        found = observe_all(self.module, [self._tensors(arrays) for arrays in runs], watch)
+        """`observe` for several runs at once, each weight read once; ``watch`` takes the run's number first. None:
+        nothing is watched."""
+        found = self._observed([self._tensors(arrays) for arrays in runs], watch)
         return [self._arrays(outputs) for outputs in found]
 
     def intermediates(self, names: Sequence[str], **arrays: np.ndarray) -> dict[str, np.ndarray]:
@@ -116,10 +117,9 @@ class TorchModel:
         found = intermediates(self.module, self._tensors(arrays), names)
         return {name: _to_numpy(value) for name, value in found.items()}
 
-    def _explain(self, tensors: Sequence[Tensor]) -> None:
-        """Run again, op by op: raises the error that names the op which fails."""
+    def _observed(self, runs: Sequence[Sequence[Tensor]], watch: ObserveRun | None) -> list[dict[str, Tensor]]:
         try:
-            explain(self.module, tensors)
+            return observe_all(self.module, runs, watch)
         except (PackageError, UnsupportedError) as error:
             raise type(error)(f"{self.path}: {error}") from error
 

@@ -40,22 +40,23 @@ def observe(
 
 
 def observe_all(
-    module: fx.GraphModule, runs: Sequence[Sequence[Tensor]], watch: ObserveRun, whole: Sequence[str] = ()
+    module: fx.GraphModule,
+    runs: Sequence[Sequence[Tensor]],
+    watch: ObserveRun | None = None,
+    whole: Sequence[str] = (),
 ) -> list[dict[str, Tensor]]:
     """`observe` for several runs side by side, op by op: each weight is read once, and a convolution takes the rows
-    of all. ``watch`` is also told which run it is."""
-    watched = [_Watched(module, inputs, partial(watch, run), whole) for run, inputs in enumerate(runs)]
+    of all. ``watch`` is also told which run it is; None: nothing is shown. An error names the op that fails."""
+    watched = [
+        _Watched(module, inputs, None if watch is None else partial(watch, run), whole)
+        for run, inputs in enumerate(runs)
+    ]
     watched[0].others = watched[1:]
     with torch.no_grad():
         for node in module.graph.nodes:
             for one in watched:
                 one.step(node)
     return [one.env[node] for one in watched]  # the last node's values: the outputs
-
-
-def explain(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
-    """Run again, op by op: raises the error that names the op which fails, if one does."""
-    observe(module, inputs, lambda *_: None)
 
 
 def intermediates(module: fx.GraphModule, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -89,7 +90,7 @@ class _Watched(fx.Interpreter):
     """Checks each value against its declared type, and says which op an error comes from."""
 
     def __init__(
-        self, module: fx.GraphModule, inputs: Sequence[Tensor], watch: Observe, whole: Sequence[str]
+        self, module: fx.GraphModule, inputs: Sequence[Tensor], watch: Observe | None, whole: Sequence[str]
     ) -> None:
         super().__init__(module)
         self.args_iter = iter(inputs)
@@ -118,11 +119,12 @@ class _Watched(fx.Interpreter):
         except REFUSALS as error:
             raise PackageError(f"{where}: {refusal(error)}") from error
         if isinstance(value, Tensor) and "mil" in n.meta and n.op in ("call_function", "placeholder"):
-            self._show_scores(n)
+            if self._watch is not None:
+                self._show_scores(n, self._watch)
             self._show(n, value)
         return value
 
-    def _show_scores(self, n: fx.Node) -> None:
+    def _show_scores(self, n: fx.Node, watch: Observe) -> None:
         if operation(n) not in ("scaled_dot_product_attention", "attend"):
             return
         _, arguments = self.fetch_args_kwargs_from_env(n)
@@ -133,7 +135,7 @@ class _Watched(fx.Interpreter):
         most = peak * max(_longest(query), 1.0) * max(_longest(key), 1.0)  # in this order nan stays nan
         parts = [query.new_tensor(most)] if most < FAR else scores_in_parts(query * peak, key)
         for part in parts:
-            self._watch(n.meta["mil"] + SCORES, n.meta["op"], part)
+            watch(n.meta["mil"] + SCORES, n.meta["op"], part)
 
     def _value(self, n: fx.Node) -> Any:
         if n in self._given:
@@ -162,4 +164,5 @@ class _Watched(fx.Interpreter):
         return mine
 
     def _show(self, n: fx.Node, value: Tensor) -> None:
-        self._watch(n.meta["mil"], n.meta["op"], value)
+        if self._watch is not None:
+            self._watch(n.meta["mil"], n.meta["op"], value)

@@ -19,7 +19,7 @@ from diffusion_runtime.mil import by_rows
 from diffusion_runtime.mil.check import check_package
 from diffusion_runtime.mil.fuse import WATCHABLE, fuse
 from diffusion_runtime.mil.lower import Stored, lower
-from diffusion_runtime.mil.observe import explain, intermediates, observe, observe_all
+from diffusion_runtime.mil.observe import intermediates, observe, observe_all
 from diffusion_runtime.mil.ops.registry import OPS, mil_op
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import Block, DType, Operation, TensorType, Value
@@ -280,7 +280,7 @@ def test_an_op_that_fails_is_named(network: Path) -> None:
         )
     )
     with pytest.raises(PackageError, match="conv features: operands do not fit"):
-        explain(module, [X])
+        observe_all(module, [[X]])
 
 
 def test_a_value_that_is_not_as_declared_is_named(network: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_value_that_is_not_as_declared_is_named(network: Path) -> None:
         return dataclasses.replace(operation, outputs=outputs) if operation.type == "relu" else operation
 
     with pytest.raises(PackageError, match=r"relu positive: gives .* of shape \(1, 8, 4, 4\), but .* \(1, 9\)"):
-        explain(lower(with_operations(open_package(network), widen)), [X])
+        observe_all(lower(with_operations(open_package(network), widen)), [[X]])
 
 
 def test_an_op_cannot_be_defined_twice() -> None:
