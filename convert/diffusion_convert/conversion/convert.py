@@ -138,9 +138,9 @@ def _make(plan: Plan, place: Workspace, known: Hashes, progress: Progress) -> di
     records: dict[str, Record] = {}
     sharing = Counter(part.component.subfolder for part in plan.parts)
     palettes = Known()
-    for number, part in enumerate(plan.parts):
+    for number, part in enumerate(plan.order):
         progress(Event("", Phase.COMPONENTS, number / len(plan.parts)))
-        like = next((other for other in plan.parts if other.name in records and other.is_like(part)), None)
+        like = next((other for other in plan.order if other.name in records and other.is_like(part)), None)
         records[part.name] = make(
             part,
             plan,
@@ -150,7 +150,7 @@ def _make(plan: Plan, place: Workspace, known: Hashes, progress: Progress) -> di
             like,
             palettes if sharing[part.component.subfolder] > 1 else None,
         )
-    return records
+    return {part.name: records[part.name] for part in plan.parts}
 
 
 def _reporter(part: Part, progress: Progress) -> export.OnPhase:

@@ -54,13 +54,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``identity`` tells which models can stay beside those that are made.
+    """``identity`` tells which models can stay beside those that are made. ``order`` is that in which ``parts`` are
+    made: the largest networks last, as what a conversion leaves in memory lies beside all that follow.
     ``compiled``: whether compiled models are made; ``notes`` are sentences for the user."""
 
     checkpoint: Checkpoint
     options: ConvertOptions
     shapes: tuple[Shape, ...]
     parts: tuple[Part, ...]
+    order: tuple[Part, ...]
     identity: Identity
     size_bytes: int
     compiled: bool
@@ -119,12 +121,12 @@ def make_plan(checkpoint: Checkpoint, options: ConvertOptions, identity: Identit
         compiled = False
         notes.append(_FUNCTIONS_NOT_COMPILED)
     size = _size(weights, parts, options, compiled)
+    order = tuple(sorted(parts, key=lambda part: weights[part.component.subfolder]))
     recipe = None if options.recipe is None else load_recipe(options.recipe)
     checkpoint = folding.fold(checkpoint, options.foldings & layouts.LAYOUTS[options.layout].foldings)
     notes += _fold_notes(checkpoint, options)
-    return Plan(
-        checkpoint, options, shapes, parts, identity or Identity("", "", None), size, compiled, recipe, tuple(notes)
-    )
+    identity = identity or Identity("", "", None)
+    return Plan(checkpoint, options, shapes, parts, order, identity, size, compiled, recipe, tuple(notes))
 
 
 def _check_attention(checkpoint: Checkpoint, options: ConvertOptions) -> None:
