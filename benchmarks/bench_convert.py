@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--component", action="append", default=[], choices=COMPONENTS)
     parser.add_argument("--size", action="append", default=[], metavar="WIDTHxHEIGHT")
     parser.add_argument("--nbits", type=int)
+    parser.add_argument("--compiled", action="store_true", help="compiled models, too")
     parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--limit-gb", type=float)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -89,7 +90,7 @@ def options_of(kinds: list[str], arguments: argparse.Namespace) -> ConvertOption
         components=tuple(arguments.component) or (() if arguments.whole else ("unet",)),
         nbits=arguments.nbits,
         sizes=tuple(arguments.size),
-        compiled=False,
+        compiled=arguments.compiled,
         verify=not arguments.no_verify,
     )
 

@@ -36,7 +36,7 @@ BENCHES: dict[str, tuple[tuple[str, ...], ...]] = {
     "sdxl-6bit": (
         (
             *("bench_convert.py", "--folder", str(OUTPUT), "--whole", "--family", "sdxl", "--limit-gb", "8"),
-            *("--nbits", "6", "--attention", "original", "--attention", "split_einsum_v2"),
+            *("--nbits", "6", "--compiled", "--attention", "original", "--attention", "split_einsum_v2"),
         ),
     ),
     "sdxl-depth": (
