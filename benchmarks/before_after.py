@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import command_line
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -56,4 +58,4 @@ def _run(tree: Path, script: str, arguments: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command_line.run(main)

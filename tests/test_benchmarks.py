@@ -32,7 +32,7 @@ def test_each_row_of_the_readme_has_a_name_that_measures_it() -> None:
     assert set(rows) <= run.BENCHES.keys()
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "full_size", "run"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "before_after", "full_size", "run"])
 def test_help_says_what_is_measured(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,3 +78,12 @@ def test_a_measurement_that_failed_in_its_own_process_is_an_error(
     with pytest.raises(SystemExit, match="2"):
         command_line.run(fails)
     assert capsys.readouterr().err == "error: a measurement ended with status 3: see above\n"
+
+
+@pytest.mark.skipif(not (README.parent / ".git").exists(), reason="the files are in no Git repository")
+def test_what_no_revision_has_is_refused_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, expected in ((["nosuch", "bench_torch.py"], "nosuch"), (["HEAD", "nosuch.py"], "no nosuch.py")):
+        found = ended("before_after", arguments, monkeypatch)
+        assert expected in f"{found}{capsys.readouterr().err}"
