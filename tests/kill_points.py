@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -37,6 +38,7 @@ def race(*acts: Callable[[], object]) -> list[int]:
 
 
 def _killed(act: Callable[[], object], step: int) -> None:
+    gc.freeze()  # or a collection would look at all that the tests have made, and copy it
     count = 0
 
     def hook(event: str, _: object) -> None:
@@ -52,6 +54,7 @@ def _killed(act: Callable[[], object], step: int) -> None:
 
 
 def _raced(act: Callable[[], object], barrier: object) -> None:
+    gc.freeze()
     barrier.wait()  # type: ignore[attr-defined]
     try:
         act()
