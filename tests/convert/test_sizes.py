@@ -26,7 +26,7 @@ from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.compile import compile_package
 from diffusion_convert.components import of_checkpoint
 from diffusion_convert.components.component import Shape
-from diffusion_convert.conversion.events import Event
+from diffusion_convert.conversion.events import Event, Phase
 from diffusion_convert.conversion.plan import make_plan
 from diffusion_convert.export import placeholders
 from diffusion_convert.hub.client import RemoteFile
@@ -359,16 +359,25 @@ def test_chunks_share_weights_by_size_too(tiny_checkpoint: Callable[[str], Path]
     assert found["noise_pred"].shape == (2, 4, 8, 12)
 
 
+@pytest.mark.parametrize(("target", "bits"), [(NEW, {"nbits": 6}), (OLD, {"nbits_for": {"vae_decoder": 8}})])
 def test_another_size_alone_takes_the_place_of_all(
-    bundles: Make, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+    bundles: Make, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, target: str, bits: dict[str, Any]
 ) -> None:
-    shutil.copytree(bundles(NEW).several, tmp_path / "copy")
+    """What is there of that size, with other bits too, is not converted again."""
+    shutil.copytree(bundles(target).several, tmp_path / "copy")
+    components = ("unet", "vae_decoder") if target == NEW else "vae_decoder"
     options = ConvertOptions(
-        "original", target=NEW, components="text_encoder", nbits=6, width=96, height=64, verify=False
+        "original", target=target, components=components, width=96, height=64, verify=target == NEW, **bits
     )
-    notes = convert(tiny_checkpoint("sd1"), tmp_path / "copy", options).notes
+    phases = set[str]()
+    notes = convert(
+        tiny_checkpoint("sd1"), tmp_path / "copy", options, lambda event: phases.add(event.part and event.phase)
+    ).notes
     assert any(note.startswith("replaces what is in") for note in notes)
-    assert manifest.read(tmp_path / "copy/original/packages").sizes == (SIZES[1],)
+    assert phases == ({""} if target == NEW else {"", Phase.PALETTIZE})
+    made = manifest.read(tmp_path / "copy/original/packages")
+    assert made.sizes == (SIZES[1],) and made.components["vae_decoder"].sizes == {}
+    assert made.components["vae_decoder"].outputs[0].shape == (1, 3, 64, 96)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2-depth", "sdxl"])

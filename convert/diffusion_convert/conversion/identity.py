@@ -35,15 +35,15 @@ class Identity:
 
     def made(self, made: Manifest) -> bool:
         """Whether the models of that manifest are of it."""
-        return made.tools.get("conversion") == self.fingerprint and self._has_sizes(made)
+        return self.is_like(made) and (self.only is None or made.sizes == (self.only,))
+
+    def is_like(self, made: Manifest) -> bool:
+        """Whether they are but for their sizes: what is of a size that is wanted is of use."""
+        return made.tools.get("conversion") == self.fingerprint
 
     def differs_in_bits(self, made: Manifest) -> bool:
-        """Whether they are but for the weights' bits: those that are not palettized are of use."""
-        same = made.tools.get("whole_weights") == self.whole_weights
-        return same and self._has_sizes(made) and not self.made(made)
-
-    def _has_sizes(self, made: Manifest) -> bool:
-        return self.only is None or made.sizes == (self.only,)
+        """Whether they are but for the weights' bits and their sizes: what is not palettized is of use."""
+        return made.tools.get("whole_weights") == self.whole_weights and not self.is_like(made)
 
     @property
     def told(self) -> dict[str, str]:

@@ -145,7 +145,7 @@ class Kept:
         for attention in plan.options.attention if part.shared else (part.attention,):
             component = known.get((attention.value, KINDS[0]), {}).get(part.component.name)
             made = self.previous.variants.get(attention.value, {}).get(KINDS[0])
-            if component is None or made is None:
+            if component is None or made is None or _is_anothers_mix(component, part, plan, made):
                 continue
             if part.component.one_size or part.shape.size in made.sizes:
                 return self.previous.output / attention.value / KINDS[0], component.at(part.shape.size)
@@ -176,11 +176,11 @@ def kept_of(previous: Previous, plan: Plan, known: Hashes) -> Kept:
     whole, other_bits, tokenizers = {}, {}, set()
     for attention, kinds in previous.variants.items():
         for kind, made in kinds.items():
-            if made is None or not (plan.identity.made(made) or plan.identity.differs_in_bits(made)):
+            if made is None or not (plan.identity.is_like(made) or plan.identity.differs_in_bits(made)):
                 continue
             wrong = faults(made, previous.output / attention / kind, known)
             right = {name: c for name, c in made.components.items() if name not in wrong}
-            if plan.identity.made(made):
+            if plan.identity.is_like(made):
                 whole[attention, kind] = right
                 tokenizers |= {(attention, kind)} if TOKENIZER not in wrong else set()
             else:
@@ -203,6 +203,12 @@ def _first(kinds: Mapping[str, Manifest | None]) -> Manifest | None:
 def _sizes(found: Iterable[Manifest]) -> Iterator[Size]:
     for made in found:
         yield from made.sizes
+
+
+def _is_anothers_mix(component: manifest.Component, part: Part, plan: Plan, made: Manifest) -> bool:
+    """Whether its weights' bits were chosen for the first of several sizes: this one alone gets others."""
+    mixed = plan.options.target_bits is not None and component.palettization is not None
+    return mixed and plan.identity.only is not None and part.shape.size != made.sizes[0]
 
 
 def _zips_are_there(plan: Plan, attention: AttentionKind, made: Manifest, output: Path, known: Hashes) -> bool:
