@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,30 @@ PARTS = ("text_encoder", "unet", "vae")
 UNET = "model.diffusion_model."
 
 
+@pytest.fixture(scope="module")
+def single(
+    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, Tensors]]:
+    """A tiny checkpoint as one file: what lies beside it, and its tensors."""
+
+    @cache
+    def made(family: str) -> tuple[Path, Tensors]:
+        path = compvis_layout.write(tiny_checkpoint(family), tmp_path_factory.mktemp(family) / "model.safetensors")
+        tensors = {name: value.clone() for name, value in load_file(path).items()}
+        path.unlink()
+        return path.parent, tensors
+
+    return made
+
+
 @pytest.fixture
-def write(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+def write(single: Callable[[str], tuple[Path, Tensors]], tmp_path: Path) -> Callable[..., Path]:
     """``write("sd1", change, key="value")``: that tiny checkpoint as one file, changed, with metadata."""
 
     def written(family: str, change: Callable[[Tensors], Tensors] = dict, **metadata: str) -> Path:
-        path = compvis_layout.write(tiny_checkpoint(family), tmp_path / "model.safetensors")
-        save_file({n: v.contiguous() for n, v in change(load_file(path)).items()}, path, metadata=metadata)
+        beside, tensors = single(family)
+        path = shutil.copytree(beside, tmp_path, dirs_exist_ok=True) / "model.safetensors"
+        save_file({n: v.contiguous() for n, v in change(dict(tensors)).items()}, path, metadata=metadata)
         return path
 
     return written
@@ -48,6 +67,7 @@ def pipeline(path: Path, folder: Path) -> Any:
         )
 
 
+@lru_cache(4)
 def from_folder(folder: Path) -> Any:
     from diffusers import DiffusionPipeline
 
@@ -144,7 +164,9 @@ def test_other_names_are_the_same_checkpoint(
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2-v", "sd2-base"])
-def test_averaged_weights_alone_are_used_and_said(family: str, write: Callable[..., Path], tmp_path: Path) -> None:
+def test_averaged_weights_alone_are_used_and_said(
+    family: str, write: Callable[..., Path], tiny_checkpoint: Callable[[str], Path]
+) -> None:
     """As trainers keep them: by names without dots. diffusers is given the same weights under plain names."""
 
     def averaged(tensors: Tensors) -> Tensors:
@@ -156,12 +178,9 @@ def test_averaged_weights_alone_are_used_and_said(family: str, write: Callable[.
         }
         return others | flat | {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(3)}
 
-    folder = tiny_checkpoints.build(family, tmp_path / "folder")
-    path = compvis_layout.write(folder, tmp_path / "model.safetensors")
-    save_file(averaged(load_file(path)), path)
-    checkpoint = open_single_file(path)
+    checkpoint = open_single_file(write(family, averaged))
     assert any("model_ema" in note and "used" in note for note in checkpoint.notes)
-    assert_computes(checkpoint, from_folder(folder))
+    assert_computes(checkpoint, from_folder(tiny_checkpoint(family)))
 
 
 def test_a_controlnet_in_the_file_is_left_out_and_said(
@@ -188,6 +207,7 @@ def test_averaged_weights_beside_others_are_left_out(
 def second(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A checkpoint of Stable Diffusion 2 with its true widths where a UNet and a text encoder meet."""
 
+    @cache
     def build(width: int = 1024, layers: int = 3, linear: bool = True) -> Path:
         folder = tmp_path_factory.mktemp("second")
         recipe = tiny_checkpoints.RECIPES["sd2-base"]
