@@ -56,10 +56,20 @@ def test_every_command_of_the_workflows_exists() -> None:
             assert os.access(ROOT / program, os.X_OK), program
 
 
-def test_the_scripts_commands_are_those_that_it_takes() -> None:
+@pytest.fixture
+def forked_script(forked_python: Path, tmp_path: Path) -> str:
+    """A program that stands for ``sys.executable`` where a script follows."""
+    code = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    words = tmp_path / "python"
+    words.write_text(f'#!/bin/sh\nexec "{forked_python}" -c "{code}" "$@"\n')
+    words.chmod(0o700)
+    return str(words)
+
+
+def test_the_scripts_commands_are_those_that_it_takes(forked_script: str) -> None:
     for words in (words for words in commands() if "tests/mac_report.py" in words):
         done = subprocess.run(
-            [sys.executable, "tests/mac_report.py", *words[2:3], "--help"],
+            [forked_script, "tests/mac_report.py", *words[2:3], "--help"],
             cwd=ROOT,
             capture_output=True,
             check=False,
@@ -70,11 +80,12 @@ def test_the_scripts_commands_are_those_that_it_takes() -> None:
 
 @pytest.mark.slow
 def test_a_unet_of_real_depth_runs_on_each_unit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    forked_script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the torch backend in Core ML's place, which takes no notice of compute units."""
     monkeypatch.setattr(mac_report, "TARGETS", ("macOS15",))
     monkeypatch.setattr(mac_report, "AttentionKind", (AttentionKind.ORIGINAL,))
+    monkeypatch.setattr(sys, "executable", forked_script)
     assert mac_report.main(["units", str(tmp_path), "--backend", "torch"]) == 0
     found = json.loads((tmp_path / "units.json").read_text())
     assert [case["case"] for case in found] == [
