@@ -343,14 +343,15 @@ UNDERSTOOD = {
 """What commands that run nothing may show and copy: it would fit a later version of Core ML."""
 
 
-@pytest.fixture
-def place(seeds: Path, tmp_path: Path) -> Path:
-    shutil.copytree(seeds, tmp_path / "in", copy_function=os.link)
-    (tmp_path / "out").mkdir()
-    return tmp_path
-
-
-def damaged(place: Path, name: str, damage: Damage) -> None:
+def damaged(seeds: Path, place: Path, name: str, damage: Damage) -> None:
+    """A folder ``place`` for a command: the package of that name damaged, all else as it is."""
+    (place / "out").mkdir()
+    (place / "in").mkdir()
+    for path in seeds.iterdir():
+        if name.startswith(f"{path.name}/"):
+            shutil.copytree(path, place / "in" / path.name, copy_function=os.link)
+        else:
+            (place / "in" / path.name).symlink_to(path)
     package = place / "in" / name
     for path in (*package.rglob("*"),):
         if path.is_file():  # a link to the seeds' own
@@ -393,15 +394,15 @@ def check(place: Path, reader: Reader, codes: Container[int] = (2,)) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", READERS)
 @pytest.mark.parametrize("damage", WEIGHT_DAMAGE)
-def test_damaged_weight_files(command: str, damage: str, place: Path) -> None:
-    damaged(place, READERS[command].package, WEIGHT_DAMAGE[damage])
-    check(place, READERS[command])
+def test_damaged_weight_files(command: str, damage: str, seeds: Path, tmp_path: Path) -> None:
+    damaged(seeds, tmp_path, READERS[command].package, WEIGHT_DAMAGE[damage])
+    check(tmp_path, READERS[command])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", READERS)
 @pytest.mark.parametrize("damage", PACKAGE_DAMAGE)
-def test_damaged_and_hostile_packages(command: str, damage: str, place: Path) -> None:
-    damaged(place, READERS[command].package, PACKAGE_DAMAGE[damage])
+def test_damaged_and_hostile_packages(command: str, damage: str, seeds: Path, tmp_path: Path) -> None:
+    damaged(seeds, tmp_path, READERS[command].package, PACKAGE_DAMAGE[damage])
     shown = damage in UNDERSTOOD and command in ("inspect", "compile")
-    check(place, READERS[command], (0, 2) if shown or damage == "version 10,000" else (2,))
+    check(tmp_path, READERS[command], (0, 2) if shown or damage == "version 10,000" else (2,))
