@@ -479,18 +479,18 @@ VARIATIONS = ("sdxl-v-zero-snr", "sd1-lcm", "sdxl-lcm", "sd1-small", "sd1-tiny",
 FAMILIES = tuple(name for name in RECIPES if name not in VARIATIONS)
 
 
+_NOT_OF_ATTENTIONS = ("in_channels", "sample_size", "transformer_layers_per_block")
+
+
 def attentions(family: str) -> dict[str, str]:
-    """By component, what its attentions follow from: two families' are the same where this is. Weights, sizes and
-    what a UNet's first layer takes do not count."""
+    """By component, what its attentions follow from: two families' are the same where this is. Weights, sizes, what
+    a UNet's first layer takes, how many layers have attentions and how many blocks a VAE has do not count."""
     recipe = RECIPES[family]
-    unet, vae = (
-        {key: value for key, value in config.items() if key not in ("in_channels", "sample_size")}
-        for config in (recipe.unet, recipe.vae)
-    )
+    vae = (recipe.vae["block_out_channels"][-1], recipe.vae["norm_num_groups"], recipe.vae.get("force_upcast"))
     found: dict[str, Any] = {
-        "unet": unet,
-        "text_encoder": recipe.text and (recipe.text, bool(recipe.text_2)),
-        "text_encoder_2": recipe.text_2 and (recipe.text_2, bool(recipe.text)),
+        "unet": {key: value for key, value in recipe.unet.items() if key not in _NOT_OF_ATTENTIONS},
+        "text_encoder": recipe.text,
+        "text_encoder_2": recipe.text_2,
         "vae_decoder": vae,
         "vae_encoder": vae,
         "safety_checker": recipe.safety_checker,
