@@ -133,10 +133,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(source: Path, coreml_sd: Path) -> Run:
+def run(source: Path, coreml_sd: Path, shared: Path) -> Run:
     def said(*arguments: object) -> str:
         command = [str(coreml_sd), *map(str, arguments)]
-        environment = {**os.environ, "PYTHONPATH": str(source)}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(source),
+            "COREML_SD_REMEMBERED": str(shared / "remembered"),
+        }
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -81,7 +81,6 @@ def test_commands_and_python_run_in_order(
     remembering = {**os.environ, "COREML_SD_REMEMBERED": str(shared / "remembered")}
     ours = [[str(coreml_sd), *words[1:]] for words in RUN_HERE]
     for words in [*ours, *([str(forked_python), "-c", code] for code in blocks("python"))]:
-        environment = remembering if "convert" in f"{words[1]} {words[-1]}" else None
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, cwd=tmp_path, env=remembering, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     assert list(tmp_path.rglob("*.png"))
