@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from diffusion_convert.checkpoint.model import Checkpoint
@@ -56,9 +59,10 @@ class Identity:
         return _digest([self.fingerprint, None if self.only is None else str(self.only)])
 
 
-def tool_versions() -> dict[str, str]:
-    """What makes the packages, with versions."""
-    return {"python": platform.python_version()} | {name: version(name) for name in TOOLS}
+@cache
+def tool_versions() -> Mapping[str, str]:
+    """What makes the packages, with versions. Kept: they are read out of all that a distribution says of itself."""
+    return MappingProxyType({"python": platform.python_version()} | {name: version(name) for name in TOOLS})
 
 
 def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> str:
@@ -76,7 +80,7 @@ def fingerprint(checkpoint: Checkpoint, options: ConvertOptions) -> str:
         "schedulers": {name: dict(config) for name, config in checkpoint.schedulers.items()},
         "pipeline": dict(checkpoint.pipeline_config),
         "files": sorted(map(_stamp, files)),
-        "tools": tool_versions(),
+        "tools": dict(tool_versions()),
     }
     return _digest(told)
 
