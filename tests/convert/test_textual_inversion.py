@@ -113,7 +113,7 @@ def test_both_encoders_of_sdxl_have_their_own_vectors(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = inverted(tiny_checkpoint("sdxl"), tmp_path / "checkpoint")
-    convert(folder, tmp_path / "models", ConvertOptions(verify=False, compiled=False))
+    convert(folder, tmp_path / "models", ConvertOptions("original", verify=False, compiled=False))
     assert same(load_pipeline(tmp_path / "models", "torch"), folder, "<style> cat, sks") >= PARITY_DB
 
 
