@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_convert.palettize.checked import palettize_checked
-from diffusion_convert.palettize.damage import LARGE, Damage, drawn, measure_damage
+from diffusion_convert.palettize.damage import LARGE, SAMPLES, Damage, drawn, measure_damage
 from diffusion_convert.palettize.outputs import require_outputs, seeded_inputs
 from diffusion_convert.palettize.palette import decode
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
@@ -34,14 +37,49 @@ from diffusion_convert.verification.bounds import MIN_PSNR_DB, bound_db
 from diffusion_runtime.backends import TensorSpec
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.errors import InputError, VerificationError
+from diffusion_runtime.mil.fuse import DIFFERENTIABLE, fuse
+from diffusion_runtime.mil.match import operation
 from diffusion_runtime.mil.package import open_package
 
 WIDTHS = (1, 2, 4, 6, 8)
 
 
+class Computed(TorchDispatchMode):
+    """Counts attentions, and by their weights convolutions that widen and those that do not, as they are
+    computed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.attentions = 0
+        self.wide, self.narrow = Counter[int](), Counter[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default and not args[0].is_meta:
+            x, weight = args[:2]
+            (self.wide if weight.shape[0] > x.shape[1] else self.narrow).update([weight.data_ptr()])
+        self.attentions += func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture(scope="module")
-def damage(tiny_unet: Path) -> Damage:
-    return measure_damage(tiny_unet, PalettizeOptions(), WIDTHS)
+def measured(tiny_unet: Path) -> tuple[Damage, Computed]:
+    with Computed() as computed:
+        return measure_damage(tiny_unet, PalettizeOptions(), WIDTHS), computed
+
+
+@pytest.fixture(scope="module")
+def damage(measured: tuple[Damage, Computed]) -> Damage:
+    return measured[0]
+
+
+def test_what_takes_long_is_not_computed_again_for_the_backward_pass(
+    tiny_unet: Path, measured: tuple[Damage, Computed]
+) -> None:
+    module = fuse(TorchBackend(fuse=False).load(tiny_unet).module, DIFFERENTIABLE)
+    computed = measured[1]
+    assert computed.attentions == SAMPLES * sum(operation(node) == "attend" for node in module.graph.nodes) > 0
+    assert set(computed.narrow.values()) == {SAMPLES}
+    assert set(computed.wide.values()) <= {SAMPLES, 2 * SAMPLES}
 
 
 def errors_one_by_one(path: Path, bits: int) -> dict[str, float]:
