@@ -16,7 +16,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -26,21 +26,25 @@ import numpy as np
 import torch
 
 from diffusion_convert import components
-from diffusion_convert.checkpoint.model import Checkpoint
+from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.components.component import Component, Graph, Shape
 from diffusion_convert.export import export, placeholders
 from diffusion_convert.export.placeholders import Misplaced, Placeholders, thin
 from diffusion_convert.palettize import recipe
 from diffusion_convert.palettize.damage import Damage, measure_damage
 from diffusion_convert.verification import compare
+from diffusion_runtime.bundle.manifest import Folded
 from diffusion_runtime.coremltools_import import import_messages
-from diffusion_runtime.families import COMPONENTS, kind_of
+from diffusion_runtime.families import COMPONENTS, FAMILIES, TEXT_ENCODERS, kind_of
 from diffusion_runtime.mil import proto
 from diffusion_runtime.mil.weights import WeightWriter
 
 Measure = Callable[..., compare.Verdict]
 Refer = Callable[..., compare.Expected]
 Made = TypeVar("Made")
+ANY = Shape(64, 64, 1)
+"""What is converted for any size."""
+VAES = ("vae_decoder", "vae_encoder", "preview_vae_decoder")
 MOST_PROGRAMS = 32
 """So many that were read are in memory. They are not changed by anything: who rewrites one makes another."""
 
@@ -92,8 +96,11 @@ def _remembering(
     @wraps(make)
     def remembering(*given: Any) -> Made:
         *known, placeholders, writer, clock = given
-        if isinstance(known[0], Component) and not _is_ours(known[0]):
-            return make(*given)
+        if isinstance(known[0], Component):
+            if not _is_ours(known[0]):
+                return make(*given)
+            known[1], size = narrowed(known[0], known[1], known[2].shape)
+            known[2] = replace(known[2], shape=size)
         path = folder / key(*known)
         kept: Kept[Made] | frozenset[str] | None = _kept(path)
         if isinstance(kept, frozenset):
@@ -113,7 +120,7 @@ def _remembering(
         written = export.write_constant
         with mock.patch.object(export, "write_constant", write):
             try:
-                made = make(*given)
+                made = make(*known, placeholders, writer, clock)
             except Misplaced as misplaced:
                 _keep(misplaced.names, path)
                 raise
@@ -130,6 +137,7 @@ def _referring(refer: Refer, folder: Path) -> Refer:
     ) -> compare.Expected:
         if not _is_ours(component):
             return refer(component, checkpoint, shape, progress)
+        checkpoint, shape = narrowed(component, checkpoint, shape)
         told = _told(component, checkpoint, shape)
         for model in checkpoint.models.values():  # inputs are drawn with other networks' help
             for name, tensor in model.tensors().items():
@@ -209,6 +217,46 @@ def program_key(component: Component, checkpoint: Checkpoint, options: export.Ex
         told.update(name.encode())
         _tell(told, tensor)
     return str(told.hexdigest())
+
+
+def narrowed(component: Component, checkpoint: Checkpoint, shape: Shape) -> tuple[Checkpoint, Shape]:
+    """What ``component`` is built of: whatever else the checkpoint is, its program is the same."""
+    folded = checkpoint.folded
+    settings = replace(
+        checkpoint,
+        pipeline_config={},
+        schedulers={} if folded.prediction_type is None else checkpoint.schedulers,
+        tokenizers=checkpoint.tokenizers if folded.padding else {},
+    )
+    if component.name not in (*TEXT_ENCODERS, *VAES):
+        return settings, shape
+    text = component.name in TEXT_ENCODERS
+    others = TEXT_ENCODERS if text else ("vae",)
+    narrow = replace(
+        settings,
+        family=next(name for name in FAMILIES if _traits(name, text) == _traits(checkpoint.family, text)),
+        models={
+            name: model if name == component.subfolder or not text else Submodel("", {}, dict, ())
+            for name, model in checkpoint.models.items()
+            if name in (component.subfolder, *others)
+        },
+        schedulers={},
+        tokenizers=settings.tokenizers if text else {},
+        folded=Folded(padding=folded.padding) if text else Folded(latents=folded.latents),
+        refiner=None,
+        clip_skip=checkpoint.clip_skip if text else 0,
+        controlnets={},
+        ip_adapters=(),
+        t2i_adapters={},
+    )
+    return narrow, ANY if text else Shape(shape.height, shape.width, 1)
+
+
+def _traits(name: str, text: bool) -> tuple[Any, ...]:
+    """What a family's text encoders follow from, or its VAE."""
+    family = FAMILIES[name]
+    of_vae = family.added_conditions, family.latent_scale, family.latent_shift
+    return (family.joint_text, family.pad_token) if text else of_vae
 
 
 def trace_key(graph: Graph, traced: torch.jit.ScriptModule, options: export.ExportOptions) -> str:

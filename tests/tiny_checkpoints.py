@@ -477,6 +477,12 @@ RECIPES: Mapping[str, Recipe] = {
 VARIATIONS = ("sdxl-v-zero-snr", "sd1-lcm", "sdxl-lcm", "sd1-small", "sd1-tiny", "sdxl-small")
 """Kinds of models that are of one of the families."""
 FAMILIES = tuple(name for name in RECIPES if name not in VARIATIONS)
+BASES = {
+    **dict.fromkeys(("sd1-inpainting", "sd1-pix2pix", "sd1-lcm", "sd1-small", "sd1-tiny"), "sd1"),
+    **dict.fromkeys(("sd2-inpainting", "sd2-depth"), "sd2-base"),
+    **dict.fromkeys(("sdxl-inpainting", "sdxl-pix2pix", "sdxl-refiner", "sdxl-lcm", "sdxl-small"), "sdxl"),
+}
+"""Whose text encoders and VAE a checkpoint has, as the real one does: those are converted once for all."""
 
 
 _NOT_OF_ATTENTIONS = ("in_channels", "sample_size", "transformer_layers_per_block")
@@ -515,10 +521,11 @@ def build(family: str, folder: Path, seed: int = 0, **unet_overrides: Any) -> Pa
     bytes. ``unet_overrides`` replace keys of the UNet's configuration. Returns ``folder``."""
     recipe = RECIPES[family]
     unet = {**recipe.unet, **unet_overrides}
+    first = RECIPES[BASES[family]].unet if family in BASES else unet
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         index: dict[str, Any] = {"_class_name": recipe.pipeline, "_diffusers_version": "0.10.0", **recipe.index}
-        _write_diffusers(folder / "unet", "UNet2DConditionModel", unet)
+        _write_diffusers(folder / "unet", "UNet2DConditionModel", first)
         _write_diffusers(folder / "vae", "AutoencoderKL", recipe.vae)
         index |= _write_text(folder, recipe)
         _write_json(folder / "scheduler" / "scheduler_config.json", recipe.scheduler)
@@ -531,6 +538,9 @@ def build(family: str, folder: Path, seed: int = 0, **unet_overrides: Any) -> Pa
             _write_json(folder / "low_res_scheduler" / "scheduler_config.json", recipe.low_res_scheduler)
             index["low_res_scheduler"] = ["diffusers", "DDPMScheduler"]
         index |= _write_extras(folder, recipe)
+        if unet is not first:  # which was drawn so that what follows is the base's
+            torch.manual_seed(seed)
+            _write_diffusers(folder / "unet", "UNet2DConditionModel", unet)
     _write_json(folder / "model_index.json", index)
     return folder
 

@@ -69,6 +69,31 @@ def test_a_package_has_the_same_bytes(
     assert made("beyond float16, really", 1e8) == beyond
 
 
+def test_networks_that_are_the_same_are_built_once_whatever_else_is_other(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another family, or for another scheduler: their programs are the same, and what is written is."""
+    monkeypatch.setattr(placeholders, "MIN_SIZE", 64)
+    traces = mock.Mock(side_effect=trace)
+    monkeypatch.setattr(export, "trace", traces)
+
+    def made(family: str, component: str, folder: str) -> bytes:
+        path = tmp_path / folder / family / f"{component}.mlpackage"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint = open_checkpoint(str(tiny_checkpoint(family)))
+        export.export(table()[component], checkpoint, OPTIONS, path, Metadata())
+        return b"".join(next(path.rglob(name)).read_bytes() for name in ("model.mlmodel", "weight.bin"))
+
+    parts = ("text_encoder", "vae_encoder", "vae_decoder")
+    cases = [(family, part) for family in ("sd1", "sd1-inpainting") for part in parts]
+    cases += [(family, "unet") for family in ("sdxl", "sdxl-v-zero-snr")]
+    expected = [made(*case, "expected") for case in cases]
+    before = traces.call_count
+    with remembered.conversions(tmp_path / "kept"):
+        assert [made(*case, "made") for case in cases] == expected
+    assert traces.call_count == before + len(parts) + 1
+
+
 def test_what_has_no_placeholder_is_part_of_it(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """The checker's thresholds and concepts are computed with while it is built: found, and found again."""
     checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ import torch
 
 from batches import Here, Make, results
 from diffusion_runtime.backends import TensorSpec, check_arrays
+from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.batch.places import open_place
 from diffusion_runtime.batch.run import Batch, prepare, setups
 from diffusion_runtime.bundle.manifest import Component, Latents, Manifest, Source, Tensor
@@ -23,6 +27,8 @@ from diffusion_runtime.pipeline import Pipeline
 from diffusion_runtime.prompt import tokenizer
 
 Arrays = Mapping[str, torch.Tensor]
+MOST_LOADED = 24
+"""So many models stay loaded: those of some families."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +223,55 @@ def reference(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Referen
         return loaded[family]
 
     return load
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _models_are_loaded_once(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Those that tests have made, while their files are the same: lowering a program takes longer than running a
+    network this small."""
+    load, own = TorchBackend.load, {shared, tmp_path_factory.getbasetemp()}
+
+    @lru_cache(MOST_LOADED)
+    def once(_: object, backend: TorchBackend, path: Path, *given: Any, **named: Any) -> Any:
+        return load(backend, path, *given, **named)
+
+    def loaded(backend: TorchBackend, path: Path, *given: Any, **named: Any) -> Any:
+        # What is not fused is for verification, which fuses it.
+        if not (backend.fuse and own.intersection(path.parents)):
+            return load(backend, path, *given, **named)
+        return once(_state(path), backend, path, *given, **named)
+
+    with mock.patch.object(TorchBackend, "load", loaded):
+        yield
+
+
+def _state(path: Path) -> tuple[tuple[str, int, int], ...]:
+    files = sorted(one for one in (path, *path.rglob("*")) if one.is_file())
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+@pytest.fixture(scope="session")
+def dpm2_made_at_once() -> Iterator[None]:
+    """diffusers' schedulers of DPM2 look up each timestep of the training when they are made, for 0.2 s each time:
+    here once for the same noise levels."""
+    import diffusers
+
+    with ExitStack() as patched:
+        for kind in (diffusers.KDPM2DiscreteScheduler, diffusers.KDPM2AncestralDiscreteScheduler):
+            patched.enter_context(mock.patch.object(kind, "_sigma_to_t", _looked_up_once(kind._sigma_to_t)))
+        yield
+
+
+def _looked_up_once(look_up: Callable[..., Any]) -> Callable[..., Any]:
+    known: dict[tuple[Any, ...], Any] = {}
+
+    def found(scheduler: Any, *given: Any) -> Any:
+        key = tuple((type(one), np.asarray(one).tobytes()) for one in given)
+        if key not in known:
+            known[key] = look_up(scheduler, *given)
+        return known[key]
+
+    return found
 
 
 @pytest.fixture(autouse=True, scope="session")

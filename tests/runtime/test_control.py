@@ -49,14 +49,18 @@ def seeded() -> torch.Generator:
 
 
 @pytest.fixture(scope="module")
-def drawn(tiny_checkpoint: Kind, controlnets: Kind) -> Callable[..., Image.Image]:
+def drawn(tiny_checkpoint: Kind, controlnets: Kind, reference: Callable[[str], Any]) -> Callable[..., Image.Image]:
     """``drawn(kind, class_name, names, **given)``: the picture that diffusers' class makes with those ControlNets,
     loaded as its users load it, in float32."""
     import diffusers
 
+    networks = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
     def draw(kind: str, class_name: str, names: list[str], scheduler: Any = None, **given: Any) -> Image.Image:
         nets = [diffusers.ControlNetModel.from_pretrained(controlnets(kind) / name) for name in names]
-        parts: dict[str, Any] = {"safety_checker": None} if kind == "sd1" else {}
+        known = reference(kind).diffusers.components
+        parts: dict[str, Any] = {part: known[part] for part in networks if part in known}
+        parts |= {"safety_checker": None} if kind == "sd1" else {}
         parts |= {} if scheduler is None else {"scheduler": scheduler}
         pipe = getattr(diffusers, class_name).from_pretrained(
             tiny_checkpoint(kind), controlnet=nets if len(nets) > 1 else nets[0], local_files_only=True, **parts

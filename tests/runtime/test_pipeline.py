@@ -21,7 +21,9 @@ from diffusion_runtime.noise import from_seeds
 from diffusion_runtime.pipeline import Pipeline, RuntimeNote
 from diffusion_runtime.tasks import Request
 
-PARITY_DB = 40.0
+pytestmark = pytest.mark.usefixtures("dpm2_made_at_once")
+
+PARITY_DB, STEPS = 40.0, 5
 PROMPT = "a photo of an astronaut riding a horse"
 Reference = Any
 Load = Callable[[str], Reference]
@@ -43,7 +45,9 @@ def expected(
         config = {**config, "prediction_type": prediction_type or config["prediction_type"]}
         pipe.scheduler = schedulers.build(config, scheduler)
         pipe.safety_checker = None
-        images = pipe(**{"prompt": PROMPT, "num_inference_steps": 10, "generator": generator(), **arguments}).images
+        images = pipe(
+            **{"prompt": PROMPT, "num_inference_steps": STEPS, "generator": generator(), **arguments}
+        ).images
     finally:
         pipe.scheduler, pipe.safety_checker = own, checker
     return [np.asarray(image) for image in images]
@@ -54,7 +58,7 @@ def returned(model: Any) -> Any:
 
 
 def made(pipeline: Pipeline, **arguments: Any) -> list[np.ndarray]:
-    result = pipeline(**{"prompt": PROMPT, "num_inference_steps": 10, "generator": generator(), **arguments})
+    result = pipeline(**{"prompt": PROMPT, "num_inference_steps": STEPS, "generator": generator(), **arguments})
     return [np.asarray(image) for image in result.images]
 
 

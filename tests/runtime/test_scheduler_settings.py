@@ -18,6 +18,7 @@ from diffusion_runtime.pipeline import Pipeline
 from pictures import picture
 
 pytestmark = [
+    pytest.mark.usefixtures("dpm2_made_at_once"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # diffusers says what it imposes
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
     pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)"),

@@ -19,11 +19,11 @@ from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.conversion.plan import make_plan
 from diffusion_runtime import InputError, Pipeline, load_pipeline
 from pictures import half_mask, picture
-from tiny_checkpoints import LCM
+from tiny_checkpoints import EULER_V_ZERO_SNR, LCM
 
 pytestmark = pytest.mark.slow
 
-PARITY_DB = 40.0
+PARITY_DB, STEPS = 40.0, 4
 Load = Callable[[str], Any]
 Psnr = Callable[[Any, Any], float]
 SIDE = 128
@@ -99,7 +99,7 @@ def test_the_picture_is_diffusers(
     kind: str,
 ) -> None:
     """Of packages and of compiled models in turn: `test_every_family` shows that they are the same programs."""
-    asked: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 8, **given}
+    asked: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": STEPS, **given}
     expected = theirs(reference(family), class_name)(**asked, generator=seeded())
     folder = converted(family, compiled=kind == "compiled") / "original" / kind
     made = load_pipeline(folder, "torch")(**asked, generator=seeded())
@@ -284,7 +284,7 @@ def test_a_single_file_draws_as_its_users_have_diffusers_draw(
             rescale_betas_zero_snr=True,
             timestep_spacing="trailing",
         )
-    asked: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 8}
+    asked: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": STEPS}
     ours = load_pipeline(tmp_path / "models", "torch")(**asked, generator=seeded()).images[0]
     expected = pipe(**asked, height=SIDE, width=SIDE, generator=seeded()).images[0]
     assert psnr_db(np.asarray(ours), np.asarray(expected)) >= PARITY_DB
@@ -301,6 +301,18 @@ model:
           - {input_key: txt, params: {layer: hidden, layer_idx: -2}}
           - {input_key: txt, params: {layer: penultimate, always_return_pooled: true}}
 """
+
+
+@pytest.fixture(scope="module")
+def at_6_bits(build_once: Callable[..., Path], tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
+    def folder(family: str) -> Path:
+        options = ConvertOptions("original", nbits=6, zip=False, verify=False)
+        return (
+            build_once(f"6-bits-{family}", lambda to: convert(tiny_checkpoint(family), to / "models", options))
+            / "models"
+        )
+
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -321,15 +333,14 @@ def test_at_6_bits_the_picture_is_diffusers(
     class_name: str,
     given: dict[str, Any],
     reference: Load,
-    tiny_checkpoint: Callable[[str], Path],
-    tmp_path: Path,
+    at_6_bits: Callable[[str], Path],
     psnr_db: Psnr,
 ) -> None:
-    """Compiled models of 6 bits."""
-    options = ConvertOptions("original", nbits=6, zip=False, verify=False)
-    convert(tiny_checkpoint(family), tmp_path / "models", options)
+    """Compiled models of 6 bits. Those for v-prediction have SDXL's weights."""
     asked: dict[str, Any] = {"prompt": "a photo of a cat", "num_inference_steps": 8, **given}
     expected = theirs(reference(family), class_name)(**asked, generator=seeded()).images[0]
-    ours = load_pipeline(tmp_path / "models" / "original" / "compiled", "torch")
+    with_v = family == "sdxl-v-zero-snr"
+    ours = load_pipeline(at_6_bits("sdxl" if with_v else family) / "original" / "compiled", "torch")
+    ours = with_scheduler(ours, dict(EULER_V_ZERO_SNR)) if with_v else ours
     made = ours(**asked, generator=seeded()).images[0]
     assert psnr_db(np.asarray(made), np.asarray(expected)) >= PARITY_DB
