@@ -30,7 +30,7 @@ from diffusion_convert.conversion.events import Event, Phase
 from diffusion_convert.conversion.plan import make_plan
 from diffusion_convert.export import placeholders
 from diffusion_convert.hub.client import RemoteFile
-from diffusion_convert.hub.download import _wanted
+from diffusion_convert.hub.download import _choose, _wanted
 from diffusion_convert.inspect import inspect
 from diffusion_convert.inspect.show import as_text
 from diffusion_convert.palettize.checked import palettize_checked
@@ -170,6 +170,7 @@ def test_one_package_has_a_function_for_each_size(bundles: Make) -> None:
 def test_the_card_tells_the_sizes_and_what_compiles_them(bundles: Make) -> None:
     card = (bundles(NEW).several / "README.md").read_text()
     assert "pictures of 64x64 and 96x64 pixels" in card
+    assert "download REPOSITORY --variant original --kind packages -o models" in card, "there are no others"
     assert "Pictures are of 64x64 pixels, with `--height 64 --width 96` of 96x64, and so on." in card
     assert "compiled models, which are not here: on a Mac, `coreml-sd bundle --compiler xcrun` makes them" in card
     described = manifest.read(bundles(NEW).packages)
@@ -410,6 +411,11 @@ def test_of_a_repository_of_zips_the_first_size_is_downloaded() -> None:
     names = ("coreml-sd1-96x64_original_compiled.zip", "coreml-sd1_original_compiled.zip")
     there = {name: RemoteFile(1, "0", None) for name in names}
     assert list(_wanted(there, "original", "compiled")) == [names[1]]
+    packages = {"original/packages/manifest.json": RemoteFile(1, "0", None)}
+    with pytest.raises(
+        InputError, match=r"has no compiled of original .*; there are packages of original: give --kind"
+    ):
+        _choose("me/models", packages, "original", "compiled")
 
 
 def test_sizes_are_read_in_one_order() -> None:

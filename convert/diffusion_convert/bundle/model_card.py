@@ -250,7 +250,7 @@ def _running(variants: Mapping[str, Manifest], made: Manifest, kinds: Collection
 
 ```
 pip install coreml-sd
-coreml-sd download {REPOSITORY} --variant {attention} -o models
+coreml-sd download {REPOSITORY} --variant {attention}{"" if "compiled" in kinds else " --kind packages"} -o models
 coreml-sd generate models --prompt "a photograph of an astronaut riding a horse" \\
     --compute-units {units}{" --refiner-start 0.8" if made.refiner is not None else ""}{pictures} -o astronaut.png
 ```

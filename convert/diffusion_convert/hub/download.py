@@ -81,7 +81,10 @@ def _choose(repo_id: str, there: Mapping[str, RemoteFile], variant: str | None, 
     if variant in found:
         return str(variant)
     shown = ", ".join(found) or "none"
-    raise InputError(f"{repo_id}: has no {kind} of {variant or 'any variant'} (found: {shown})")
+    other = next(name for name in KINDS if name != kind)
+    others = [name for name in ATTENTIONS if variant in (None, name) and _wanted(there, name, other)]
+    hint = f"; there are {other} of {', '.join(others)}: give --kind {other}" if others else ""
+    raise InputError(f"{repo_id}: has no {kind} of {variant or 'any variant'} (found: {shown}){hint}")
 
 
 def _wanted(there: Mapping[str, RemoteFile], variant: str, kind: str) -> dict[str, RemoteFile]:
