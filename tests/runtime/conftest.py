@@ -3,11 +3,12 @@ against diffusers without converting anything."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -235,6 +236,7 @@ def _models_are_loaded_once(shared: Path, tmp_path_factory: pytest.TempPathFacto
     def once(_: object, backend: TorchBackend, path: Path, *given: Any, **named: Any) -> Any:
         return load(backend, path, *given, **named)
 
+    @wraps(load)
     def loaded(backend: TorchBackend, path: Path, *given: Any, **named: Any) -> Any:
         # What is not fused is for verification, which fuses it.
         if not (backend.fuse and own.intersection(path.parents)):
@@ -243,6 +245,12 @@ def _models_are_loaded_once(shared: Path, tmp_path_factory: pytest.TempPathFacto
 
     with mock.patch.object(TorchBackend, "load", loaded):
         yield
+
+
+@pytest.fixture
+def loaded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each load loads: for tests of that."""
+    monkeypatch.setattr(TorchBackend, "load", inspect.unwrap(TorchBackend.load))
 
 
 def _state(path: Path) -> tuple[tuple[str, int, int], ...]:

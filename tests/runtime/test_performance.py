@@ -24,6 +24,8 @@ from diffusion_runtime.performance import Measurement, pictures_per_minute
 from small_bundle import write_bundle
 from tiny_checkpoints import write_tokenizer
 
+pytestmark = pytest.mark.usefixtures("loaded_anew")
+
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 
 

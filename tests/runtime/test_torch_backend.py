@@ -21,6 +21,8 @@ from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.models import Models
 from shared_data import PAIRS, needs_pairs
 
+pytestmark = pytest.mark.usefixtures("loaded_anew")
+
 
 class Block(torch.nn.Module):
     def __init__(self) -> None:

@@ -17,6 +17,11 @@ import pytest
 from diffusion_runtime.coremltools_import import import_coremltools
 
 
+@pytest.fixture(autouse=True)
+def _loaded_anew(loaded_anew: None) -> None:
+    """Loading is what these tests are of."""
+
+
 class ComputeUnit(enum.Enum):
     """As coremltools.ComputeUnit."""
 

@@ -14,6 +14,11 @@ from diffusion_runtime.coremltools_import import import_coremltools
 Save = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True)
+def _loaded_anew(loaded_anew: None) -> None:
+    """Loading is what these tests are of."""
+
+
 @pytest.fixture(scope="session")
 def save_program(tmp_path_factory: pytest.TempPathFactory) -> Save:
     """``save(body, x=(2, 3))`` writes a package whose function body is ``body(builder, **inputs)``. No pass of
