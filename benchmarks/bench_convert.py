@@ -102,7 +102,7 @@ class Phases:
         self.seconds: dict[str, float] = {}
         self.processor: dict[str, float] = {}
         self.peaks_gb = [0.0]
-        self._name, self._since, self._processor_since = "start", time.perf_counter(), time.process_time()
+        self._name, self._since, self._processor_since = "start", time.perf_counter(), processor_seconds()
 
     def __call__(self, event: Event) -> None:
         self.switch(f"{event.part} {event.phase}".strip())
@@ -110,7 +110,7 @@ class Phases:
     def switch(self, name: str) -> None:
         if name == self._name:
             return
-        now, processor = time.perf_counter(), time.process_time()
+        now, processor = time.perf_counter(), processor_seconds()
         self.seconds[self._name] = now - self._since
         self.processor[self._name] = processor - self._processor_since
         self.peaks_gb.append(take_peak_gb())
@@ -120,6 +120,12 @@ class Phases:
             flush=True,
         )
         self._name, self._since, self._processor_since = name, now, processor
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it has started and that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def take_peak_gb() -> float:

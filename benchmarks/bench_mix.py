@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import command_line
-from bench_convert import take_peak_gb
+from bench_convert import processor_seconds, take_peak_gb
 from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.palettize.recipe import mix
@@ -28,13 +28,13 @@ def main() -> None:
 
     def tell(what: str, began: float, processor: float) -> None:
         peaks.append(take_peak_gb())
-        seconds, used = time.perf_counter() - began, time.process_time() - processor
+        seconds, used = time.perf_counter() - began, processor_seconds() - processor
         print(f"{what:32}{seconds:8.1f} s {used:8.1f} s processor {peaks[-1]:6.2f} GB peak", flush=True)
 
-    started = time.perf_counter(), time.process_time()
+    started = time.perf_counter(), processor_seconds()
     mixed = mix(arguments.package, PalettizeOptions(), arguments.bits)
     tell("choose bits", *started)
-    begun = time.perf_counter(), time.process_time()
+    begun = time.perf_counter(), processor_seconds()
     with tempfile.TemporaryDirectory(dir=arguments.package.parent) as folder:
         made = palettize_checked(arguments.package, Path(folder) / "mixed.mlpackage", mixed.options)
     tell("palettize, outputs compared", *begun)
