@@ -359,7 +359,7 @@ def test_clip_score_agrees_in_order_with_the_judge(evaluate: Evaluate, tmp_path:
         shapes_folder,
         "--no-safety",
         guidance=",".join(map(str, scales)),
-        steps=10,
+        steps=4,
         reference_images=tmp_path / "drawn" / "pictures",
     )
     assert code == 0, error
