@@ -122,7 +122,7 @@ def test_everything_is_put_back(module: str, owner: str, name: str) -> None:
     "name",
     [
         *("_passes", "_overflow", "_underflow", "_small", "_cast", "_placed", "_equal", "_remembered"),
-        *("_nothing_to_cancel", "_once"),
+        *("_cancelled", "_once"),
     ],
 )
 def test_every_replacement_is_used(name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -78,8 +78,7 @@ def _in_passes(placeholders: Placeholders, progress: OnFraction) -> Iterator[Rep
     duplicates = _mil("passes.defs.cleanup.const_deduplication").const_deduplication
     yield duplicates, "should_be_deduplicated", staticmethod(_small(duplicates.should_be_deduplicated))
     # It would infer all types and values anew where it has found nothing to do.
-    transposes = _mil("passes.defs.optimize_repeat_ops")._TransposeOptimization
-    yield transposes, "apply_transform", _nothing_to_cancel(transposes.apply_transform)
+    yield _mil("passes.defs.optimize_repeat_ops")._TransposeOptimization, "apply_transform", _cancelled()
     # It would collect garbage while all of the program is still needed; we do after it.
     yield import_coremltools("converters._converters_entry"), "gc", SimpleNamespace(collect=lambda: 0)
 
@@ -225,19 +224,34 @@ def _once(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return get_type_val
 
 
-def _nothing_to_cancel(original: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Where no transposes cancel each other, all there is to do is to take away what the search has put in."""
+def _cancelled() -> Callable[[Any], None]:
+    """Transposes that cancel each other taken away, with what the search has put in. Only then are types inferred
+    anew, and not those of constants."""
 
     def apply_transform(self: Any) -> None:
         self._verify_cancellable_transposes()
-        self._verify_cancellable_transposes = lambda: None  # a second time it would decide otherwise
+        with mock.patch.object(self.block, "replace_uses_of_var_after_op", _where_used(self.block)):
+            for transpose in self.transpose_op_to_cancel_ops:
+                self._remove_transpose_ops(transpose)
+        self.block.set_outputs([sink.x for sink in self.output_sink_ops])
+        self.block.remove_ops(list(self.output_sink_ops))
         if self.transpose_op_to_cancel_ops:
-            original(self)
-        else:
-            self.block.set_outputs([sink.x for sink in self.output_sink_ops])
-            self.block.remove_ops(list(self.output_sink_ops))
+            for operation in self.block.operations:
+                if operation.op_type != "const":
+                    operation.type_value_inference(overwrite_output=True)
 
     return apply_transform
+
+
+def _where_used(block: Any) -> Callable[..., None]:
+    """It would look for uses of a transpose's output in all operations after its input."""
+    original = block.replace_uses_of_var_after_op
+
+    def replace_uses(anchor_op: Any, old_var: Any, **named: Any) -> None:
+        alone = named.get("end_op") is None and len(set(old_var.child_ops)) == 1  # else their order counts
+        original(anchor_op=old_var.op if alone else anchor_op, old_var=old_var, **named)
+
+    return replace_uses
 
 
 def _set_scopes(variable: Any, scopes: Any) -> None:
