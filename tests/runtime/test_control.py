@@ -76,7 +76,7 @@ def drawn(tiny_checkpoint: Kind, controlnets: Kind, reference: Callable[[str], A
 
 def asked(kind: str, names: list[str], **given: Any) -> dict[str, Any]:
     images = shown(kind, *range(1, len(names) + 1))
-    told = {"prompt": "a photo of a cat", "negative_prompt": "red", "num_inference_steps": 8}
+    told = {"prompt": "a photo of a cat", "negative_prompt": "red", "num_inference_steps": 4}
     return {**told, "control_image": images if len(images) > 1 else images[0], **given}
 
 
@@ -98,6 +98,7 @@ CASES: dict[str, tuple[str, str, list[str], dict[str, Any]]] = {
         "StableDiffusionControlNetPipeline",
         [EDGES, SHUFFLE, TILE],
         {
+            "num_inference_steps": 8,
             "controlnet_conditioning_scale": [0.5, 1.2, 0.9],
             "control_guidance_start": [0.0, 0.25, 0.5],
             "control_guidance_end": [0.6, 1.0, 0.9],
@@ -116,7 +117,7 @@ CASES: dict[str, tuple[str, str, list[str], dict[str, Any]]] = {
         "sd1",
         "StableDiffusionControlNetImg2ImgPipeline",
         [TILE],
-        {**start("sd1"), "strength": 0.6, "control_guidance_start": 0.2},
+        {**start("sd1"), "num_inference_steps": 8, "strength": 0.6, "control_guidance_start": 0.2},
     ),
     "in a mask": ("sd1", "StableDiffusionControlNetInpaintPipeline", [EDGES], start("sd1", masked=True)),
     "SDXL": ("sdxl", "StableDiffusionXLControlNetPipeline", ["edges"], {}),
