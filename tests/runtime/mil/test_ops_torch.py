@@ -226,6 +226,19 @@ def test_op_computes_its_definition(op: str, arguments: dict[str, Any], expected
     torch.testing.assert_close(result, wanted, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep_dims", [True, False])
+@pytest.mark.parametrize("axes", [[2, 3, 4], [-3, -2, -1], [4, 2], [0, 2], [1], None])
+def test_means_of_groups_whose_channels_lie_last(
+    axes: list[int] | None, keep_dims: bool, dtype: torch.dtype
+) -> None:
+    x = torch.randn(2, 8, 5, 3).to(dtype).contiguous(memory_format=torch.channels_last).view(2, 2, 4, 5, 3)
+    found = OPS["reduce_mean"].function(x, axes, keep_dims)
+    expected = x.double().mean(axes or [0, 1, 2, 3, 4], keep_dims).to(dtype)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("output_sequence", [True, False])
 @pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
 def test_lstm_computes_what_torch_computes(direction: str, output_sequence: bool) -> None:
