@@ -104,7 +104,7 @@ def _old_objects_passed_over() -> Iterator[None]:
     """In this context, the garbage collector passes over all that is there when a conversion starts, as it does for
     a process that only converts: a million objects of libraries, models of fixtures. What a conversion collects
     after each network is little where networks are tiny, and looking for it is a tenth of the conversion: all of it
-    is collected once in five conversions."""
+    is collected once in five conversions, each of which asks for it three times."""
     from diffusion_convert.conversion import convert as conversion
 
     started = itertools.count()
@@ -112,9 +112,9 @@ def _old_objects_passed_over() -> Iterator[None]:
     @contextmanager
     def settled_first() -> Iterator[None]:
         number = next(started)
-        if number % 50 == 0:  # what was passed over may be garbage by now
+        if number % 150 == 0:  # what was passed over may be garbage by now
             gc.unfreeze()
-        if number % 5 == 0:
+        if number % 15 == 0:
             gc.collect()
             gc.freeze()
         yield

@@ -80,7 +80,8 @@ def convert(
     with locked(output) as hidden:
         sweep_variants(output)
         previous, known = read(output), Hashes()
-        plan = _plan(str(source), options or ConvertOptions(), previous, progress)
+        with new_garbage_only():  # what is imported here is no garbage
+            plan = _plan(str(source), options or ConvertOptions(), previous, progress)
         kept = kept_of(previous, plan, known)
         if (there := kept.complete(plan, known)) and is_described(plan, previous):
             clear(hidden)
@@ -119,8 +120,9 @@ def _convert(
 ) -> Conversion:
     if reused := kept.take(plan, place):
         _tell([f"of the earlier conversion to other bits, 16-bit packages are used: {', '.join(reused)}"], progress)
-    import_coremltools()  # it and all that it imports are made before, and not looked at by the collector
     with new_garbage_only():
+        import_coremltools()
+    with new_garbage_only():  # coremltools and all that it imports are made before, and not looked at
         records = _make(plan, place, known, progress)
     notes = dict.fromkeys(
         (*check_recipe(plan, records), *(note for record in records.values() for note in record.notes))
