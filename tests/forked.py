@@ -72,8 +72,9 @@ def serve(address: str) -> None:
     gc.collect()
     gc.freeze()  # or each child would copy what its first collection looks at
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
+    listener.bind(f"{address}.new")
     listener.listen()
+    os.rename(f"{address}.new", address)  # noqa: PTH104 (who sees it can connect)
     parent, children = os.getppid(), dict[int, tuple[socket.socket, str]]()
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
@@ -83,7 +84,7 @@ def serve(address: str) -> None:
                     asker, _ = listener.accept()
                     asked, files = _question(asker)
                     if asked:
-                        process = _forked(asked, files, asker, listener)
+                        process = _forked(asked, files, asker, listener, address)
                         children[process] = asker, f"{address}-{asked['client']}"
                         selector.register(asker, selectors.EVENT_READ, process)
                     for file in files:
@@ -122,8 +123,13 @@ def _question(asker: socket.socket) -> tuple[dict, list[int]]:  # type: ignore[t
     return json.loads(said) if said.endswith(b"\n") else {}, files
 
 
-def _forked(asked: dict, files: list[int], asker: socket.socket, listener: socket.socket) -> int:  # type: ignore[type-arg]
-    address = listener.getsockname()
+def _forked(
+    asked: dict,  # type: ignore[type-arg]
+    files: list[int],
+    asker: socket.socket,
+    listener: socket.socket,
+    address: str,
+) -> int:
     process = os.fork()
     if not process:
         asker.close()
