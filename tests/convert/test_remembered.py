@@ -77,16 +77,19 @@ def test_networks_that_are_the_same_are_built_once_whatever_else_is_other(
     traces = mock.Mock(side_effect=trace)
     monkeypatch.setattr(export, "trace", traces)
 
-    def made(family: str, component: str, folder: str) -> bytes:
-        path = tmp_path / folder / family / f"{component}.mlpackage"
+    opened = {family: open_checkpoint(str(tiny_checkpoint(family))) for family in ("sd1", "sd1-inpainting")}
+    other = {**opened["sd1"].schedulers["scheduler"], "prediction_type": "v_prediction"}
+    opened["sd1-v"] = replace(opened["sd1"], schedulers={"scheduler": other})
+
+    def made(name: str, component: str, folder: str) -> bytes:
+        path = tmp_path / folder / name / f"{component}.mlpackage"
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint = open_checkpoint(str(tiny_checkpoint(family)))
-        export.export(table()[component], checkpoint, OPTIONS, path, Metadata())
+        export.export(table()[component], opened[name], OPTIONS, path, Metadata())
         return b"".join(next(path.rglob(name)).read_bytes() for name in ("model.mlmodel", "weight.bin"))
 
     parts = ("text_encoder", "vae_encoder", "vae_decoder")
     cases = [(family, part) for family in ("sd1", "sd1-inpainting") for part in parts]
-    cases += [(family, "unet") for family in ("sdxl", "sdxl-v-zero-snr")]
+    cases += [(scheduled, "unet") for scheduled in ("sd1", "sd1-v")]
     expected = [made(*case, "expected") for case in cases]
     before = traces.call_count
     with remembered.conversions(tmp_path / "kept"):
