@@ -12,7 +12,7 @@ import stat
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
@@ -20,6 +20,7 @@ from diffusion_runtime.atomic import unfinished_file, unfinished_folder
 from diffusion_runtime.errors import InputError, PackageError
 from diffusion_runtime.real_path import is_inside
 
+EMPTY: Mapping[str, bytes] = {}
 _CHUNK = 1 << 20
 _NAME_BYTES = 255  # what file systems take
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -75,9 +76,9 @@ def only_folder(folder: Path) -> Path:
     return inside[0] if len(inside) == 1 and inside[0].is_dir() and not inside[0].suffix else folder
 
 
-def pack(folder: Path, path: Path, without: Collection[str] = ()) -> None:
+def pack(folder: Path, path: Path, without: Collection[str] = (), instead: Mapping[str, bytes] = EMPTY) -> None:
     """Write the zip ``path`` whose only folder is named like its stem and holds the files of ``folder``, without
-    hidden ones and those in its folders that ``without`` names.
+    hidden ones and those in its folders that ``without`` names; ``instead`` of the content of some, another.
 
     The same files always give the same bytes: sorted, without times or owners. Weights are stored, not deflated.
     Raises PackageError for a symbolic link to a folder or to anything outside of ``folder``, before it writes.
@@ -90,13 +91,22 @@ def pack(folder: Path, path: Path, without: Collection[str] = ()) -> None:
             )
     with unfinished_file(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
         for file in inside:
-            if file.is_file():
-                _pack_file(archive, file, f"{path.stem}/{file.relative_to(folder).as_posix()}")
+            name = file.relative_to(folder).as_posix()
+            if name in instead:
+                archive.writestr(_info(f"{path.stem}/{name}"), instead[name])
+            elif file.is_file():
+                _pack_file(archive, file, f"{path.stem}/{name}")
 
 
-def fault(path: Path, folder: Path, sha256: Callable[[Path], str], without: Collection[str] = ()) -> str | None:
-    """What is wrong with a zip that `pack` has made of ``folder``, as the rest of a sentence about it; None where
-    it holds what the folder does. ``sha256`` gives the hash of a file in the folder."""
+def fault(
+    path: Path,
+    folder: Path,
+    sha256: Callable[[Path], str],
+    without: Collection[str] = (),
+    instead: Mapping[str, bytes] = EMPTY,
+) -> str | None:
+    """What is wrong with a zip that `pack` has made of ``folder`` so, as the rest of a sentence about it; None
+    where it holds what it should. ``sha256`` gives the hash of a file in the folder."""
     files = {
         f"{path.stem}/{file.relative_to(folder).as_posix()}": file
         for file in _shown(folder, without)
@@ -109,8 +119,10 @@ def fault(path: Path, folder: Path, sha256: Callable[[Path], str], without: Coll
             for name, file in files.items():
                 with archive.open(name) as data:
                     digest = hashlib.file_digest(data, "sha256")  # type: ignore[arg-type]  # its stub lacks readinto
-                    if digest.hexdigest() != sha256(file):
-                        return f"holds another {file.relative_to(folder).as_posix()} than {folder}"
+                    own = file.relative_to(folder).as_posix()
+                    expected = hashlib.sha256(instead[own]).hexdigest() if own in instead else sha256(file)
+                    if digest.hexdigest() != expected:
+                        return f"holds another {own} than {folder}"
     except (*_DAMAGED, OSError, RuntimeError):
         return "is damaged"
     return None
@@ -121,11 +133,16 @@ def _shown(folder: Path, without: Collection[str]) -> list[Path]:
     return sorted(file for file, path in inside if not _hidden(path) and path.parts[0] not in without)
 
 
-def _pack_file(archive: zipfile.ZipFile, file: Path, name: str) -> None:
+def _info(name: str) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(name, _EPOCH)
-    info.compress_type = zipfile.ZIP_STORED if file.suffix in _STORED else zipfile.ZIP_DEFLATED
+    info.compress_type = zipfile.ZIP_STORED if Path(name).suffix in _STORED else zipfile.ZIP_DEFLATED
     info.create_system = 3  # Unix, whatever the machine: the mode below is Unix's
     info.external_attr = _FILE_MODE
+    return info
+
+
+def _pack_file(archive: zipfile.ZipFile, file: Path, name: str) -> None:
+    info = _info(name)
     info.file_size = file.stat().st_size
     # Headers are written before the data: zipfile cannot make room for a large size when it knows it.
     with file.open("rb") as source, archive.open(info, "w", force_zip64=info.file_size >= 1 << 31) as sink:

@@ -36,13 +36,14 @@ from diffusion_convert.inspect.show import as_text
 from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.verification.folder import verify_models
-from diffusion_runtime import load_pipeline
+from diffusion_runtime import load_pipeline, zips
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.bundle import manifest
+from diffusion_runtime.bundle.integrity import check_files
 from diffusion_runtime.cli import batch, generate
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.diffusers import load_diffusers_pipeline
-from diffusion_runtime.errors import InputError, UnsupportedError
+from diffusion_runtime.errors import InputError, PackageError, UnsupportedError
 from diffusion_runtime.picture_size import Size, parse_size
 from diffusion_runtime.png_record import Settings
 from diffusion_runtime.serve.orders import Order, Wanted
@@ -184,7 +185,7 @@ def test_the_card_tells_the_sizes_and_what_compiles_them(bundles: Make) -> None:
     )
 
 
-def test_older_targets_have_a_folder_for_each_size(bundles: Make) -> None:
+def test_older_targets_have_a_folder_for_each_size(bundles: Make, tmp_path: Path) -> None:
     made = bundles(OLD)
     for kind in ("packages", "compiled"):
         root, inner = made.several / "original" / kind, made.several / "original" / kind / "96x64"
@@ -207,8 +208,28 @@ def test_older_targets_have_a_folder_for_each_size(bundles: Make) -> None:
         with zipfile.ZipFile(made.several / f"{stem}.zip") as archive:
             (schema,) = json.loads(archive.read(f"{stem}/Unet.mlmodelc/metadata.json"))
             assert not any("96x64" in file.removeprefix(stem) for file in archive.namelist())
+        unpacked = zips.unpack(made.several / f"{stem}.zip", tmp_path / name)
+        check_files(manifest.read(unpacked), unpacked)
+        assert load_pipeline(unpacked).sizes == (size,), "of no size that is not there"
         shape = next(one["shape"] for one in schema["inputSchema"] if one["name"] == "sample")
         assert shape == str([2, 4, size.height // 8, size.width // 8])
+
+
+def test_what_is_lost_of_a_sizes_folder_is_put_there_again(
+    bundles: Make, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    models = shutil.copytree(bundles(OLD).several, tmp_path / "copy")
+    lost = ("vocab.json", TEXT, "manifest.json")
+    place = models / "original" / "packages"
+    for name in lost:
+        (place / "96x64" / name).rename(tmp_path / name)
+        with pytest.raises(PackageError, match=rf"96x64/{name}.* is missing"):
+            check_files(manifest.read(place), place)
+        parts = set[str]()
+        options = ConvertOptions("original", target=OLD, sizes=SIZES, verify=False, zip=False)
+        convert(tiny_checkpoint("sd1"), models, options, lambda event: parts.add(event.part))  # noqa: B023
+        assert parts == {""}, "nothing is converted again"
+        check_files(manifest.read(place), place)
 
 
 def test_an_unknown_size_is_refused_with_those_that_there_are(bundles: Make) -> None:

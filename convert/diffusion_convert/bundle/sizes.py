@@ -23,6 +23,23 @@ def size_folder(folder: Path, size: Size | None) -> Path:
     return folder if size is None else folder / str(size)
 
 
+def packed(
+    made: Manifest, folder: Path, size: Size | None, known: Hashes | None = None
+) -> tuple[Path, set[str], dict[str, bytes]]:
+    """What a zip of the models for a size holds, None: the first: the folder, without which of its own, and what
+    instead of the content of files: the first size's manifest knows no other there."""
+    others = set(map(str, made.size_folders))
+    if size is not None or not others:
+        return size_folder(folder, size), others, {}
+    alone = of_size(made, made.sizes[0])
+    components = {
+        name: one.model_copy(update={**measured(folder, one.files, known), "sizes": {}})
+        for name, one in alone.components.items()
+    }
+    told = manifest.as_bytes(alone.model_copy(update={"components": components}))
+    return folder, others, {manifest.FILE_NAME: told}
+
+
 def write_size_folders(made: Manifest, folder: Path, known: Hashes | None = None) -> None:
     """Complete the folders of further sizes in ``folder``, whose manifest is ``made``: what is not there already is
     linked from it."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_convert.bundle.sizes import size_folder, write_size_folders
+from diffusion_convert.bundle.sizes import packed, write_size_folders
 from diffusion_convert.bundle.zip_names import zip_names
 from diffusion_convert.compile import Compiler, compile_package
 from diffusion_runtime import zips
@@ -182,8 +182,8 @@ def zip_variants(
     for attention, made in compiled.items():
         for name, size in zip_names(made, attention, compiled).items():
             report(f"packing {name}")
-            place = size_folder(folder / attention / KINDS[1], size)
-            zips.pack(place, folder / name, without=set(map(str, made.size_folders)))
+            place, without, instead = packed(made, folder / attention / KINDS[1], size)
+            zips.pack(place, folder / name, without, instead)
             written.append(folder / name)
     return tuple(written)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusion_convert.bundle.model_card import CARD_NAME, is_anothers
-from diffusion_convert.bundle.sizes import size_folder
+from diffusion_convert.bundle.sizes import packed
 from diffusion_convert.bundle.zip_names import zip_attentions, zip_names, zip_names_by_size
 from diffusion_convert.conversion.identity import Identity
 from diffusion_convert.conversion.part import Record, read_record, write_record
@@ -96,7 +96,7 @@ class Kept:
         found = {}
         for attention in plan.options.attention:
             made = self._complete(plan, attention)
-            if made is None or not _zips_are_there(plan, attention, made, self.previous.output, known):
+            if made is None or not self._zips_are_there(plan, attention, made, known):
                 return {}
             found[attention.value] = made
         return found
@@ -118,6 +118,19 @@ class Kept:
         if not plan.compiled and (self.previous.output / attention.value / KINDS[1]).exists():
             return None
         return kinds[KINDS[0]]
+
+    def _zips_are_there(self, plan: Plan, attention: AttentionKind, made: Manifest, known: Hashes) -> bool:
+        """Whether the variant's zips are there and whole where the plan makes some, else are not there."""
+        output, kinds = self.previous.output, self.previous.variants[attention.value]
+        names = zip_names(made, attention.value, {kind.value for kind in plan.options.attention})
+        compiled = kinds.get(KINDS[1])
+        if compiled is None or not (plan.compiled and plan.options.zip):
+            return not any((output / name).exists() for name in names)
+        for name, size in names.items():
+            folder, without, instead = packed(compiled, output / attention.value / KINDS[1], size, known)
+            if zips.fault(output / name, folder, known.of, without, instead) is not None:
+                return False
+        return True
 
     def take(self, plan: Plan, place: Workspace) -> list[str]:
         """Make parts of the components that are kept, for the conversion to find them finished or ready to be
@@ -209,15 +222,3 @@ def _is_anothers_mix(component: manifest.Component, part: Part, plan: Plan, made
     """Whether its weights' bits were chosen for the first of several sizes: this one alone gets others."""
     mixed = plan.options.target_bits is not None and component.palettization is not None
     return mixed and plan.identity.only is not None and part.shape.size != made.sizes[0]
-
-
-def _zips_are_there(plan: Plan, attention: AttentionKind, made: Manifest, output: Path, known: Hashes) -> bool:
-    """Whether the variant's zips are there and whole where the plan makes some, and are not where it makes none."""
-    names = zip_names(made, attention.value, {kind.value for kind in plan.options.attention})
-    if plan.compiled and plan.options.zip:
-        compiled, without = output / attention.value / KINDS[1], set(map(str, made.size_folders))
-        return all(
-            zips.fault(output / name, size_folder(compiled, size), known.of, without) is None
-            for name, size in names.items()
-        )
-    return not any((output / name).exists() for name in names)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from diffusion_convert.bundle.how_to_run import REPOSITORY
 from diffusion_convert.bundle.model_card import CARD_NAME, PICTURES, card_of
-from diffusion_convert.bundle.sizes import size_folder
+from diffusion_convert.bundle.sizes import packed
 from diffusion_convert.bundle.variants import Report, required_variants, sweep_variants
 from diffusion_convert.bundle.zip_names import stem_of, zip_names
 from diffusion_convert.hub.client import check_repo_id, hub_errors, open_api, remote_files
@@ -68,10 +68,10 @@ def planned_upload(folder: Path, repo_id: str, private: bool = True, unverified:
 
 
 def _check_zips(folder: Path, attention: str, made: Manifest, variants: set[str], known: Hashes) -> None:
-    without = set(map(str, made.size_folders))
     for name, size in zip_names(made, attention, variants).items():
-        path, models = folder / name, size_folder(folder / attention / "compiled", size)
-        if path.exists() and (fault := zips.fault(path, models, known.of, without)) is not None:
+        path = folder / name
+        models, without, instead = packed(made, folder / attention / "compiled", size, known)
+        if path.exists() and (fault := zips.fault(path, models, known.of, without, instead)) is not None:
             raise PackageError(f"{path}: {fault}: make it again with `coreml-sd bundle {folder} --zip`")
 
 

@@ -15,7 +15,7 @@ from diffusion_runtime.real_path import is_inside
 
 _SHOWN = 5
 TOKENIZER = "tokenizer"
-"""What `faults` calls the tokenizers' files, which are of no component."""
+"""What `faults` calls the tokenizers' files, which are of no component, and what further sizes' folders share."""
 
 
 class Fault(enum.StrEnum):
@@ -87,6 +87,14 @@ def faults(manifest: Manifest, folder: Path, known: Hashes | None = None) -> dic
     for component, part in manifest.components.items():
         missing = {name: Fault.MISSING for name in part.files if not (folder / name).exists()}
         found[component] = missing | _changed(folder, part.sha256, known)
+    for size in map(str, manifest.size_folders):  # what lies there beside the models of that size
+        shared = [part.sha256 for part in manifest.components.values() if not part.sizes]
+        for expected in (manifest.tokenizer_sha256, *shared):
+            found[TOKENIZER] |= {
+                f"{size}/{name}": fault for name, fault in _changed(folder / size, expected, known).items()
+            }
+        if not (folder / size / FILE_NAME).is_file():
+            found[TOKENIZER][f"{size}/{FILE_NAME}"] = Fault.MISSING
     return {name: wrong for name, wrong in found.items() if wrong}
 
 

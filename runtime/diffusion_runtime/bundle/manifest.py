@@ -357,7 +357,12 @@ def read(folder: Path) -> Manifest:
 
 
 def write(manifest: Manifest, folder: Path) -> None:
-    """Write ``folder/manifest.json``, readable and with a stable order."""
-    text = json.dumps(manifest.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False)
+    """Write ``folder/manifest.json``."""
     with unfinished_file(folder / FILE_NAME) as unfinished:
-        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.write_bytes(as_bytes(manifest))
+
+
+def as_bytes(manifest: Manifest) -> bytes:
+    """The content of ``manifest.json``, readable and with a stable order."""
+    text = json.dumps(manifest.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False)
+    return f"{text}\n".encode()
