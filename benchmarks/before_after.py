@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import command_line
+from diffusion_runtime import memory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +29,8 @@ def main() -> int:
     parser.add_argument("script", help="its name: bench_convert.py, bench_palettize.py, …")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what both are given")
     arguments = parser.parse_args()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command sets it; for both
+    memory.keep_freed()
     with tempfile.TemporaryDirectory() as folder:
         before = Path(folder) / "before"
         _git("worktree", "add", "--detach", str(before), arguments.revision)
