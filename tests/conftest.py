@@ -140,8 +140,14 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     how."""
     from diffusion_convert.export import export
     from diffusion_convert.verification import compare
+    from diffusion_runtime.backends.torch_mil import TorchBackend
 
-    for module, name in ((export, "_program"), (export, "_convert"), (compare, "reference")):
+    for module, name in (
+        (export, "_program"),
+        (export, "_convert"),
+        (compare, "reference"),
+        (TorchBackend, "load"),  # which the runtime's tests remember
+    ):
         monkeypatch.setattr(module, name, inspect.unwrap(getattr(module, name)))
     for module in _collecting():
         monkeypatch.setattr(module, "gc", gc)

@@ -226,7 +226,6 @@ def narrowed(component: Component, checkpoint: Checkpoint, shape: Shape) -> tupl
         checkpoint,
         pipeline_config={},
         schedulers={} if folded.prediction_type is None else checkpoint.schedulers,
-        tokenizers=checkpoint.tokenizers if folded.padding else {},
     )
     if component.name not in (*TEXT_ENCODERS, *VAES):
         return settings, shape
@@ -241,7 +240,7 @@ def narrowed(component: Component, checkpoint: Checkpoint, shape: Shape) -> tupl
             if name in (component.subfolder, *others)
         },
         schedulers={},
-        tokenizers=settings.tokenizers if text else {},
+        tokenizers=checkpoint.tokenizers if text else {},  # they say how long texts are
         folded=Folded(padding=folded.padding) if text else Folded(latents=folded.latents),
         refiner=None,
         clip_skip=checkpoint.clip_skip if text else 0,
