@@ -62,8 +62,6 @@ class Stored(torch.nn.Module):
 
     def forward(self) -> Tensor:
         value = self._constant.as_tensor(self.dtype)
-        # Not widened, so still the mapped file: its pages are let go of below.
-        value = value.clone() if value.dtype == torch.float16 else value
         self._release()
         return value.to(self.device)
 
