@@ -17,7 +17,7 @@ from diffusion_convert.checkpoint.vae import gives_latents
 from diffusion_convert.checkpoint.vocabulary import write_t5, write_vocabulary
 from diffusion_convert.conversion.events import Event, Phase, Progress
 from diffusion_convert.conversion.identity import tool_versions
-from diffusion_convert.conversion.part import Record
+from diffusion_convert.conversion.job import Record
 from diffusion_convert.conversion.plan import Plan
 from diffusion_convert.conversion.previous import Previous
 from diffusion_convert.conversion.sizes import put_together

@@ -17,7 +17,9 @@ from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.conversion.assemble import assemble, describe, is_described
 from diffusion_convert.conversion.events import Event, Phase, Progress
 from diffusion_convert.conversion.garbage import new_garbage_only
-from diffusion_convert.conversion.part import Record, check_recipe, make
+from diffusion_convert.conversion.job import Record
+from diffusion_convert.conversion.palettized import check_recipe
+from diffusion_convert.conversion.part import make
 from diffusion_convert.conversion.plan import Part, Plan, identify, make_plan, settled_batch_size
 from diffusion_convert.conversion.previous import Kept, Previous, kept_of, read
 from diffusion_convert.conversion.workspace import Workspace, check_space, clear, workspace

@@ -6,76 +6,35 @@ import gc
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.chunk import chunk
+from diffusion_convert.conversion.job import Job, Record, Twin, read_record, write_record
 from diffusion_convert.conversion.metadata import metadata
+from diffusion_convert.conversion.palettized import palettize, palettize_as_twin, with_bits
 from diffusion_convert.conversion.plan import Part, Plan
 from diffusion_convert.conversion.workspace import Workspace
 from diffusion_convert.export import export
-from diffusion_convert.export.placeholders import FLOAT16_MAX
-from diffusion_convert.layouts import LAYOUTS
 from diffusion_convert.options import Precision
-from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.known import Known
 from diffusion_convert.palettize.outputs import Samples
-from diffusion_convert.palettize.palettize_options import PalettizeOptions
-from diffusion_convert.palettize.recipe import mix
 from diffusion_convert.verification import compare
-from diffusion_runtime import strict_json
 from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.integrity import Hashes, measured
-from diffusion_runtime.errors import InputError, PackageError, VerificationError
+from diffusion_runtime.errors import VerificationError
 from diffusion_runtime.families import CHUNKED, T5, TEXT_ENCODERS
 from diffusion_runtime.links import share_file, share_tree
-from diffusion_runtime.memory import release
-from diffusion_runtime.mil.package import open_package
 
-RECORD = "record.json"
 MAX_ATTEMPTS = 5
 """How often a component is converted anew with more operations in float32, until none overflows."""
 MIN_CHAIN_PSNR_DB = 80.0
 """Two halves against the whole: the same operations, so all that may differ is how torch sums."""
-
-
-class Record(BaseModel):
-    """What is known of a finished part: its entry in the manifest, seconds by phase, notes for the user."""
-
-    model_config = ConfigDict(frozen=True)
-    component: manifest.Component
-    seconds: dict[str, float] = {}
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """``folder`` is where the packages go; ``expected`` is None where nothing is to be verified; ``like`` is the
-    same for pictures of another size, if that was made before; ``palettes`` are those of parts with the same
-    weights, where there are such parts."""
-
-    part: Part
-    plan: Plan
-    folder: Path
-    expected: compare.Expected | None
-    known: Hashes
-    report: export.OnPhase
-    like: Record | None = None
-    palettes: Known | None = None
-
-    @property
-    def package(self) -> Path:
-        plan, part = self.plan, self.part
-        name = LAYOUTS[plan.options.layout].file_name
-        return self.folder / (
-            name(plan.checkpoint, part.component, part.attention, part.shape, plan.options) + ".mlpackage"
-        )
 
 
 def make(
@@ -102,39 +61,28 @@ def make(
         expected = compare.Expected(compare.draw(part.component, plan.checkpoint, part.shape), ())
     with unfinished_folder(place.part(part.name)) as folder:
         other = None if like is None else read_record(place.part(like.name))
-        job = Job(part, plan, folder, expected, known, report, other, palettes)
+        job = Job(part, plan, folder, expected, known, report, other, palettes, _twin(part, plan, place))
         record, outputs = _convert(job) if whole is None else (_copied(job, place.whole(part.name), whole), None)
-        record = _hashed(job, _cut(job, _palettize(job, record, outputs)))
+        record = _hashed(job, _cut(job, palettize(job, record, outputs)))
         if like is not None and other is not None:
             _share_equal(place.part(like.name), other, folder, record)
         write_record(record, folder)
     return record
 
 
-def write_record(record: Record, folder: Path) -> None:
-    """Say that the part in ``folder`` is finished."""
-    (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-def read_record(folder: Path) -> Record | None:
-    """The record of a finished part; None if it is not finished."""
-    try:
-        return strict_json.as_model(
-            Record, strict_json.read(folder / RECORD, PackageError), str(folder), "a record", PackageError
-        )
-    except PackageError:
-        return None
-
-
 def _reference(part: Part, plan: Plan, references: Path, report: export.OnPhase) -> compare.Expected:
     """What the checkpoint's own network computes, from disk if another variant has asked."""
-    size = "" if part.size is None else f"-{part.size}"
-    path = references / f"{part.component.name}{size}.npz"
+    path = references / f"{part.any_attention}.npz"
     if not path.is_file():
         report("reference", 0.0)
         compare.reference(part.component, plan.checkpoint, part.shape, partial(report, "reference")).save(path)
         gc.collect()  # networks are cycles, and hold files mapped
     return compare.Expected.load(path)
+
+
+def _twin(part: Part, plan: Plan, place: Workspace) -> Twin | None:
+    kinds = [other for other in plan.parts if other.any_attention == part.any_attention]
+    return Twin(place.references / part.any_attention) if len(kinds) > 1 else None
 
 
 def _copied(job: Job, folder: Path, whole: Record) -> Record:
@@ -166,12 +114,14 @@ def _convert(job: Job) -> tuple[Record, Samples | None]:
         if job.expected is None:
             return _record(job, made, export_options, {}, seconds), None
         started = time.perf_counter()
+        if (small := palettize_as_twin(job)) is not None:
+            _add(seconds, {"palettize": time.perf_counter() - started})
+            return with_bits(_record(job, made, export_options, {}, seconds), small), None
         verdict = compare.measure(job.package, job.expected, partial(job.report, "verify"))
         gc.collect()  # so is the package's program: its weights stay mapped beside the next network's
         compare.check(part.component, job.package, verdict, partial(_explain, job, made, job.expected))
         _add(seconds, {"verify": time.perf_counter() - started})
-        limit = FLOAT16_MAX if options.precision is Precision.FLOAT16 else compare.NEAR_LIMIT
-        hot = compare.overflowing(job.package, verdict.largest, limit)
+        hot = compare.overflowing(job.package, verdict.largest, job.float16_limit)
         if not hot:
             return _record(job, made, export_options, verdict.psnr_db, seconds), verdict.outputs
         if options.precision is Precision.FLOAT16:
@@ -263,66 +213,6 @@ def _notes(job: Job, made: export.Exported, kept: list[str]) -> tuple[str, ...]:
         wide = torch_networks.listed(list(made.float32_weights))
         notes.append(f"{job.part.name}: weights beyond float16 stay in float32: {wide}")
     return tuple(notes)
-
-
-def _palettize(job: Job, record: Record, outputs: Samples | None) -> Record:
-    """The package with palettized weights in place of the package. Its PSNR is against the 16-bit package."""
-    started = time.perf_counter()
-    asked = _palettize_options(job)
-    if asked is None:
-        return record
-    checked = palettize_checked(
-        job.package,
-        job.package,
-        asked,
-        samples=job.expected.inputs if job.expected else None,
-        expected=outputs,
-        bounds=job.part.component.min_palettized_psnr_db,
-        compare=job.expected is not None,
-        known=job.palettes,
-        progress=lambda _, done, total: job.report("palettize", done / total),
-    )
-    gc.collect()  # both packages' weights stay mapped, the 16-bit ones with no file any more
-    release()
-    component = record.component.model_copy(
-        update={
-            "palettization": checked.report.palettization,
-            "psnr_db": {name: min(compare.BEST_PSNR_DB, value) for name, value in checked.psnr_db.items()},
-        }
-    )
-    seconds = {**record.seconds, "palettize": time.perf_counter() - started}
-    return record.model_copy(update={"component": component, "seconds": seconds})
-
-
-def _palettize_options(job: Job) -> PalettizeOptions | None:
-    """Which weights get how many bits; None: none of them."""
-    component, options = job.part.component, job.plan.options
-    if not component.mixed(options):
-        bits = component.bits(options)
-        return None if bits is None else PalettizeOptions(bits=bits)
-    if job.plan.recipe is not None:
-        return job.plan.recipe.options_by_name(open_package(job.package))
-    if job.like is not None and job.like.component.palettization is not None:  # weights of all sizes are shared
-        return PalettizeOptions(bits_by_weight=job.like.component.palettization.bits_by_weight)
-    job.report("palettize", 0.0)
-    return mix(job.package, PalettizeOptions(), options.target_bits or 0.0).options
-
-
-def check_recipe(plan: Plan, records: Mapping[str, Record]) -> tuple[str, ...]:
-    """A note on what the plan's recipe names and was not converted. Raises InputError where that is all of it."""
-    if plan.recipe is None:
-        return ()
-    made = [records[part.name].component for part in plan.parts if part.component.mixed(plan.options)]
-    found = {
-        name for component in made if component.palettization for name in component.palettization.bits_by_weight
-    }
-    idle = sorted(set(plan.recipe.bits) - found)
-    if idle and not found:
-        raise InputError(
-            f"{plan.options.recipe}: names none of the weights that were converted, but "
-            f"{torch_networks.listed(idle)}; it was made for {plan.recipe.package}"
-        )
-    return (f"{plan.options.recipe}: has no use for {torch_networks.listed(idle)}",) if idle else ()
 
 
 def _cut(job: Job, record: Record) -> Record:

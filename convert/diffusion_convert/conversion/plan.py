@@ -47,6 +47,11 @@ class Part:
         return self.component.name == other.component.name and self.attention is other.attention
 
     @property
+    def any_attention(self) -> str:
+        """The name of all parts that differ in attention alone."""
+        return "-".join([self.component.name, *([] if self.size is None else [str(self.size)])])
+
+    @property
     def name(self) -> str:
         attention = () if self.shared else (self.attention.value,)
         return "-".join([self.component.name, *attention, *([] if self.size is None else [str(self.size)])])

@@ -15,7 +15,7 @@ from diffusion_convert.bundle.model_card import CARD_NAME, is_anothers
 from diffusion_convert.bundle.sizes import packed
 from diffusion_convert.bundle.zip_names import zip_attentions, zip_names, zip_names_by_size
 from diffusion_convert.conversion.identity import Identity
-from diffusion_convert.conversion.part import Record, read_record, write_record
+from diffusion_convert.conversion.job import Record, read_record, write_record
 from diffusion_convert.conversion.plan import Part, Plan
 from diffusion_convert.conversion.sizes import take_size
 from diffusion_convert.conversion.workspace import Workspace

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from diffusion_convert.conversion.part import Record
+from diffusion_convert.conversion.job import Record
 from diffusion_convert.conversion.plan import Part, Plan, joins_sizes
 from diffusion_convert.conversion.workspace import Workspace
 from diffusion_convert.join import join, share, take_apart

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_convert.palettize.known import Known
-from diffusion_convert.palettize.outputs import Samples, compare_outputs, require_outputs, require_steady
+from diffusion_convert.palettize.outputs import (
+    Samples,
+    lowest_psnr_db,
+    outputs_of_both,
+    require_outputs,
+    require_steady,
+)
 from diffusion_convert.palettize.palettize_options import PalettizeOptions, Report
 from diffusion_convert.palettize.palettize_package import OnWeight, palettize_package
 from diffusion_convert.verification.bounds import MIN_PSNR_DB, bound_db
@@ -20,10 +26,12 @@ from diffusion_runtime.mil.package import open_package
 @dataclass(frozen=True, slots=True)
 class Checked:
     """``psnr_db`` by output ("size_768x512: noise_pred" where there are several functions), against the float16
-    package; empty where outputs were not compared."""
+    package; empty where outputs were not compared. ``outputs``: of the float16 package and of this, where they were
+    compared and there is one function."""
 
     report: Report
     psnr_db: Mapping[str, float]
+    outputs: tuple[Samples, Samples] | None = None
 
 
 def palettize_checked(
@@ -50,15 +58,17 @@ def palettize_checked(
         report = palettize_package(source, unchecked, options, progress, known)
         gc.collect()  # or the weights of SDXL's UNet stay mapped beside those of the package that is run now
         psnr: dict[str, float] = {}
+        outputs = None
         functions = function_names(open_package(source).model) or (None,)
         for function in functions if compare else ():
             first = function is functions[0]  # what is given has the default function's shapes
             drawn, made = (samples, expected) if first else (None, None)
-            found = compare_outputs(source, unchecked, drawn, function, made)
+            outputs = outputs_of_both(source, unchecked, drawn, function, made)
+            found = lowest_psnr_db(*outputs)
             bound = bound_db(report.average_bits, bounds)
             if any(not value >= bound for value in found.values()):
                 require_steady(source, drawn, found, bound, function)
             psnr |= {name if function is None else f"{function}: {name}": value for name, value in found.items()}
         if compare:
             require_outputs(output, psnr, report.average_bits, bounds)
-    return Checked(report, psnr)
+    return Checked(report, psnr, outputs if len(functions) == 1 else None)

@@ -85,9 +85,20 @@ def compare_outputs(
     function: str | None = None,
     expected: Samples | None = None,
 ) -> dict[str, float]:
-    """The lowest PSNR of each output over ``samples`` (None: two seeded ones), both packages run by the torch
-    backend, one after the other and with their weights left in the file. ``function``: which of several.
-    ``expected``: what ``reference`` makes of ``samples``, where it has been run already.
+    """`lowest_psnr_db` of what `outputs_of_both` gives."""
+    return lowest_psnr_db(*outputs_of_both(reference, other, samples, function, expected))
+
+
+def outputs_of_both(
+    reference: Path,
+    other: Path,
+    samples: Samples | None = None,
+    function: str | None = None,
+    expected: Samples | None = None,
+) -> tuple[Samples, Samples]:
+    """What both packages make of ``samples`` (None: two seeded ones), run by the torch backend, one after the other
+    and with their weights left in the file. ``function``: which of several. ``expected``: what ``reference`` makes
+    of ``samples``, where it has been run already.
 
     Raises VerificationError where an output of ``reference`` itself is not finite: nothing can be compared with it.
     """
@@ -102,8 +113,11 @@ def compare_outputs(
             expected = _run(model, samples)
         del model
     _require_finite(reference, samples, expected)
-    model = backend.load(other, function=function)
-    found = _run(model, samples)
+    return expected, _run(backend.load(other, function=function), samples)
+
+
+def lowest_psnr_db(expected: Samples, found: Samples) -> dict[str, float]:
+    """By output, the lowest PSNR over all calls."""
     return {
         name: min(psnr_db(one[name], two[name]) for one, two in zip(expected, found, strict=True))
         for name in expected[0]
