@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -59,6 +62,24 @@ def test_what_was_let_go_of_is_still_there(tmp_path: Path) -> None:
     assert torch.equal(mapped, torch.arange(100_000.0))
     assert torch.equal(written, torch.arange(100_000.0) + 1)
     assert torch.equal(own, torch.arange(100_000.0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such advice")
+def test_what_was_let_go_of_is_not_read_from_the_disk_again(tmp_path: Path) -> None:
+    save_file({"mapped": torch.arange(100_000.0)}, tmp_path / "x.safetensors")
+    with (tmp_path / "x.safetensors").open("rb") as file:
+        os.fsync(file.fileno())  # what is not on the disk stays anyway
+    mapped = tensor_file.read(tmp_path / "x.safetensors").tensors["mapped"]
+    mapped.sum()
+    before = mapped_bytes()
+    let_go(mapped)
+    assert mapped_bytes() <= before - 300_000
+    pages = mapped.nbytes // mmap.PAGESIZE
+    cached = (ctypes.c_ubyte * pages)()
+    address = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = ctypes.c_size_t((pages - 1) * mmap.PAGESIZE)
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), size, cached) == 0
+    assert all(page & 1 for page in cached[: pages - 1])
 
 
 def test_each_weight_is_let_go_of_as_it_is_written(

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from diffusion_convert.checkpoint import unpickle
@@ -24,7 +25,8 @@ GGUF_MAGIC = b"GGUF"
 _LFS_MAGIC = b"version https://git-lfs"
 _PAGEOUT = 21
 """Linux' advice MADV_PAGEOUT, which `mmap` does not name. Unlike MADV_DONTNEED it keeps what was written to the
-pages, so that it may be given for memory of any kind: a fused weight is not in a file."""
+pages, so that it may be given for memory of any kind: a fused weight is not in a file. It takes files out of the
+system's cache, too, to be read from the disk again."""
 
 
 def below(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -56,8 +58,23 @@ def let_go(tensor: torch.Tensor) -> None:
     """Have the system take back the memory of a ``tensor`` that lies in a mapped file, or it fills up with what was
     read once; it is read anew where it is needed again. Nothing where the system cannot."""
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = tensor.data_ptr() + tensor.nbytes - start
     if (advise := _advise()) is not None and tensor.nbytes >= mmap.PAGESIZE:
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), _PAGEOUT)
+        advice = mmap.MADV_DONTNEED if _is_as_in_file(start, size) else _PAGEOUT
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+
+
+def _is_as_in_file(start: int, size: int) -> bool:
+    """Whether no page of that memory is the process's own, as it would be where it was written to."""
+    try:
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
+            pagemap.seek(start // mmap.PAGESIZE * 8)
+            found = pagemap.read(-(-size // mmap.PAGESIZE) * 8)
+    except OSError:  # where a container hides it
+        return False
+    # Each page's three highest bits: it is in memory, it is swapped, it is a file's.
+    kinds = np.frombuffer(found, np.uint64) >> np.uint64(61)
+    return kinds.size * mmap.PAGESIZE >= size and not bool(((kinds != 0) & (kinds % 2 == 0)).any())
 
 
 @cache
