@@ -44,6 +44,11 @@ _CODES = {
 }
 
 
+_AT_ONCE = 2**20
+"""Bytes written by one call. Where it is many more, Linux looks for as much memory in one piece to hold them, which
+takes more time than to write them."""
+
+
 class WeightFile:
     """A mapped weight file. Opening reads the header alone; ``read`` returns views into the map, which is
     read-only: the system counts a writable one as memory of the process's own (RLIMIT_DATA).
@@ -152,7 +157,7 @@ class WeightWriter:
         for chunk in _whole_octets(chunks, dtype) if to_pack else chunks:
             _check_dtype(chunk, given)
             elements += chunk.size
-            size += self._file.write(_bytes_of(pack(chunk, to_pack) if to_pack else chunk))
+            size += self._write(_bytes_of(pack(chunk, to_pack) if to_pack else chunk))
         unused_bits = size * 8 - (elements if packed is None else packed) * bits if bits else 0
         if not 0 <= unused_bits < 8:
             raise ValueError(f"{size} bytes are not those of {packed} x {dtype.value}")
@@ -175,6 +180,9 @@ class WeightWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _write(self, data: memoryview) -> int:
+        return sum(self._file.write(data[at : at + _AT_ONCE]) for at in range(0, len(data), _AT_ONCE))
 
     def _pad(self) -> int:
         position = self._file.tell()
