@@ -20,6 +20,8 @@ from unittest import mock
 
 import pytest
 
+from kill_points import Forks
+
 # The Hub's tests talk to a server of their own, which huggingface_hub refuses where it is told to stay offline.
 os.environ.pop("HF_HUB_OFFLINE", None)
 
@@ -190,6 +192,13 @@ def forked_python() -> Iterator[Path]:
                 time.sleep(0.05)
             yield words
             server.terminate()
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """Of a process that has imported what it is asked to run, and no more."""
+    with Forks() as small:
+        yield small
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,73 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
 
 from diffusion_runtime.errors import DiffusionError
 
+TESTS = Path(__file__).resolve().parent
+Answer = TypeVar("Answer")
+
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree", "ctypes.dlsym")
 """Python's audit events, raised before each change; the last stands before two folders are exchanged."""
+
+
+class Forks:
+    """A process in which `kill_at` and `race` fork: one that has imported little beside what it runs. To fork the
+    tests' own takes longer than most of what is done in these processes, as it has a million objects.
+
+    What it runs is pickled: functions of modules, and `functools.partial` of them. ``python`` runs it."""
+
+    def __init__(self, python: str | Path = sys.executable, **environment: str) -> None:
+        self._here, there = Pipe()
+        paths = [TESTS, TESTS.parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            [python, "-c", f"from kill_points import serve; serve({there.fileno()})"],
+            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+            pass_fds=[there.fileno()],
+        )
+        there.close()
+
+    def __enter__(self) -> Forks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._here.close()
+        self._process.wait()
+
+    def call(self, function: Callable[..., Answer], *given: object) -> Answer:
+        """What the function answers there, or raises."""
+        self._here.send((function, given))
+        answer, error = self._here.recv()
+        if error is not None:
+            raise error
+        return answer  # type: ignore[no-any-return]
+
+    def kill_at(self, act: Callable[[], object], step: int) -> bool:
+        return self.call(kill_at, act, step)
+
+    def race(self, *acts: Callable[[], object]) -> list[int]:
+        return self.call(race, *acts)
+
+
+def serve(number: int) -> None:
+    """What `Forks` runs: answer over the connection of that number until the other end is closed."""
+    connection: Connection[Any, Any] = Connection(number)
+    while True:
+        try:
+            function, given = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((function(*given), None))
+        except BaseException as error:
+            connection.send((None, error))
 
 
 def kill_at(act: Callable[[], object], step: int) -> bool:
@@ -38,7 +97,7 @@ def race(*acts: Callable[[], object]) -> list[int]:
 
 
 def _killed(act: Callable[[], object], step: int) -> None:
-    gc.freeze()  # or a collection would look at all that the tests have made, and copy it
+    gc.freeze()  # or a collection would look at all that is imported, and copy it
     count = 0
 
     def hook(event: str, _: object) -> None:

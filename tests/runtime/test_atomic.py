@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from diffusion_runtime.atomic import (
     work,
 )
 from diffusion_runtime.errors import InputError, StorageError
-from kill_points import kill_at, race
+from kill_points import Forks
 
 
 def write(path: Path, text: str, count: int = 3) -> None:
@@ -50,18 +50,27 @@ def publish(place: Path, text: str) -> None:
         commit(slot, ["obsolete"])
 
 
+EXCHANGE = atomic._exchange
+
+
+def exchange(is_there: bool) -> None:
+    atomic._exchange = EXCHANGE if is_there else lambda *_: False
+
+
 @pytest.fixture(params=["exchange", "two renames"])
-def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With and without a system call that exchanges two folders."""
-    if request.param == "two renames":
-        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
-    return str(request.param)
+def disk(request: pytest.FixtureRequest, forks: Forks) -> Iterator[str]:
+    """With and without a system call that exchanges two folders, in this process and in those that are killed."""
+    for call in (exchange, partial(forks.call, exchange)):
+        call(request.param == "exchange")
+    yield str(request.param)
+    for call in (exchange, partial(forks.call, exchange)):
+        call(True)
 
 
-def test_a_folder_is_there_after_a_kill_at_any_step(disk: str, tmp_path: Path) -> None:
+def test_a_folder_is_there_after_a_kill_at_any_step(disk: str, forks: Forks, tmp_path: Path) -> None:
     path, step, seen = tmp_path / "a", 0, set[str]()
     write(path, "old")
-    while kill_at(lambda: write(path, "new"), step := step + 1):
+    while forks.kill_at(partial(write, path, "new"), step := step + 1):
         assert path.is_dir() or disk == "two renames"
         write(tmp_path / "b", "another")
         assert len(read(path)) == 1 and len(list(path.iterdir())) == 3
@@ -71,11 +80,12 @@ def test_a_folder_is_there_after_a_kill_at_any_step(disk: str, tmp_path: Path) -
     assert step > 5 and seen == {"old", "new"} and read(path) == {"new"}
 
 
-def test_several_entries_appear_all_or_none_after_a_kill_at_any_step(disk: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("disk")
+def test_several_entries_appear_all_or_none_after_a_kill_at_any_step(forks: Forks, tmp_path: Path) -> None:
     step, seen = 0, set[str]()
     publish(tmp_path, "old")
     (tmp_path / "obsolete").mkdir()
-    while kill_at(lambda: publish(tmp_path, "new"), step := step + 1):
+    while forks.kill_at(partial(publish, tmp_path, "new"), step := step + 1):
         with locked(tmp_path):
             pass
         texts = {(tmp_path / name).read_text() for name in ("a/file", "b/file", "c")}
@@ -152,25 +162,29 @@ def test_one_of_two_writers_is_told_of_the_other(tmp_path: Path) -> None:
     assert [entry.name for entry in sorted(tmp_path.iterdir())] == ["a", "b"]
 
 
-@pytest.mark.parametrize("act", [lambda path: write(path / "a", str(os.getpid()), 40), lambda p: publish(p, "x")])
-def test_pairs_of_writers(act: Callable[[Path], None], tmp_path: Path) -> None:
+def write_own(place: Path) -> None:
+    write(place / "a", str(os.getpid()), 40)
+
+
+@pytest.mark.parametrize("act", [write_own, partial(publish, text="x")])
+def test_pairs_of_writers(act: Callable[[Path], None], forks: Forks, tmp_path: Path) -> None:
     """One of two may be refused; what is there is whole, and nothing else is."""
     for _ in range(25):
-        codes = race(lambda: act(tmp_path), lambda: act(tmp_path))
+        codes = forks.race(*[partial(act, tmp_path)] * 2)
         assert 0 in codes
         assert len(read(tmp_path / "a")) == 1
         assert not (tmp_path / WORK_FOLDER).exists()
 
 
-def test_files_of_several_writers_and_sweepers(tmp_path: Path) -> None:
+def write_files(place: Path) -> None:
+    for number in range(30):
+        with unfinished_file(place / f"{os.getpid()}-{number}") as unfinished:
+            unfinished.write_text("x" * 1000)
+
+
+def test_files_of_several_writers_and_sweepers(forks: Forks, tmp_path: Path) -> None:
     """No lock is needed for files of one's own name: nobody is refused, and nobody's work is swept."""
-
-    def act() -> None:
-        for number in range(30):
-            with unfinished_file(tmp_path / f"{os.getpid()}-{number}") as unfinished:
-                unfinished.write_text("x" * 1000)
-
-    assert race(act, act, act) == [0, 0, 0]
+    assert forks.race(*[partial(write_files, tmp_path)] * 3) == [0, 0, 0]
     assert len(list(tmp_path.iterdir())) == 90
     assert {file.stat().st_size for file in tmp_path.iterdir()} == {1000}
 
@@ -238,9 +252,9 @@ def show(path: Path, *texts: str) -> None:
             assert path.read_text() == text
 
 
-def test_a_passing_file_goes_with_its_writer_killed_at_any_step(tmp_path: Path) -> None:
+def test_a_passing_file_goes_with_its_writer_killed_at_any_step(forks: Forks, tmp_path: Path) -> None:
     path, step = tmp_path / "a", 0
-    while kill_at(lambda: show(path, "1", "2", "3"), step := step + 1):
+    while forks.kill_at(partial(show, path, "1", "2", "3"), step := step + 1):
         sweep(tmp_path)
         assert list(tmp_path.iterdir()) == []
     assert step > 10 and list(tmp_path.iterdir()) == []

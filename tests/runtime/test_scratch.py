@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from diffusion_runtime.scratch import scratch
-from kill_points import kill_at
+from kill_points import Forks
 
 
 def use() -> None:
@@ -22,6 +23,11 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def use_in(temporary: Path) -> None:
+    tempfile.tempdir = str(temporary)
+    use()
+
+
 def test_two_at_once_are_two(temporary: Path) -> None:
     with scratch() as one, scratch() as two:
         assert one != two and list(one.iterdir()) == list(two.iterdir()) == []
@@ -29,9 +35,9 @@ def test_two_at_once_are_two(temporary: Path) -> None:
     assert list(temporary.iterdir()) == []
 
 
-def test_what_killed_processes_have_left_goes_with_the_next(temporary: Path) -> None:
+def test_what_killed_processes_have_left_goes_with_the_next(temporary: Path, forks: Forks) -> None:
     step = left = 0
-    while kill_at(use, step := step + 1):
+    while forks.kill_at(partial(use_in, temporary), step := step + 1):
         left += any(temporary.iterdir())
         use()
         assert list(temporary.iterdir()) == []
