@@ -22,8 +22,11 @@ _MAX_COMPUTED = 4096
 def trace(graph: Graph) -> torch.jit.ScriptModule:
     """``graph.module`` as TorchScript. Takes seconds for a full-size UNet, where computing would take minutes."""
     examples = tuple(torch.zeros(()).expand(port.shape) for port in graph.inputs)
-    # torch would look through each module's class for methods that are defined twice: nothing is compiled here.
-    without: Any = mock.patch.object(torch.jit._recursive, "get_overload_annotations", lambda *_: {})
+    # torch would look through each module's class for methods that are defined twice, and for properties: nothing
+    # is compiled here.
+    without: Any = mock.patch.multiple(
+        torch.jit._recursive, get_overload_annotations=lambda *_: {}, get_property_stubs=lambda _: []
+    )
     with torch.no_grad(), _shapes_only(), without:
         traced: torch.jit.ScriptModule = torch.jit.trace(  # type: ignore[no-untyped-call]
             graph.module, examples, check_trace=False, strict=False
