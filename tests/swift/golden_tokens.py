@@ -68,14 +68,14 @@ def values() -> dict[str, Any]:
         folder = Path(name)
         (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-        cases = [
-            _case(tokenizers.load(folder, pad_token=padding), padding, prompt, pieces)
-            for padding, pieces in ((END, 1), ("!", 3))
-            for prompt in prompts
-        ]
+        cases = []
+        for padding, pieces in ((END, 1), ("!", 3)):
+            tokenizer = tokenizers.load(folder, pad_token=padding)
+            cases += [_case(tokenizer, padding, prompt, pieces) for prompt in prompts]
         config = _config(folder)
         (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-        added = [_case(tokenizers.load(folder), END, prompt, 1) for prompt in WITH_ADDED]
+        tokenizer = tokenizers.load(folder)
+        added = [_case(tokenizer, END, prompt, 1) for prompt in WITH_ADDED]
     return {"vocabulary": vocabulary, "merges": merges, "cases": cases, "config": config, "added": added}
 
 
