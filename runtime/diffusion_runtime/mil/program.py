@@ -10,6 +10,7 @@ import enum
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -242,6 +243,7 @@ _NUMPY = {
 _PACKED_BITS = {DType.INT4: 4, DType.UINT1: 1, DType.UINT2: 2, DType.UINT3: 3, DType.UINT4: 4, DType.UINT6: 6}
 
 
+@cache
 def numpy_dtype(dtype: DType) -> np.dtype[Any]:
     """The numpy dtype that holds one (unpacked) element, little-endian as in files."""
     return np.dtype(_NUMPY.get(dtype, dtype.value)).newbyteorder("<")

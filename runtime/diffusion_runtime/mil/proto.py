@@ -9,6 +9,7 @@ strings of single values are not kept; nothing that coremltools writes has them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,13 @@ def _values(spec: Any) -> dict[str, Value]:
 
 
 def _type(spec: Any) -> ValueType:
+    return _type_of_bytes(spec.SerializeToString())
+
+
+@lru_cache(maxsize=4096)
+def _type_of_bytes(data: bytes) -> ValueType:
+    """Of the ten thousand types in a program a hundred differ: equal ones are one value, and read once."""
+    spec = import_messages("MIL_pb2").ValueType.FromString(data)
     kind = spec.WhichOneof("type")
     if kind == "tensorType":
         return _tensor_type(spec.tensorType)

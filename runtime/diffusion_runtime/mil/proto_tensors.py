@@ -34,6 +34,10 @@ def tensor_from_proto(spec: Any, kind: TensorType) -> np.ndarray | str:
     if field is None:
         raise PackageError(f"a literal of {kind.dtype.value} without a value")
     elements = getattr(spec, field).values
+    if (
+        kind.dtype is DType.STRING and not shape and field == "strings" and len(elements) == 1
+    ):  # each operation's name
+        return str(elements[0])
     try:
         flat = _unpacked(elements, kind.dtype, count) if field == "bytes" else _listed(list(elements), kind.dtype)
     except (ValueError, OverflowError) as error:
@@ -66,7 +70,7 @@ def _listed(elements: list[Any], dtype: DType) -> np.ndarray:
         return np.array(elements, np.int64).view(wanted)
     array = np.array(elements, wanted if wanted.kind == "f" else np.int64)
     narrow = array.astype(wanted)
-    if wanted.kind in "iu" and not np.array_equal(narrow.astype(np.int64), array):
+    if wanted.kind in "iu" and not (narrow == array).all():
         raise ValueError("an element is out of range")
     return narrow
 
