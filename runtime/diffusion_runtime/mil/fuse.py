@@ -13,7 +13,6 @@ from torch import Tensor, fx
 
 from diffusion_runtime.mil import fused
 from diffusion_runtime.mil.fuse_attention import fuse_attention, fuse_plain_attention
-from diffusion_runtime.mil.lower import forget_source_with
 from diffusion_runtime.mil.match import (
     drop_unused,
     operand,
@@ -40,7 +39,6 @@ def fuse(module: fx.GraphModule, passes: Sequence[Pass] | None = None) -> fx.Gra
         drop_unused(module)
     module.graph.lint()
     module.recompile()
-    forget_source_with(module)
     return module
 
 

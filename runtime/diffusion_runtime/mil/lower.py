@@ -9,6 +9,7 @@ from __future__ import annotations
 import linecache
 import operator
 import os
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.fx import graph_module
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from diffusion_runtime.errors import DiffusionError, PackageError, UnsupportedError, first_line
 from diffusion_runtime.later import no_compiler
@@ -98,17 +100,21 @@ def lower(
         return lowering.run()
 
 
-def forget_source_with(module: fx.GraphModule) -> None:
-    """Free the text of ``module``'s generated function together with the module; call it after each compilation."""
-    # For tracebacks torch.fx and linecache keep the text of every function that was ever generated, and have no
-    # call to give it up. Where models are loaded anew for each picture, this adds up to 0.5 MB a picture.
-    name = type(module).forward.__code__.co_filename
+class Lowered(_LazyGraphModule):
+    """A lowered program. Its Python code is generated when it is first called, or asked for: rewrites and runs op
+    by op need none."""
 
-    def forget() -> None:
-        graph_module._loader.eval_cache.pop(name, None)
-        linecache.cache.pop(name, None)
+    def _real_recompile(self) -> Any:
+        made = super()._real_recompile()
+        # For tracebacks torch.fx and linecache keep the text of every function that was ever generated, and have no
+        # call to give it up. Where models are loaded anew for each picture, this adds up to 0.5 MB a picture.
+        weakref.finalize(self, _forget, type(self).forward.__code__.co_filename).atexit = False
+        return made
 
-    weakref.finalize(module, forget).atexit = False
+
+def _forget(name: str) -> None:
+    graph_module._loader.eval_cache.pop(name, None)
+    linecache.cache.pop(name, None)
 
 
 @dataclass
@@ -152,8 +158,7 @@ class _Lowering:
         self.graph.output({name: self._tensor(name, name) for name in self.function.block.outputs})
         self.sizes.check(most_at_once(self.graph, self.made), f"{self.package.path}: the whole program ")
         self._fill_buffers()
-        module = fx.GraphModule(self.root, self.graph, "Lowered")
-        forget_source_with(module)
+        module = Lowered(self.root, self.graph, "Lowered")
         module.meta.update(constants=self.constants, input_dtypes=tuple(dtypes))
         return module.eval()
 
@@ -208,7 +213,7 @@ class _Lowering:
             else:
                 arguments[name] = constants[0].python()
         arguments |= self._filled_in(op, operation)
-        self.sizes.keep(self.sizes.results(op, on_meta(arguments), self._declared(operation)))
+        self.sizes.keep(self.sizes.results(op, on_meta(arguments)) or self._declared(operation))
         result = _apply(op, arguments)
         for variable, value in zip(operation.outputs, result if op.several else (result,), strict=True):
             check_value(variable.type, value, self._dtype(variable.type))
@@ -223,7 +228,7 @@ class _Lowering:
             for parameter, bindings in given.items()
         }
         arguments |= self._filled_in(op, operation)
-        made = self.sizes.results(op, fx.node.map_arg(arguments, self._like), self._declared(operation))
+        made = self.sizes.results(op, fx.node.map_arg(arguments, self._like)) or self._declared(operation)
         node = self.graph.create_node("call_function", op.function, (), arguments, name=_identifier(name))
         self.made[node] = made
         if not op.several:
@@ -392,5 +397,5 @@ def _elements(kind: ValueType) -> int:
 
 def _identifier(name: str) -> str:
     """A Python name for a MIL name (MIL allows characters that Python does not)."""
-    plain = "".join(letter if letter.isalnum() or letter == "_" else "_" for letter in name)
+    plain = re.sub(r"\W", "_", name)
     return plain if plain and not plain[0].isdigit() else f"_{plain}"

@@ -24,29 +24,36 @@ _UNKNOWN = frozenset({"lstm", "scaled_dot_product_attention"})
 without the scores that it would need there."""
 
 
+_KNOWN: dict[Any, tuple[int, Sequence[Tensor] | None]] = {}
+"""What `_made` has said: a program has a few hundred different operations of thousands, as far as shapes go, and
+the next program has many of the same."""
+_MOST_KNOWN = 1 << 12
+
+
 @dataclass
 class Sizes:
     """Looks after one program. ``limit`` is how many bytes it may take, ``kept`` how many it has taken for good."""
 
     limit: int
     kept: int = field(default=0, init=False)
-    _known: dict[Any, tuple[int, Sequence[Tensor] | None]] = field(default_factory=dict, init=False)
-    """A program has a few hundred different operations of thousands, as far as shapes go."""
 
-    def results(self, op: Op, arguments: Mapping[str, Any], declared: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What ``op`` makes of meta tensors, as meta tensors. What is ``declared`` where that cannot be told:
-        because it depends on values, or because operands do not fit, which running it says.
+    def results(self, op: Op, arguments: Mapping[str, Any]) -> Sequence[Tensor] | None:
+        """What ``op`` makes of meta tensors, as meta tensors. None where that cannot be told: because it depends on
+        values, or because operands do not fit, which running it says.
 
         Raises UnsupportedError where it would allocate more than the program may."""
         try:
-            key = (op.name, _layout(arguments))
-            if key not in self._known:
-                self._known[key] = _made(op, arguments)
-            largest, found = self._known[key]
+            key = (op.function, _layout(arguments))
+            known = _KNOWN.get(key)
+            if known is None:
+                if len(_KNOWN) >= _MOST_KNOWN:
+                    _KNOWN.clear()
+                known = _KNOWN[key] = _made(op, arguments)
         except TypeError:  # an argument that is no key
-            largest, found = _made(op, arguments)
+            known = _made(op, arguments)
+        largest, found = known
         self.check(largest)
-        return declared if found is None else found
+        return found
 
     def keep(self, results: Iterable[Tensor]) -> None:
         """Count values that are computed now and stay. Raises UnsupportedError where it gets too much."""
