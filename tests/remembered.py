@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from diffusion_convert import components
+from diffusion_convert.checkpoint.family import text_length
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.components.component import Component, Graph, Shape
 from diffusion_convert.export import export, placeholders
@@ -99,7 +100,7 @@ def _remembering(
         if isinstance(known[0], Component):
             if not _is_ours(known[0]):
                 return make(*given)
-            known[1], size = narrowed(known[0], known[1], known[2].shape)
+            known[1], size = built_of(known[0], known[1], known[2].shape)
             known[2] = replace(known[2], shape=size)
         path = folder / key(*known)
         kept: Kept[Made] | frozenset[str] | None = _kept(path)
@@ -227,6 +228,12 @@ def narrowed(component: Component, checkpoint: Checkpoint, shape: Shape) -> tupl
         pipeline_config={},
         schedulers={} if folded.prediction_type is None else checkpoint.schedulers,
     )
+    if component.name == "safety_checker":
+        own = {component.name: checkpoint.models[component.name]}
+        alone = Checkpoint(checkpoint.name, "sd1", checkpoint.source, own, {}, {})
+        return alone, Shape(shape.height, shape.width, 1)
+    if component.name in ("unet", "control_unet"):
+        shape = replace(shape, context_length=shape.context_length or text_length(checkpoint))
     if component.name not in (*TEXT_ENCODERS, *VAES):
         return settings, shape
     text = component.name in TEXT_ENCODERS
@@ -249,6 +256,33 @@ def narrowed(component: Component, checkpoint: Checkpoint, shape: Shape) -> tupl
         t2i_adapters={},
     )
     return narrow, ANY if text else Shape(shape.height, shape.width, 1)
+
+
+def built_of(component: Component, checkpoint: Checkpoint, shape: Shape) -> tuple[Checkpoint, Shape]:
+    """What a program is built of, where that is less than what its inputs are drawn with. The program is made of
+    this: what is not here, it is not built of."""
+    checkpoint, shape = narrowed(component, checkpoint, shape)
+    if component.name != "unet" or checkpoint.ip_adapters or checkpoint.t2i_adapters:
+        return checkpoint, shape
+    levels = len(checkpoint.models["vae"].config.get("block_out_channels", (64,)))
+    others = {"vae": {"block_out_channels": [0] * levels}} | {
+        name: {"projection_dim": checkpoint.models[name].config.get("projection_dim")}
+        for name in TEXT_ENCODERS
+        if name in checkpoint.models
+    }
+    built = replace(
+        checkpoint,
+        models={"unet": checkpoint.models["unet"]}
+        | {name: Submodel("", config, dict, ()) for name, config in others.items()},
+        tokenizers={},
+        folded=Folded(prediction_type=checkpoint.folded.prediction_type),
+        padding=None,
+        refiner=None,
+        added_tokens=(),
+        clip_skip=0,
+        controlnets={},
+    )
+    return built, shape
 
 
 def _traits(name: str, text: bool) -> tuple[Any, ...]:

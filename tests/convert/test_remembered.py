@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -22,9 +23,11 @@ from diffusion_convert.options import Precision
 from diffusion_convert.palettize.outputs import seeded_inputs
 from diffusion_convert.verification import compare
 from diffusion_runtime.backends.torch_mil import TorchBackend
+from diffusion_runtime.bundle.manifest import Folded
 from diffusion_runtime.coremltools_import import import_messages
 from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.program import Metadata
+from tiny_checkpoints import PNDM
 
 OPTIONS = export.ExportOptions(AttentionKind.ORIGINAL, Shape(64, 64, 2), "macOS13")
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
@@ -72,14 +75,17 @@ def test_a_package_has_the_same_bytes(
 def test_networks_that_are_the_same_are_built_once_whatever_else_is_other(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of another family, or for another scheduler: their programs are the same, and what is written is."""
+    """Of another family, or for another scheduler, with another VAE: their programs are the same, and what is
+    written is."""
     monkeypatch.setattr(placeholders, "MIN_SIZE", 64)
     traces = mock.Mock(side_effect=trace)
     monkeypatch.setattr(export, "trace", traces)
 
     opened = {family: open_checkpoint(str(tiny_checkpoint(family))) for family in ("sd1", "sd1-inpainting")}
     other = {**opened["sd1"].schedulers["scheduler"], "prediction_type": "v_prediction"}
-    opened["sd1-v"] = replace(opened["sd1"], schedulers={"scheduler": other})
+    models = {name: model for name, model in opened["sd1"].models.items() if name != "safety_checker"}
+    models["vae"] = replace(models["vae"], config={**models["vae"].config, "scaling_factor": 0.5})
+    opened["sd1-v"] = replace(opened["sd1"], schedulers={"scheduler": other}, models=models)
 
     def made(name: str, component: str, folder: str) -> bytes:
         path = tmp_path / folder / name / f"{component}.mlpackage"
@@ -95,6 +101,44 @@ def test_networks_that_are_the_same_are_built_once_whatever_else_is_other(
     with remembered.conversions(tmp_path / "kept"):
         assert [made(*case, "made") for case in cases] == expected
     assert traces.call_count == before + len(parts) + 1
+
+
+def test_a_unets_program_is_that_of_what_it_is_built_of(tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Its key is another where anything is that its inputs and outputs follow from, and they are those of the whole
+    checkpoint."""
+    unet, shape = table()["unet"], OPTIONS.shape
+    plain, xl = (open_checkpoint(str(tiny_checkpoint(family))) for family in ("sd1", "sdxl"))
+
+    def key(checkpoint: Checkpoint, shape: Shape = shape) -> str:
+        built, narrow = remembered.built_of(unet, checkpoint, shape)
+        whole, part = (
+            unet.build(of, OPTIONS.attention, size) for of, size in ((checkpoint, shape), (built, narrow))
+        )
+        assert (whole.inputs, whole.outputs, whole.exact) == (part.inputs, part.outputs, part.exact)
+        assert whole.description == part.description
+        return remembered.program_key(unet, built, replace(OPTIONS, shape=narrow))
+
+    def other(of: Checkpoint, name: str, **config: Any) -> Checkpoint:
+        changed = replace(of.models[name], config={**of.models[name].config, **config})
+        return replace(of, models={**of.models, name: changed})
+
+    text, vae = "text_encoder", plain.models["vae"].config["block_out_channels"]
+    same = (other(plain, "vae", scaling_factor=0.5), other(plain, text, num_hidden_layers=1))
+    assert {key(one) for one in same} | {key(plain, replace(shape, context_length=77))} == {key(plain)}
+    noise = Folded(prediction_type="v_prediction")
+    others = (
+        other(plain, "vae", block_out_channels=vae[1:]),
+        other(plain, text, max_position_embeddings=50),
+        other(plain, "unet", norm_eps=1e-6),
+        replace(plain, folded=noise),
+        replace(plain, folded=noise, schedulers={"scheduler": {**PNDM, "beta_end": 0.02}}),
+        other(xl, "text_encoder_2", projection_dim=16),
+        xl,
+    )
+    keys = [key(plain), *map(key, others), *(key(plain, replace(shape, height=size)) for size in (96, 128))]
+    assert len(set(keys)) == len(keys)
+    kept, of = (table()["safety_checker"], plain), remembered.narrowed
+    assert of(*kept, shape)[1] == of(*kept, replace(shape, batch_size=1))[1] != of(*kept, Shape(96, 64, 2))[1]
 
 
 def test_what_has_no_placeholder_is_part_of_it(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
