@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import hashlib
 import inspect
 import itertools
 import os
@@ -14,8 +15,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import lru_cache, wraps
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -27,6 +31,8 @@ os.environ.pop("HF_HUB_OFFLINE", None)
 
 TESTS = Path(__file__).resolve().parent
 CHECKPOINTS = TESTS / "checkpoints"
+MOST_LOADED = 24
+"""So many models stay loaded: those of some families."""
 
 
 def pytest_configure() -> None:
@@ -138,6 +144,54 @@ def _collecting() -> tuple[ModuleType, ...]:
     return part, compare, checked
 
 
+@pytest.fixture(scope="session")
+def loaded_once(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models that tests have made are, from here on, loaded once, and so are copies of them: lowering a program
+    takes longer than running a network this small."""
+    from diffusion_runtime.backends.torch_mil import TorchBackend
+    from diffusion_runtime.errors import DiffusionError
+
+    load, own = TorchBackend.load, {shared, tmp_path_factory.getbasetemp()}
+    kept: dict[object, Any] = {}
+    unchanged = tmp_path_factory.mktemp("loaded")  # weights stay mapped, and tests change what they loaded
+
+    def anew(backend: TorchBackend, path: Path, *given: Any, **named: Any) -> Any:
+        copy = Path(tempfile.mkdtemp(dir=unchanged), path.name)
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy)
+        try:
+            return load(backend, copy, *given, **named)
+        except DiffusionError:
+            return load(backend, path, *given, **named)  # the error names the path
+
+    @wraps(load)
+    def loaded(backend: TorchBackend, path: Path, *given: Any, **named: Any) -> Any:
+        # What is not fused is for verification, which fuses it.
+        if not (path.exists() and backend.fuse and own.intersection(path.parents)):
+            return load(backend, path, *given, **named)
+        key = _content(path), backend, given, *sorted(named.items())
+        model = kept.pop(key, None) or anew(backend, path, *given, **named)
+        kept[key] = model  # the last one used is the last
+        if len(kept) > MOST_LOADED:
+            del kept[next(iter(kept))]
+        return replace(model, path=path)
+
+    with mock.patch.object(TorchBackend, "load", loaded):
+        yield
+
+
+def _content(path: Path) -> tuple[tuple[str, str], ...]:
+    """Of a model's files, wherever it lies."""
+    files = sorted(one for one in (path, *path.rglob("*")) if one.is_file())
+    states = ((file, file.stat()) for file in files)
+    digests = [_digest(file, state.st_size, state.st_mtime_ns) for file, state in states]
+    return tuple(zip([f"{path.suffix}/{file.relative_to(path)}" for file in files], digests, strict=True))
+
+
+@lru_cache(1000)
+def _digest(file: Path, *_: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 @pytest.fixture
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks are built, run, traced and converted, whether or not they were before, and let go of: for tests of
@@ -150,7 +204,7 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         (export, "_program"),
         (export, "_convert"),
         (compare, "reference"),
-        (TorchBackend, "load"),  # which the runtime's tests remember
+        (TorchBackend, "load"),  # see `loaded_once`
     ):
         monkeypatch.setattr(module, name, inspect.unwrap(getattr(module, name)))
     for module in _collecting():

@@ -22,6 +22,8 @@ from diffusion_runtime import load_pipeline
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.pipeline import Pipeline, RuntimeNote
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 PARITY_DB = 35.0
 WORDS = ["cat", "horse", "red", "circle", "white"]
 LONG = " ".join(WORDS[index % 5] for index in range(100))

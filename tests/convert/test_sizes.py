@@ -49,6 +49,8 @@ from diffusion_runtime.png_record import Settings
 from diffusion_runtime.serve.orders import Order, Wanted
 from diffusion_runtime.serve.worker import Setup, _Worker
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 SIZES = (Size(64, 64), Size(96, 64))
 NEW, OLD = "macOS15", "macOS14"
 TEXT, UNET = "Stable_Diffusion_version_sd1_text_encoder.mlpackage", "Stable_Diffusion_version_sd1_unet.mlpackage"

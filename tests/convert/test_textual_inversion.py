@@ -26,7 +26,10 @@ from diffusion_runtime.errors import CheckpointError, InputError
 from diffusion_runtime.pipeline import Pipeline
 from diffusion_runtime.prompt import tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:the prompt was cut")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the prompt was cut"),
+    pytest.mark.usefixtures("loaded_once"),
+]
 PARITY_DB = 40.0
 VECTORS: Mapping[str, int] = {"<style>": 3, "sks": 2, "<one>": 1}
 PROMPTS = (

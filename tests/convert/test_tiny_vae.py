@@ -19,6 +19,8 @@ from diffusion_runtime.bundle import manifest
 from diffusion_runtime.errors import CheckpointError, InputError
 from pictures import half_mask, picture
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 PARITY_DB = 40.0
 WIDTHS = {"encoder_block_out_channels": [16] * 4, "decoder_block_out_channels": [16] * 4}
 HALVES = {"encoder": 0, "decoder": 1}

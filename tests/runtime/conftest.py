@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,8 +27,6 @@ from diffusion_runtime.pipeline import Pipeline
 from diffusion_runtime.prompt import tokenizer
 
 Arrays = Mapping[str, torch.Tensor]
-MOST_LOADED = 24
-"""So many models stay loaded: those of some families."""
 
 
 @dataclass(frozen=True)
@@ -227,35 +224,14 @@ def reference(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Referen
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _models_are_loaded_once(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Those that tests have made, while their files are the same: lowering a program takes longer than running a
-    network this small."""
-    load, own = TorchBackend.load, {shared, tmp_path_factory.getbasetemp()}
-
-    @lru_cache(MOST_LOADED)
-    def once(_: object, backend: TorchBackend, path: Path, *given: Any, **named: Any) -> Any:
-        return load(backend, path, *given, **named)
-
-    @wraps(load)
-    def loaded(backend: TorchBackend, path: Path, *given: Any, **named: Any) -> Any:
-        # What is not fused is for verification, which fuses it.
-        if not (backend.fuse and own.intersection(path.parents)):
-            return load(backend, path, *given, **named)
-        return once(_state(path), backend, path, *given, **named)
-
-    with mock.patch.object(TorchBackend, "load", loaded):
-        yield
+def _models_are_loaded_once(loaded_once: None) -> None:
+    """See there."""
 
 
 @pytest.fixture
 def loaded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each load loads: for tests of that."""
     monkeypatch.setattr(TorchBackend, "load", inspect.unwrap(TorchBackend.load))
-
-
-def _state(path: Path) -> tuple[tuple[str, int, int], ...]:
-    files = sorted(one for one in (path, *path.rglob("*")) if one.is_file())
-    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 @pytest.fixture(scope="session")
