@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -109,4 +109,4 @@ def literal(value: Value, read: Callable[[Value], np.ndarray]) -> Constant:
         return Constant(value.type, lambda: value.data)
     if isinstance(value.type, ListType):
         return Constant(value.type, lambda: [literal(item, read).python() for item in value.data])  # type: ignore[union-attr, arg-type]
-    return Constant(value.type, lambda: read(value))
+    return Constant(value.type, partial(read, value))

@@ -158,7 +158,6 @@ def _block(spec: Any) -> Block:
 
 
 def _operation(spec: Any) -> Operation:
-    where = f"operation {spec.type} {spec.outputs[0].name if spec.outputs else ''}".rstrip()
     try:
         return Operation(
             type=spec.type,
@@ -168,6 +167,7 @@ def _operation(spec: Any) -> Operation:
             blocks=tuple(_block(item) for item in spec.blocks),
         )
     except (PackageError, UnsupportedError) as error:
+        where = f"operation {spec.type} {spec.outputs[0].name if spec.outputs else ''}".rstrip()
         raise type(error)(f"{where}: {error}") from error
 
 
