@@ -161,7 +161,8 @@ def loaded_once(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         try:
             return load(backend, copy, *given, **named)
         except DiffusionError:
-            return load(backend, path, *given, **named)  # the error names the path
+            load(backend, path, *given, **named)  # its error names the path
+            raise
 
     @wraps(load)
     def loaded(backend: TorchBackend, path: Path, *given: Any, **named: Any) -> Any:
@@ -172,7 +173,7 @@ def loaded_once(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         model = kept.pop(key, None) or anew(backend, path, *given, **named)
         kept[key] = model  # the last one used is the last
         if len(kept) > MOST_LOADED:
-            del kept[next(iter(kept))]
+            shutil.rmtree(kept.pop(next(iter(kept))).path.parent, ignore_errors=True)
         return replace(model, path=path)
 
     with mock.patch.object(TorchBackend, "load", loaded):
