@@ -18,6 +18,8 @@ FLAGS = (
     *("-gnone", "-warnings-as-errors", "-index-ignore-system-modules"),
     # Each module is compiled in one piece: two thirds of the processor time.
     *("-wmo", "-num-threads", "1", "-no-emit-module-separately-wmo"),
+    # As in Package.swift: what runs the tests would have C's modules compiled again for another language mode.
+    *("-swift-version", "6"),
 )
 
 Swift = Callable[..., subprocess.CompletedProcess[str]]
