@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 import small_bundle
 import tiny_checkpoints
@@ -24,6 +25,7 @@ from diffusion_convert.bundle.folder import BundleOptions, bundle_folder
 from diffusion_runtime.atomic import WORK_FOLDER
 from fuzz.worker import Outcome, call
 from hub_server import Hub, serving
+from kill_points import Forks
 
 BuildOnce = Callable[..., Path]
 Contents = dict[str, bytes | None]
@@ -103,9 +105,20 @@ def seeds(build_once: BuildOnce, tiny_package: BuildOnce) -> Path:
     return build_once("full-disk", write)
 
 
+@pytest.fixture(scope="module")
+def forks(forked_python: Path, shared: Path) -> Iterator[Forks]:
+    """Of a process in which commands have been run once: what they import, those that are forked find there."""
+    with Forks(forked_python, COREML_SD_REMEMBERED=str(shared / "remembered")) as one:
+        one.call(no_xet)
+        yield one
+
+
+def no_xet() -> None:
+    constants.HF_HUB_DISABLE_XET = True
+
+
 @pytest.fixture
-def hub(seeds: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+def hub(seeds: Path) -> Iterator[Hub]:
     files = {name: data for name, data in contents(seeds / "bundled").items() if data is not None}
     with serving(Hub(files=files, exists=True, commits=["first"])) as running:
         yield running
@@ -137,7 +150,7 @@ def limited(command: tuple[str, ...], longest: int) -> Outcome:
 
 
 def _limited(command: tuple[str, ...], longest: int, answer: Connection) -> None:
-    gc.freeze()  # or a collection would look at all that the tests have made, and copy it
+    gc.freeze()  # or a collection would look at all that is imported, and copy it
     if longest >= 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (longest, resource.RLIM_INFINITY))
     answer.send(call(command))
@@ -184,19 +197,19 @@ CASES = [(name, older) for name, writer in WRITERS.items() for older in (False, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "older"), CASES)
 def test_a_full_disk_is_named_and_nothing_is_touched(
-    name: str, older: bool, seeds: Path, hub: Hub, tmp_path: Path
+    name: str, older: bool, seeds: Path, hub: Hub, forks: Forks, tmp_path: Path
 ) -> None:
     writer = WRITERS[name]
     undisturbed = tmp_path / "undisturbed"
     command = prepared(writer, seeds, undisturbed, older, hub)
     start = contents(undisturbed)
-    outcome = call(command)  # in this process: what it imports, those that are forked below find there
+    outcome = forks.call(call, command)
     assert (outcome.code, outcome.error) == (0, ""), outcome
     after = contents(undisturbed)
     for longest in limits(start, after):
         place = tmp_path / f"at-{longest}"
         command = prepared(writer, seeds, place, older, hub)
-        outcome = limited(command, longest)
+        outcome = forks.call(limited, command, longest)
         assert (outcome.code, outcome.error) == (2, ""), (longest, outcome)
         said = [line for line in outcome.said.splitlines() if line.startswith("error:")]
         assert len(said) == 1 and said[0].endswith(REMEDY), (longest, outcome.said)
@@ -206,6 +219,6 @@ def test_a_full_disk_is_named_and_nothing_is_touched(
         assert found.keys() >= entries(start).keys()
         # Of two results (--plot), the first may be there as a whole.
         assert [n for n in found if found[n] not in (entries(start).get(n), entries(after).get(n))] == [], longest
-        again = limited(command, -1)
+        again = forks.call(limited, command, -1)
         assert (again.code, again.error) == (0, ""), again
         assert contents(place).keys() == after.keys()
