@@ -27,6 +27,7 @@ from diffusion_runtime.mil.match import (
 from diffusion_runtime.mil.memory_format import pack_kernels, reuse_memory, use_channels_last
 from diffusion_runtime.mil.ops import normalization
 from diffusion_runtime.mil.ops.registry import OPS
+from diffusion_runtime.mil.watch_norms import fuse_plain_norms
 from diffusion_runtime.mil.winograd import use_winograd
 
 Pass = Callable[[fx.GraphModule], None]
@@ -184,7 +185,8 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 DIFFERENTIABLE: tuple[Pass, ...] = (fuse_norms, fuse_silu, fuse_attention)
 """Passes after which gradients can be taken: nothing writes into what a backward pass needs."""
 
-WATCHABLE: tuple[Pass, ...] = (fuse_plain_attention, use_channels_last, use_winograd)
-"""Passes after which every value can still be watched, or is known by a bound (`observe.SCORES`)."""
+WATCHABLE: tuple[Pass, ...] = (fuse_plain_attention, fuse_plain_norms, use_channels_last, use_winograd)
+"""Passes after which every value can still be watched, or what it reaches is known (`observe.SCORES`,
+`watch_norms`)."""
 
 PASSES: tuple[Pass, ...] = (*DIFFERENTIABLE, use_channels_last, use_winograd, pack_kernels, reuse_memory)

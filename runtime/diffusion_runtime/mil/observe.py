@@ -18,12 +18,14 @@ from diffusion_runtime.mil.fuse_attention import PEAK
 from diffusion_runtime.mil.fused import by_head
 from diffusion_runtime.mil.lower import REFUSALS, check_value, refusal
 from diffusion_runtime.mil.match import operation
+from diffusion_runtime.mil.watch_norms import STEPS, watched
 
 Observe = Callable[[str, str, Tensor], None]
 """Called with the MIL name of each computed value, the op that computed it, and the value. The scores of a large
 attention (`by_rows.HELD_ELEMENTS`) come in parts, one call for each. An attention that is one op, or has become one
 (`fuse.WATCHABLE`), shows, before its value, its scores without their scale under the name with `SCORES` after it:
-what they cannot exceed where that is below `FAR`, else the scores, in parts as well."""
+what they cannot exceed where that is below `FAR`, else the scores, in parts as well. A norm that has become one
+(`watch_norms`) shows, before its value, how far each value on the way to it reaches."""
 ObserveRun = Callable[[int, str, str, Tensor], None]
 SCORES = ".scores"
 FAR = 2.0**14
@@ -142,6 +144,11 @@ class _Watched(fx.Interpreter):
             return self._given.pop(n)
         if self.others and (n.op == "call_module" or n.target in (fused.conv2d, winograd.conv2d)):
             return self._value_for_all(n)
+        if STEPS in n.meta and self._watch is not None:
+            value, reached = watched(n, **self.fetch_args_kwargs_from_env(n)[1])
+            for step in reached:
+                self._watch(*step)
+            return value
         if n.op == "call_function" and self._in_parts:
             _, arguments = self.fetch_args_kwargs_from_env(n)
             if n in self._in_parts:
