@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import lru_cache, wraps
@@ -35,10 +35,16 @@ MOST_LOADED = 24
 """So many models stay loaded: those of some families."""
 
 
-def pytest_configure() -> None:
-    """Half a million objects are made while tests are collected, and none of them is garbage. What is garbage later
-    are networks, which conversions collect."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """A million objects are made while tests are collected, and none of them is garbage: they are never looked at.
+    What is garbage later are networks, which conversions collect."""
+    gc.disable()
+    done = yield
+    gc.freeze()
     gc.set_threshold(50_000)
+    gc.enable()
+    return done
 
 
 @pytest.hookimpl(tryfirst=True)
