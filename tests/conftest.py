@@ -143,11 +143,11 @@ def _old_objects_passed_over() -> Iterator[None]:
 
 
 def _collecting() -> tuple[ModuleType, ...]:
-    from diffusion_convert.conversion import part
+    from diffusion_convert.conversion import palettized, part
     from diffusion_convert.palettize import checked
     from diffusion_convert.verification import compare
 
-    return part, compare, checked
+    return part, palettized, compare, checked
 
 
 @pytest.fixture(scope="session")
