@@ -9,6 +9,7 @@ import inspect
 import itertools
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -33,8 +34,6 @@ TESTS = Path(__file__).resolve().parent
 CHECKPOINTS = TESTS / "checkpoints"
 MOST_LOADED = 24
 """So many models stay loaded: those of some families."""
-LARGEST_LOADED = 1 << 26
-"""Bytes of a model that stays loaded."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -174,8 +173,8 @@ def loaded_once(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
     @wraps(load)
     def loaded(backend: TorchBackend, path: Path, *given: Any, **named: Any) -> Any:
-        # What is not fused is for verification, which fuses it; what is larger than any model of ours has holes.
-        if not (backend.fuse and own.intersection(path.parents) and 0 < _size(path) <= LARGEST_LOADED):
+        # What is not fused is for verification, which fuses it. Links and devices are tests of what is refused.
+        if not (backend.fuse and own.intersection(path.parents) and _is_plain(path)):
             return load(backend, path, *given, **named)
         key = _content(path), backend, given, *sorted(named.items())
         model = kept.pop(key, None) or anew(backend, path, *given, **named)
@@ -188,8 +187,11 @@ def loaded_once(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield
 
 
-def _size(path: Path) -> int:
-    return sum(one.stat().st_size for one in (path, *path.rglob("*")) if one.is_file())
+def _is_plain(path: Path) -> bool:
+    """Whether there is a file, or a folder of files and folders alone."""
+    states = [one.lstat() for one in (path, *path.rglob("*"))] if path.exists() else []
+    kinds = {stat.S_IFMT(one.st_mode) for one in states}
+    return bool(states) and kinds <= {stat.S_IFREG, stat.S_IFDIR} and sum(one.st_size for one in states) < 1 << 26
 
 
 def _content(path: Path) -> tuple[tuple[str, str], ...]:
