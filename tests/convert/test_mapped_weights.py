@@ -145,3 +145,12 @@ def test_no_package_stays_mapped_when_it_has_been_palettized(
     finally:
         gc.enable()
     assert mapped == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs /proc")
+def test_memory_of_which_nothing_is_told_is_not_taken_for_a_files() -> None:
+    """Given up, it would be zeros: what a system that hides its pages says of all of them."""
+    with mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE) as untouched:
+        start = ctypes.addressof(place := ctypes.c_char.from_buffer(untouched))
+        assert not tensor_file._is_as_in_file(start, 1 << 20)
+        del place

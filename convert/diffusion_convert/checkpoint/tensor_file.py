@@ -74,7 +74,9 @@ def _is_as_in_file(start: int, size: int) -> bool:
         return False
     # Each page's three highest bits: it is in memory, it is swapped, it is a file's.
     kinds = np.frombuffer(found, np.uint64) >> np.uint64(61)
-    return kinds.size * mmap.PAGESIZE >= size and not bool(((kinds != 0) & (kinds % 2 == 0)).any())
+    of_file, own = kinds % 2 == 1, (kinds != 0) & (kinds % 2 == 0)
+    # Some must be seen to be a file's: where nothing is told, nothing may be given up.
+    return kinds.size * mmap.PAGESIZE >= size and bool(of_file.any()) and not bool(own.any())
 
 
 @cache

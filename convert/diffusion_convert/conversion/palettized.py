@@ -46,7 +46,8 @@ def palettize(job: Job, record: Record, outputs: Samples | None) -> Record:
     )
     gc.collect()  # both packages' weights stay mapped, the 16-bit ones with no file any more
     release()
-    if job.expected is not None and job.twin is not None and checked.outputs is not None:
+    mixed = job.part.component.mixed(job.plan.options)  # whose bits each attention chooses
+    if job.expected is not None and job.twin is not None and checked.outputs is not None and not mixed:
         job.twin.save(job.expected.inputs, *checked.outputs)
     return with_bits(record, checked).and_seconds("palettize", time.perf_counter() - started)
 

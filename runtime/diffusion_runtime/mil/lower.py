@@ -10,6 +10,7 @@ import linecache
 import operator
 import os
 import re
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,9 +101,16 @@ def lower(
         return lowering.run()
 
 
+_GENERATING = threading.RLock()
+
+
 class Lowered(_LazyGraphModule):
     """A lowered program. Its Python code is generated when it is first called, or asked for: rewrites and runs op
     by op need none."""
+
+    def real_recompile(self) -> None:
+        with _GENERATING:  # it changes nodes while it reads them, and two threads may be the first to call
+            super().real_recompile()
 
     def _real_recompile(self) -> Any:
         made = super()._real_recompile()

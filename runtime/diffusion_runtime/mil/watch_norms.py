@@ -21,6 +21,9 @@ from diffusion_runtime.mil.match import operand, operation, others, put, scalar,
 STEPS = "steps"
 """In the metadata of a `normalize` node: its `Steps`."""
 
+FAR_MEAN = 4.0
+"""Of a group's mean in deviations."""
+
 
 @dataclass(frozen=True, slots=True)
 class Steps:
@@ -90,6 +93,10 @@ def _normalized(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     channels = flat.shape[1]
     size = flat[:1, :1].numel()
     found, mean, inverse = torch.native_group_norm(flat, None, None, batch, channels, size, groups, epsilon)
+    if not flat.is_contiguous() and not bool(((mean * inverse).abs() < FAR_MEAN).all()):  # or undefined
+        # In channels-last memory torch's kernel loses the deviation of what lies far from zero.
+        flat = flat.contiguous()
+        found, mean, inverse = torch.native_group_norm(flat, None, None, batch, channels, size, groups, epsilon)
     return found.view(x.shape), mean, inverse
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_convert.verification.compare import psnr_db
 from diffusion_runtime.mil.fuse import WATCHABLE, fuse
 from diffusion_runtime.mil.lower import lower
 from diffusion_runtime.mil.observe import observe
@@ -34,6 +35,17 @@ def behind_a_convolution(mb: Any, x: Any) -> Any:
     """Whose result lies in channels-last memory."""
     weight = np.random.default_rng(1).standard_normal((8, 8, 3, 3)).astype(np.float32)
     return in_groups(mb, mb.conv(x=x, weight=weight, pad=[1, 1, 1, 1], pad_type="custom"))
+
+
+def far_from_zero(bias: float) -> Callable[..., Any]:
+    """A convolution's result in channels-last memory whose mean is so many times its deviation, about."""
+
+    def body(mb: Any, x: Any) -> Any:
+        weight = np.random.default_rng(1).standard_normal((8, 8, 3, 3)).astype(np.float32) / 8
+        shift = np.full(8, bias, np.float32)
+        return in_groups(mb, mb.conv(x=x, weight=weight, bias=shift, pad=[1, 1, 1, 1], pad_type="custom"))
+
+    return body
 
 
 def of_one_channel(mb: Any, x: Any) -> Any:
@@ -66,6 +78,21 @@ def test_what_is_shown_is_what_the_values_reach(
         assert shown[name][0] == op
         assert shown[name][1] == pytest.approx(largest, rel=1e-4), name
     assert torch.allclose(plain, fused, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("bias", [30.0, 100.0, 1000.0])
+def test_a_mean_far_from_zero_costs_no_more_than_written_out(
+    bias: float, rows: int, save_program: Callable[..., Path]
+) -> None:
+    shape = (rows, *SHAPE[1:])
+    package = open_package(save_program(far_from_zero(bias), x=shape))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    plain, apart = watched(lower(package), x)
+    fused, shown = watched(fuse(lower(package), WATCHABLE), x)
+    assert psnr_db(plain.numpy(), fused.numpy()) > 90
+    for name, (_, largest) in apart.items():
+        assert shown[name][1] == pytest.approx(largest, rel=1e-3), name
 
 
 def test_undefined_values_are_shown(save_program: Callable[..., Path]) -> None:
