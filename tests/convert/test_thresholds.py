@@ -19,7 +19,7 @@ from diffusion_convert.checkpoint.open import open_checkpoint
 from diffusion_convert.components import table
 from diffusion_convert.conversion import part, workspace
 from diffusion_convert.options import ConvertOptions
-from diffusion_convert.palettize.outputs import compare_outputs, require_outputs, seeded_inputs
+from diffusion_convert.palettize.outputs import lowest_psnr_db, outputs_of_both, require_outputs, seeded_inputs
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.palettize.palettize_package import palettize_package
 from diffusion_convert.verification import compare
@@ -110,7 +110,7 @@ def test_bounds_of_bits_are_near_what_bits_keep(bits: int, tiny_unet: Path, tmp_
     """A network of random weights passes with room for worse ones (5 dB); 20 dB less, as where another weight's
     table is used, are refused at every width."""
     palettize_package(tiny_unet, tmp_path / "small.mlpackage", PalettizeOptions(bits=bits))
-    kept = compare_outputs(tiny_unet, tmp_path / "small.mlpackage")["noise_pred"]
+    kept = lowest_psnr_db(*outputs_of_both(tiny_unet, tmp_path / "small.mlpackage"))["noise_pred"]
     require_outputs(Path("unet.mlpackage"), {"noise_pred": kept - 5}, bits)
     for bad in (kept - 20, 2.9):
         with pytest.raises(VerificationError, match="noise_pred"):
@@ -134,7 +134,7 @@ def test_two_calls_are_compared_side_by_side(
         return forward(stored)
 
     monkeypatch.setattr(Stored, "forward", reading)
-    assert compare_outputs(tiny_unet, small)["noise_pred"] == pytest.approx(min(alone), abs=0.01)
+    assert lowest_psnr_db(*outputs_of_both(tiny_unet, small))["noise_pred"] == pytest.approx(min(alone), abs=0.01)
     assert len(read) == len(set(read)) > 0
 
 

@@ -46,8 +46,8 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class Twin:
-    """Where the `Outputs` of that attention of a component that is made first are kept for the others, which have
-    the same weights."""
+    """Where the `Outputs` of one attention of a component, compared with the checkpoint's own network, are kept for
+    the others, which have the same weights."""
 
     stem: Path
 

@@ -46,8 +46,7 @@ def palettize(job: Job, record: Record, outputs: Samples | None) -> Record:
     )
     gc.collect()  # both packages' weights stay mapped, the 16-bit ones with no file any more
     release()
-    mixed = job.part.component.mixed(job.plan.options)  # whose bits each attention chooses
-    if job.expected is not None and job.twin is not None and checked.outputs is not None and not mixed:
+    if job.twin is not None and job.expected is not None and checked.outputs is not None:
         job.twin.save(job.expected.inputs, *checked.outputs)
     return with_bits(record, checked).and_seconds("palettize", time.perf_counter() - started)
 
@@ -57,11 +56,7 @@ def palettize_as_twin(job: Job) -> Checked | None:
     palettized weights, which has been followed back to the checkpoint's own network: the 16-bit package, which
     nobody gets, is not run. None, and the package is as it was, where there is no other, they do not compute the
     same, or float16 has no room for a value: then it has to be looked at as the first one was."""
-    twin = None if job.expected is None or job.twin is None else job.twin.load()
-    if twin is None or job.part.component.mixed(job.plan.options):
-        return None
-    asked, component = _options(job), job.part.component
-    if asked is None:
+    if job.twin is None or (twin := job.twin.load()) is None or (asked := _options(job)) is None:
         return None
     small = job.package.with_name(f"{job.package.stem}-small.mlpackage")
     report = palettize_checked(
@@ -75,7 +70,7 @@ def palettize_as_twin(job: Job) -> Checked | None:
     verdict = compare.measure(small, twin.palettized, lambda done: job.report("verify", done))
     gc.collect()
     psnr_db = lowest_psnr_db(twin.whole, verdict.outputs)
-    bound = bound_db(report.average_bits, component.min_palettized_psnr_db)
+    bound = bound_db(report.average_bits, job.part.component.min_palettized_psnr_db)
     if (
         all(value >= MIN_TWIN_PSNR_DB for value in verdict.psnr_db.values())
         and all(value >= bound for value in psnr_db.values())

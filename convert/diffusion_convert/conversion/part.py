@@ -81,8 +81,10 @@ def _reference(part: Part, plan: Plan, references: Path, report: export.OnPhase)
 
 
 def _twin(part: Part, plan: Plan, place: Workspace) -> Twin | None:
+    """Where several attentions get the same bits, and are verified."""
     kinds = [other for other in plan.parts if other.any_attention == part.any_attention]
-    return Twin(place.references / part.any_attention) if len(kinds) > 1 else None
+    alike = len(kinds) > 1 and part.component.bits(plan.options) is not None and plan.options.verify
+    return Twin(place.references / part.any_attention) if alike else None
 
 
 def _copied(job: Job, folder: Path, whole: Record) -> Record:

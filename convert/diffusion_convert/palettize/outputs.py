@@ -78,17 +78,6 @@ def _draw(spec: TensorSpec, random: np.random.Generator, position: float, tokens
     return array.astype(spec.dtype)
 
 
-def compare_outputs(
-    reference: Path,
-    other: Path,
-    samples: Samples | None = None,
-    function: str | None = None,
-    expected: Samples | None = None,
-) -> dict[str, float]:
-    """`lowest_psnr_db` of what `outputs_of_both` gives."""
-    return lowest_psnr_db(*outputs_of_both(reference, other, samples, function, expected))
-
-
 def outputs_of_both(
     reference: Path,
     other: Path,
