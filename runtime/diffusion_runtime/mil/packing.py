@@ -6,16 +6,26 @@ fours, fours in eight), for all words at once; unpacking parts them in the other
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 _BLOCK = 1 << 18  # elements; a multiple of 8, so that each block starts at a whole byte; stays in the cache
+_THREADS = 4
 
 
 def packed_size(count: int, bits: int) -> int:
     """Bytes that ``count`` elements take."""
     return (count * bits + 7) // 8
+
+
+def _require(packed: np.ndarray, bits: int, count: int) -> None:
+    if packed.size < packed_size(count, bits):
+        raise ValueError(
+            f"{count} elements of {bits} bits need {packed_size(count, bits)} bytes, got {packed.size}"
+        )
 
 
 def _joints(bits: int) -> Iterator[tuple[np.uint64, np.uint64, np.uint64]]:
@@ -66,10 +76,7 @@ def unpack(packed: np.ndarray, bits: int, count: int, signed: bool = False) -> n
 
     Raises ValueError where ``packed`` is too short.
     """
-    if packed.size < packed_size(count, bits):
-        raise ValueError(
-            f"{count} elements of {bits} bits need {packed_size(count, bits)} bytes, got {packed.size}"
-        )
+    _require(packed, bits, count)
     values = np.empty(count, np.uint8)
     for start in range(0, count, _BLOCK):
         size = min(_BLOCK, count - start)
@@ -89,3 +96,43 @@ def unpack(packed: np.ndarray, bits: int, count: int, signed: bool = False) -> n
         shift = 8 - bits
         return (values << shift).view(np.int8) >> shift
     return values
+
+
+def look_up_packed(packed: np.ndarray, table: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """``table[unpack(packed, bits, count)]``, several neighbours at a time: what lies in one byte, or in one and a
+    half, is found at once in a table of all that may lie there; blocks of many by several threads, which numpy
+    lets run side by side.
+
+    Raises ValueError where ``packed`` is too short.
+    """
+    _require(packed, bits, count)
+    together = (12 if bits % 3 == 0 else 8) // bits
+    every = np.arange(1 << bits * together)
+    rows = np.stack([table[every >> bits * place & (1 << bits) - 1] for place in range(together)], axis=1)
+    words = rows.view(f"V{rows.itemsize * together}").reshape(-1)
+    values = np.empty(-(-count // 8) * 8 // together, words.dtype)
+
+    def fill(start: int) -> None:
+        size = min(_BLOCK, count - start)
+        data = packed[start * bits // 8 : start * bits // 8 + packed_size(size, bits)]
+        data = np.pad(data, (0, -data.size % bits)) if data.size % bits else data
+        target = values[start // together : start // together + data.size * 8 // bits // together]
+        words.take(data if bits * together == 8 else _by_twelve(data), out=target, mode="clip")
+
+    starts, threads = range(0, count, _BLOCK), min(_THREADS, os.cpu_count() or 1)
+    if threads > 1 and len(starts) > 2 * threads:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, starts))
+    else:
+        for start in starts:
+            fill(start)
+    return values.view(table.dtype)[:count]
+
+
+def _by_twelve(data: np.ndarray) -> np.ndarray:
+    """The numbers of 12 bits in ``data``, a multiple of three bytes."""
+    first, second, third = (data[place::3].astype(np.intp) for place in range(3))
+    found = np.empty((first.size, 2), np.intp)
+    np.bitwise_or(first, (second & 15) << 8, out=found[:, 0])
+    np.bitwise_or(second >> 4, third << 4, out=found[:, 1])
+    return found.reshape(-1)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from diffusion_runtime.coremltools_import import import_coremltools
 from diffusion_runtime.errors import PackageError
 from diffusion_runtime.mil.constants import to_tensor
-from diffusion_runtime.mil.packing import pack, packed_size, unpack
+from diffusion_runtime.mil.packing import look_up_packed, pack, packed_size, unpack
 from diffusion_runtime.mil.program import DType, TensorType, numpy_dtype, packed_bits
 from diffusion_runtime.mil.weights import _CODES as CODES
 from diffusion_runtime.mil.weights import WeightFile, WeightWriter
@@ -161,6 +161,20 @@ def test_packing_and_unpacking_are_inverse(bits: int, count: int, signed: bool, 
     packed = pack(array, bits)
     assert packed.size == packed_size(count, bits)
     np.testing.assert_array_equal(unpack(packed, bits, count, signed), array)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.uint8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+def test_packed_places_are_looked_up_as_unpacked_ones_are(bits: int, dtype: type) -> None:
+    random = np.random.default_rng(bits)
+    table: np.ndarray = (50 * random.standard_normal(1 << bits)).astype(dtype)
+    for count in (0, 1, 5, 8, 13, 4096, (1 << 18) - 1, 9 * (1 << 18) + 7):  # the last by several threads
+        places = random.integers(0, 1 << bits, count).astype(np.uint8)
+        found = look_up_packed(pack(places, bits) if bits < 8 else places, table, bits, count)
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, table[places])
+    with pytest.raises(ValueError, match=f"8 elements of {bits} bits need {bits} bytes, got {bits - 1}"):
+        look_up_packed(np.zeros(bits - 1, np.uint8), table, bits, 8)
 
 
 def test_packing_goes_on_across_blocks() -> None:

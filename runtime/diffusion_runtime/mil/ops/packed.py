@@ -15,7 +15,7 @@ import numpy as np
 from diffusion_runtime.errors import PackageError, UnsupportedError
 from diffusion_runtime.families import PALETTE_BITS
 from diffusion_runtime.mil.ops.registry import mil_op
-from diffusion_runtime.mil.packing import packed_size, unpack
+from diffusion_runtime.mil.packing import look_up_packed, packed_size, unpack
 
 _LONGEST_VECTOR = 64  # of palettes of vectors: a small file with longer ones would unfold to gigabytes
 
@@ -64,9 +64,7 @@ def constexpr_lut_to_dense(
         raise PackageError(
             f"constexpr_lut_to_dense: {indices.size} bytes of indices, expected {packed_size(count, bits)}"
         )
-    places = indices if bits == 8 else unpack(indices, bits, count)
-    dense: np.ndarray = lut[places].reshape(tuple(shape))
-    return dense
+    return look_up_packed(indices, lut, bits, count).reshape(tuple(shape))
 
 
 @mil_op("constexpr_sparse_to_dense")
