@@ -13,8 +13,8 @@ from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_convert.layouts import LAYOUTS
 from diffusion_convert.options import Precision
 from diffusion_convert.palettize.known import Known
-from diffusion_convert.palettize.outputs import Samples
 from diffusion_convert.verification import compare
+from diffusion_convert.verification.known_runs import KnownRuns
 from diffusion_runtime import strict_json
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.integrity import Hashes
@@ -37,44 +37,10 @@ class Record(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Outputs:
-    """What packages of one attention make of the reference's inputs: with 16 bits, and palettized."""
-
-    whole: Samples
-    palettized: compare.Expected
-
-
-@dataclass(frozen=True, slots=True)
-class Twin:
-    """Where the `Outputs` of one attention of a component, compared with the checkpoint's own network, are kept for
-    the others, which have the same weights."""
-
-    stem: Path
-
-    def save(self, inputs: Samples, whole: Samples, palettized: Samples) -> None:
-        for path, outputs in zip(self._paths, (whole, palettized), strict=True):
-            compare.Expected(tuple(inputs), tuple(outputs)).save(path)
-
-    def load(self) -> Outputs | None:
-        """None where none is made yet."""
-        if not all(path.is_file() for path in self._paths):
-            return None
-        whole, palettized = map(compare.Expected.load, self._paths)
-        return Outputs(whole.outputs, palettized)
-
-    @property
-    def _paths(self) -> tuple[Path, Path]:
-        return (
-            self.stem.with_name(f"{self.stem.name}-16-bit.npz"),
-            self.stem.with_name(f"{self.stem.name}-palettized.npz"),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Job:
     """``folder`` is where the packages go; ``expected`` is None where nothing is to be verified; ``like`` is the
     same for pictures of another size, if that was made before; ``palettes`` are those of parts with the same
-    weights, where there are such parts; ``twin`` is of those that differ in attention alone."""
+    weights, where there are such parts; ``runs`` what those computed that differ in attention alone."""
 
     part: Part
     plan: Plan
@@ -84,7 +50,7 @@ class Job:
     report: export.OnPhase
     like: Record | None = None
     palettes: Known | None = None
-    twin: Twin | None = None
+    runs: KnownRuns | None = None
 
     @property
     def float16_limit(self) -> float:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import time
 from collections.abc import Mapping
 
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.conversion.job import Job, Record
 from diffusion_convert.conversion.plan import Plan
-from diffusion_convert.palettize.checked import Checked, palettize_checked
-from diffusion_convert.palettize.outputs import Samples, lowest_psnr_db
+from diffusion_convert.palettize.checked import palettize_checked
+from diffusion_convert.palettize.outputs import Samples
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.palettize.recipe import mix
 from diffusion_convert.verification import compare
-from diffusion_convert.verification.bounds import bound_db
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.memory import release
 from diffusion_runtime.mil.package import open_package
-
-MIN_TWIN_PSNR_DB = 80.0
-"""Two attentions with the same weights: all that may differ is how torch sums."""
 
 
 def palettize(job: Job, record: Record, outputs: Samples | None) -> Record:
@@ -31,8 +26,6 @@ def palettize(job: Job, record: Record, outputs: Samples | None) -> Record:
     if asked is None or record.component.palettization is not None:
         return record
     started = time.perf_counter()
-    if outputs is None and (small := palettize_as_twin(job)) is not None:
-        return with_bits(record, small).and_seconds("palettize", time.perf_counter() - started)
     checked = palettize_checked(
         job.package,
         job.package,
@@ -42,52 +35,15 @@ def palettize(job: Job, record: Record, outputs: Samples | None) -> Record:
         bounds=job.part.component.min_palettized_psnr_db,
         compare=job.expected is not None,
         known=job.palettes,
+        runs=job.runs,
         progress=lambda _, done, total: job.report("palettize", done / total),
     )
     gc.collect()  # both packages' weights stay mapped, the 16-bit ones with no file any more
     release()
-    if job.twin is not None and job.expected is not None and checked.outputs is not None:
-        job.twin.save(job.expected.inputs, *checked.outputs)
-    return with_bits(record, checked).and_seconds("palettize", time.perf_counter() - started)
-
-
-def palettize_as_twin(job: Job) -> Checked | None:
-    """Palettize a package that has not been run yet, and compare it with that of another attention and the same
-    palettized weights, which has been followed back to the checkpoint's own network: the 16-bit package, which
-    nobody gets, is not run. None, and the package is as it was, where there is no other, they do not compute the
-    same, or float16 has no room for a value: then it has to be looked at as the first one was."""
-    if job.twin is None or (twin := job.twin.load()) is None or (asked := _options(job)) is None:
-        return None
-    small = job.package.with_name(f"{job.package.stem}-small.mlpackage")
-    report = palettize_checked(
-        job.package,
-        small,
-        asked,
-        compare=False,
-        known=job.palettes,
-        progress=lambda _, done, total: job.report("palettize", done / total),
-    ).report
-    verdict = compare.measure(small, twin.palettized, lambda done: job.report("verify", done))
-    gc.collect()
-    psnr_db = lowest_psnr_db(twin.whole, verdict.outputs)
-    bound = bound_db(report.average_bits, job.part.component.min_palettized_psnr_db)
-    if (
-        all(value >= MIN_TWIN_PSNR_DB for value in verdict.psnr_db.values())
-        and all(value >= bound for value in psnr_db.values())
-        and not compare.overflowing(small, verdict.largest, job.float16_limit)
-    ):
-        shutil.rmtree(job.package)
-        small.rename(job.package)
-        return Checked(report, psnr_db)
-    shutil.rmtree(small)
-    return None
-
-
-def with_bits(record: Record, checked: Checked) -> Record:
-    """``record`` of the palettized package."""
     psnr_db = {name: min(compare.BEST_PSNR_DB, value) for name, value in checked.psnr_db.items()}
     changes = {"palettization": checked.report.palettization, "psnr_db": psnr_db}
-    return record.model_copy(update={"component": record.component.model_copy(update=changes)})
+    small = record.component.model_copy(update=changes)
+    return record.model_copy(update={"component": small}).and_seconds("palettize", time.perf_counter() - started)
 
 
 def _options(job: Job) -> PalettizeOptions | None:

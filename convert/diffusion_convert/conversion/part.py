@@ -14,9 +14,9 @@ import numpy as np
 
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.chunk import chunk
-from diffusion_convert.conversion.job import Job, Record, Twin, read_record, write_record
+from diffusion_convert.conversion.job import Job, Record, read_record, write_record
 from diffusion_convert.conversion.metadata import metadata
-from diffusion_convert.conversion.palettized import palettize, palettize_as_twin, with_bits
+from diffusion_convert.conversion.palettized import palettize
 from diffusion_convert.conversion.plan import Part, Plan
 from diffusion_convert.conversion.workspace import Workspace
 from diffusion_convert.export import export
@@ -24,6 +24,7 @@ from diffusion_convert.options import Precision
 from diffusion_convert.palettize.known import Known
 from diffusion_convert.palettize.outputs import Samples
 from diffusion_convert.verification import compare
+from diffusion_convert.verification.known_runs import KnownRuns
 from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.integrity import Hashes, measured
@@ -61,7 +62,7 @@ def make(
         expected = compare.Expected(compare.draw(part.component, plan.checkpoint, part.shape), ())
     with unfinished_folder(place.part(part.name)) as folder:
         other = None if like is None else read_record(place.part(like.name))
-        job = Job(part, plan, folder, expected, known, report, other, palettes, _twin(part, plan, place))
+        job = Job(part, plan, folder, expected, known, report, other, palettes, _runs(part, plan, place.references))
         record, outputs = _convert(job) if whole is None else (_copied(job, place.whole(part.name), whole), None)
         record = _hashed(job, _cut(job, palettize(job, record, outputs)))
         if like is not None and other is not None:
@@ -80,11 +81,10 @@ def _reference(part: Part, plan: Plan, references: Path, report: export.OnPhase)
     return compare.Expected.load(path)
 
 
-def _twin(part: Part, plan: Plan, place: Workspace) -> Twin | None:
-    """Where several attentions get the same bits, and are verified."""
+def _runs(part: Part, plan: Plan, references: Path) -> KnownRuns | None:
+    """Where is kept what the part's package computes, for other attentions'; None where there are none."""
     kinds = [other for other in plan.parts if other.any_attention == part.any_attention]
-    alike = len(kinds) > 1 and part.component.bits(plan.options) is not None and plan.options.verify
-    return Twin(place.references / part.any_attention) if alike else None
+    return KnownRuns(references / f"{part.any_attention}-runs") if len(kinds) > 1 and plan.options.verify else None
 
 
 def _copied(job: Job, folder: Path, whole: Record) -> Record:
@@ -116,10 +116,7 @@ def _convert(job: Job) -> tuple[Record, Samples | None]:
         if job.expected is None:
             return _record(job, made, export_options, {}, seconds), None
         started = time.perf_counter()
-        if (small := palettize_as_twin(job)) is not None:
-            _add(seconds, {"palettize": time.perf_counter() - started})
-            return with_bits(_record(job, made, export_options, {}, seconds), small), None
-        verdict = compare.measure(job.package, job.expected, partial(job.report, "verify"))
+        verdict = compare.measure(job.package, job.expected, partial(job.report, "verify"), job.runs)
         gc.collect()  # so is the package's program: its weights stay mapped beside the next network's
         compare.check(part.component, job.package, verdict, partial(_explain, job, made, job.expected))
         _add(seconds, {"verify": time.perf_counter() - started})

@@ -11,6 +11,7 @@ import numpy as np
 
 from diffusion_convert.verification.bounds import MIN_PSNR_DB, bound_db
 from diffusion_convert.verification.compare import psnr_db
+from diffusion_convert.verification.known_runs import KnownRuns
 from diffusion_runtime.backends import TensorSpec
 from diffusion_runtime.errors import InputError, VerificationError
 from diffusion_runtime.mil.package import Package, open_package
@@ -84,25 +85,39 @@ def outputs_of_both(
     samples: Samples | None = None,
     function: str | None = None,
     expected: Samples | None = None,
+    known: KnownRuns | None = None,
 ) -> tuple[Samples, Samples]:
     """What both packages make of ``samples`` (None: two seeded ones), run by the torch backend, one after the other
     and with their weights left in the file. ``function``: which of several. ``expected``: what ``reference`` makes
-    of ``samples``, where it has been run already.
+    of ``samples``, where it has been run already. A package with the same program as one of those ``known`` is not
+    run.
 
     Raises VerificationError where an output of ``reference`` itself is not finite: nothing can be compared with it.
     """
     from diffusion_runtime.backends.torch_mil import TorchBackend
 
     backend = TorchBackend(stream_weights=True)
-    if samples is None or expected is None:
-        model = backend.load(reference, function=function)
-        if samples is None:
-            samples = seeded_inputs(model.inputs, 2, tokens=token_count(open_package(reference)))
+    if samples is None:
+        specs = backend.load(reference, function=function).inputs
+        samples = seeded_inputs(specs, 2, tokens=token_count(open_package(reference)))
+    if expected is None:
         with np.errstate(over="ignore", invalid="ignore"):  # said below, by name
-            expected = _run(model, samples)
-        del model
+            expected = _computed(reference, samples, function, known)
     _require_finite(reference, samples, expected)
-    return expected, _run(backend.load(other, function=function), samples)
+    return expected, _computed(other, samples, function, known)
+
+
+def _computed(package: Path, samples: Samples, function: str | None, known: KnownRuns | None) -> Samples:
+    """What the package makes of ``samples``."""
+    from diffusion_runtime.backends.torch_mil import TorchBackend
+
+    run = None if known is None or function is not None else known.of(package, samples, watched=False)
+    if run is not None and (found := run.read()) is not None:
+        return found[0]
+    outputs = _run(TorchBackend(stream_weights=True).load(package, function=function), samples)
+    if run is not None:
+        run.write(outputs)
+    return outputs
 
 
 def lowest_psnr_db(expected: Samples, found: Samples) -> dict[str, float]:

@@ -15,6 +15,7 @@ from diffusion_runtime.mil import fused
 from diffusion_runtime.mil.fuse_attention import fuse_attention, fuse_plain_attention
 from diffusion_runtime.mil.match import (
     drop_unused,
+    only_user,
     operand,
     operation,
     others,
@@ -125,7 +126,7 @@ def _affine(
     module: fx.GraphModule, node: fx.Node, channels: int, rank: int
 ) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
     """The last node of a per-channel scale and shift behind ``node``, with both as new constants."""
-    user = _only_user(node)
+    user = only_user(node)
     if user is not None and operation(user) == "batch_norm" and operand(user, "x") is node:
         scale, shift = _batch_norm(module, user)
         if scale is not None and shift is not None:
@@ -133,7 +134,7 @@ def _affine(
     if user is None or operation(user) != "mul":
         return node, None, None
     weight = _per_channel(module, others(user, node)[0], channels, rank)
-    after = _only_user(user)
+    after = only_user(user)
     if weight is None or after is None or operation(after) != "add":
         return node, None, None
     bias = _per_channel(module, others(after, user)[0], channels, rank)
@@ -178,14 +179,13 @@ def fuse_silu(module: fx.GraphModule) -> None:
                 break
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 DIFFERENTIABLE: tuple[Pass, ...] = (fuse_norms, fuse_silu, fuse_attention)
 """Passes after which gradients can be taken: nothing writes into what a backward pass needs."""
 
-WATCHABLE: tuple[Pass, ...] = (fuse_plain_attention, fuse_plain_norms, use_channels_last, use_winograd)
+PLAIN: tuple[Pass, ...] = (fuse_plain_attention, fuse_plain_norms)
+"""Passes after which programs are alike that take attention apart in different ways (`identity`)."""
+
+WATCHABLE: tuple[Pass, ...] = (*PLAIN, use_channels_last, use_winograd)
 """Passes after which every value can still be watched, or what it reaches is known (`observe.SCORES`,
 `watch_norms`)."""
 

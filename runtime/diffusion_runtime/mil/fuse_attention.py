@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from diffusion_runtime.mil import fused
-from diffusion_runtime.mil.match import drop_unused, operand, operation, others, put, scalar, shape_of
+from diffusion_runtime.mil.match import drop_unused, only_user, operand, operation, others, put, scalar, shape_of
 from diffusion_runtime.mil.ops import shaping
 
 
@@ -43,7 +43,8 @@ def fuse_attention(module: fx.GraphModule, masked: bool = True) -> None:
         drop_unused(module)
     for node in list(module.graph.nodes):
         if operation(node) == "attend":
-            _fold_operands(module, node)
+            _join_heads(module, _fold_operands(module, node))
+    drop_unused(module)
 
 
 def fuse_plain_attention(module: fx.GraphModule) -> None:
@@ -307,7 +308,7 @@ def _sliced(node: fx.Node) -> Piece | None:
 # --- operands
 
 
-def _fold_operands(module: fx.GraphModule, node: fx.Node) -> None:
+def _fold_operands(module: fx.GraphModule, node: fx.Node) -> fx.Node:
     """A constant factor of query or key goes into the scale; a transpose of an operand goes into the labels."""
     words, out = str(operand(node, "labels")).split("->")
     labels = dict(zip(("query", "key", "value"), words.split(","), strict=True))
@@ -328,4 +329,36 @@ def _fold_operands(module: fx.GraphModule, node: fx.Node) -> None:
                     word[axis] = letter
                 labels[name], arguments[name], changed = "".join(word), operand(x, "x"), True
     arguments["labels"] = f"{','.join(labels.values())}->{out}"
-    put(module, node, fused.attend, arguments, "attend")
+    return put(module, node, fused.attend, arguments, "attend")
+
+
+def _join_heads(module: fx.GraphModule, node: fx.Node) -> None:
+    """Heads that a reshape parts and another joins again stay together in the channels."""
+    words, out = str(operand(node, "labels")).split("->")
+    if words != "abcq,abck,abdk" or operand(node, "heads", 1) != 1 or operand(node, "mask") is not None:
+        return
+    parted = [operand(node, name) for name in ("query", "key", "value")]
+    end: Any = only_user(node)
+    if out == "abqd" and operation(end) == "transpose" and list(operand(end, "perm")) == [0, 1, 3, 2]:
+        end = only_user(end)
+    elif out != "abdq":
+        return
+    if operation(end) != "reshape" or any(operation(one) != "reshape" for one in parted):
+        return
+    if any(len(_sizes(one)) != 4 for one in parted):
+        return
+    (batch, heads, _, queries), width = _sizes(parted[0]), _sizes(parted[2])[2]
+    joined = all(_sizes(operand(one, "x")) == _together(_sizes(one)) for one in parted)
+    if joined and _sizes(end) == (batch, heads * width, 1, queries):
+        whole = {name: operand(one, "x") for name, one in zip(("query", "key", "value"), parted, strict=True)}
+        arguments = {**node.kwargs, **whole, "labels": "acbq,acbk,adbk->adbq", "heads": heads}
+        put(module, end, fused.attend, arguments, "attend").meta[PEAK] = node.meta[PEAK]
+
+
+def _together(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    batch, heads, channels, length = sizes
+    return (batch, heads * channels, 1, length)
+
+
+def _sizes(node: Any) -> tuple[int, ...]:
+    return shape_of(node) or ()

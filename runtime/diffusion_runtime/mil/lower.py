@@ -61,11 +61,15 @@ class Stored(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.dtype, self.device = _static(constant.type) or (), dtype, device
-        self._constant, self._release = constant, release
+        self._constant, self.release = constant, release
+
+    def stored(self) -> np.ndarray:
+        """The weight in its own element type. ``release`` lets go of the file's pages that were read for it."""
+        return self._constant.array()
 
     def forward(self) -> Tensor:
         value = self._constant.as_tensor(self.dtype)
-        self._release()
+        self.release()
         return value.to(self.device)
 
 

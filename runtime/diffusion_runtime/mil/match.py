@@ -26,6 +26,11 @@ def others(node: fx.Node, one: Any) -> list[Any]:
     return [y] if x is one else [x]
 
 
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The node that uses ``node``; None where none does or several do."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def shape_of(node: Any) -> tuple[int, ...] | None:
     """The declared shape; None where it is not known before the run."""
     kind = node.meta.get("type") if isinstance(node, fx.Node) else None

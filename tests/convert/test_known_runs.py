@@ -1,8 +1,8 @@
-"""Palettized packages for several attentions: the first is followed back to the checkpoint's own network, the
-others to the first."""
+"""A package whose program is that of one that was run is not run again: UNets that differ in attention alone."""
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,18 +14,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusion_convert import convert
-from diffusion_convert.conversion import palettized
 from diffusion_convert.conversion.convert import Conversion
 from diffusion_convert.export import export
 from diffusion_convert.export.split_attention import Pieces, split
 from diffusion_convert.options import ConvertOptions
+from diffusion_convert.palettize.outputs import lowest_psnr_db, seeded_inputs
 from diffusion_convert.verification import compare
+from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
 from diffusion_runtime.errors import VerificationError
 from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.model import Model
 from diffusion_runtime.mil.package import open_package
 from diffusion_runtime.mil.program import operations
 
+ALL = tuple(AttentionKind)
 BOTH = (AttentionKind.ORIGINAL, AttentionKind.SPLIT_EINSUM_V2)
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -35,45 +37,57 @@ def unets(source: Path, output: Path, attention: tuple[AttentionKind, ...] = BOT
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each package that is measured is palettized, in order."""
-    found: list[bool] = []
-    measure = compare.measure
+def run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+    """Of each package that is run, in order: whether it is palettized, and whether its values are watched."""
+    found: list[tuple[bool, bool]] = []
+    observe_all = TorchModel.observe_all
 
-    def measuring(path: Path, *given: object) -> compare.Verdict:
-        block = open_package(path).model.function.block
-        found.append(any(one.type == "constexpr_lut_to_dense" for one in operations(block)))
-        return measure(path, *given)  # type: ignore[arg-type]
+    def observing(model: TorchModel, watch: Any, runs: Any) -> Any:
+        found.append((any(one is model for one in palettized), watch is not None))
+        return observe_all(model, watch, runs)
 
-    monkeypatch.setattr(compare, "measure", measuring)
+    palettized: list[TorchModel] = []
+    load = TorchBackend.load
+
+    def loading(backend: TorchBackend, path: Path, *given: Any, **named: Any) -> TorchModel:
+        model = load(backend, path, *given, **named)
+        if any(one.type == "constexpr_lut_to_dense" for one in operations(open_package(path).model.function.block)):
+            palettized.append(model)
+        return model
+
+    monkeypatch.setattr(compare, "_measure", inspect.unwrap(compare._measure))
+    monkeypatch.setattr(TorchModel, "observe_all", observing)
+    monkeypatch.setattr(TorchBackend, "load", loading)
     return found
 
 
-def test_the_16_bit_package_of_one_attention_is_run(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, run: list[bool]
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_each_program_is_run_once(
+    family: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, run: list[tuple[bool, bool]]
 ) -> None:
     """What is written is what each attention gives by itself, and so is its figure."""
-    source = tiny_checkpoint("sd1")
+    source = tiny_checkpoint(family)
     both = unets(source, tmp_path / "both")
-    assert run == [False, True]
+    assert run == [(False, True), (True, False)]
     alone = unets(source, tmp_path / "alone", BOTH[1:])
-    assert run[2:] == [False]
+    assert run[2:] == run[:2]
     made, own = (found.variants[BOTH[1].value].components["unet"] for found in (both, alone))
     assert made.sha256 == own.sha256
     assert made.palettization == own.palettization
-    assert made.psnr_db == pytest.approx(own.psnr_db, abs=0.01)
     first = both.variants[BOTH[0].value].components["unet"]
-    assert made.psnr_db == pytest.approx(first.psnr_db, abs=0.01)
+    assert made.psnr_db == own.psnr_db == first.psnr_db
 
 
-def test_so_it_is_where_the_16_bit_packages_were_there(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, run: list[bool]
+def test_so_it_is_with_16_bits_and_where_those_packages_were_there(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, run: list[tuple[bool, bool]]
 ) -> None:
     source, output = tiny_checkpoint("sd1"), tmp_path / "models"
-    convert(source, output, ConvertOptions(BOTH, components=("unet",), compiled=False))
+    whole = convert(source, output, ConvertOptions(ALL, components=("unet",), compiled=False))
+    assert run == [(False, True)]
+    assert len({str(variant.components["unet"].psnr_db) for variant in whole.variants.values()}) == 1
     run.clear()
     made = unets(source, output)
-    assert run == [True]
+    assert run == [(False, False), (True, False)]
     anew = unets(source, tmp_path / "anew")
     for kind in BOTH:
         one, other = (found.variants[kind.value].components["unet"] for found in (made, anew))
@@ -81,9 +95,30 @@ def test_so_it_is_where_the_16_bit_packages_were_there(
         assert one.psnr_db == pytest.approx(other.psnr_db, abs=0.01)
 
 
+@pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl"])
+def test_what_is_not_run_computes_the_same_operation_by_operation(
+    family: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Each attention as its package has it, nothing put together, against the package that was run."""
+    options = ConvertOptions(ALL, components=("unet",), compiled=False)
+    made = convert(tiny_checkpoint(family), tmp_path / "models", options)
+    paths = [
+        made.output / kind.value / "packages" / made.variants[kind.value].components["unet"].files[0]
+        for kind in ALL
+    ]
+    inputs = seeded_inputs(TorchBackend().load(paths[0]).inputs, 2)
+    backend = TorchBackend(fuse=False)
+    first, *others = [[backend.load(path)(**arrays) for arrays in inputs] for path in paths]
+    for other in others:
+        assert lowest_psnr_db(first, other)["noise_pred"] > 100
+
+
 @pytest.mark.usefixtures("nothing_remembered")
 def test_an_attention_that_computes_something_else_is_refused(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, run: list[bool], monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    run: list[tuple[bool, bool]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def with_one_head(model: Model, pieces: Mapping[str, Pieces], modules: Mapping[str, str]) -> Any:
         return split(model, {path: replace(one, heads=1) for path, one in pieces.items()}, modules)
@@ -91,7 +126,7 @@ def test_an_attention_that_computes_something_else_is_refused(
     monkeypatch.setattr(export, "split", with_one_head)
     with pytest.raises(VerificationError, match="differs from the checkpoint's own network"):
         unets(tiny_checkpoint("sd1"), tmp_path / "models")
-    assert run == [False, True, False]
+    assert run[:3] == [(False, True), (True, False), (False, True)]
 
 
 def test_an_operation_that_float16_has_no_room_for_is_cured_in_each(
@@ -107,12 +142,3 @@ def test_an_operation_that_float16_has_no_room_for_is_cured_in_each(
     first, second = (made[kind.value].components["unet"] for kind in BOTH)
     assert first.float32_ops
     assert len(first.float32_ops) == len(second.float32_ops)
-
-
-def test_one_that_is_nearly_the_other_is_not_taken_for_it(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, run: list[bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(palettized, "MIN_TWIN_PSNR_DB", 190.0)
-    made = unets(tiny_checkpoint("sd1"), tmp_path / "models")
-    assert run == [False, True, False]
-    assert set(made.variants) == {kind.value for kind in BOTH}
