@@ -14,12 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusion_convert import convert
+from diffusion_convert.conversion import palettized
 from diffusion_convert.conversion.convert import Conversion
 from diffusion_convert.export import export
 from diffusion_convert.export.split_attention import Pieces, split
 from diffusion_convert.options import ConvertOptions
 from diffusion_convert.palettize.outputs import lowest_psnr_db, seeded_inputs
+from diffusion_convert.palettize.palettize_options import PalettizeOptions
+from diffusion_convert.palettize.recipe import mix
 from diffusion_convert.verification import compare
+from diffusion_convert.verification.known_runs import KnownRuns
 from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
 from diffusion_runtime.errors import VerificationError
 from diffusion_runtime.families import AttentionKind
@@ -43,16 +47,16 @@ def run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
     observe_all = TorchModel.observe_all
 
     def observing(model: TorchModel, watch: Any, runs: Any) -> Any:
-        found.append((any(one is model for one in palettized), watch is not None))
+        found.append((any(one is model for one in small), watch is not None))
         return observe_all(model, watch, runs)
 
-    palettized: list[TorchModel] = []
+    small: list[TorchModel] = []
     load = TorchBackend.load
 
     def loading(backend: TorchBackend, path: Path, *given: Any, **named: Any) -> TorchModel:
         model = load(backend, path, *given, **named)
         if any(one.type == "constexpr_lut_to_dense" for one in operations(open_package(path).model.function.block)):
-            palettized.append(model)
+            small.append(model)
         return model
 
     monkeypatch.setattr(compare, "_measure", inspect.unwrap(compare._measure))
@@ -142,3 +146,34 @@ def test_an_operation_that_float16_has_no_room_for_is_cured_in_each(
     first, second = (made[kind.value].components["unet"] for kind in BOTH)
     assert first.float32_ops
     assert len(first.float32_ops) == len(second.float32_ops)
+
+
+def test_bits_by_weight_are_chosen_once(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def mixing(package: Path, options: PalettizeOptions, target: float) -> Any:
+        asked.append(target)
+        return mix(package, options, target)
+
+    monkeypatch.setattr(palettized, "mix", mixing)
+    options = ConvertOptions(BOTH, components=("unet",), target_bits=4.5, compiled=False)
+    made = convert(tiny_checkpoint("sd1"), tmp_path / "models", options)
+    assert asked == [4.5]
+    first, second = (made.variants[kind.value].components["unet"].palettization for kind in BOTH)
+    assert first == second
+    assert first is not None
+    assert len(set(first.bits_by_weight.values())) > 1
+    packages = [
+        made.output / kind.value / "packages" / made.variants[kind.value].components["unet"].files[0]
+        for kind in BOTH
+    ]
+    known = KnownRuns(tmp_path / "known")
+    name = next(iter(first.bits_by_weight))
+    assert known.bits(packages[0], 4.5, lambda: {name: 4}) == {name: 4}
+    assert known.bits(packages[1], 4.5, lambda: {name: 6}) == {name: 4}
+    assert known.bits(packages[1], 5, lambda: {name: 6}) == {name: 6}
+    (kept,) = (tmp_path / "known").glob("*-4.5-bits.json")
+    kept.write_text(kept.read_text().replace(name, f"{name}_2"))  # as where another weight has that name
+    assert known.bits(packages[1], 4.5, lambda: {name: 8}) == {name: 8}

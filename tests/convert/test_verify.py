@@ -29,6 +29,7 @@ from diffusion_convert.palettize.checked import palettize_checked
 from diffusion_convert.palettize.outputs import seeded_inputs
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.verification import compare
+from diffusion_convert.verification.known_runs import Arrays
 from diffusion_runtime.backends.torch_mil import TorchBackend
 from diffusion_runtime.errors import VerificationError
 from diffusion_runtime.families import AttentionKind
@@ -146,7 +147,7 @@ def test_runs_are_rows_of_one_batch_where_all_is_by_rows_and_small(
         earlier.append(weakref.ref(network))
         return network
 
-    def watched(graph: Graph, arrays: compare.Arrays) -> compare.Arrays:
+    def watched(graph: Graph, arrays: Arrays) -> Arrays:
         ran.extend(len(array) for array in list(arrays.values())[:1])
         return compute(graph, arrays)
 

@@ -57,7 +57,14 @@ def _options(job: Job) -> PalettizeOptions | None:
     if job.like is not None and job.like.component.palettization is not None:  # weights of all sizes are shared
         return PalettizeOptions(bits_by_weight=job.like.component.palettization.bits_by_weight)
     job.report("palettize", 0.0)
-    return mix(job.package, PalettizeOptions(), options.target_bits or 0.0).options
+
+    target = options.target_bits or 0.0
+
+    def choose() -> Mapping[str, int]:
+        return mix(job.package, PalettizeOptions(), target).options.bits_by_weight or {}
+
+    chosen = choose() if job.runs is None else job.runs.bits(job.package, target, choose)
+    return PalettizeOptions(bits_by_weight=chosen)
 
 
 def check_recipe(plan: Plan, records: Mapping[str, Record]) -> tuple[str, ...]:

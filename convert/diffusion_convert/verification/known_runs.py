@@ -7,13 +7,18 @@ took apart, and runs the same program (`identity`) for each. Where that is not s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffusion_runtime.atomic import unfinished_file
+
+if TYPE_CHECKING:
+    from diffusion_runtime.mil.identity import Identity
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -60,14 +65,34 @@ class KnownRuns:
         values become.
 
         Raises what loading the package with the torch backend does."""
-        from diffusion_runtime.backends.torch_mil import TorchBackend
-        from diffusion_runtime.mil.fuse import PLAIN, fuse
-        from diffusion_runtime.mil.identity import identify
-
-        identity = identify(fuse(TorchBackend(stream_weights=True, fuse=False).load(package).module, PLAIN))
+        identity = _identity(package)
         told = hashlib.sha256(f"{identity.digest} {watched}".encode())
         for arrays in inputs:
             for name, array in sorted(arrays.items()):
                 told.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
             told.update(b"/")
         return KnownRun(self.folder / f"{told.hexdigest()}.npz", identity.values)
+
+    def bits(self, package: Path, target: float, choose: Callable[[], Mapping[str, int]]) -> dict[str, int]:
+        """The bits by weight, ``target`` on average, that ``choose`` gives for ``package``, or gave for one with
+        the same program and the same weights under the same names."""
+        identity = _identity(package)
+        path = self.folder / f"{identity.digest}-{target:g}-bits.json"
+        if path.is_file():
+            kept: dict[str, tuple[str, int]] = json.loads(path.read_text(encoding="utf-8"))
+            if all(identity.constants.get(name) == digest for name, (digest, _) in kept.items()):
+                return {name: bits for name, (_, bits) in kept.items()}
+        chosen = dict(choose())
+        named = {name: (identity.constants.get(name), bits) for name, bits in chosen.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with unfinished_file(path) as unfinished:
+            unfinished.write_text(json.dumps(named), encoding="utf-8")
+        return chosen
+
+
+def _identity(package: Path) -> Identity:
+    from diffusion_runtime.backends.torch_mil import TorchBackend
+    from diffusion_runtime.mil.fuse import PLAIN, fuse
+    from diffusion_runtime.mil.identity import identify
+
+    return identify(fuse(TorchBackend(stream_weights=True, fuse=False).load(package).module, PLAIN))

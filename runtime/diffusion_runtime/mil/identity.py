@@ -32,10 +32,11 @@ _OPTIONS = (bool, int, float, str, torch.dtype)
 @dataclass(frozen=True, slots=True)
 class Identity:
     """``digest`` is the program's; ``values`` has that of each value which `observe` can show, by the name that it
-    is shown under."""
+    is shown under, ``constants`` that of each constant, by its MIL name."""
 
     digest: str
     values: Mapping[str, str]
+    constants: Mapping[str, str]
 
 
 def identify(module: fx.GraphModule) -> Identity:
@@ -47,7 +48,8 @@ def identify(module: fx.GraphModule) -> Identity:
         digests[node] = constants[str(node.target)] if node.op in _CONSTANT else _digest(node, digests)
     (output,) = (node for node in module.graph.nodes if node.op == "output")
     values = {name: digest for node in digests for name, digest in _shown(node, digests[node])}
-    return Identity(digests[output], values)
+    named = {node.meta["mil"]: digests[node] for node in digests if node.op in _CONSTANT and "mil" in node.meta}
+    return Identity(digests[output], values, named)
 
 
 def _shown(node: fx.Node, digest: str) -> Iterator[tuple[str, str]]:
