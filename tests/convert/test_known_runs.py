@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,8 +25,9 @@ from diffusion_convert.palettize.outputs import lowest_psnr_db, seeded_inputs
 from diffusion_convert.palettize.palettize_options import PalettizeOptions
 from diffusion_convert.palettize.recipe import mix
 from diffusion_convert.verification import compare
-from diffusion_convert.verification.known_runs import KnownRuns
+from diffusion_convert.verification.known_runs import KnownRuns, Run
 from diffusion_runtime.backends.torch_mil import TorchBackend, TorchModel
+from diffusion_runtime.coremltools_import import import_messages
 from diffusion_runtime.errors import VerificationError
 from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.model import Model
@@ -177,3 +180,36 @@ def test_bits_by_weight_are_chosen_once(
     (kept,) = (tmp_path / "known").glob("*-4.5-bits.json")
     kept.write_text(kept.read_text().replace(name, f"{name}_2"))  # as where another weight has that name
     assert known.bits(packages[1], 4.5, lambda: {name: 8}) == {name: 8}
+
+
+def test_a_run_is_for_the_inputs_and_the_interface_that_it_was_made_for(tiny_unet: Path, tmp_path: Path) -> None:
+    """And what a power cut has left of one is none."""
+    known = KnownRuns(tmp_path / "known")
+    made: list[int] = []
+
+    def run() -> Run:
+        made.append(len(made))
+        outputs = {"noise_pred": np.full(3, made[-1], np.float32)}
+        return [outputs], {"noise_pred": 7.0, "noise_pred.scores": math.nan}
+
+    inputs = seeded_inputs(TorchBackend().load(tiny_unet).inputs, 1)
+    outputs, largest = known.once(tiny_unet, inputs, run, watched=True)
+    again, sizes = known.once(tiny_unet, inputs, run, watched=True)
+    assert made == [0]
+    np.testing.assert_array_equal(outputs[0]["noise_pred"], again[0]["noise_pred"])
+    np.testing.assert_equal(sizes, largest)
+    known.once(tiny_unet, inputs, run, watched=False)
+    known.once(tiny_unet, [{**inputs[0], "sample": inputs[0]["sample"] + np.float16(1)}], run, watched=True)
+    changed = shutil.copytree(tiny_unet, tmp_path / "changed.mlpackage")
+    (path,) = changed.rglob("model.mlmodel")
+    model = import_messages("Model_pb2").Model()
+    model.ParseFromString(path.read_bytes())
+    kind = model.description.output[0].type.multiArrayType
+    kind.dataType = kind.FLOAT16 if kind.dataType == kind.FLOAT32 else kind.FLOAT32
+    path.write_bytes(model.SerializeToString())
+    known.once(changed, inputs, run, watched=True)
+    assert made == [0, 1, 2, 3]
+    for file in (tmp_path / "known").iterdir():
+        file.write_bytes(file.read_bytes()[:-100])
+    known.once(tiny_unet, inputs, run, watched=True)
+    assert made == [0, 1, 2, 3, 4]

@@ -3,6 +3,7 @@
 OUTPUT/.coreml-sd/conversion-{fingerprint}/parts/{name}/…      finished components
                                           whole/{name}/…      earlier 16-bit packages, to be palettized
                                           references/*.npz    what the checkpoint's own networks computed
+                                          references/*-runs/  what packages computed, for other attentions'
 
 A conversion that was stopped, in whatever way, leaves whole parts, and goes on with them. What is put together of
 them appears in one commit.

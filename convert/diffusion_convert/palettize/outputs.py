@@ -11,7 +11,7 @@ import numpy as np
 
 from diffusion_convert.verification.bounds import MIN_PSNR_DB, bound_db
 from diffusion_convert.verification.compare import psnr_db
-from diffusion_convert.verification.known_runs import KnownRuns
+from diffusion_convert.verification.known_runs import KnownRuns, Run
 from diffusion_runtime.backends import TensorSpec
 from diffusion_runtime.errors import InputError, VerificationError
 from diffusion_runtime.mil.package import Package, open_package
@@ -111,13 +111,12 @@ def _computed(package: Path, samples: Samples, function: str | None, known: Know
     """What the package makes of ``samples``."""
     from diffusion_runtime.backends.torch_mil import TorchBackend
 
-    run = None if known is None or function is not None else known.of(package, samples, watched=False)
-    if run is not None and (found := run.read()) is not None:
-        return found[0]
-    outputs = _run(TorchBackend(stream_weights=True).load(package, function=function), samples)
-    if run is not None:
-        run.write(outputs)
-    return outputs
+    def run() -> Run:
+        return _run(TorchBackend(stream_weights=True).load(package, function=function), samples), {}
+
+    if known is None or function is not None:
+        return run()[0]
+    return known.once(package, samples, run, watched=False)[0]
 
 
 def lowest_psnr_db(expected: Samples, found: Samples) -> dict[str, float]:

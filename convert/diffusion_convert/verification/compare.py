@@ -22,7 +22,7 @@ from diffusion_convert.checkpoint.model import Checkpoint
 from diffusion_convert.checkpoint.tensor_file import let_go
 from diffusion_convert.components.component import Component, Graph, Shape
 from diffusion_convert.export.placeholders import FLOAT16_MAX
-from diffusion_convert.verification.known_runs import Arrays, KnownRuns
+from diffusion_convert.verification.known_runs import Arrays, KnownRuns, Run
 from diffusion_runtime.atomic import unfinished_file
 from diffusion_runtime.errors import VerificationError
 from diffusion_runtime.memory import release
@@ -68,7 +68,7 @@ class Expected:
     @classmethod
     def load(cls, path: Path) -> Expected:
         runs: dict[str, list[dict[str, np.ndarray]]] = {"inputs": [], "outputs": []}
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             for key in file.files:
                 kind, run, name = key.split("/", 2)
                 if int(run) == len(runs[kind]):
@@ -157,15 +157,13 @@ def measure(path: Path, expected: Expected, progress: OnFraction, known: KnownRu
     from diffusion_runtime.mil.fuse import WATCHABLE
     from diffusion_runtime.mil.observe import FAR, SCORES
 
-    run = None if known is None else known.of(path, expected.inputs, watched=True)
-    if run is not None and (found := run.read()) is not None:
-        outputs, largest = found
-        verdict = Verdict(_worst(expected, outputs), largest, outputs)
-        progress(1.0)
-    else:
+    def run() -> Run:
         verdict = _measure(path, expected, progress, WATCHABLE)
-        if run is not None:
-            run.write(verdict.outputs, verdict.largest)
+        return verdict.outputs, verdict.largest
+
+    outputs, largest = run() if known is None else known.once(path, expected.inputs, run, watched=True)
+    progress(1.0)
+    verdict = Verdict(_worst(expected, outputs), largest, tuple(outputs))
     large = [name for name, size in verdict.largest.items() if name.endswith(SCORES) and not size < FAR]
     if large:  # attention in one piece has shown that scores are, but not which operations' values
         verdict = _measure(path, expected, progress, ())
@@ -175,7 +173,6 @@ def measure(path: Path, expected: Expected, progress: OnFraction, known: KnownRu
 
 def _measure(path: Path, expected: Expected, progress: OnFraction, passes: Sequence[Pass]) -> Verdict:
     """The verdict on the package, its program rewritten by ``passes``."""
-
     from diffusion_runtime.backends.torch_mil import TorchBackend
     from diffusion_runtime.mil.fuse import fuse
 

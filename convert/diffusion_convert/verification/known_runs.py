@@ -1,13 +1,15 @@
 """What packages computed when they were run: one whose program is the same computes the same, and is not run again.
 
 The packages of one network that differ in attention alone are such: the torch backend puts together what attention
-took apart, and runs the same program (`identity`) for each. Where that is not so, they are run.
+took apart, and runs the same program (`digest`) for each. Where that is not so, they are run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,81 +20,89 @@ import numpy as np
 from diffusion_runtime.atomic import unfinished_file
 
 if TYPE_CHECKING:
-    from diffusion_runtime.mil.identity import Identity
+    from diffusion_runtime.backends.torch_mil import TorchModel
+    from diffusion_runtime.mil.digest import Digests
 
 Arrays = Mapping[str, np.ndarray]
+Run = tuple[Sequence[Arrays], Mapping[str, float]]
+"""The outputs of each call, and the largest magnitude of each value by its MIL name, where those were watched."""
 
-
-@dataclass(frozen=True, slots=True)
-class KnownRun:
-    """A program on some inputs: ``path`` is where is kept what it computed. ``values``: see `identity.Identity`."""
-
-    path: Path
-    values: Mapping[str, str]
-
-    def read(self) -> tuple[tuple[Arrays, ...], dict[str, float]] | None:
-        """The outputs of each call, and the largest magnitude of each value by its name in this package, where
-        those were watched; None where no such program has been run."""
-        if not self.path.is_file():
-            return None
-        outputs: dict[int, dict[str, np.ndarray]] = {}
-        with np.load(self.path, allow_pickle=False) as file:
-            sizes = dict(zip(file["digests"].tolist(), file["largest"].tolist(), strict=True))
-            for key in file.files:
-                if "/" in key:
-                    call, name = key.split("/", 1)
-                    outputs.setdefault(int(call), {})[name] = file[key]
-        largest = {name: sizes[digest] for name, digest in self.values.items() if digest in sizes}
-        return tuple(outputs[call] for call in sorted(outputs)), largest
-
-    def write(self, outputs: Sequence[Arrays], largest: Mapping[str, float] | None = None) -> None:
-        sizes = {self.values[name]: size for name, size in (largest or {}).items()}
-        arrays = {f"{call}/{name}": array for call, named in enumerate(outputs) for name, array in named.items()}
-        arrays |= {"digests": np.array(list(sizes), dtype=str), "largest": np.array(list(sizes.values()), float)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished_file(self.path) as unfinished, unfinished.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+DAMAGED = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
+"""What reading a file of `numpy.savez` raises that a power cut has left."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownRuns:
-    """Those in ``folder``, of packages of one network."""
+    """Those in ``folder``, of packages of one network. All raises what loading a package with the torch backend
+    does."""
 
     folder: Path
 
-    def of(self, package: Path, inputs: Sequence[Arrays], *, watched: bool) -> KnownRun:
-        """The run of ``package`` on ``inputs``, made already or not. ``watched``: one that tells how large all
-        values become.
-
-        Raises what loading the package with the torch backend does."""
-        identity = _identity(package)
-        told = hashlib.sha256(f"{identity.digest} {watched}".encode())
+    def once(self, package: Path, inputs: Sequence[Arrays], run: Callable[[], Run], *, watched: bool) -> Run:
+        """What ``run`` makes of ``package`` on ``inputs``, or made of one that is the same. ``watched``: largest
+        magnitudes are wanted, too."""
+        model, digests = _loaded(package)
+        told = hashlib.sha256(repr((digests.program, watched, model.inputs, model.outputs)).encode())
         for arrays in inputs:
             for name, array in sorted(arrays.items()):
                 told.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
             told.update(b"/")
-        return KnownRun(self.folder / f"{told.hexdigest()}.npz", identity.values)
+        del model  # its weights stay mapped with it
+        path = self.folder / f"{told.hexdigest()}.npz"
+        found = _read(path, digests.values)
+        if found is None:
+            found = run()
+            self._write(path, found, digests.values)
+        return found
 
     def bits(self, package: Path, target: float, choose: Callable[[], Mapping[str, int]]) -> dict[str, int]:
         """The bits by weight, ``target`` on average, that ``choose`` gives for ``package``, or gave for one with
         the same program and the same weights under the same names."""
-        identity = _identity(package)
-        path = self.folder / f"{identity.digest}-{target:g}-bits.json"
-        if path.is_file():
+        _, digests = _loaded(package)
+        path = self.folder / f"{digests.program}-{target:g}-bits.json"
+        try:
             kept: dict[str, tuple[str, int]] = json.loads(path.read_text(encoding="utf-8"))
-            if all(identity.constants.get(name) == digest for name, (digest, _) in kept.items()):
-                return {name: bits for name, (_, bits) in kept.items()}
+        except DAMAGED:
+            kept = {}
+        if kept and all(digests.constants.get(name) == digest for name, (digest, _) in kept.items()):
+            return {name: bits for name, (_, bits) in kept.items()}
         chosen = dict(choose())
-        named = {name: (identity.constants.get(name), bits) for name, bits in chosen.items()}
+        named = {name: (digests.constants.get(name), bits) for name, bits in chosen.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         with unfinished_file(path) as unfinished:
             unfinished.write_text(json.dumps(named), encoding="utf-8")
         return chosen
 
+    def _write(self, path: Path, run: Run, values: Mapping[str, str]) -> None:
+        outputs, largest = run
+        sizes = {values[name]: size for name, size in largest.items()}
+        arrays = {f"{call}/{name}": array for call, named in enumerate(outputs) for name, array in named.items()}
+        arrays |= {"digests": np.array(list(sizes), dtype=str), "largest": np.array(list(sizes.values()), float)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with unfinished_file(path) as unfinished, unfinished.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
-def _identity(package: Path) -> Identity:
+
+def _read(path: Path, values: Mapping[str, str]) -> Run | None:
+    """The run that is kept there; None where there is none, or it is damaged. ``values``: see `digest.Digests`."""
+    outputs: dict[int, dict[str, np.ndarray]] = {}
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            sizes = dict(zip(file["digests"].tolist(), file["largest"].tolist(), strict=True))
+            for key in file.files:
+                if "/" in key:
+                    call, name = key.split("/", 1)
+                    outputs.setdefault(int(call), {})[name] = file[key]
+    except DAMAGED:
+        return None
+    largest = {name: sizes[digest] for name, digest in values.items() if digest in sizes}
+    return tuple(outputs[call] for call in sorted(outputs)), largest
+
+
+def _loaded(package: Path) -> tuple[TorchModel, Digests]:
     from diffusion_runtime.backends.torch_mil import TorchBackend
+    from diffusion_runtime.mil.digest import digests_of
     from diffusion_runtime.mil.fuse import PLAIN, fuse
-    from diffusion_runtime.mil.identity import identify
 
-    return identify(fuse(TorchBackend(stream_weights=True, fuse=False).load(package).module, PLAIN))
+    model = TorchBackend(stream_weights=True, fuse=False).load(package)
+    return model, digests_of(fuse(model.module, PLAIN))

@@ -183,7 +183,7 @@ DIFFERENTIABLE: tuple[Pass, ...] = (fuse_norms, fuse_silu, fuse_attention)
 """Passes after which gradients can be taken: nothing writes into what a backward pass needs."""
 
 PLAIN: tuple[Pass, ...] = (fuse_plain_attention, fuse_plain_norms)
-"""Passes after which programs are alike that take attention apart in different ways (`identity`)."""
+"""Passes after which programs are alike that take attention apart in different ways (`digest`)."""
 
 WATCHABLE: tuple[Pass, ...] = (*PLAIN, use_channels_last, use_winograd)
 """Passes after which every value can still be watched, or what it reaches is known (`observe.SCORES`,

@@ -333,7 +333,8 @@ def _fold_operands(module: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 
 def _join_heads(module: fx.GraphModule, node: fx.Node) -> None:
-    """Heads that a reshape parts and another joins again stay together in the channels."""
+    """Heads that a reshape parts and another joins again stay together in the channels. The weighted values that
+    are not seen any more are means of values that are."""
     words, out = str(operand(node, "labels")).split("->")
     if words != "abcq,abck,abdk" or operand(node, "heads", 1) != 1 or operand(node, "mask") is not None:
         return

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,8 +25,9 @@ Observe = Callable[[str, str, Tensor], None]
 """Called with the MIL name of each computed value, the op that computed it, and the value. The scores of a large
 attention (`by_rows.HELD_ELEMENTS`) come in parts, one call for each. An attention that is one op, or has become one
 (`fuse.WATCHABLE`), shows, before its value, its scores without their scale under the name with `SCORES` after it:
-what they cannot exceed where that is below `FAR`, else the scores, in parts as well. A norm that has become one
-(`watch_norms`) shows, before its value, how far each value on the way to it reaches."""
+what they cannot exceed where that is below `FAR`, else queries and keys with factors that they may have had, and
+the scores, in parts as well. A norm that has become one (`watch_norms`) shows, before its value, how far each value
+on the way to it reaches."""
 ObserveRun = Callable[[int, str, str, Tensor], None]
 SCORES = ".scores"
 FAR = 2.0**14
@@ -135,7 +137,10 @@ class _Watched(fx.Interpreter):
             query, key = by_head(query, key, arguments["labels"], arguments.get("heads", 1))
         # By Cauchy and Schwarz no score is larger; nor is an operand with a factor on its way to the product.
         most = peak * max(_longest(query), 1.0) * max(_longest(key), 1.0)  # in this order nan stays nan
-        parts = [query.new_tensor(most)] if most < FAR else scores_in_parts(query * peak, key)
+        if most < FAR:
+            parts: Iterable[Tensor] = [query.new_tensor(most)]
+        else:  # and what operands may be with their factors
+            parts = itertools.chain([query * peak, key * peak], scores_in_parts(query * peak, key))
         for part in parts:
             watch(n.meta["mil"] + SCORES, n.meta["op"], part)
 

@@ -106,6 +106,7 @@ def look_up_packed(packed: np.ndarray, table: np.ndarray, bits: int, count: int)
     Raises ValueError where ``packed`` is too short.
     """
     _require(packed, bits, count)
+    packed, table = packed.reshape(-1).view(np.uint8), table.reshape(-1)
     together = (12 if bits % 3 == 0 else 8) // bits
     every = np.arange(1 << bits * together)
     rows = np.stack([table[every >> bits * place & (1 << bits) - 1] for place in range(together)], axis=1)
@@ -116,8 +117,9 @@ def look_up_packed(packed: np.ndarray, table: np.ndarray, bits: int, count: int)
         size = min(_BLOCK, count - start)
         data = packed[start * bits // 8 : start * bits // 8 + packed_size(size, bits)]
         data = np.pad(data, (0, -data.size % bits)) if data.size % bits else data
-        target = values[start // together : start // together + data.size * 8 // bits // together]
-        words.take(data if bits * together == 8 else _by_twelve(data), out=target, mode="clip")
+        places = data if bits * together == 8 else _by_twelve(data)
+        first = start // together
+        words.take(places, out=values[first : first + places.size], mode="clip")
 
     starts, threads = range(0, count, _BLOCK), min(_THREADS, os.cpu_count() or 1)
     if threads > 1 and len(starts) > 2 * threads:
@@ -126,7 +128,7 @@ def look_up_packed(packed: np.ndarray, table: np.ndarray, bits: int, count: int)
     else:
         for start in starts:
             fill(start)
-    return values.view(table.dtype)[:count]
+    return values.view(rows.dtype)[:count]
 
 
 def _by_twelve(data: np.ndarray) -> np.ndarray:

@@ -390,6 +390,23 @@ def test_scores_that_are_swallowed_are_shown_by_a_bound_and_in_parts_where_they_
         assert largest < FAR if count == 1 else largest > FAR
 
 
+def test_what_a_factor_makes_of_queries_is_watched_where_scores_are_small(
+    save_program: Callable[..., Path],
+) -> None:
+    """Nothing but their product with the keys would be seen of them in one piece."""
+
+    def body(mb: Any, q: Any, k: Any, v: Any) -> Any:
+        scores = mb.matmul(x=mb.mul(x=q, y=np.float32(8)), y=k, transpose_y=True)
+        return mb.matmul(x=mb.softmax(x=scores, axis=-1), y=v)
+
+    shapes = {"q": (1, 2, 10, 4), "k": (1, 2, 7, 4), "v": (1, 2, 7, 4)}
+    module = fuse(lower(open_package(save_program(body, **shapes))), WATCHABLE)
+    assert ops(module)["attend"] == 1
+    inputs = [torch.full(shape, size) for shape, size in zip(shapes.values(), (2e4, 1e-3, 1.0), strict=True)]
+    shown = [float(value.abs().max()) for name, _, value in watched(module, inputs) if SCORES in name]
+    assert max(shown) == pytest.approx(1.6e5)
+
+
 def test_a_mask_is_watched(save_program: Callable[..., Path]) -> None:
     shapes = {**SPLIT, "m": (1, 7, 1, 10)}
     module = fuse(lower(open_package(save_program(split_attention(masked=True), **shapes))), WATCHABLE)

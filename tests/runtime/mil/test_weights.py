@@ -173,6 +173,10 @@ def test_packed_places_are_looked_up_as_unpacked_ones_are(bits: int, dtype: type
         found = look_up_packed(pack(places, bits) if bits < 8 else places, table, bits, count)
         assert found.dtype == dtype
         np.testing.assert_array_equal(found, table[places])
+    places = random.integers(0, 1 << bits, (4, 6)).astype(np.uint8)
+    packed = pack(places, bits) if bits < 8 else places.view(np.int8)
+    turned = table[:, None].astype(table.dtype.newbyteorder(">"))
+    np.testing.assert_array_equal(look_up_packed(packed, turned, bits, 24), table[places].ravel())
     with pytest.raises(ValueError, match=f"8 elements of {bits} bits need {bits} bytes, got {bits - 1}"):
         look_up_packed(np.zeros(bits - 1, np.uint8), table, bits, 8)
 

@@ -1,8 +1,9 @@
 """What a lowered program computes, as a digest.
 
-Two programs with the same digest do the same operations on the same constants in the same order, whatever their
-values are called: they compute the same, bit for bit. A value's digest is of the operation that computes it, of all
-that this is told, and of the digests of what it takes, down to the inputs and to the constants' own bytes.
+Two programs with the same digest do the same operations on the same constants, whatever their values are called:
+the same rewrites and the same runs follow, bit for bit. A value's digest is of the operation that computes it, of
+all that this is told, and of the digests of what it takes, down to the inputs and to the constants' own bytes; the
+program's is of all of these, its outputs' too, and of how often each value is computed and used.
 """
 
 from __future__ import annotations
@@ -24,32 +25,32 @@ from diffusion_runtime.mil.observe import SCORES
 from diffusion_runtime.mil.watch_norms import STEPS
 
 _THREADS = 2
-"""Constants are read and hashed outside of Python's lock; each thread holds one."""
+"""That read and hash constants, outside of Python's lock; each has one in memory."""
 _CONSTANT = ("get_attr", "call_module")
 _OPTIONS = (bool, int, float, str, torch.dtype)
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """``digest`` is the program's; ``values`` has that of each value which `observe` can show, by the name that it
+class Digests:
+    """``program`` is the program's; ``values`` has that of each value which `observe` can show, by the name that it
     is shown under, ``constants`` that of each constant, by its MIL name."""
 
-    digest: str
+    program: str
     values: Mapping[str, str]
     constants: Mapping[str, str]
 
 
-def identify(module: fx.GraphModule) -> Identity:
-    """The identity of a lowered program, which may have been rewritten. To be the same as another it has to be
-    rewritten alike (`fuse.PLAIN`)."""
+def digests_of(module: fx.GraphModule) -> Digests:
+    """Of a lowered program, which may have been rewritten. To be the same as another it has to be rewritten alike
+    (`fuse.PLAIN`)."""
     constants = _constants(module)
     digests: dict[fx.Node, str] = {}
     for node in module.graph.nodes:
         digests[node] = constants[str(node.target)] if node.op in _CONSTANT else _digest(node, digests)
-    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    uses = sorted((digest, len(node.users)) for node, digest in digests.items())
     values = {name: digest for node in digests for name, digest in _shown(node, digests[node])}
     named = {node.meta["mil"]: digests[node] for node in digests if node.op in _CONSTANT and "mil" in node.meta}
-    return Identity(digests[output], values, named)
+    return Digests(_hashed(repr(uses)), values, named)
 
 
 def _shown(node: fx.Node, digest: str) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Programs that compute the same have the same digest, and no others."""
+"""Programs that do the same have the same digest."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from diffusion_runtime.backends.torch_mil import TorchBackend
+from diffusion_runtime.mil.digest import Digests, digests_of
 from diffusion_runtime.mil.fuse import PLAIN, WATCHABLE, fuse
-from diffusion_runtime.mil.identity import Identity, identify
 
 RANDOM = np.random.default_rng(0)
 SHAPE = (1, 16, 1, 40)
@@ -19,8 +19,8 @@ HEADS = 4
 WEIGHTS = {name: RANDOM.standard_normal((16, 16, 1, 1)).astype(np.float32) for name in ("q", "k", "v")}
 
 
-def identity(path: Path) -> Identity:
-    return identify(fuse(TorchBackend(stream_weights=True, fuse=False).load(path).module, PLAIN))
+def digests(path: Path) -> Digests:
+    return digests_of(fuse(TorchBackend(stream_weights=True, fuse=False).load(path).module, PLAIN))
 
 
 def whole(mb: Any, x: Any, weights: Mapping[str, np.ndarray] = WEIGHTS, scale: float = 0.5) -> Any:
@@ -68,7 +68,7 @@ def changed(name: str) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def digest(save_program: Callable[..., Path]) -> Callable[..., str]:
     def digest(body: Callable[..., Any], **given: Any) -> str:
-        return identity(save_program(lambda mb, x: body(mb, x, **given), x=SHAPE)).digest
+        return digests(save_program(lambda mb, x: body(mb, x, **given), x=SHAPE)).program
 
     return digest
 
@@ -122,13 +122,23 @@ def test_options_order_types_and_outputs_belong_to_it(digest: Callable[..., str]
     assert digest(chain, **other) != digest(chain)
 
 
+def test_how_often_a_value_is_computed_belongs_to_it(digest: Callable[..., str]) -> None:
+    """Rewrites ask who else uses a value, and so may give others."""
+
+    def squares(mb: Any, x: Any, twice: bool) -> Any:
+        first = mb.square(x=x)
+        return mb.add(x=first, y=mb.square(x=x) if twice else first, name="found")
+
+    assert digest(squares, twice=False) != digest(squares, twice=True)
+
+
 def test_what_is_not_known_here_is_like_nothing_else(save_program: Callable[..., Path]) -> None:
     path = save_program(chain, x=SHAPE)
     module = TorchBackend(fuse=False).load(path).module
-    assert identify(module) == identify(module)
+    assert digests_of(module) == digests_of(module)
     node = next(node for node in module.graph.nodes if node.op == "call_function")
     node.kwargs = {**node.kwargs, "odd": slice(1)}
-    assert identify(module).digest != identify(module).digest
+    assert digests_of(module).program != digests_of(module).program
 
 
 def test_each_value_that_a_run_shows_has_one(save_program: Callable[..., Path]) -> None:
@@ -140,10 +150,11 @@ def test_each_value_that_a_run_shows_has_one(save_program: Callable[..., Path]) 
         variance = mb.reduce_mean(x=mb.square(x=centred), axes=[2, 3], keep_dims=True)
         return mb.real_div(x=centred, y=mb.sqrt(x=mb.add(x=variance, y=np.float32(1e-5))), name="normed")
 
+    given = RANDOM.standard_normal(SHAPE).astype(np.float32)
     seen: list[dict[str, float]] = []
     for attend in (whole, parted):
         path = save_program(lambda mb, x, attend=attend: body(mb, x, attend), x=SHAPE)
-        values = identity(path).values
+        values = digests(path).values
         model = TorchBackend(stream_weights=True, fuse=False).load(path)
         fuse(model.module, WATCHABLE)
         sizes: dict[str, float] = {}
@@ -151,7 +162,7 @@ def test_each_value_that_a_run_shows_has_one(save_program: Callable[..., Path]) 
         def watch(name: str, _: str, value: Any, to: dict[str, float] = sizes, known: Any = values) -> None:
             to[known[name]] = max(to.get(known[name], 0.0), float(value.abs().max()))
 
-        model.observe(watch, x=RANDOM.standard_normal(SHAPE).astype(np.float32) * 0 + 1)
+        model.observe(watch, x=given)
         seen.append(sizes)
     assert seen[0] == seen[1]
     assert len(seen[0]) >= 12
