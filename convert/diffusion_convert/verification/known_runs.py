@@ -33,7 +33,7 @@ DAMAGED = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.err
 
 @dataclass(frozen=True, slots=True)
 class KnownRuns:
-    """Those in ``folder``, of packages of one network. All raises what loading a package with the torch backend
+    """Those in ``folder``, of packages of one network. Its methods raise what loading one with the torch backend
     does."""
 
     folder: Path
