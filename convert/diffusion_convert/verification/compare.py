@@ -158,12 +158,15 @@ def measure(path: Path, expected: Expected, progress: OnFraction, known: KnownRu
     from diffusion_runtime.mil.observe import FAR, SCORES
 
     def run() -> Run:
-        verdict = _measure(path, expected, progress, WATCHABLE)
-        return verdict.outputs, verdict.largest
+        made = _measure(path, expected, progress, WATCHABLE)
+        return made.outputs, made.largest
 
-    outputs, largest = run() if known is None else known.once(path, expected.inputs, run, watched=True)
-    progress(1.0)
-    verdict = Verdict(_worst(expected, outputs), largest, tuple(outputs))
+    if known is None:
+        verdict = _measure(path, expected, progress, WATCHABLE)
+    else:
+        outputs, largest = known.once(path, expected.inputs, run, watched=True)
+        progress(1.0)
+        verdict = Verdict(_worst(expected, outputs), largest, tuple(outputs))
     large = [name for name, size in verdict.largest.items() if name.endswith(SCORES) and not size < FAR]
     if large:  # attention in one piece has shown that scores are, but not which operations' values
         verdict = _measure(path, expected, progress, ())
