@@ -7,6 +7,7 @@ import gc
 import mmap
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from weakref import WeakSet
@@ -19,7 +20,7 @@ from torch import nn
 from diffusion_convert import ConvertOptions, Event, Phase, convert
 from diffusion_convert.checkpoint import tensor_file, torch_networks
 from diffusion_convert.checkpoint.open import open_checkpoint
-from diffusion_convert.checkpoint.tensor_file import let_go
+from diffusion_convert.checkpoint.tensor_file import expect, let_go
 from diffusion_convert.components import table
 from diffusion_convert.components.component import Shape
 from diffusion_convert.export import export as export_module
@@ -30,6 +31,19 @@ from diffusion_runtime.families import AttentionKind
 from diffusion_runtime.mil.program import Metadata
 
 WIDTH, LAYERS = 2048, 8  # 8.4 MB each
+
+
+PAGES_AROUND = 16
+"""Of a large tensor, that a neighbour may have had read."""
+
+
+def in_cache(tensor: torch.Tensor) -> list[bool]:
+    """Whether the system has each page in its cache, of those that are the tensor's alone."""
+    pages = tensor.nbytes // mmap.PAGESIZE - 1
+    found = (ctypes.c_ubyte * pages)()
+    address = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(pages * mmap.PAGESIZE), found) == 0
+    return [bool(page & 1) for page in found]
 
 
 def mapped_bytes() -> int:
@@ -74,12 +88,31 @@ def test_what_was_let_go_of_is_not_read_from_the_disk_again(tmp_path: Path) -> N
     before = mapped_bytes()
     let_go(mapped)
     assert mapped_bytes() <= before - 300_000
-    pages = mapped.nbytes // mmap.PAGESIZE
-    cached = (ctypes.c_ubyte * pages)()
-    address = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = ctypes.c_size_t((pages - 1) * mmap.PAGESIZE)
-    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), size, cached) == 0
-    assert all(page & 1 for page in cached[: pages - 1])
+    assert all(in_cache(mapped))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such advice")
+def test_small_tensors_of_a_large_file_are_read_alone(tmp_path: Path) -> None:
+    """And what is expected is read before it is asked for."""
+    path = tmp_path / "x.safetensors"
+    sizes = {f"{index}{kind}": size for index in range(5) for kind, size in (("small", 10), ("wide", 2**22))}
+    save_file({name: torch.zeros(size) for name, size in sizes.items()}, path)
+    tensors = tensor_file.read(path).tensors
+    small, large = ([tensors[f"{index}{kind}"] for index in range(1, 5)] for kind in ("small", "wide"))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        for tensor in tensors.values():
+            tensor_file._advise(tensor, mmap.MADV_DONTNEED)  # what is mapped stays in the cache
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if any(any(in_cache(tensor)[PAGES_AROUND:]) for tensor in large):
+        pytest.skip("this file system keeps what it was told to drop")
+    assert float(sum(tensor.sum() for tensor in small)) == 0
+    assert not any(any(in_cache(tensor)[PAGES_AROUND:]) for tensor in large)
+    expect(large[3])
+    deadline = time.monotonic() + 20
+    while not all(in_cache(large[3])) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert all(in_cache(large[3]))
 
 
 def test_each_weight_is_let_go_of_as_it_is_written(

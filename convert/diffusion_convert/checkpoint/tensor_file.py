@@ -7,7 +7,7 @@ import errno
 import mmap
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,11 @@ _PAGEOUT = 21
 """Linux' advice MADV_PAGEOUT, which `mmap` does not name. Unlike MADV_DONTNEED it keeps what was written to the
 pages, so that it may be given for memory of any kind: a fused weight is not in a file. It takes files out of the
 system's cache, too, to be read from the disk again."""
+
+
+_SMALL_BYTES = 2**20
+_LARGE_BYTES = 2**26
+"""Of a tensor and of a file."""
 
 
 def below(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -57,11 +62,33 @@ def read(path: Path) -> TensorFile:
 def let_go(tensor: torch.Tensor) -> None:
     """Have the system take back the memory of a ``tensor`` that lies in a mapped file, or it fills up with what was
     read once; it is read anew where it is needed again. Nothing where the system cannot."""
+    if tensor.nbytes >= mmap.PAGESIZE and sys.platform == "linux":
+        _advise(tensor, mmap.MADV_DONTNEED if _is_as_in_file(*_pages(tensor)) else _PAGEOUT)
+
+
+def expect(tensor: torch.Tensor) -> None:
+    """Have the system read a ``tensor`` of a mapped file from the disk while something else is computed."""
+    if tensor.nbytes >= mmap.PAGESIZE and sys.platform == "linux":
+        _advise(tensor, mmap.MADV_WILLNEED)
+
+
+def _read_alone(tensors: Iterable[torch.Tensor]) -> None:
+    """Have the system read small ones for themselves: of a file that it does not hold it would read some megabytes
+    around each, and so all of it."""
+    for tensor in tensors:
+        if 0 < tensor.nbytes < _SMALL_BYTES and sys.platform == "linux":
+            _advise(tensor, mmap.MADV_RANDOM)
+
+
+def _pages(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where the pages begin that ``tensor`` lies in, and bytes from there to its end."""
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    size = tensor.data_ptr() + tensor.nbytes - start
-    if (advise := _advise()) is not None and tensor.nbytes >= mmap.PAGESIZE:
-        advice = mmap.MADV_DONTNEED if _is_as_in_file(start, size) else _PAGEOUT
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+    return start, tensor.data_ptr() + tensor.nbytes - start
+
+
+def _advise(tensor: torch.Tensor, advice: int) -> None:
+    start, size = _pages(tensor)
+    _system().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
 
 
 def _is_as_in_file(start: int, size: int) -> bool:
@@ -80,8 +107,8 @@ def _is_as_in_file(start: int, size: int) -> bool:
 
 
 @cache
-def _advise() -> Any:
-    return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+def _system() -> Any:
+    return ctypes.CDLL(None)
 
 
 def _read_safetensors(path: Path) -> TensorFile:
@@ -90,6 +117,8 @@ def _read_safetensors(path: Path) -> TensorFile:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            if path.stat().st_size >= _LARGE_BYTES:
+                _read_alone(tensors.values())
             return TensorFile(tensors, dict(file.metadata() or {}))
     except (SafetensorError, ValueError, TypeError, OverflowError, RuntimeError) as error:
         if os.strerror(errno.ENOMEM) in str(error):  # torch has no error of its own for it

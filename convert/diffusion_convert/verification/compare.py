@@ -8,6 +8,7 @@ other operations, weights rounded to float16.
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import numpy as np
 
 from diffusion_convert.checkpoint import torch_networks
 from diffusion_convert.checkpoint.model import Checkpoint
-from diffusion_convert.checkpoint.tensor_file import let_go
+from diffusion_convert.checkpoint.tensor_file import expect, let_go
 from diffusion_convert.components.component import Component, Graph, Shape
 from diffusion_convert.export.placeholders import FLOAT16_MAX
 from diffusion_convert.verification.known_runs import Arrays, KnownRuns, Run
@@ -286,13 +287,18 @@ def widened(network: torch.nn.Module) -> Iterator[None]:
     """In this context, ``network`` computes in float32 whatever its tensors are stored as.
 
     A module's own parameters and buffers are widened as it is called and dropped after, and what is mapped from a
-    file is let go of, so such a network never lies in memory as a whole.
+    file is let go of, so such a network never lies in memory as a whole. The next module's are read from the disk
+    meanwhile.
     """
     import torch
 
     stored: dict[torch.nn.Module, list[tuple[dict[str, Any], str, torch.Tensor]]] = {}
+    order = [module for module in network.modules() if any(True for _ in _own(module))]
+    follower = dict(itertools.pairwise(order))
 
     def widen(module: torch.nn.Module, _: Any) -> None:
+        for tensor in _own(follower[module]) if module in follower else ():
+            expect(tensor)
         places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         stored[module] = [
             (place, name, tensor)
@@ -307,19 +313,24 @@ def widened(network: torch.nn.Module) -> Iterator[None]:
     def restore(module: torch.nn.Module, *_: Any) -> None:
         for place, name, tensor in stored.pop(module, []):
             place[name] = tensor
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        for tensor in _own(module):
             let_go(tensor)
 
     handles = []
-    for module in network.modules():
-        if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
-            handles.append(module.register_forward_pre_hook(widen))
-            handles.append(module.register_forward_hook(restore, always_call=True))
+    for module in order:
+        handles.append(module.register_forward_pre_hook(widen))
+        handles.append(module.register_forward_hook(restore, always_call=True))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _own(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """The module's tensors without its children's."""
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
 
 
 def _module_outputs(network: torch.nn.Module, inputs: Arrays) -> dict[str, tuple[float, ...]]:
