@@ -29,8 +29,8 @@ _IGNORED = ("__MACOSX/", ".DS_Store")  # what macOS's archiver adds
 _STORED = (".bin",)  # weights do not shrink
 # How pages, errors in XML and JSON, "Not Found", "Entry not found" and Git LFS's pointers begin.
 _WEBPAGES = (b"<!doc", b"<html", b"<?xml", b'{"err', b"Not F", b"Entry", b"versi")
-# zipfile looks at little before it unpacks: what it stumbles on in a damaged archive comes as it is.
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError)
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError)
+"""zipfile looks at little before it unpacks: what it stumbles on in a damaged archive comes as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def unpack(
             with unfinished_folder(target) as unfinished:
                 for info in filter(lambda info: wanted(info.filename), entries):
                     _unpack_entry(archive, info, unfinished / info.filename, path)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise PackageError(f"{path}: {_what_it_is(path) or f'damaged zip: {error}'}") from error
     except OSError as error:
         raise PackageError(f"{path}: cannot be unpacked to {target}: {error}") from error
@@ -123,7 +123,7 @@ def fault(
                     expected = hashlib.sha256(instead[own]).hexdigest() if own in instead else sha256(file)
                     if digest.hexdigest() != expected:
                         return f"holds another {own} than {folder}"
-    except (*_DAMAGED, OSError, RuntimeError):
+    except (*DAMAGED, OSError, RuntimeError):
         return "is damaged"
     return None
 

@@ -29,9 +29,9 @@ pages, so that it may be given for memory of any kind: a fused weight is not in 
 system's cache, too, to be read from the disk again."""
 
 
-_SMALL_BYTES = 2**20
 _LARGE_BYTES = 2**26
-"""Of a tensor and of a file."""
+"""Of a file, from which on its tensors of fewer than `_SMALL_BYTES` are read alone."""
+_SMALL_BYTES = 2**20
 
 
 def below(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

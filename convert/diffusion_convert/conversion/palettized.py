@@ -57,7 +57,6 @@ def _options(job: Job) -> PalettizeOptions | None:
     if job.like is not None and job.like.component.palettization is not None:  # weights of all sizes are shared
         return PalettizeOptions(bits_by_weight=job.like.component.palettization.bits_by_weight)
     job.report("palettize", 0.0)
-
     target = options.target_bits or 0.0
 
     def choose() -> Mapping[str, int]:

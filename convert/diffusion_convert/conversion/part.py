@@ -25,7 +25,7 @@ from diffusion_convert.options import Precision
 from diffusion_convert.palettize.known import Known
 from diffusion_convert.palettize.outputs import Samples
 from diffusion_convert.verification import compare
-from diffusion_convert.verification.known_runs import DAMAGED, KnownRuns
+from diffusion_convert.verification.known_runs import UNREADABLE, KnownRuns
 from diffusion_runtime.atomic import unfinished_folder
 from diffusion_runtime.bundle import manifest
 from diffusion_runtime.bundle.integrity import Hashes, measured
@@ -75,7 +75,7 @@ def make(
 def _reference(part: Part, plan: Plan, references: Path, report: export.OnPhase) -> compare.Expected:
     """What the checkpoint's own network computes, from disk if another variant has asked."""
     path = references / f"{part.any_attention}.npz"
-    with suppress(*DAMAGED):
+    with suppress(*UNREADABLE):
         return compare.Expected.load(path)
     report("reference", 0.0)
     compare.reference(part.component, plan.checkpoint, part.shape, partial(report, "reference")).save(path)

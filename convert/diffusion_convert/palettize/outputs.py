@@ -12,7 +12,7 @@ import numpy as np
 from diffusion_convert.verification.bounds import MIN_PSNR_DB, bound_db
 from diffusion_convert.verification.compare import psnr_db
 from diffusion_convert.verification.known_runs import KnownRuns, Run
-from diffusion_runtime.backends import TensorSpec
+from diffusion_runtime.backends import TensorSpec, interface
 from diffusion_runtime.errors import InputError, VerificationError
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import TensorType, operations
@@ -94,12 +94,10 @@ def outputs_of_both(
 
     Raises VerificationError where an output of ``reference`` itself is not finite: nothing can be compared with it.
     """
-    from diffusion_runtime.backends.torch_mil import TorchBackend
-
-    backend = TorchBackend(stream_weights=True)
     if samples is None:
-        specs = backend.load(reference, function=function).inputs
-        samples = seeded_inputs(specs, 2, tokens=token_count(open_package(reference)))
+        package = open_package(reference)
+        described = (package if function is None else package.of(function)).model.interface
+        samples = seeded_inputs(interface.specs(described.inputs, reference), 2, tokens=token_count(package))
     if expected is None:
         with np.errstate(over="ignore", invalid="ignore"):  # said below, by name
             expected = _computed(reference, samples, function, known)

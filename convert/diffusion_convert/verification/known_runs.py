@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffusion_runtime import zips
 from diffusion_runtime.atomic import unfinished_file
 
 if TYPE_CHECKING:
@@ -27,8 +26,8 @@ Arrays = Mapping[str, np.ndarray]
 Run = tuple[Sequence[Arrays], Mapping[str, float]]
 """The outputs of each call, and the largest magnitude of each value by its MIL name, where those were watched."""
 
-DAMAGED = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
-"""What reading a file of `numpy.savez` raises that a power cut has left."""
+UNREADABLE = (*zips.DAMAGED, OSError, KeyError)
+"""What reading a file of `numpy.savez` raises that is not there, or that a power cut has left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class KnownRuns:
         path = self.folder / f"{digests.program}-{target:g}-bits.json"
         try:
             kept: dict[str, tuple[str, int]] = json.loads(path.read_text(encoding="utf-8"))
-        except DAMAGED:
+        except UNREADABLE:
             kept = {}
         if kept and all(digests.constants.get(name) == digest for name, (digest, _) in kept.items()):
             return {name: bits for name, (_, bits) in kept.items()}
@@ -93,7 +92,7 @@ def _read(path: Path, values: Mapping[str, str]) -> Run | None:
                 if "/" in key:
                     call, name = key.split("/", 1)
                     outputs.setdefault(int(call), {})[name] = file[key]
-    except DAMAGED:
+    except UNREADABLE:
         return None
     largest = {name: sizes[digest] for name, digest in values.items() if digest in sizes}
     return tuple(outputs[call] for call in sorted(outputs)), largest
