@@ -12,7 +12,7 @@ import numpy as np
 from diffusion_convert.verification.bounds import MIN_PSNR_DB, bound_db
 from diffusion_convert.verification.compare import psnr_db
 from diffusion_convert.verification.known_runs import KnownRuns, Run
-from diffusion_runtime.backends import TensorSpec, interface
+from diffusion_runtime.backends import TensorSpec
 from diffusion_runtime.errors import InputError, VerificationError
 from diffusion_runtime.mil.package import Package, open_package
 from diffusion_runtime.mil.program import TensorType, operations
@@ -94,23 +94,29 @@ def outputs_of_both(
 
     Raises VerificationError where an output of ``reference`` itself is not finite: nothing can be compared with it.
     """
+    model = None
     if samples is None:
-        package = open_package(reference)
-        described = (package if function is None else package.of(function)).model.interface
-        samples = seeded_inputs(interface.specs(described.inputs, reference), 2, tokens=token_count(package))
+        model = _load(reference, function)  # which refuses inputs that no memory has room for
+        samples = seeded_inputs(model.inputs, 2, tokens=token_count(open_package(reference)))
     if expected is None:
         with np.errstate(over="ignore", invalid="ignore"):  # said below, by name
-            expected = _computed(reference, samples, function, known)
+            expected = _run(model, samples) if model else _computed(reference, samples, function, known)
+    del model  # its weights stay mapped with it
     _require_finite(reference, samples, expected)
     return expected, _computed(other, samples, function, known)
 
 
-def _computed(package: Path, samples: Samples, function: str | None, known: KnownRuns | None) -> Samples:
-    """What the package makes of ``samples``."""
+def _load(package: Path, function: str | None) -> TorchModel:
     from diffusion_runtime.backends.torch_mil import TorchBackend
 
+    return TorchBackend(stream_weights=True).load(package, function=function)
+
+
+def _computed(package: Path, samples: Samples, function: str | None, known: KnownRuns | None) -> Samples:
+    """What the package makes of ``samples``."""
+
     def run() -> Run:
-        return _run(TorchBackend(stream_weights=True).load(package, function=function), samples), {}
+        return _run(_load(package, function), samples), {}
 
     if known is None or function is not None:
         return run()[0]
@@ -194,9 +200,7 @@ def require_steady(
 ) -> None:
     """Raise VerificationError, naming them, where outputs below ``bound`` are others without palettization, too,
     when the inputs of ``package`` change by a thousandth: they say nothing about the bits."""
-    from diffusion_runtime.backends.torch_mil import TorchBackend
-
-    model = TorchBackend(stream_weights=True).load(package, function=function)
+    model = _load(package, function)
     if samples is None:
         samples = seeded_inputs(model.inputs, 2, tokens=token_count(open_package(package)))
     random = np.random.default_rng(1)
