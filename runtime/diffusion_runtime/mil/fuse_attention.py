@@ -39,8 +39,10 @@ def fuse_attention(module: fx.GraphModule, masked: bool = True) -> None:
         if operation(node) == "softmax":
             _fuse_softmax(module, node, masked)
     drop_unused(module)
-    while any(_merge(module, node) for node in list(module.graph.nodes) if operation(node) == "concat"):
-        drop_unused(module)
+    for node in list(module.graph.nodes):  # a head's chunks come before the heads
+        if operation(node) == "concat":
+            _merge(module, node)
+    drop_unused(module)
     for node in list(module.graph.nodes):
         if operation(node) == "attend":
             _join_heads(module, _fold_operands(module, node))
@@ -206,36 +208,35 @@ class Piece:
     stop: int
 
 
-def _merge(module: fx.GraphModule, concat: fx.Node) -> bool:
+def _merge(module: fx.GraphModule, concat: fx.Node) -> None:
     """Attention of each part, joined, becomes attention of the whole: parts of the query, or single heads."""
     parts = operand(concat, "values")
     if len(parts) < 2 or any(operation(part) != "attend" for part in parts) or operand(concat, "interleave"):
-        return False
+        return
     first: dict[str, Any] = dict(parts[0].kwargs)
     if any(operand(part, name) != first[name] for part in parts for name in ("labels", "scale", "mask")):
-        return False
+        return
     words, out = str(first["labels"]).split("->")
     query, key, value = words.split(",")
     letter = out[int(operand(concat, "axis"))]
     merged: dict[str, Any] = dict(first)
     if letter == "q":
         if any(operand(part, name) != first.get(name) for part in parts for name in ("key", "value", "heads")):
-            return False
+            return
         merged["query"] = _whole([operand(part, "query") for part in parts], query.index("q"))
         if merged["query"] is None or first["mask"] is not None:
-            return False
+            return
     elif letter == "d" and all(operand(part, "heads", 1) == 1 for part in parts):
         if not _one_head(parts[0], out):
-            return False
+            return
         for name, word, role in (("query", query, "c"), ("key", key, "c"), ("value", value, "d")):
             merged[name] = _whole([operand(part, name) for part in parts], word.index(role), equal=True)
             if merged[name] is None:
-                return False
+                return
         merged["heads"] = len(parts)
     else:
-        return False
+        return
     put(module, concat, fused.attend, merged, "attend").meta[PEAK] = max(part.meta[PEAK] for part in parts)
-    return True
 
 
 def _one_head(attend: fx.Node, out: str) -> bool:
