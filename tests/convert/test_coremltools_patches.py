@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,6 +94,7 @@ REPLACED = {
         "const_deduplication",
         "should_be_deduplicated",
     ),
+    "float16": ("converters.mil.mil.passes.defs.quantization", "FP16ComputePrecision", "apply"),
     "cast": ("converters.mil.mil.ops.defs.iOS15.elementwise_unary", "cast", "get_cast_value"),
     "constants": ("converters.mil.mil.ops.defs.iOS15.control_flow", "Const", "_get_type_val"),
     "scope": ("converters.mil.frontend.torch.internal_graph", "InternalTorchIRNode", "from_torchscript_node"),
@@ -111,18 +113,18 @@ REPLACED = {
 @pytest.mark.parametrize(("module", "owner", "name"), REPLACED.values(), ids=REPLACED)
 def test_everything_is_put_back(module: str, owner: str, name: str) -> None:
     place = getattr(import_coremltools(module), owner)
-    before = place.__dict__[name]
+    before = inspect.getattr_static(place, name)
     with pytest.raises(RuntimeError), coremltools_patches.patched_coremltools(Placeholders(), lambda _: 0):
-        assert place.__dict__[name] is not before
+        assert inspect.getattr_static(place, name) is not before
         raise RuntimeError
-    assert place.__dict__[name] is before
+    assert inspect.getattr_static(place, name) is before
 
 
 @pytest.mark.parametrize(
     "name",
     [
         *("_passes", "_overflow", "_underflow", "_small", "_cast", "_placed", "_equal", "_remembered"),
-        *("_cancelled", "_once"),
+        *("_cancelled", "_once", "in_place"),
     ],
 )
 def test_every_replacement_is_used(name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from diffusion_convert.export.float16 import in_place
 from diffusion_convert.export.placeholders import FLOAT16_MAX, Placeholders, thin
 from diffusion_runtime.coremltools_import import import_coremltools
 
@@ -74,6 +75,8 @@ def _in_passes(placeholders: Placeholders, progress: OnFraction) -> Iterator[Rep
     # It would look at every element of a placeholder, once for every operation that uses it.
     yield cast, "fp16_overflow", staticmethod(_overflow(placeholders))
     yield cast, "_check_underflow_to_zero", _underflow(cast._check_underflow_to_zero)
+    # It would make each operation anew, between casts.
+    yield cast, "apply", in_place(cast.apply)
     # It would compare constants by value: placeholders have a code each, so no two are equal.
     duplicates = _mil("passes.defs.cleanup.const_deduplication").const_deduplication
     yield duplicates, "should_be_deduplicated", staticmethod(_small(duplicates.should_be_deduplicated))
