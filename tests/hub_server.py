@@ -54,6 +54,7 @@ def entry(name: str, data: bytes) -> dict[str, Any]:
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body after its head waits for 40 ms
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -191,7 +192,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
     handler = type("HubHandler", (Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield hub
