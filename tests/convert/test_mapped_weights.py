@@ -92,6 +92,20 @@ def test_what_was_let_go_of_is_not_read_from_the_disk_again(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such advice")
+def test_a_large_file_is_not_read_while_it_is_opened(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    sizes = {f"{index}{kind}": size for index in range(9) for kind, size in (("small", 10), ("wide", 2**21 + 1))}
+    save_file({"0": torch.zeros(0), **{name: torch.zeros(size) for name, size in sizes.items()}}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if any(in_cache(torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8))):
+        pytest.skip("this file system keeps what it was told to drop")
+    tensors = tensor_file.read(path).tensors
+    assert not any(any(in_cache(tensors[f"{index}wide"])[PAGES_AROUND:]) for index in range(9))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such advice")
 def test_small_tensors_of_a_large_file_are_read_alone(tmp_path: Path) -> None:
     """And what is expected is read before it is asked for."""
     path = tmp_path / "x.safetensors"

@@ -72,12 +72,26 @@ def expect(tensor: torch.Tensor) -> None:
         _advise(tensor, mmap.MADV_WILLNEED)
 
 
-def _read_alone(tensors: Iterable[torch.Tensor]) -> None:
-    """Have the system read small ones for themselves: of a file that it does not hold it would read some megabytes
-    around each, and so all of it."""
-    for tensor in tensors:
-        if 0 < tensor.nbytes < _SMALL_BYTES and sys.platform == "linux":
-            _advise(tensor, mmap.MADV_RANDOM)
+def _in_small_parts(file: Any, path: Path) -> bool:
+    """Have the system read of a mapped file what is asked for alone: where it does not hold the file, it would read
+    some megabytes around each page, and so all of it while it is opened. Whether that could be said."""
+    if sys.platform != "linux" or path.stat().st_size < _LARGE_BYTES:
+        return False
+    places = (file.get_tensor(name).data_ptr() for name in file.offset_keys())
+    with path.open("rb") as header:
+        start = next(filter(None, places), 0) - 8 - int.from_bytes(header.read(8), "little")
+    if start <= 0 or start % mmap.PAGESIZE:
+        return False
+    _system().madvise(ctypes.c_void_p(start), ctypes.c_size_t(path.stat().st_size), mmap.MADV_RANDOM)
+    return True
+
+
+def _read_ahead(tensors: Iterable[torch.Tensor]) -> None:
+    """But within the large ones: they are read as a whole, the small ones alone."""
+    by_size = sorted(tensors, key=lambda tensor: tensor.nbytes, reverse=True)  # a small one's page stays as it is
+    for tensor in by_size:
+        if tensor.nbytes:
+            _advise(tensor, mmap.MADV_NORMAL if tensor.nbytes >= _SMALL_BYTES else mmap.MADV_RANDOM)
 
 
 def _pages(tensor: torch.Tensor) -> tuple[int, int]:
@@ -116,9 +130,10 @@ def _read_safetensors(path: Path) -> TensorFile:
 
     try:
         with safe_open(path, framework="pt") as file:
+            in_small_parts = _in_small_parts(file, path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            if path.stat().st_size >= _LARGE_BYTES:
-                _read_alone(tensors.values())
+            if in_small_parts:
+                _read_ahead(tensors.values())
             return TensorFile(tensors, dict(file.metadata() or {}))
     except (SafetensorError, ValueError, TypeError, OverflowError, RuntimeError) as error:
         if os.strerror(errno.ENOMEM) in str(error):  # torch has no error of its own for it
