@@ -84,6 +84,22 @@ def test_inpainting_by_blending(reference: Load, psnr_db: Psnr, scheduler: str, 
     assert worst_db(psnr_db, pair) >= PARITY_DB
 
 
+@pytest.mark.parametrize(("family", "strength"), [("sd1-inpainting", 0.6), ("sd1-inpainting", 1.0), ("sd1", 0.7)])
+def test_inpainting_from_given_noise(reference: Load, psnr_db: Psnr, family: str, strength: float) -> None:
+    """With a scheduler that draws noise itself: what it draws follows what was drawn before."""
+    given: dict[str, Any] = {"image": picture(), "mask_image": half_mask(), "strength": strength}
+    given["latents"] = torch.randn(1, 4, *reference(family).latent_size, generator=torch.Generator().manual_seed(8))
+    pair = both(reference(family), "StableDiffusionInpaintPipeline", "euler-ancestral", **given)
+    assert worst_db(psnr_db, pair) >= PARITY_DB
+
+
+def test_noise_for_inpainting_that_does_not_fit_is_refused(reference: Load) -> None:
+    with pytest.raises(InputError, match=r"latents have shape \(1, 4, 3, 3\)"):
+        reference("sd1").pipeline()(
+            PROMPT, image=picture(), mask_image=half_mask(), latents=torch.zeros(1, 4, 3, 3)
+        )
+
+
 @pytest.mark.parametrize("given_depth", [False, True])
 def test_depth_to_image(reference: Load, psnr_db: Psnr, given_depth: bool) -> None:
     depth: dict[str, Any] = (

@@ -11,12 +11,14 @@ from diffusion_runtime import images
 from diffusion_runtime.denoising import AfterStep, Start
 from diffusion_runtime.errors import InputError
 from diffusion_runtime.schedulers import first_level, last_part, noised
+from diffusion_runtime.tasks import text_to_image
 from diffusion_runtime.tasks.image_to_image import encode
 from diffusion_runtime.tasks.job import Job, Prepared, Task
 
 
 def check(job: Job) -> None:
-    """Picture and mask must be there, the mask show what to paint, and the strength leave a step."""
+    """Picture and mask must be there, the mask show what to paint, the strength leave a step, and latents fit."""
+    text_to_image.check_latents(job)
     _image_and_mask(job)
     last_part(job.scheduler, job.request.step_count, job.request.change)
 
@@ -25,8 +27,7 @@ def prepare_seeing(job: Job) -> Prepared:
     """For a UNet with 9 channels: latents, mask, latents of the picture with the masked part grey."""
     image, mask = _image_and_mask(job)
     timesteps = last_part(job.scheduler, job.request.step_count, job.request.change)
-    full = job.request.change == 1.0
-    clean = None if full else encode(job, image)
+    clean = None if _from_noise(job) else encode(job, image)
     latents, _ = _first_latents(job, clean, timesteps)
     # 0 is mid-grey in -1..1: what these checkpoints were trained to see as missing.
     surroundings = encode(job, image * (mask < 0.5))
@@ -75,14 +76,20 @@ def _image_and_mask(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
 def _first_latents(
     job: Job, clean: torch.Tensor | None, timesteps: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pure noise at full strength, else the noised picture; and the noise itself."""
-    noise = job.noise.normal(job.latent_shape)
-    # As diffusers: pure noise at full strength, though add_noise would leave a trace of the picture.
-    if job.request.change == 1.0 or clean is None:
+    """Pure noise, or the noised picture; and the noise itself."""
+    given = job.request.latents
+    noise = job.noise.normal(job.latent_shape) if given is None else given.float()
+    if clean is None or _from_noise(job):
         return noise * first_level(job.scheduler), noise
     clean = clean.expand(job.request.pictures, *clean.shape[1:])
     first = timesteps[:1].repeat(job.request.pictures)
     return noised(job.scheduler, clean, noise, first), noise
+
+
+def _from_noise(job: Job) -> bool:
+    """As diffusers: pure noise at full strength, though add_noise would leave a trace of the picture; and noise
+    that is given is all that there is, whatever the strength."""
+    return job.request.change == 1.0 or job.request.latents is not None
 
 
 def _at_latent_size(job: Job, mask: torch.Tensor) -> torch.Tensor:
@@ -97,7 +104,7 @@ SEEING = Task(
     prepare=prepare_seeing,
     description="--image and --mask (white: paint anew), models of an in-painting checkpoint",
     needs=frozenset({"image", "mask"}),
-    takes=frozenset({"strength"}),
+    takes=frozenset({"strength", "latents"}),
     scheduler_settings={"skip_prk_steps": True},
 )
 BLENDING = replace(

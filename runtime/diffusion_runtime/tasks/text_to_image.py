@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 
 def check(job: Job) -> None:
     """Latents that were given must fit, and be there where another model has begun."""
+    check_latents(job)
+    if job.request.latents is None and job.request.denoising_start is not None:
+        raise InputError("denoising_start needs the latents of the model that began: give them as image or latents")
+    timesteps(job)
+
+
+def check_latents(job: Job) -> None:
     latents = job.request.latents
     if latents is not None and tuple(latents.shape) != job.latent_shape:
         raise InputError(f"latents have shape {tuple(latents.shape)}, expected {job.latent_shape}")
-    if latents is None and job.request.denoising_start is not None:
-        raise InputError("denoising_start needs the latents of the model that began: give them as image or latents")
-    timesteps(job)
 
 
 def timesteps(job: Job) -> torch.Tensor:
