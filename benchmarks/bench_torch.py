@@ -155,10 +155,10 @@ def show(folder: Path, names: list[str], steps: int, threads: int, rounds: int, 
         for name, side in sides.items():
             if turn == 1 or not isinstance(best[name], str):
                 best[name] = _better(best.get(name), apart(side, steps, threads, venv))
-                print(f"round {turn} of {rounds}: {name}", file=sys.stderr, flush=True)
-    reference = best["diffusers"]
-    if isinstance(reference, str):
-        raise SystemExit(f"diffusers: {reference}")
+                print(f"round {turn} of {rounds}: {name} {best[name]}", file=sys.stderr, flush=True)
+            if isinstance(reference := best["diffusers"], str):
+                raise SystemExit(f"diffusers: {reference}")
+    assert isinstance(reference, dict)
     print(f"{threads} thread(s), best of {rounds} rounds of {steps} steps; cpu: processor seconds")
     print(f"{'':18}{'load s':>8}{'cpu':>7}{'step s':>9}{'cpu':>8}{'ratio':>7}{'cpu':>6}{'peak GB':>9}")
     for name, figures in best.items():
@@ -177,7 +177,7 @@ def show(folder: Path, names: list[str], steps: int, threads: int, rounds: int, 
 def _better(before: dict[str, float] | str | None, now: dict[str, float] | str) -> dict[str, float] | str:
     if isinstance(before, dict) and isinstance(now, dict):
         return {key: (max if key == "peak_gb" else min)(before[key], value) for key, value in now.items()}
-    return now
+    return before if isinstance(before, dict) else now
 
 
 def main() -> None:

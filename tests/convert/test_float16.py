@@ -29,11 +29,19 @@ Apply = Callable[[Any, Any], None]
 
 
 @pytest.mark.parametrize(
-    ("component", "target", "share"),
-    [("unet", "macOS13", 3), ("unet", "macOS15", 2), ("text_encoder", "iOS17", 3), ("vae_encoder", "macOS14", 1)],
+    ("family", "component", "attention", "target", "share"),
+    [
+        ("sd1", "unet", AttentionKind.ORIGINAL, "macOS13", 3),
+        ("sd1", "unet", AttentionKind.ORIGINAL, "macOS15", 2),
+        ("sd1-odd", "text_encoder", AttentionKind.SPLIT_EINSUM, "iOS17", 3),
+        ("sd2-inpainting", "text_encoder", AttentionKind.SPLIT_EINSUM_V2, "macOS13", 3),
+        ("sd1", "vae_encoder", AttentionKind.ORIGINAL, "macOS14", 1),
+    ],
 )
 def test_programs_are_coremltools_own(
+    family: str,
     component: str,
+    attention: AttentionKind,
     target: str,
     share: int,
     tiny_checkpoint: Callable[[str], Path],
@@ -46,14 +54,19 @@ def test_programs_are_coremltools_own(
         return share == 1 or zlib.crc32(mil_name(operation.name).encode()) % share > 0
 
     monkeypatch.setattr(export, "_precision", lambda ct, *_: ct.transform.FP16ComputePrecision(op_selector=some))
-    checkpoint = open_checkpoint(str(tiny_checkpoint("sd1")))
-    options = ExportOptions(AttentionKind.ORIGINAL, Shape(64, 64, 2), target)
+    checkpoint = open_checkpoint(str(tiny_checkpoint(family)))
+    options = ExportOptions(attention, Shape(64, 64, 2), target)
     made = {}
     for name, passed in (("ours", in_place), ("theirs", _as_it_is)):
         path = tmp_path / f"{name}.mlpackage"
         with mock.patch.object(coremltools_patches, "in_place", passed):
-            export.export(table()[component], checkpoint, options, path, Metadata())
-        made[name] = open_package(path).model, (path / "Data/com.apple.CoreML/weights/weight.bin").read_bytes()
+            exported = export.export(table()[component], checkpoint, options, path, Metadata())
+        told = exported.modules, exported.precision, exported.float32_weights
+        made[name] = (
+            open_package(path).model,
+            told,
+            (path / "Data/com.apple.CoreML/weights/weight.bin").read_bytes(),
+        )
     assert made["ours"] == made["theirs"]
     casts = sum(operation.type == "cast" for operation in made["ours"][0].function.block.operations)
     assert casts > 20 or share == 1
@@ -78,10 +91,13 @@ def _program(passed: Callable[[Apply], Apply]) -> list[tuple[Any, ...]]:
         order = builder.reduce_argmax(x=tiny, axis=1, name="order")
         halves = builder.split(x=builder.mul(x=tiny, y=tiny, name="square"), num_splits=2, axis=1, name="halves")
         kept = builder.exp(x=halves[1], name="kept")
-        return tiny, order, builder.add(x=halves[0], y=kept, name="sum"), kept
+        wide = builder.exp(x=halves[1], name="wide")
+        known = builder.mul(x=np.float32(1e-9), y=np.array([1.0, 2.0], np.float32), name="wide_known")
+        ends = builder.add(x=halves[0], y=kept, name="sum"), builder.mul(x=halves[0], y=known, name="known")
+        return tiny, order, *ends, kept, wide, halves[1], halves[0]
 
     with mock.patch.object(choice, "apply", passed(choice.apply)):
-        choice(op_selector=lambda operation: operation.name != "kept")(program)
+        choice(op_selector=lambda operation: not operation.name.startswith(("kept", "wide")))(program)
     for name in ("const_elimination", "dead_code_elimination", "cast_optimization", "dead_code_elimination"):
         import_coremltools("converters.mil.mil.passes.pass_registry").PASS_REGISTRY[f"common::{name}"](program)
     function = program.functions["main"]

@@ -74,21 +74,23 @@ def expect(tensor: torch.Tensor) -> None:
 
 def _in_small_parts(file: Any, path: Path) -> bool:
     """Have the system read of a mapped file what is asked for alone: where it does not hold the file, it would read
-    some megabytes around each page, and so all of it while it is opened. Whether that could be said."""
+    some megabytes around each page, and so all of it while it is opened. Returns whether it was told."""
     if sys.platform != "linux" or path.stat().st_size < _LARGE_BYTES:
         return False
     places = (file.get_tensor(name).data_ptr() for name in file.offset_keys())
-    with path.open("rb") as header:
-        start = next(filter(None, places), 0) - 8 - int.from_bytes(header.read(8), "little")
+    with path.open("rb") as opened:
+        before = 8 + int.from_bytes(opened.read(8), "little")  # the header's length, the header
+    start = next(filter(None, places), 0) - before  # an empty tensor lies nowhere
     if start <= 0 or start % mmap.PAGESIZE:
         return False
-    _system().madvise(ctypes.c_void_p(start), ctypes.c_size_t(path.stat().st_size), mmap.MADV_RANDOM)
-    return True
+    size = ctypes.c_size_t(path.stat().st_size)
+    return bool(_system().madvise(ctypes.c_void_p(start), size, mmap.MADV_RANDOM) == 0)
 
 
 def _read_ahead(tensors: Iterable[torch.Tensor]) -> None:
-    """But within the large ones: they are read as a whole, the small ones alone."""
-    by_size = sorted(tensors, key=lambda tensor: tensor.nbytes, reverse=True)  # a small one's page stays as it is
+    """Have the system read the large ones of a file as a whole, and small ones alone. These come last: a page that
+    one shares with a large one is read alone, too."""
+    by_size = sorted(tensors, key=lambda tensor: tensor.nbytes, reverse=True)
     for tensor in by_size:
         if tensor.nbytes:
             _advise(tensor, mmap.MADV_NORMAL if tensor.nbytes >= _SMALL_BYTES else mmap.MADV_RANDOM)

@@ -95,7 +95,9 @@ class _Narrowing:
         if variable not in self.narrowed:
             return variable
         if self.narrowed[variable] is None:
-            after = self.function.operations._get_node_from_op(variable.op).next
+            earlier = map(self.narrowed.get, variable.op.outputs[: variable.op_output_idx])
+            last = [variable.op, *(cast.op for cast in earlier if cast is not None)][-1]  # in the outputs' order
+            after = self.function.operations._get_node_from_op(last).next
             name, before = f"{variable.name}_to_{_WIDE}", after and after.op
             cast = self.builder.cast(x=variable, dtype=_WIDE, name=name, before_op=before)
             self.function._copy_scope_info(variable, cast)
@@ -111,6 +113,7 @@ class _Narrowing:
                 made = self.builder.const(val=self._constant(variable), name=name, before_op=user)
             else:
                 made = self.builder.cast(x=variable, dtype=_NARROW, name=name, before_op=user)
+                self.choice._check_underflow_to_zero(made, variable)
             self.function._copy_scope_info(user.outputs[0], made)
             self.casts[variable] = made
         return self.casts[variable]

@@ -101,7 +101,7 @@ def outputs_of_both(
     if expected is None:
         with np.errstate(over="ignore", invalid="ignore"):  # said below, by name
             expected = _run(model, samples) if model else _computed(reference, samples, function, known)
-    del model  # its weights stay mapped with it
+    del model  # or its weights stay mapped
     _require_finite(reference, samples, expected)
     return expected, _computed(other, samples, function, known)
 
