@@ -15,6 +15,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from diffusion_runtime import zips
+
 Mutation = Callable[[bytes, Random], bytes]
 
 CANARY = "fuzz-canary"
@@ -375,7 +377,7 @@ def _members(data: bytes) -> dict[str, bytes] | None:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return {info.filename: archive.read(info) for info in archive.infolist()}
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, OSError, ValueError, EOFError):
+    except (*zips.DAMAGED, OSError):
         return None
 
 
