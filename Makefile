@@ -2,10 +2,8 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-swift swift page test test-fast fuzz check format lint types bench docs lock clean
 
-# The newest supported Python wins; `make PYTHON=/path/to/python3.12 setup` names one.
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
-	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
-	2>/dev/null && echo $$p && break; done)
+# The newest supported Python, but for slow ones; `make PYTHON=/path/to/python3.12 setup` names one. It is looked for once.
+PYTHON ?= $(eval PYTHON := $(shell sh tools/python.sh))$(PYTHON)
 BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := $(BIN)/python -m pytest
