@@ -1,5 +1,5 @@
-"""What exports make of a network, what it computes itself and what comes of running a package, kept for the length
-of a run.
+"""What exports make of a network, what it computes itself, what comes of running a package and the entries of
+palettes, kept for the length of a run.
 
 They take most of the time of a conversion, and most conversions of the tests are of a network that another test has
 converted. Weights are no part of a program, but for what the network is traced with: it is built, traced and
@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, wraps
@@ -30,9 +31,11 @@ from diffusion_convert.checkpoint.family import text_length
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.components.component import Component, Graph, Shape
 from diffusion_convert.export import export, placeholders
+from diffusion_convert.export import trace as tracing
 from diffusion_convert.export.placeholders import Misplaced, Placeholders, thin
-from diffusion_convert.palettize import recipe
+from diffusion_convert.palettize import palette, palettize_package, recipe
 from diffusion_convert.palettize.damage import Damage, measure_damage
+from diffusion_convert.palettize.palette import Entries, Problem
 from diffusion_convert.verification import compare
 from diffusion_runtime.bundle.manifest import Folded
 from diffusion_runtime.coremltools_import import import_messages
@@ -71,9 +74,11 @@ def conversions(folder: Path) -> Iterator[None]:
         mock.patch.object(placeholders, "MIN_SIZE", 64),
         mock.patch.object(export, "_program", _remembering(export._program, program_key, folder, told)),
         mock.patch.object(export, "_convert", _remembering(export._convert, trace_key, folder)),
+        mock.patch.object(export, "trace", _alone(tracing.trace)),
         mock.patch.object(compare, "reference", _referring(compare.reference, folder)),
         mock.patch.object(compare, "_measure", _measuring(compare._measure, folder)),
         mock.patch.object(recipe, "measure_damage", _damaging(measure_damage, folder)),
+        mock.patch.object(palettize_package, "best_entries", _finding(palette.best_entries)),
         mock.patch.object(proto, "model_from_bytes", lru_cache(MOST_PROGRAMS)(proto.model_from_bytes)),
     ):
         yield
@@ -131,6 +136,18 @@ def _remembering(
     return remembering
 
 
+def _alone(trace: Callable[..., Any]) -> Callable[..., Any]:
+    """In a thread of its own: with each operation, the tracer writes down all functions that it is called from, and
+    those of pytest alone take half as long as the rest."""
+
+    @wraps(trace)
+    def alone(*given: Any) -> Any:
+        with ThreadPoolExecutor(1) as fresh:
+            return fresh.submit(trace, *given).result()
+
+    return alone
+
+
 def _referring(refer: Refer, folder: Path) -> Refer:
     @wraps(refer)
     def referring(
@@ -184,6 +201,23 @@ def _damaging(measure: Callable[..., Damage], folder: Path) -> Callable[..., Dam
         return damage
 
     return damaging
+
+
+def _finding(find: Entries) -> Entries:
+    """In this process: the same values, as often, have the same entries."""
+    known: dict[tuple[bytes, int, np.dtype], np.ndarray] = {}
+
+    @wraps(find)
+    def finding(problems: Sequence[Problem]) -> list[np.ndarray]:
+        keys = [
+            (hashlib.sha256(one.values.tobytes() + one.counts.tobytes()).digest(), one.count, one.dtype)
+            for one in problems
+        ]
+        new = {key: one for key, one in zip(keys, problems, strict=True) if key not in known}
+        known.update(zip(new, find(list(new.values())), strict=True))
+        return [known[key] for key in keys]
+
+    return finding
 
 
 def verdict_key(package: Path, expected: compare.Expected, passes: Sequence[Any]) -> str:
