@@ -46,18 +46,20 @@ def _toy(build_once: Callable[..., Path], has_refiner: bool) -> Path:
 
 
 @pytest.fixture(scope="session")
-def swift_environment(coreml_sd: Path) -> dict[str, str]:
-    """Without Core ML, models are run by the command of this environment."""
+def swift_environment(coreml_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Without Core ML, models are run by the command of this environment. What its stand-in compiles lies where
+    temporary files do, and stays, as Core ML's does."""
     if shutil.which("swift") is None:
         pytest.skip("no `swift` on PATH: the Swift package is not tested")
-    return {**os.environ, "COREML_SD_COMMAND": os.environ.get("COREML_SD_COMMAND", str(coreml_sd))}
+    command = os.environ.get("COREML_SD_COMMAND", str(coreml_sd))
+    return {**os.environ, "COREML_SD_COMMAND": command, "TMPDIR": str(tmp_path_factory.mktemp("swift"))}
 
 
 @pytest.fixture(scope="session")
 def built_swift_environment(swift_environment: dict[str, str]) -> dict[str, str]:
     """The same, with the package, its program and its tests built once for all."""
     build = ["swift", "build", "--build-tests", "-j", "2", *(word for flag in FLAGS for word in ("-Xswiftc", flag))]
-    built = subprocess.run(build, cwd=PACKAGE, capture_output=True, text=True, check=False)
+    built = subprocess.run(build, cwd=PACKAGE, env=swift_environment, capture_output=True, text=True, check=False)
     assert built.returncode == 0, (built.stdout + built.stderr)[-6000:]
     return swift_environment
 
