@@ -31,7 +31,6 @@ from diffusion_convert.checkpoint.family import text_length
 from diffusion_convert.checkpoint.model import Checkpoint, Submodel
 from diffusion_convert.components.component import Component, Graph, Shape
 from diffusion_convert.export import export, placeholders
-from diffusion_convert.export import trace as tracing
 from diffusion_convert.export.placeholders import Misplaced, Placeholders, thin
 from diffusion_convert.palettize import palette, palettize_package, recipe
 from diffusion_convert.palettize.damage import Damage, measure_damage
@@ -74,7 +73,7 @@ def conversions(folder: Path) -> Iterator[None]:
         mock.patch.object(placeholders, "MIN_SIZE", 64),
         mock.patch.object(export, "_program", _remembering(export._program, program_key, folder, told)),
         mock.patch.object(export, "_convert", _remembering(export._convert, trace_key, folder)),
-        mock.patch.object(export, "trace", _alone(tracing.trace)),
+        mock.patch.object(export, "trace", _alone(vars(export)["trace"])),
         mock.patch.object(compare, "reference", _referring(compare.reference, folder)),
         mock.patch.object(compare, "_measure", _measuring(compare._measure, folder)),
         mock.patch.object(recipe, "measure_damage", _damaging(measure_damage, folder)),
