@@ -3,10 +3,11 @@
 # supported and can make environments, the newest, and the first of that version, unless another is clearly faster.
 # Some are built without the compiler's optimizations, as version managers build them unless told otherwise: Python
 # itself takes half as long again with them, and the tests a fifth.
+set -f
 IFS=:
 for folder in $PATH; do
     for name in python3.13 python3.12 python3.11 python3; do
-        [ -x "$folder/$name" ] && "$folder/$name" - 2>/dev/null <<'PYTHON'
+        [ -x "$folder/$name" ] && "$folder/$name" -I - 2>/dev/null <<'PYTHON'
 import ensurepip, sys, time, venv
 
 if not (3, 11) <= sys.version_info[:2] <= (3, 13):

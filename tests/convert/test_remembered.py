@@ -20,6 +20,7 @@ from diffusion_convert.components.component import Shape
 from diffusion_convert.export import export, placeholders
 from diffusion_convert.export.trace import trace
 from diffusion_convert.options import Precision
+from diffusion_convert.palettize import palette, palettize_package
 from diffusion_convert.palettize.outputs import seeded_inputs
 from diffusion_convert.verification import compare
 from diffusion_runtime.backends.torch_mil import TorchBackend
@@ -216,3 +217,26 @@ def test_a_verdict_is_of_program_weights_and_inputs(tiny_unet: Path, tmp_path: P
         compare.measure(changed, expected, lambda _: None)
         compare.measure(tiny_unet, other, lambda _: None)
         assert real.call_count == 3
+
+
+def test_entries_are_looked_for_once_and_are_those_that_would_be_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other values, other frequencies, another number of entries or type, they are others."""
+    values = np.sort(np.random.default_rng(1).normal(size=200))
+    first = palette.Problem(values, np.ones(200), 4, np.dtype(np.float16))
+    others = [
+        replace(first, values=values * 2),
+        replace(first, counts=np.arange(1.0, 201.0)),
+        replace(first, count=8),
+        replace(first, dtype=np.dtype(np.float32)),
+    ]
+    expected = palette.best_entries([first, *others])
+    find = mock.Mock(side_effect=palette.best_entries)
+    monkeypatch.setattr(palette, "best_entries", find)
+    with remembered.conversions(tmp_path / "kept"):
+        remembering = vars(palettize_package)["best_entries"]
+        found = remembering([first]) + remembering([*others, first])
+    for ours, theirs in zip(found, [*expected, expected[0]], strict=True):
+        assert ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes()
+    assert [len(call.args[0]) for call in find.call_args_list] == [1, 4]
